@@ -1,0 +1,135 @@
+"""The `saebench` command: argv -> config -> one call. The only place that configures logging."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from saebench.config import add_arguments, from_arguments
+from saebench.demo.demo import run_demo
+from saebench.evaluate import EvalConfig, evaluate, table, write_report
+from saebench.harvest import HarvestConfig, harvest
+from saebench.runlog import progress
+from saebench.store import open_store
+from saebench.store.reader import describe
+from saebench.text import TextConfig
+from saebench.train import TrainConfig, train
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status (2 for bad input, 130 when interrupted)."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.DEBUG if arguments.verbose else logging.INFO, format="%(message)s", stream=sys.stderr, force=True
+    )
+    if not arguments.verbose:
+        for name in ("datasets", "fsspec", "h5py", "httpx", "huggingface_hub", "transformers", "urllib3"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        return arguments.run(arguments)
+    except ValueError as error:
+        if arguments.verbose:
+            raise
+        print(f"saebench: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of a table closed it early
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="saebench", description="A workbench for sparse autoencoders on language models.")
+    parser.add_argument("-v", "--verbose", action="store_true", help="debug messages, and tracebacks of errors")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], about: str, *configs: type) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about)
+        sub.set_defaults(run=run)
+        for config in configs:
+            add_arguments(sub, config)
+        return sub
+
+    command("harvest", _harvest, "run a model over text and keep its residual-stream vectors", HarvestConfig, TextConfig)
+    command("train", _train, "train a grid of SAEs on a store", TrainConfig)
+    command("eval", _eval, "evaluate the SAEs of a run on held-out documents, and report", EvalConfig)
+    demo = command("demo", _demo, "the whole pipeline on the embedded model and corpus")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run directory (default: runs/demo)")
+    store = commands.add_parser("store", help="look into an activation store, or check it").add_subparsers(required=True, metavar="ACTION")
+    for action, run, about in (("info", _store_info, "what is in a store"), ("verify", _store_verify, "check every block of a store")):
+        sub = store.add_parser(action, help=about, description=about)
+        sub.add_argument("path", type=Path)
+        sub.set_defaults(run=run)
+    return parser
+    return parser
+
+
+def _harvest(arguments: argparse.Namespace) -> int:
+    store = harvest(from_arguments(HarvestConfig, arguments), from_arguments(TextConfig, arguments))
+    if store is None:
+        return INTERRUPTED
+    print(describe(store))
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    config = from_arguments(TrainConfig, arguments)
+    folders = train(config)
+    if folders is None:
+        return INTERRUPTED
+    print("\n".join(map(str, folders)))
+    print(f"next: saebench eval --run {config.out}")
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    config = from_arguments(EvalConfig, arguments)
+    summary = write_report(config.run, evaluate(config), config.store)
+    print(format_table(table(summary["saes"])))
+    print(f"report: {config.run / 'report.html'}")
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    summary = run_demo(arguments.out)
+    if summary is None:
+        return INTERRUPTED
+    print(format_table(table(summary["saes"])))
+    print("took " + ", ".join(f"{stage} {value:.0f} s" for stage, value in summary["seconds"].items()))
+    print(f"report: {arguments.out / 'report.html'}")
+    print("next: saebench train --store activations/demo --hook blocks.2.hook_resid_post --arch topk --k 32 --tokens 2M --out runs/mine")
+    return 0
+
+
+def _store_info(arguments: argparse.Namespace) -> int:
+    print(describe(open_store(arguments.path)))
+    return 0
+
+
+def _store_verify(arguments: argparse.Namespace) -> int:
+    store = open_store(arguments.path)
+    with progress(sum(shard.n_rows for shard in store.shards), f"verify {arguments.path}", "row") as bar:
+        for shard in store.shards:
+            for rows in shard.verify():
+                bar.update(rows)
+    print(f"{arguments.path}: {len(store.shards)} shards, every block matches its checksum")
+    return 0
+
+
+def format_table(rows: list[list[str]]) -> str:
+    """Columns aligned: the first to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The embedded default: a model to look into, and the pipeline run on it."""

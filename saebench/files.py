@@ -1,0 +1,78 @@
+"""Durable files: written whole or not at all, checksummed in blocks, locked while in use."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place once the block ends and is on disk.
+
+    On an exception the temporary file goes and `path` stays as it was.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` with sorted keys, so that equal values give equal bytes. NaN is refused."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises ValueError naming the file when it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); restore it or make it again") from error
+
+
+def block_checksums(rows: np.ndarray, block_rows: int) -> np.ndarray:
+    """xxh3-64 of every `block_rows` consecutive rows (the last block may be shorter), uint64."""
+    rows = np.ascontiguousarray(rows)
+    starts = range(0, len(rows), block_rows)
+    digests = [xxhash.xxh3_64_intdigest(rows[start : start + block_rows].data.cast("B")) for start in starts]
+    return np.array(digests, dtype=np.uint64)
+
+
+def hash_files(paths: list[Path]) -> str:
+    """xxh3-128 over the names and contents of files, in the order given."""
+    digest = xxhash.xxh3_128()
+    for path in paths:
+        digest.update(path.name.encode())
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process. Raises ValueError when another process writes into it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{folder} is being written by another process; wait for it or choose another --out") from error
+        yield

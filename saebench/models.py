@@ -1,0 +1,179 @@
+"""Language models: load, capture residual-stream vectors, splice a replacement in.
+
+The only module that imports transformer_lens. Hook names are TransformerLens' own
+(`blocks.{layer}.hook_resid_post`); a bridge keeps the numerics of the Hugging Face model it wraps.
+
+B contexts in the batch, L positions, D d_model, V vocabulary.
+"""
+
+import contextlib
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saebench.files import hash_files
+
+log = logging.getLogger(__name__)
+
+EMBEDDED_MODEL = "embedded"
+EMBEDDED_MODEL_PATH = Path(__file__).parent / "demo" / "model"
+
+HookKind = Literal["resid_pre", "resid_post", "mlp_out", "attn_out"]
+ModelDtype = Literal["float32", "bfloat16", "float16"]
+_HOOK = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|mlp_out|attn_out)")
+_WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A loaded model. `bridge` is TransformerLens' TransformerBridge; the rest is read once from it."""
+
+    id: str
+    bridge: Any
+    tokenizer: Any
+    weights_hash: str
+    tokenizer_files: tuple[Path, ...]
+    n_layers: int
+    d_model: int
+    max_context: int
+    device: torch.device
+    dtype: ModelDtype
+
+
+def default_device() -> str:
+    """CUDA, then MPS, then CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def default_dtype(device: str) -> ModelDtype:
+    """bfloat16 on a GPU that computes in it, else float32."""
+    return "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
+
+
+def model_path(name: str) -> str:
+    """A path or hub id: the name itself, but for the embedded model."""
+    return str(EMBEDDED_MODEL_PATH) if name == EMBEDDED_MODEL else name
+
+
+def load_model(
+    name: str,
+    *,
+    device: str | None = None,
+    dtype: ModelDtype | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """Load a hub model or a local `save_pretrained` directory; `embedded` is the model shipped here.
+
+    Raises ValueError when there is no such model or its architecture is not supported.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    device = device or default_device()
+    dtype = dtype or default_dtype(device)
+    path = model_path(name)
+    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+        raise ValueError(f"model {name!r} is not a directory; give a folder made by save_pretrained, 'embedded' or a hub id")
+    path = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
+    try:
+        bridge = TransformerBridge.boot_transformers(
+            path, device=device, dtype=getattr(torch, dtype), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    bridge.eval()
+    folder = _checkpoint_folder(path, revision)
+    config = bridge.cfg
+    return LanguageModel(
+        id=name,
+        bridge=bridge,
+        tokenizer=bridge.tokenizer,
+        weights_hash=hash_files(sorted(file for pattern in _WEIGHT_PATTERNS for file in folder.glob(pattern))),
+        tokenizer_files=tuple(sorted(file for file in folder.iterdir() if _is_tokenizer_file(file.name))),
+        n_layers=config.n_layers,
+        d_model=config.d_model,
+        max_context=config.n_ctx,
+        device=torch.device(device),
+        dtype=dtype,
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _checkpoint_folder(path: str, revision: str | None) -> Path:
+    """Where the files of a loaded model lie: the folder given, or the hub's local snapshot."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.txt", "*.model"], local_files_only=True))
+
+
+def _is_tokenizer_file(name: str) -> bool:
+    return name.startswith(("tokenizer", "vocab", "merges", "special_tokens_map", "added_tokens", "spiece", "chat_template"))
+
+
+# ----------------------------------------------------------------------------------------- hooks
+
+
+def hook_name(layer: int, kind: HookKind = "resid_post") -> str:
+    return f"blocks.{layer}.hook_{kind}"
+
+
+def check_hook(model: LanguageModel, hook: str) -> None:
+    """Raises ValueError unless `hook` names a residual-stream position of this model."""
+    match = _HOOK.fullmatch(hook)
+    if match is None:
+        raise ValueError(
+            f"hook {hook!r} is not known; expected blocks.LAYER.hook_KIND with KIND one of resid_pre, resid_post, mlp_out, attn_out"
+        )
+    if int(match[1]) >= model.n_layers:
+        raise ValueError(f"hook {hook!r} is beyond model {model.id!r}, whose layers are 0 to {model.n_layers - 1}")
+
+
+class _AllCaptured(Exception):
+    """Ends a forward pass once the last hook wanted has fired."""
+
+
+@torch.inference_mode()
+def capture(model: LanguageModel, tokens: Int[Tensor, "B L"], hooks: Sequence[str]) -> dict[str, Float[Tensor, "B L D"]]:
+    """The vectors at `hooks`, from one forward pass that stops after the deepest of them."""
+    captured: dict[str, Tensor] = {}
+
+    def save(name: str) -> Callable[..., None]:
+        def hook_function(value: Tensor, hook: Any) -> None:
+            captured[name] = value.detach()
+            if len(captured) == len(hooks):
+                raise _AllCaptured
+
+        return hook_function
+
+    with model.bridge.hooks(fwd_hooks=[(name, save(name)) for name in hooks]), contextlib.suppress(_AllCaptured):
+        model.bridge(tokens, return_type=None)
+    if missing := [name for name in hooks if name not in captured]:
+        raise ValueError(f"hook {missing[0]!r} never fired in model {model.id!r}; it has no such position")
+    return captured
+
+
+Replace = Callable[[Float[Tensor, "B L D"]], Float[Tensor, "B L D"]]
+
+
+@torch.inference_mode()
+def spliced_logits(model: LanguageModel, tokens: Int[Tensor, "B L"], hook: str, replace: Replace) -> Float[Tensor, "B L V"]:
+    """Logits of the model whose vectors at `hook` went through `replace`.
+
+    `replace` sees them in the model's dtype and returns the same shape and dtype.
+    """
+    with model.bridge.hooks(fwd_hooks=[(hook, lambda value, hook: replace(value))]):
+        return model.bridge(tokens, return_type="logits")

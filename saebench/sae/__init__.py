@@ -1,0 +1,31 @@
+"""Sparse autoencoders: architectures as maths, and their files."""
+
+from saebench.sae.architectures import (
+    SAE,
+    GatedSAE,
+    JumpReLUSAE,
+    ReLUSAE,
+    SAEOutput,
+    TopKSAE,
+    initialise,
+    new_sae,
+    topk_relu,
+)
+from saebench.sae.io import fold, load_sae, read_config, save_sae, update_metadata
+
+__all__ = [
+    "SAE",
+    "GatedSAE",
+    "JumpReLUSAE",
+    "ReLUSAE",
+    "SAEOutput",
+    "TopKSAE",
+    "fold",
+    "initialise",
+    "load_sae",
+    "new_sae",
+    "read_config",
+    "save_sae",
+    "topk_relu",
+    "update_metadata",
+]

@@ -1,0 +1,231 @@
+"""Sparse autoencoders as maths.
+
+Suffixes name shapes: B rows, D d_in, F d_sae (latents). Activations multiply from the left:
+`x_BD @ W_enc_DF`. Every architecture reads z = x - b_dec and writes x̂ = f W_dec + b_dec; they differ
+in how the activations f come from z.
+"""
+
+import math
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Normalize = Literal["none", "constant_norm_rescale", "layer_norm"]
+
+
+class SAEOutput(NamedTuple):
+    """What every forward pass returns: reconstruction, activations, and the pre-activations that
+    decided which latents are active (for Gated, those of the gate)."""
+
+    x_hat: Float[Tensor, "B D"]
+    acts: Float[Tensor, "B F"]
+    pre: Float[Tensor, "B F"]
+
+
+class SAE(nn.Module):
+    """x̂ = f(x) W_dec + b_dec with W_enc `[D, F]`, W_dec `[F, D]`, b_dec `[D]`.
+
+    `normalize` exists for SAEs that others trained on rescaled inputs: `constant_norm_rescale`
+    brings each row to norm √D, `layer_norm` to mean 0 and standard deviation 1; both are undone
+    after decoding. SAEs trained here have it folded into their weights (`none`).
+    """
+
+    architecture: ClassVar[str]
+
+    def __init__(self, d_in: int, d_sae: int, normalize: Normalize = "none") -> None:
+        super().__init__()
+        self.d_in, self.d_sae = d_in, d_sae
+        self.normalize: Normalize = normalize
+        self.W_enc = nn.Parameter(torch.zeros(d_in, d_sae))
+        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+
+    def forward(self, x_BD: Float[Tensor, "B D"]) -> SAEOutput:
+        x_BD, scale, shift = _normalized(x_BD, self.normalize)
+        acts_BF, pre_BF = self.activations(x_BD)
+        return SAEOutput(self.decode(acts_BF) * scale + shift, acts_BF, pre_BF)
+
+    def encode(self, x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
+        """Activations of the latents."""
+        return self.activations(_normalized(x_BD, self.normalize)[0])[0]
+
+    def decode(self, acts_BF: Float[Tensor, "B F"]) -> Float[Tensor, "B D"]:
+        """Reconstruction from activations."""
+        return acts_BF @ self.W_dec + self.b_dec
+
+    def activations(self, x_BD: Float[Tensor, "B D"]) -> tuple[Float[Tensor, "B F"], Float[Tensor, "B F"]]:
+        """(activations, deciding pre-activations) of normalised inputs."""
+        raise NotImplementedError
+
+    def project(self, x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
+        """(x - b_dec) W_enc, with the pre-bias taken through W_enc once instead of once per row."""
+        return x_BD @ self.W_enc - self.b_dec @ self.W_enc
+
+    @torch.no_grad()
+    def rescale_latents(self, factor_F: Float[Tensor, " F"]) -> None:
+        """Multiply each activation by `factor_F` > 0 and divide its decoder row by it: x̂ stays the same."""
+        self.W_dec /= factor_F[:, None]
+
+    @torch.no_grad()
+    def rescale_input(self, scale: float) -> None:
+        """Turn an SAE of `scale * x` into the same SAE of x, activations and x̂ divided by `scale`."""
+        self.b_dec /= scale
+
+
+def _normalized(x_BD: Tensor, how: Normalize) -> tuple[Tensor, Any, Any]:
+    """(rows for the SAE, scale, shift) with `rows * scale + shift` the rows given."""
+    if how == "none":
+        return x_BD, 1.0, 0.0
+    if how == "constant_norm_rescale":
+        scale = x_BD.norm(dim=-1, keepdim=True) / math.sqrt(x_BD.shape[-1])
+        return x_BD / scale, scale, 0.0
+    mean = x_BD.mean(-1, keepdim=True)
+    std = x_BD.std(-1, keepdim=True)
+    return (x_BD - mean) / (std + 1e-5), std, mean
+
+
+class ReLUSAE(SAE):
+    """f = ReLU(z W_enc + b_enc), trained with an L1 penalty weighted by decoder norms.
+
+    Bricken et al. 2023, "Towards Monosemanticity"; Anthropic, "Circuits Updates" April 2024.
+    """
+
+    architecture = "relu"
+
+    def __init__(self, d_in: int, d_sae: int, normalize: Normalize = "none") -> None:
+        super().__init__(d_in, d_sae, normalize)
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+
+    def activations(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
+        pre_BF = self.project(x_BD) + self.b_enc
+        return torch.relu(pre_BF), pre_BF
+
+    @torch.no_grad()
+    def rescale_latents(self, factor_F: Tensor) -> None:
+        super().rescale_latents(factor_F)
+        self.W_enc *= factor_F
+        self.b_enc *= factor_F
+
+    @torch.no_grad()
+    def rescale_input(self, scale: float) -> None:
+        super().rescale_input(scale)
+        self.b_enc /= scale
+
+
+class TopKSAE(ReLUSAE):
+    """f = ReLU(TopK(z W_enc + b_enc)): the k largest pre-activations of each row, negative ones cut to 0.
+
+    Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2.3.
+    """
+
+    architecture = "topk"
+
+    def __init__(self, d_in: int, d_sae: int, k: int, normalize: Normalize = "none") -> None:
+        super().__init__(d_in, d_sae, normalize)
+        if not 0 < k <= d_sae:
+            raise ValueError(f"k is {k}; expected 1 to d_sae = {d_sae}")
+        self.k = k
+
+    def activations(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
+        pre_BF = self.project(x_BD) + self.b_enc
+        return topk_relu(pre_BF, self.k), pre_BF
+
+
+def topk_relu(pre_BF: Float[Tensor, "B F"], k: int) -> Float[Tensor, "B F"]:
+    """The k largest of each row, at least 0; zero elsewhere."""
+    values_BK, indices_BK = pre_BF.topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(pre_BF).scatter(-1, indices_BK, torch.relu(values_BK))
+
+
+class GatedSAE(SAE):
+    """f = 1[π_gate > 0] ⊙ ReLU(π_mag), π_gate = z W_enc + b_gate, π_mag = (z W_enc) e^{r_mag} + b_mag.
+
+    Rajamanoharan et al. 2024, "Improving Dictionary Learning with Gated Sparse Autoencoders",
+    section 3.2 (weights of the two paths tied by r_mag).
+    """
+
+    architecture = "gated"
+
+    def __init__(self, d_in: int, d_sae: int, normalize: Normalize = "none") -> None:
+        super().__init__(d_in, d_sae, normalize)
+        self.r_mag = nn.Parameter(torch.zeros(d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(d_sae))
+        self.b_gate = nn.Parameter(torch.zeros(d_sae))
+
+    def activations(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
+        h_BF = self.project(x_BD)
+        gate_BF = h_BF + self.b_gate
+        return (gate_BF > 0) * torch.relu(h_BF * self.r_mag.exp() + self.b_mag), gate_BF
+
+    @torch.no_grad()
+    def rescale_latents(self, factor_F: Tensor) -> None:
+        super().rescale_latents(factor_F)
+        self.r_mag += factor_F.log()
+        self.b_mag *= factor_F
+
+    @torch.no_grad()
+    def rescale_input(self, scale: float) -> None:
+        super().rescale_input(scale)
+        self.b_mag /= scale
+        self.b_gate /= scale
+
+
+class JumpReLUSAE(ReLUSAE):
+    """f = h ⊙ 1[h > θ], h = ReLU(z W_enc + b_enc).
+
+    Rajamanoharan et al. 2024, "Jumping Ahead", section 3; also the inference form of BatchTopK.
+    """
+
+    architecture = "jumprelu"
+
+    def __init__(self, d_in: int, d_sae: int, normalize: Normalize = "none") -> None:
+        super().__init__(d_in, d_sae, normalize)
+        self.threshold = nn.Parameter(torch.zeros(d_sae))
+
+    def activations(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
+        pre_BF = self.project(x_BD) + self.b_enc
+        return torch.relu(pre_BF) * (pre_BF > self.threshold), pre_BF
+
+    @torch.no_grad()
+    def rescale_latents(self, factor_F: Tensor) -> None:
+        super().rescale_latents(factor_F)
+        self.threshold *= factor_F
+
+    @torch.no_grad()
+    def rescale_input(self, scale: float) -> None:
+        super().rescale_input(scale)
+        self.threshold /= scale
+
+
+ARCHITECTURES: dict[str, type[SAE]] = {
+    cls.architecture: cls for cls in (ReLUSAE, TopKSAE, GatedSAE, JumpReLUSAE)
+}
+
+
+def new_sae(architecture: str, d_in: int, d_sae: int, *, k: int | None = None, normalize: Normalize = "none") -> SAE:
+    """An SAE with zero weights. Raises ValueError for an unknown architecture or an impossible k."""
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture {architecture!r} is not one of {', '.join(ARCHITECTURES)}")
+    if architecture == "topk":
+        if k is None:
+            raise ValueError("architecture 'topk' needs k, the number of active latents per row")
+        return TopKSAE(d_in, d_sae, k, normalize)
+    return ARCHITECTURES[architecture](d_in, d_sae, normalize=normalize)
+
+
+@torch.no_grad()
+def initialise(sae: SAE, mean_D: Float[Tensor, " D"], generator: torch.Generator) -> None:
+    """Random decoder directions, encoder tied to them, b_dec at the data's mean, biases zero.
+
+    Rows have norm 1 for TopK (Gao et al. 2024, appendix A.1) and Gated, √(2D/F) for ReLU, where unit
+    rows of half of all latents would add up to many times the input. Inputs are scaled to E‖x‖² = D.
+    """
+    W_dec = torch.randn(sae.d_sae, sae.d_in, generator=generator)
+    W_dec /= W_dec.norm(dim=1, keepdim=True)
+    gain = 2 * sae.d_in / sae.d_sae
+    decoder, encoder = {"relu": (gain**0.5, gain**0.5), "gated": (1.0, gain)}.get(sae.architecture, (1.0, 1.0))
+    sae.W_dec.copy_(W_dec * decoder)
+    sae.W_enc.copy_(W_dec.T * encoder)
+    sae.b_dec.copy_(mean_D)

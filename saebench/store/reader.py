@@ -1,0 +1,200 @@
+"""Read a store: memory-mapped columns, every block checked against its checksum as it is read."""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from saebench.files import block_checksums, hash_files, read_json
+from saebench.store.schema import (
+    DOCUMENTS,
+    MANIFEST,
+    PROVENANCE,
+    SCHEMA,
+    SCHEMA_VERSION,
+    TOKENIZER,
+    activations_path,
+    digest,
+)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest. Raises ValueError when there is none, or one that this version cannot read."""
+    path = folder / MANIFEST
+    if not path.exists():
+        raise ValueError(f"{folder} holds no activation store (no {MANIFEST}); make one with `saebench harvest --out {folder}`")
+    manifest = read_json(path)
+    if manifest.get("schema") != SCHEMA:
+        raise ValueError(f"{path} is not the manifest of an activation store: schema is {manifest.get('schema')!r}")
+    if manifest["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(
+            f"{folder} has schema version {manifest['schema_version']}, this saebench reads {SCHEMA_VERSION}: "
+            "use the version that wrote it, or harvest again"
+        )
+    return manifest
+
+
+class Shard:
+    """One file of a store. Columns are memory-mapped; `rows` reads and verifies."""
+
+    def __init__(self, folder: Path, entry: dict[str, Any], hooks: list[str], block_rows: int) -> None:
+        self.path = folder / entry["file"]
+        self.name: str = entry["file"]
+        self.split: str = entry["split"]
+        self.n_rows: int = entry["rows"]
+        self.block_rows = block_rows
+        self._entry = entry
+        self._hooks = hooks
+
+    @functools.cached_property
+    def _opened(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Memory maps and block checksums of every column, vouched for by the manifest's digest."""
+        if not self.path.exists():
+            raise ValueError(f"{self.path} is missing; restore it or harvest again")
+        size = self.path.stat().st_size
+        if size != self._entry["bytes"]:
+            raise ValueError(f"{self.path} has {size} bytes, the manifest says {self._entry['bytes']}: {self._remedy()}")
+        columns: dict[str, np.ndarray] = {}
+        try:
+            with h5py.File(self.path, "r") as file:
+                names = [*PROVENANCE, *(activations_path(hook) for hook in self._hooks)]
+                checksums = {name: file[f"checksums/{name}"][:] for name in names}
+                for name in names:
+                    dataset = file[name]
+                    columns[name] = np.memmap(self.path, dataset.dtype, "r", dataset.id.get_offset(), dataset.shape)
+        except (OSError, KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{self.path} cannot be read as HDF5 ({error}): {self._remedy()}") from error
+        if digest(checksums) != self._entry["digest"]:
+            raise ValueError(f"{self.path} is not the shard that the manifest describes: {self._remedy()}")
+        return columns, checksums
+
+    @staticmethod
+    def _remedy() -> str:
+        return "it was damaged or exchanged; restore it, or delete the store and harvest again"
+
+    def column(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start` to `stop` of a provenance column (`tokens`, `doc_id`, `position`, `keep`), verified."""
+        return self._verified(name, start, self.n_rows if stop is None else stop)
+
+    def rows(self, hook: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows `start` to `stop` at `hook`, `[n, d_in]` in the store's dtype, verified."""
+        raw = self._verified(activations_path(hook), start, self.n_rows if stop is None else stop)
+        tensor = torch.from_numpy(np.array(raw))
+        return tensor.view(torch.bfloat16) if raw.dtype == np.uint16 else tensor
+
+    def _verified(self, name: str, start: int, stop: int) -> np.ndarray:
+        columns, checksums = self._opened
+        first, last = start // self.block_rows, -(-stop // self.block_rows)
+        blocks = columns[name][first * self.block_rows : last * self.block_rows]
+        bad = np.flatnonzero(block_checksums(blocks, self.block_rows) != checksums[name][first:last])
+        if len(bad):
+            row = (first + bad[0]) * self.block_rows
+            raise ValueError(
+                f"{self.path}: rows {row} to {min(row + self.block_rows, self.n_rows) - 1} of {name} do not match their checksum: "
+                f"{self._remedy()}"
+            )
+        offset = first * self.block_rows
+        return blocks[start - offset : stop - offset]
+
+    def verify(self) -> Iterator[int]:
+        """Check every block; yields the rows done. Raises ValueError at the first that is wrong."""
+        step = self.block_rows * 128
+        for start in range(0, self.n_rows, step):
+            stop = min(start + step, self.n_rows)
+            for name in self._opened[0]:
+                self._verified(name, start, stop)
+            yield stop - start
+
+
+class Store:
+    """A finished store, opened for reading."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.hooks: list[str] = sorted(manifest["hooks"])
+        self.context: int = manifest["identity"]["context"]
+        self.shards = [Shard(folder, entry, self.hooks, manifest["block_rows"]) for entry in manifest["shards"]]
+
+    def of_split(self, split: str) -> list[Shard]:
+        return [shard for shard in self.shards if shard.split == split]
+
+    def d_in(self, hook: str) -> int:
+        return self._hook(hook)["d_in"]
+
+    def statistics(self, hook: str) -> dict[str, Any]:
+        """Over kept training rows: `rows`, `mean` `[d_in]`, `mean_squared_norm`, `median_norm`."""
+        return self._hook(hook)["statistics"]
+
+    def _hook(self, hook: str) -> dict[str, Any]:
+        if hook not in self.manifest["hooks"]:
+            raise ValueError(f"hook {hook!r} is not in {self.folder}; it has {', '.join(self.hooks)}")
+        return self.manifest["hooks"][hook]
+
+    def rows(self, split: str, *, kept: bool = False) -> int:
+        entries = [entry for entry in self.manifest["shards"] if entry["split"] == split]
+        return sum(entry["kept" if kept else "rows"] for entry in entries)
+
+    def kept_rows(self, hook: str, split: str, limit: int, chunk: int) -> Iterator[Tensor]:
+        """Kept rows of a split in order, float32 `[at most chunk, d_in]`, `limit` of them at most."""
+        for shard in self.of_split(split):
+            for start in range(0, shard.n_rows, chunk):
+                if limit <= 0:
+                    return
+                stop = min(start + chunk, shard.n_rows)
+                keep = torch.from_numpy(shard.column("keep", start, stop).copy())
+                rows = shard.rows(hook, start, stop)[keep][:limit].float()
+                limit -= len(rows)
+                yield rows
+
+    def tokenizer(self) -> Any:
+        """The tokenizer copied beside the store."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder / TOKENIZER)
+
+    def tokenizer_hash(self) -> str:
+        return hash_files(sorted((self.folder / TOKENIZER).iterdir()))
+
+    def document_names(self) -> dict[int, str]:
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(self.folder / DOCUMENTS).to_pydict()
+        return dict(zip(table["doc_id"], table["name"], strict=True))
+
+
+def open_store(folder: Path | str) -> Store:
+    """Open a finished store. Raises ValueError when there is none, it is unfinished or of another schema."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if not manifest["complete"]:
+        raise ValueError(
+            f"{folder} is unfinished ({len(manifest['shards'])} shards so far); run the same harvest again to complete it"
+        )
+    return Store(folder, manifest)
+
+
+def describe(store: Store) -> str:
+    """What is in a store, for people."""
+    manifest, made = store.manifest, store.manifest["identity"]
+    size = sum(entry["bytes"] for entry in manifest["shards"])
+    lines = [
+        f"{store.folder}: {len(store.shards)} shards, {size / 1e6:,.0f} MB, contexts of {store.context} tokens, {manifest['dtype']}",
+        f"  model    {made['model']['id']} in {made['model_dtype']} (weights {made['model']['weights'][:12]})",
+        f"  text     {made['text']['dataset']}: {manifest['documents']:,} documents" + (", all of it" if manifest["exhausted"] else ""),
+    ]
+    lines += [
+        f"  {split:<10} {store.rows(split):>12,} rows, {store.rows(split, kept=True):>12,} kept" for split in ("train", "validation")
+    ]
+    for hook in store.hooks:
+        statistics = store.statistics(hook)
+        lines.append(
+            f"  {hook}  d_in {store.d_in(hook)}, median norm {statistics['median_norm']:.4g}, "
+            f"root mean square norm {statistics['mean_squared_norm'] ** 0.5:.4g}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,98 @@
+"""What is in a store: names, dtypes, versions, and the statistics kept of each hook."""
+
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import xxhash
+
+SCHEMA = "saebench-activations"
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+DOCUMENTS = "documents.parquet"
+TOKENIZER = "tokenizer"
+
+BLOCK_ROWS = 32  # rows under one checksum: the smallest read of a shuffled epoch
+
+StoreDtype = Literal["float16", "bfloat16", "float32"]
+# HDF5 has no bfloat16: its bits are kept as uint16, marked by the attribute `dtype`.
+ON_DISK: dict[str, np.dtype] = {
+    "float16": np.dtype("<f2"),
+    "bfloat16": np.dtype("<u2"),
+    "float32": np.dtype("<f4"),
+}
+PROVENANCE: dict[str, np.dtype] = {
+    "tokens": np.dtype("<i4"),
+    "doc_id": np.dtype("<i4"),
+    "position": np.dtype("<i4"),
+    "keep": np.dtype("?"),
+}
+
+# Norms are counted in bins of 1/64 octave from 2^-20 to 2^20: a median to half a percent, at no
+# cost in memory and with sums that do not depend on the order of shards.
+NORM_BINS = 40 * 64
+_NORM_FLOOR = 2.0**-20
+
+
+def shard_name(index: int) -> str:
+    return f"shard-{index:05d}.h5"
+
+
+def activations_path(hook: str) -> str:
+    return f"activations/{hook}"
+
+
+def digest(checksums: dict[str, np.ndarray]) -> str:
+    """One xxh3-128 over the block checksums of all columns, so that the manifest vouches for a shard."""
+    total = xxhash.xxh3_128()
+    for name in sorted(checksums):
+        total.update(name.encode())
+        total.update(np.ascontiguousarray(checksums[name], dtype="<u8").tobytes())
+    return total.hexdigest()
+
+
+class Moments(NamedTuple):
+    """Sums over kept rows of one hook: row count, Σx `[d_in]`, Σ‖x‖², histogram of ‖x‖ `[NORM_BINS]`."""
+
+    count: int
+    total: np.ndarray
+    total_squared_norm: float
+    norm_histogram: np.ndarray
+
+    @staticmethod
+    def zero(d_in: int) -> "Moments":
+        return Moments(0, np.zeros(d_in), 0.0, np.zeros(NORM_BINS, dtype=np.int64))
+
+    @staticmethod
+    def of(rows: np.ndarray) -> "Moments":
+        """Of float rows `[n, d_in]`."""
+        rows = rows.astype(np.float64)
+        squared = np.einsum("nd,nd->n", rows, rows)
+        octaves = np.log2(np.maximum(np.sqrt(squared), _NORM_FLOOR) / _NORM_FLOOR)
+        bins = np.minimum((octaves * 64).astype(np.int64), NORM_BINS - 1)
+        return Moments(len(rows), rows.sum(0), float(squared.sum()), np.bincount(bins, minlength=NORM_BINS))
+
+    def plus(self, other: "Moments") -> "Moments":
+        return Moments(
+            self.count + other.count,
+            self.total + other.total,
+            self.total_squared_norm + other.total_squared_norm,
+            self.norm_histogram + other.norm_histogram,
+        )
+
+    def norm_quantile(self, q: float) -> float:
+        """The norm that a share `q` of the rows stays under, to half a percent; 0 without rows."""
+        if self.count == 0:
+            return 0.0
+        below = np.cumsum(self.norm_histogram)
+        index = int(np.searchsorted(below, q * self.count))
+        return float(_NORM_FLOOR * 2 ** ((index + 0.5) / 64))
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest's statistics of a hook."""
+        count = max(self.count, 1)
+        return {
+            "rows": self.count,
+            "mean": (self.total / count).tolist(),
+            "mean_squared_norm": self.total_squared_norm / count,
+            "median_norm": self.norm_quantile(0.5),
+        }

@@ -1,0 +1,223 @@
+"""Write a store shard by shard; what is finished survives whatever happens next."""
+
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from saebench.config import differences
+from saebench.files import block_checksums, replacing, write_json
+from saebench.store.reader import read_manifest
+from saebench.store.schema import (
+    BLOCK_ROWS,
+    DOCUMENTS,
+    MANIFEST,
+    ON_DISK,
+    PROVENANCE,
+    SCHEMA,
+    SCHEMA_VERSION,
+    TOKENIZER,
+    Moments,
+    StoreDtype,
+    activations_path,
+    digest,
+    shard_name,
+)
+
+log = logging.getLogger(__name__)
+
+
+class ShardWriter:
+    """One shard being filled, under a temporary name."""
+
+    def __init__(self, path: Path, rows: int, widths: dict[str, int], dtype: StoreDtype) -> None:
+        self.path = path
+        self.rows = rows
+        self.dtype: StoreDtype = dtype
+        self.filled = 0
+        self.kept = 0
+        self.moments = {hook: Moments.zero(width) for hook, width in widths.items()}
+        # No time stamps: equal contents give equal bytes.
+        self.file = h5py.File(path, "w", track_times=False)
+        for name, kind in PROVENANCE.items():
+            self.file.create_dataset(name, (rows,), kind, track_times=False)
+        for hook, width in widths.items():
+            dataset = self.file.create_dataset(activations_path(hook), (rows, width), ON_DISK[dtype], track_times=False)
+            dataset.attrs["dtype"] = dtype
+
+    def write(self, provenance: dict[str, np.ndarray], activations: dict[str, Tensor]) -> None:
+        """Append rows: every column of `PROVENANCE` `[n]`, and per hook a CPU tensor `[n, d_in]` in the store's dtype.
+
+        Raises ValueError naming the first kept row that is not finite.
+        """
+        start, stop = self.filled, self.filled + len(provenance["tokens"])
+        keep = torch.from_numpy(provenance["keep"])
+        for hook, rows in activations.items():
+            assert rows.dtype == getattr(torch, self.dtype)
+            kept = rows[keep]
+            if not torch.isfinite(kept).all():
+                self._refuse(hook, rows, keep)
+            self.moments[hook] = self.moments[hook].plus(Moments.of(kept.float().numpy()))
+            raw = rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows
+            self.file[activations_path(hook)][start:stop] = raw.numpy()
+        for name in PROVENANCE:
+            self.file[name][start:stop] = provenance[name]
+        self.filled = stop
+        self.kept += int(keep.sum())
+
+    def _refuse(self, hook: str, rows: Tensor, keep: Tensor) -> None:
+        bad = (~torch.isfinite(rows).all(1) & keep).nonzero()[0].item()
+        remedy = " (float16 ends at 65504: harvest with --dtype bfloat16)" if self.dtype == "float16" else ""
+        raise ValueError(
+            f"row {self.filled + bad} of {self.path.name.strip('.').removesuffix('.tmp')} at {hook} is not finite{remedy}; "
+            "nothing of this shard was kept"
+        )
+
+    def finish(self, attributes: dict[str, Any], documents: dict[int, str]) -> dict[str, Any]:
+        """Add checksums, statistics and document names; returns the shard's manifest entry."""
+        assert self.filled == self.rows, f"{self.filled} of {self.rows} rows written"
+        self.file.flush()
+        checksums: dict[str, np.ndarray] = {}
+        for name, dataset in self._columns().items():
+            # Read back what the file holds, so that the checksum vouches for the write as well.
+            column = np.memmap(self.path, dataset.dtype, "r", dataset.id.get_offset(), dataset.shape)
+            checksums[name] = block_checksums(column, BLOCK_ROWS)
+        for name, values in checksums.items():
+            self.file.create_dataset(f"checksums/{name}", data=values, track_times=False)
+        for hook, moments in self.moments.items():
+            group = f"statistics/{hook}"
+            self.file.create_dataset(f"{group}/mean_sum", data=moments.total, track_times=False)
+            self.file.create_dataset(f"{group}/norm_histogram", data=moments.norm_histogram, track_times=False)
+            self.file[group].attrs.update(rows=moments.count, squared_norm_sum=moments.total_squared_norm)
+        self.file.create_dataset("documents/doc_id", data=np.array(sorted(documents), dtype="<i4"), track_times=False)
+        names = [documents[index] for index in sorted(documents)]
+        self.file.create_dataset("documents/name", data=names, dtype=h5py.string_dtype(), track_times=False)
+        self.file.attrs.update(schema=SCHEMA, schema_version=SCHEMA_VERSION, block_rows=BLOCK_ROWS, **attributes)
+        self.file.close()
+        size = self.path.stat().st_size
+        return {**attributes, "rows": self.rows, "kept": self.kept, "bytes": size, "digest": digest(checksums)}
+
+    def _columns(self) -> dict[str, h5py.Dataset]:
+        hooks = {activations_path(hook): self.file[activations_path(hook)] for hook in self.moments}
+        return {**{name: self.file[name] for name in PROVENANCE}, **hooks}
+
+    def abandon(self) -> None:
+        """Close without complaint; what could not be flushed is thrown away with the file."""
+        try:
+            self.file.close()
+        except (OSError, RuntimeError):
+            log.debug("closing an abandoned shard failed", exc_info=True)
+
+
+class StoreWriter:
+    """Adds shards to the store in `folder`, creating it or continuing one made with the same `identity`.
+
+    `identity` is everything that decides the store's contents. Raises ValueError, naming the values
+    that differ, when the folder holds a store of another identity.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], widths: dict[str, int], dtype: StoreDtype) -> None:
+        self.folder = folder
+        self.widths = widths
+        self.dtype: StoreDtype = dtype
+        if (folder / MANIFEST).exists():
+            self.manifest = read_manifest(folder)
+            if changed := differences(_flat(self.manifest["identity"]), _flat(identity)):
+                raise ValueError(
+                    f"{folder} holds a store made with other settings: {'; '.join(changed)}. "
+                    "Use the same settings to continue it, or another --out"
+                )
+        else:
+            self.manifest = {
+                "schema": SCHEMA, "schema_version": SCHEMA_VERSION, "identity": identity, "complete": False,
+                "dtype": dtype, "block_rows": BLOCK_ROWS, "shards": [],
+                "hooks": {hook: {"d_in": width} for hook, width in widths.items()},
+            }  # fmt: skip
+            self._publish()
+
+    @property
+    def shards(self) -> list[dict[str, Any]]:
+        return self.manifest["shards"]
+
+    def add_tokenizer(self, files: Sequence[Path]) -> None:
+        """Copy the tokenizer's files beside the store, so that text is decoded without the model."""
+        target = self.folder / TOKENIZER
+        target.mkdir(exist_ok=True)
+        for file in files:
+            with replacing(target / file.name) as temporary:
+                shutil.copyfile(file, temporary)
+
+    @contextmanager
+    def shard(self, rows: int) -> Iterator[tuple[ShardWriter, dict[int, str], dict[str, Any]]]:
+        """The next shard of `rows` rows: its writer, and the document names and attributes to fill in.
+
+        It joins the store when the block ends without an exception, and leaves no trace otherwise.
+        A full disk is a ValueError that says what is safe.
+        """
+        path = self.folder / shard_name(len(self.shards))
+        documents: dict[int, str] = {}
+        attributes: dict[str, Any] = {}
+        try:
+            with replacing(path) as temporary:
+                writer = ShardWriter(temporary, rows, self.widths, self.dtype)
+                try:
+                    yield writer, documents, attributes
+                    entry = writer.finish(attributes, documents)
+                finally:
+                    writer.abandon()
+            self.manifest["shards"].append({"file": path.name, **entry})
+            self._publish()
+        except OSError as error:
+            raise ValueError(
+                f"writing {path} failed: {error}. The {len(self.shards)} whole shards before it are safe; "
+                "free some space and run the same command again to continue"
+            ) from error
+
+    def complete(self, facts: dict[str, Any]) -> None:
+        """Merge the shards' statistics and document names, and mark the store whole."""
+        moments = {hook: Moments.zero(width) for hook, width in self.widths.items()}
+        documents: dict[int, tuple[str, str]] = {}
+        for entry in self.shards:
+            with h5py.File(self.folder / entry["file"], "r") as file:
+                names = zip(file["documents/doc_id"][:].tolist(), file["documents/name"].asstr()[:].tolist(), strict=True)
+                documents |= {doc_id: (name, entry["split"]) for doc_id, name in names}
+                if entry["split"] == "train":
+                    moments = {hook: total.plus(_moments(file, hook)) for hook, total in moments.items()}
+        for hook, total in moments.items():
+            self.manifest["hooks"][hook]["statistics"] = total.to_json()
+        table = pa.table({
+            "doc_id": pa.array(sorted(documents), pa.int32()),
+            "name": [documents[doc_id][0] for doc_id in sorted(documents)],
+            "split": [documents[doc_id][1] for doc_id in sorted(documents)],
+        })  # fmt: skip
+        with replacing(self.folder / DOCUMENTS) as temporary:
+            pq.write_table(table, temporary)
+        self.manifest |= {**facts, "documents": len(documents), "complete": True}
+        self._publish()
+
+    def _publish(self) -> None:
+        write_json(self.folder / MANIFEST, self.manifest)
+
+
+def _moments(file: h5py.File, hook: str) -> Moments:
+    group = file[f"statistics/{hook}"]
+    return Moments(
+        int(group.attrs["rows"]), group["mean_sum"][:], float(group.attrs["squared_norm_sum"]), group["norm_histogram"][:]
+    )
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots, so that a difference is named to the leaf."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+    return flat

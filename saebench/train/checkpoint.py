@@ -1,0 +1,82 @@
+"""Checkpoints of a grid: one safetensors file per SAE, and one small file that makes them count.
+
+`checkpoint.json` is replaced last and names the step; until then the previous set of files is the
+one that a resumed run reads. Tensors and JSON only, no pickle.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from saebench.config import differences
+from saebench.files import read_json, replacing, write_json
+from saebench.store import Cursor
+from saebench.train.member import Member
+
+POINTER = "checkpoint.json"
+
+
+class Checkpoint:
+    """The resumable state of a grid under `folder`; `identity` maps each SAE to what decides its training."""
+
+    def __init__(self, folder: Path, identity: dict[str, dict[str, Any]]) -> None:
+        self.folder = folder
+        self.identity = identity
+
+    def save(self, members: list[Member], step: int, cursor: Cursor, seconds: float) -> None:
+        """Write all SAEs, then point to them. A full disk is a ValueError; the last checkpoint stays."""
+        try:
+            for member in members:
+                file = self._file(member, step)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                state = {name: value.detach().cpu().contiguous() for name, value in member.state().items()}
+                with replacing(file) as temporary:
+                    save_file(state, temporary)
+            pointer = {"step": step, "cursor": list(cursor), "seconds": seconds, "identity": self.identity}
+            write_json(self.folder / POINTER, pointer)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"writing the checkpoint of step {step} in {self.folder} failed: {error}. The one before it is whole; "
+                "free some space and run the same command again to continue from there"
+            ) from error
+        for member in members:
+            for old in self._file(member, step).parent.glob("step-*.safetensors"):
+                if old != self._file(member, step):
+                    old.unlink()
+
+    def restore(self, members: list[Member]) -> tuple[int, Cursor, float]:
+        """(steps done, stream position, seconds spent); zeros when there is no checkpoint.
+
+        Raises ValueError, naming what differs, when the checkpoint is of another grid.
+        """
+        path = self.folder / POINTER
+        if not path.exists():
+            return 0, Cursor(), 0.0
+        pointer = read_json(path)
+        for name in sorted({*pointer["identity"], *self.identity}):
+            if changed := differences(pointer["identity"].get(name, {}), self.identity.get(name, {})):
+                raise ValueError(
+                    f"{self.folder} holds a checkpoint of other settings: {name}: {'; '.join(changed)}. "
+                    f"Use the same settings to continue it, delete {path} to start again, or choose another --out"
+                )
+        for member in members:
+            file = self._file(member, pointer["step"])
+            try:
+                member.restore(load_file(file))
+            except (OSError, SafetensorError, KeyError) as error:
+                raise ValueError(f"checkpoint {file} cannot be read ({error}); delete {path} to start again") from error
+        return pointer["step"], Cursor(*pointer["cursor"]), pointer["seconds"]
+
+    def remove(self, members: list[Member]) -> None:
+        """Once the SAEs themselves are saved, their checkpoints have served."""
+        (self.folder / POINTER).unlink()
+        for member in members:
+            folder = self._file(member, 0).parent
+            for file in folder.glob("*"):
+                file.unlink()
+            folder.rmdir()
+
+    def _file(self, member: Member, step: int) -> Path:
+        return self.folder / member.spec.name / "checkpoint" / f"step-{step:09d}.safetensors"

@@ -1,0 +1,224 @@
+"""The training loop: a grid of SAEs off one shuffled stream of activations."""
+
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from saebench.config import Count, differences, to_json
+from saebench.files import hash_files, locked
+from saebench.models import default_device, model_path
+from saebench.runlog import MetricsLog, interruptible, progress, provenance
+from saebench.sae import fold, read_config, save_sae
+from saebench.store import Store, open_store, shuffled_batches
+from saebench.store.schema import MANIFEST
+from saebench.train.checkpoint import Checkpoint
+from saebench.train.member import Member, Spec
+from saebench.train.schedules import default_learning_rate
+
+log = logging.getLogger(__name__)
+
+Architecture = Literal["relu", "topk", "gated"]
+LOG_EVERY = 50  # steps
+CHECKPOINT_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A grid: every architecture at every sparsity that applies to it."""
+
+    store: Path
+    """activation store to train on"""
+    hook: str | None = None
+    """hook in the store (default: the only one)"""
+    out: Path
+    """run directory; SAEs go to OUT/saes/NAME"""
+    arch: tuple[Architecture, ...] = ("topk",)
+    """architectures, for instance topk,relu"""
+    k: tuple[int, ...] = ()
+    """active latents per row, for topk"""
+    target_l0: tuple[float, ...] = ()
+    """mean L0 that λ is moved to meet, for relu and gated (for topk, the same as k)"""
+    l1: tuple[float, ...] = ()
+    """fixed λ instead of a target, for relu and gated"""
+    d_sae: Count | None = None
+    """latents (default: expansion × d_in)"""
+    expansion: Count = 8
+    """latents per input dimension, where d_sae is not given"""
+    tokens: Count = 10_000_000
+    """rows to train on; more than the store has means several epochs"""
+    batch: Count = 4096
+    """rows in a step"""
+    lr: float | None = None
+    """peak learning rate (default: 2e-4/√(d_sae/2¹⁴))"""
+    dead_tokens: Count | None = None
+    """rows without firing after which a latent counts as dead (default: a twentieth of the run, at most 10M)"""
+    memory_gb: float = 2.0
+    """memory for the shuffle buffer"""
+    seed: int = 0
+    """fixes initialisation and data order"""
+    device: str | None = None
+    """cuda, mps or cpu (default: the first of these at hand)"""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch", "expansion", "memory_gb"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
+        if not self.k and not self.target_l0 and not self.l1:
+            raise ValueError("no sparsity given; expected --k 16,32 for topk, --target-l0 32 or --l1 2 for relu and gated")
+
+    @property
+    def n_steps(self) -> int:
+        return math.ceil(self.tokens / self.batch)
+
+    @property
+    def dead_steps(self) -> int:
+        return math.ceil((self.dead_tokens or min(10_000_000, self.tokens / 20)) / self.batch)
+
+
+def grid(config: TrainConfig, d_in: int) -> list[Spec]:
+    """The SAEs that a config describes. Raises ValueError when an architecture gets no sparsity, or k > d_sae."""
+    d_sae = config.d_sae or config.expansion * d_in
+    lr = config.lr or default_learning_rate(d_sae)
+    specs: list[Spec] = []
+    for arch in config.arch:
+        if arch == "topk":
+            levels: list[dict[str, Any]] = [{"k": k} for k in (*config.k, *(round(l0) for l0 in config.target_l0))]
+        else:
+            levels = [{"target_l0": l0} for l0 in config.target_l0] + [{"l1": l1} for l1 in config.l1]
+        if not levels:
+            raise ValueError(f"architecture {arch} has no sparsity; expected {'--k' if arch == 'topk' else '--target-l0 or --l1'}")
+        for level in levels:
+            (kind, value), *_ = level.items()
+            if not 0 < value <= (d_sae if kind != "l1" else math.inf):
+                raise ValueError(f"{kind} is {value}; expected more than 0 and at most d_sae = {d_sae}")
+            label = {"k": "k", "target_l0": "l0-", "l1": "l1-"}[kind]
+            name = f"{arch}-{label}{value:g}"
+            specs.append(Spec(name=name, architecture=arch, d_sae=d_sae, lr=lr, seed=config.seed, **level))
+    return list({spec.name: spec for spec in specs}.values())
+
+
+def train(config: TrainConfig) -> list[Path] | None:
+    """Train the grid; returns the SAEs' directories, or None when Ctrl-C ended it early.
+
+    The same call continues a run that was interrupted or killed, and skips SAEs that are done.
+    Raises ValueError for a store, hook or checkpoint that does not fit, and for a loss that is not finite.
+    """
+    store = open_store(config.store)
+    hook = config.hook or _only_hook(store)
+    device = config.device or default_device()
+    d_in, statistics = store.d_in(hook), store.statistics(hook)
+    scale = math.sqrt(d_in / statistics["mean_squared_norm"])
+    folder = config.out / "saes"
+    with locked(config.out):
+        every = grid(config, d_in)
+        identity = {spec.name: _identity(config, spec, store, hook) for spec in every}
+        specs = [spec for spec in every if not _done(folder / spec.name, identity[spec.name])]
+        if not specs:
+            log.info("all %d SAEs in %s are trained already", len(every), folder)
+            return [folder / spec.name for spec in every]
+        mean = torch.tensor(statistics["mean"], dtype=torch.float64).mul(scale).float()
+        members = [Member(spec, d_in, mean, config.dead_steps, config.n_steps, device) for spec in specs]
+        checkpoint = Checkpoint(folder, {spec.name: identity[spec.name] for spec in specs})
+        done, cursor, seconds = checkpoint.restore(members)
+        logs = {member: MetricsLog(folder / member.spec.name / "metrics.jsonl", done) for member in members}
+        rows_per_epoch = store.rows("train", kept=True)
+        memory = int(config.memory_gb * 2**30)
+        batches = shuffled_batches(store, hook, config.batch, seed=config.seed, memory=memory, start=cursor)
+        started = saved = time.monotonic()
+        bar = progress(config.n_steps * config.batch, f"train {len(members)} SAEs", "row", done * config.batch)
+        with interruptible() as interrupt, bar:
+            for step in range(done, config.n_steps):
+                rows, cursor = next(batches)
+                x_BD = rows.to(device, torch.float32) * scale
+                for member in members:
+                    member.step(x_BD, step)
+                bar.update(config.batch)
+                now = time.monotonic()
+                elapsed = seconds + now - started
+                last = step + 1 == config.n_steps
+                if (step + 1) % LOG_EVERY == 0 or last:
+                    rate = (step + 1 - done) * config.batch / (now - started)
+                    epoch = (step + 1) * config.batch / rows_per_epoch
+                    _log(members, logs, bar, step, tokens=(step + 1) * config.batch, epoch=epoch, tokens_per_s=rate)
+                if interrupt.requested or last or now - saved > CHECKPOINT_SECONDS:
+                    checkpoint.save(members, step + 1, cursor, elapsed)
+                    saved = time.monotonic()
+                if interrupt.requested and not last:
+                    log.warning("stopped after step %d of %d; the same command continues", step + 1, config.n_steps)
+                    return None
+        for member in members:
+            logs[member].close()
+            facts = _facts(config, store, hook, member, elapsed / len(members), identity[member.spec.name])
+            fold(member.sae, scale)
+            save_sae(member.sae, folder / member.spec.name, facts)
+        checkpoint.remove(members)
+    return [folder / spec.name for spec in every]
+
+
+def _only_hook(store: Store) -> str:
+    if len(store.hooks) > 1:
+        raise ValueError(f"{store.folder} has several hooks; choose one with --hook: {', '.join(store.hooks)}")
+    return store.hooks[0]
+
+
+def _identity(config: TrainConfig, spec: Spec, store: Store, hook: str) -> dict[str, Any]:
+    """Everything that decides the weights of one SAE."""
+    shared = {name: to_json(config)[name] for name in ("tokens", "batch", "memory_gb")}
+    manifest = hash_files([store.folder / MANIFEST])
+    return {**spec.to_json(), **shared, "hook": hook, "store": manifest, "dead_steps": config.dead_steps}
+
+
+def _done(folder: Path, identity: dict[str, Any]) -> bool:
+    """Whether this SAE was trained already. Raises ValueError when the folder has another of its name."""
+    if not (folder / "cfg.json").exists():
+        return False
+    if changed := differences(read_config(folder)["metadata"]["saebench"]["identity"], identity):
+        raise ValueError(f"{folder} holds an SAE trained with other settings: {'; '.join(changed)}. Choose another --out")
+    return True
+
+
+def _log(members: list[Member], logs: dict[Member, MetricsLog], bar: Any, step: int, **common: float) -> None:
+    """A line per SAE. Raises ValueError naming the SAE and the step of a loss that is not finite."""
+    lines = {member: member.log_line(step) for member in members}
+    for member, line in lines.items():
+        if not math.isfinite(line["loss"]):
+            raise ValueError(
+                f"the loss of {member.spec.name} is {line['loss']} by step {step + 1}; the last checkpoint is from before: "
+                "lower --lr, or look at the store with `saebench store info`"
+            )
+        logs[member].write(step=step + 1, **common, **line)
+    first = next(iter(lines.values()))
+    bar.set_postfix_str(f"{members[0].spec.name}: L0 {first['l0']:.1f}, FVU {first['fvu']:.3f}", refresh=False)
+
+
+def _facts(
+    config: TrainConfig, store: Store, hook: str, member: Member, seconds: float, identity: dict[str, Any]
+) -> dict[str, Any]:
+    """Metadata of a saved SAE: what SAELens' tools read, and under `saebench` how it came about."""
+    made = store.manifest["identity"]
+    return {
+        "model_name": model_path(made["model"]["id"]),
+        "model_class_name": "HookedTransformer",
+        "hook_name": hook,
+        "hook_head_index": None,
+        "context_size": store.context,
+        "prepend_bos": True,
+        "seqpos_slice": [None],
+        "dataset_path": made["text"]["dataset"],
+        "exclude_special_tokens": True,
+        "neuronpedia_id": None,
+        "training_architecture": member.spec.architecture,
+        "saebench": {
+            "identity": identity,
+            "store": str(config.store),
+            "tokens_trained": config.n_steps * config.batch,
+            "epochs": config.n_steps * config.batch / store.rows("train", kept=True),
+            "seconds": seconds,
+            "lambda": None if member.spec.k else float(member.sparsity.log_coefficient.exp()),
+            "provenance": provenance(),
+        },
+    }

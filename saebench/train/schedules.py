@@ -1,0 +1,54 @@
+"""What changes over a run: the learning rate, and the sparsity coefficient that finds its target."""
+
+import math
+
+import torch
+from torch import Tensor
+
+WARMUP = 0.05  # of all steps, for the learning rate and a fixed λ
+DECAY = 0.2
+
+# The controller integrates the error of log L0. L0 answers a change of λ within about a hundred
+# steps; a gain well under one over that delay neither rings nor lags.
+_GAIN = 0.01
+_LARGEST_ERROR = 0.5
+_SMOOTHING = 0.05
+
+
+def learning_rate(step: int, n_steps: int, peak: float) -> float:
+    """Linear warm-up over the first 5%, linear decay to 0 over the last 20%."""
+    warm = min(1.0, (step + 1) / max(1, WARMUP * n_steps))
+    left = min(1.0, (n_steps - step) / max(1, DECAY * n_steps))
+    return peak * warm * left
+
+
+def default_learning_rate(d_sae: int) -> float:
+    """2e-4/√(F/2¹⁴) (the scaling of Gao et al. 2024, appendix A.3, as used by sparsify)."""
+    return 2e-4 / math.sqrt(d_sae / 2**14)
+
+
+class Sparsity:
+    """λ of a run: fixed after a warm-up, or moved until the mean L0 meets a target.
+
+    State (`log_coefficient`, `l0`) is two float64 scalars, kept as tensors so that a step needs no
+    host synchronisation and a checkpoint is exact.
+    """
+
+    def __init__(self, coefficient: float | None, target_l0: float | None, device: str) -> None:
+        self.target = target_l0
+        start = coefficient if coefficient is not None else 1.0
+        self.log_coefficient = torch.tensor(math.log(start), dtype=torch.float64, device=device)
+        self.l0 = torch.tensor(math.nan, dtype=torch.float64, device=device)
+
+    def coefficient(self, step: int, n_steps: int) -> Tensor:
+        """λ at a step, rising linearly over the warm-up."""
+        return (self.log_coefficient.exp() * min(1.0, (step + 1) / max(1, WARMUP * n_steps))).float()
+
+    def observe(self, l0: Tensor, step: int, n_steps: int) -> None:
+        """Take in a batch's mean L0. Nothing moves in the warm-up, when L0 is high whatever λ is."""
+        l0 = l0.double()
+        self.l0 = torch.where(self.l0.isnan(), l0, self.l0 + _SMOOTHING * (l0 - self.l0))
+        if self.target is None or step < WARMUP * n_steps:
+            return
+        error = (self.l0.clamp(min=1e-3) / self.target).log().clamp(-_LARGEST_ERROR, _LARGEST_ERROR)
+        self.log_coefficient += _GAIN * error

@@ -1,0 +1,1 @@
+"""Figures and token HTML: data in, Plotly figures and escaped HTML out."""

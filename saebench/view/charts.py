@@ -1,0 +1,82 @@
+"""Plotly figures of SAEs: one colour and marker per architecture, the same on every page."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+# Colour-blind safe (Okabe and Ito 2008); the marker says the same without colour.
+STYLE = {
+    "relu": ("#0072B2", "circle"),
+    "topk": ("#D55E00", "diamond"),
+    "gated": ("#009E73", "square"),
+    "jumprelu": ("#CC79A7", "cross"),
+}
+CONTROL = "#8a8a8a"
+_FALLBACK = ("#444444", "x")
+
+
+def _layout(figure: go.Figure, title: str, x: str, y: str) -> go.Figure:
+    figure.update_layout(
+        title=title, template="plotly_white", height=440, margin={"l": 70, "r": 20, "t": 60, "b": 55},
+        legend={"orientation": "h", "y": -0.2}, hoverlabel={"align": "left"},
+    )  # fmt: skip
+    figure.update_xaxes(title=x)
+    figure.update_yaxes(title=y)
+    return figure
+
+
+def pareto(saes: Sequence[Mapping[str, Any]], metric: str, label: str, *, baselines: Mapping[str, str] | None = None) -> go.Figure:
+    """L0 (log scale) against a metric, a line per architecture, 95% intervals as bars.
+
+    `saes` are entries of `summary.json`; `baselines` maps names in their `baselines` to labels.
+    """
+    figure = go.Figure()
+    for architecture in dict.fromkeys(sae["architecture"] for sae in saes):
+        points = sorted((s for s in saes if s["architecture"] == architecture and s[metric] is not None), key=lambda s: s["l0"])
+        colour, symbol = STYLE.get(architecture, _FALLBACK)
+        low, high = zip(*(s["intervals"][metric] for s in points), strict=True) if points else ((), ())
+        values = [s[metric] for s in points]
+        figure.add_scatter(
+            x=[s["l0"] for s in points], y=values, mode="lines+markers", name=architecture,
+            marker={"color": colour, "symbol": symbol, "size": 11}, line={"color": colour},
+            error_y={
+                "type": "data", "symmetric": False, "thickness": 1.5,
+                "array": [h - v for h, v in zip(high, values, strict=True)],
+                "arrayminus": [v - lo for lo, v in zip(low, values, strict=True)],
+            },
+            text=[_hover(s) for s in points], hovertemplate="%{text}<extra></extra>",
+        )  # fmt: skip
+    for (name, description), dash in zip((baselines or {}).items(), ("dot", "dash", "dashdot"), strict=False):
+        points = sorted(saes, key=lambda s: s["l0"])
+        figure.add_scatter(
+            x=[s["l0"] for s in points], y=[s["baselines"][name] for s in points], mode="lines+markers", name=description,
+            line={"color": CONTROL, "dash": dash}, marker={"color": CONTROL, "symbol": "line-ew-open"},
+        )  # fmt: skip
+    figure.update_xaxes(type="log")
+    return _layout(figure, f"{label} against L0", "L0: mean active latents per token", label)
+
+
+def _hover(sae: Mapping[str, Any]) -> str:
+    rows = {
+        "L0": sae["l0"], "FVU": sae["fvu"], "ΔCE": sae["delta_ce"], "loss recovered (zero)": sae["loss_recovered_zero"],
+        "loss recovered (mean)": sae["loss_recovered_mean"], "dead": sae["dead_fraction"],
+    }  # fmt: skip
+    figures = "<br>".join(f"{name} {'—' if value is None else format(value, '.4g')}" for name, value in rows.items())
+    return f"<b>{sae['name']}</b><br>{sae['hook']}, {sae['d_sae']:,} latents<br>{figures}"
+
+
+def training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, label: str, architectures: Mapping[str, str]) -> go.Figure:
+    """A logged quantity over the rows trained on, a line per SAE."""
+    figure = go.Figure()
+    dashes: dict[str, int] = {}
+    for name, lines in logs.items():
+        colour, _ = STYLE.get(architectures[name], _FALLBACK)
+        nth = dashes[colour] = dashes.get(colour, -1) + 1
+        points = [line for line in lines if line.get(metric) is not None]
+        figure.add_scatter(
+            x=[line["tokens"] for line in points], y=[line[metric] for line in points], name=name, mode="lines",
+            line={"color": colour, "dash": ("solid", "dash", "dot", "dashdot")[nth % 4]},
+        )  # fmt: skip
+    figure.update_yaxes(type="log")
+    return _layout(figure, f"{label} during training", "rows trained on", label)
