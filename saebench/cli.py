@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        return arguments.run(arguments)
+        return arguments.command(arguments)
     except ValueError as error:
         if arguments.verbose:
             raise
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Callable[[argparse.Namespace], int], about: str, *configs: type) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=about, description=about)
-        sub.set_defaults(run=run)
+        sub.set_defaults(command=run)
         for config in configs:
             add_arguments(sub, config)
         return sub
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     for action, run, about in (("info", _store_info, "what is in a store"), ("verify", _store_verify, "check every block of a store")):
         sub = store.add_parser(action, help=about, description=about)
         sub.add_argument("path", type=Path)
-        sub.set_defaults(run=run)
+        sub.set_defaults(command=run)
     return parser
     return parser
 

@@ -1,4 +1,4 @@
-"""Dataclass <-> JSON <-> command line.
+"""Dataclass -> JSON, and dataclass <- command line.
 
 Every stage has one frozen dataclass beside its code; its fields, with the docstring under each,
 are the options of the stage's command and the record of the run.
@@ -13,6 +13,7 @@ import re
 import textwrap
 import types
 import typing
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 T = TypeVar("T")
@@ -63,18 +64,14 @@ def from_arguments(config: type[T], arguments: argparse.Namespace) -> T:
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """The fields as JSON values (tuples become lists)."""
-    return {
-        name: [*value] if isinstance(value, tuple) else value for name, value in dataclasses.asdict(config).items()
-    }
+    """The fields as JSON values: tuples become lists, paths become strings."""
 
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return list(value)
+        return str(value) if isinstance(value, Path) else value
 
-def from_json(config: type[T], values: dict[str, Any]) -> T:
-    """The inverse of `to_json`. Raises ValueError naming fields that this version does not know."""
-    fields = {field.name for field in dataclasses.fields(typing.cast(Any, config))}
-    if unknown := sorted(set(values) - fields):
-        raise ValueError(f"{config.__name__} has no field {', '.join(unknown)}; it was written by another version of saebench")
-    return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    return {name: plain(value) for name, value in dataclasses.asdict(config).items()}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -16,8 +16,9 @@ import xxhash
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place once the block ends and is on disk.
 
-    On an exception the temporary file goes and `path` stays as it was.
+    Missing folders are made. On an exception the temporary file goes and `path` stays as it was.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary

@@ -65,17 +65,14 @@ class MetricsLog:
     """One JSON object per line. On resume, lines from `step` on are dropped: they will come again."""
 
     def __init__(self, path: Path, step: int = 0) -> None:
+        self.path = path
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in lines if _step(line) <= step] if step else []
         write_text(path, "".join(line + "\n" for line in kept))
-        self._file = open(path, "a")  # noqa: SIM115  (closed in close)
 
     def write(self, **values: Any) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
+        with open(self.path, "a") as file:
+            file.write(json.dumps(values) + "\n")
 
 
 def _step(line: str) -> float:

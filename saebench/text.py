@@ -25,7 +25,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 EMBEDDED = "embedded"
 # Tests, vendored packages and generated tables say little about Python as people write it.
 _EMBEDDED_SKIP = frozenset(
-    "test tests idle_test site-packages dist-packages __pycache__ encodings pydoc_data".split()
+    ["test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"]
 )
 _TEXT_SUFFIXES = frozenset({".txt", ".md", ".py"})
 _ROW_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
@@ -58,12 +58,12 @@ class TextConfig:
 
 
 class Document(NamedTuple):
-    """One document. `index` counts documents in the source's order, `key` decides its split.
+    """One document. `number` counts documents in the source's order, `key` decides its split.
 
     Exactly one of `text` and `input_ids` is set.
     """
 
-    index: int
+    number: int
     name: str
     key: str
     text: str | None
@@ -142,10 +142,12 @@ def fingerprint(config: TextConfig) -> str | None:
 
     It tells a resumed harvest that the files are no longer those it began with.
     """
-    path = _local_path(config)
-    if path is None and config.dataset != EMBEDDED:
-        return None
-    files = _text_files(config) or [(path, file) for file in _files_under(path)]
+    files = _text_files(config)
+    if files is None:
+        path = _local_path(config)
+        if path is None:
+            return None
+        files = [(path, file) for file in _files_under(path)]
     listing = "\n".join(sorted(f"{file.relative_to(root).as_posix()} {file.stat().st_size}" for root, file in files))
     return xxhash.xxh3_128_hexdigest(listing.encode("utf-8", "surrogateescape"))
 
@@ -258,15 +260,15 @@ def pack(
     To continue, give `cursors` as the contexts carried them and `documents` from the smallest
     document index among them.
     """
-    cursors = cursors or {split: (0, 0) for split in SPLITS}
+    cursors = cursors or dict.fromkeys(SPLITS, (0, 0))
     packers = {split: _Packer(split, encoder, length, cursors[split]) for split in SPLITS}
     while group := list(itertools.islice(documents, batch)):
-        raw = [document for document in group if document.text is not None]
-        encoded = dict(zip((d.index for d in raw), encoder.encode([d.text for d in raw]), strict=True)) if raw else {}
+        texts = {document.number: document.text for document in group if document.text is not None}
+        encoded = dict(zip(texts, encoder.encode(list(texts.values())), strict=True)) if texts else {}
         for document in group:
             packer = packers[split_of(document.key, validation_fraction)]
             if document.input_ids is None:
-                yield from packer.add(document, encoded[document.index])
+                yield from packer.add(document, encoded[document.number])
             else:
                 yield from packer.add_row(document)
     for packer in packers.values():
@@ -290,9 +292,9 @@ class _Packer:
     def add(self, document: Document, ids: Sequence[int]) -> Iterator[Context]:
         """Append a document; yields the contexts that it fills."""
         first, offset = self.start
-        if document.index < first:
+        if document.number < first:
             return
-        used = offset if document.index == first else 0
+        used = offset if document.number == first else 0
         opening = used == 0
         while used < len(ids):
             if opening or self.filled == 0:
@@ -302,12 +304,12 @@ class _Packer:
             self._put(document, ids[used : used + taken])
             used += taken
             if self.filled == self.length:
-                yield self._context((document.index, used))
+                yield self._context((document.number, used))
 
     def add_row(self, document: Document) -> Iterator[Context]:
         """Pass on a context that came ready-made. Raises ValueError when its length is another."""
         assert document.input_ids is not None
-        if document.index < self.start[0]:
+        if document.number < self.start[0]:
             return
         if len(document.input_ids) != self.length:
             raise ValueError(
@@ -315,7 +317,7 @@ class _Packer:
                 f"{self.length}: its rows are used as they are, so give their length as --context"
             )
         self._put(document, document.input_ids)
-        yield self._context((document.index + 1, 0))
+        yield self._context((document.number + 1, 0))
 
     def finish(self) -> Iterator[Context]:
         """Fill the last context up with BOS."""
@@ -328,8 +330,8 @@ class _Packer:
     def _put(self, document: Document, ids: Sequence[int]) -> None:
         end = self.filled + len(ids)
         self.tokens[self.filled : end] = ids
-        self.doc_id[self.filled : end] = document.index
-        self.documents[document.index] = document.name
+        self.doc_id[self.filled : end] = document.number
+        self.documents[document.number] = document.name
         self.filled = end
 
     def _context(self, cursor: tuple[int, int]) -> Context:

@@ -10,7 +10,6 @@ Face directory with a model card. Interrupted, it continues from its last checkp
 import argparse
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import logging
 import math

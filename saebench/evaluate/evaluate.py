@@ -265,15 +265,15 @@ def _write(
     metrics = {name: _number(value) for name, value in _metrics(sums).items()}
     samples = _metrics(resampled(table, config.resamples, seed=0))
     intervals = {name: [_number(q) for q in np.quantile(values, (0.025, 0.975))] for name, values in samples.items()}
-    rows = int(sums["rows"])
+    rows, l0 = int(sums["rows"]), float(sums["l0"] / sums["rows"])
     metrics |= density_metrics(subject.fires_F.cpu(), rows)
     metrics |= {"dead_fraction": float(dead["silent"].double().mean()), "dead_window": dead["window"], "n_tokens_eval": rows}
     small = [arm for arm in ("zero", "mean") if (sums[f"ce_{arm}"] - sums["ce_clean"]) / sums["positions"] < SMALL_DENOMINATOR]
     variance = float(total_variance(sums))
     seed = read_config(subject.folder)["metadata"].get("saebench", {}).get("identity", {}).get("seed", 0)
     baselines = {
-        "pca_fvu": pca.fvu(metrics["l0"], variance),
-        "untrained_fvu": untrained_fvu(store, hook, subject.sae.d_sae, metrics["l0"], seed, config.tokens),
+        "pca_fvu": pca.fvu(l0, variance),
+        "untrained_fvu": untrained_fvu(store, hook, subject.sae.d_sae, l0, seed, config.tokens),
     }
     write_json(
         subject.folder / EVALUATION,
@@ -289,7 +289,7 @@ def _write(
             "provenance": provenance(),
         },
     )
-    update_metadata(subject.folder, l0=metrics["l0"], evaluation={**metrics, "baselines": baselines})
+    update_metadata(subject.folder, l0=l0, evaluation={**metrics, "baselines": baselines})
 
 
 def _metrics(sums: dict[str, Any]) -> dict[str, Any]:

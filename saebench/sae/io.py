@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from saebench.files import read_json, replacing, write_json
-from saebench.sae.architectures import SAE, ReLUSAE, new_sae
+from saebench.sae.architectures import SAE, GatedSAE, ReLUSAE, new_sae
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
@@ -109,11 +109,12 @@ def load_sae(folder: Path | str, *, device: str = "cpu") -> SAE:
 def _fold_flags(sae: SAE, config: dict[str, Any]) -> None:
     if not config.get("apply_b_dec_to_input", True):
         shift_F = sae.b_dec @ sae.W_enc
-        if isinstance(sae, ReLUSAE):
-            sae.b_enc += shift_F
-        else:
+        if isinstance(sae, GatedSAE):
             sae.b_gate += shift_F
             sae.b_mag += shift_F * sae.r_mag.exp()
+        else:
+            assert isinstance(sae, ReLUSAE)
+            sae.b_enc += shift_F
     if config.get("rescale_acts_by_decoder_norm", False):
         # SAELens selects among pre-activations times ‖d‖ and divides by ‖d‖ again when decoding.
         norms = sae.W_dec.norm(dim=1)

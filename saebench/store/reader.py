@@ -39,6 +39,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def open_shard(path: Path) -> Any:
+    """The HDF5 file, untyped: h5py cannot know whether a name holds a group or a data set."""
+    return h5py.File(path, "r")
+
+
 class Shard:
     """One file of a store. Columns are memory-mapped; `rows` reads and verifies."""
 
@@ -61,7 +66,7 @@ class Shard:
             raise ValueError(f"{self.path} has {size} bytes, the manifest says {self._entry['bytes']}: {self._remedy()}")
         columns: dict[str, np.ndarray] = {}
         try:
-            with h5py.File(self.path, "r") as file:
+            with open_shard(self.path) as file:
                 names = [*PROVENANCE, *(activations_path(hook) for hook in self._hooks)]
                 checksums = {name: file[f"checksums/{name}"][:] for name in names}
                 for name in names:

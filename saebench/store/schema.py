@@ -53,7 +53,7 @@ def digest(checksums: dict[str, np.ndarray]) -> str:
 class Moments(NamedTuple):
     """Sums over kept rows of one hook: row count, Σx `[d_in]`, Σ‖x‖², histogram of ‖x‖ `[NORM_BINS]`."""
 
-    count: int
+    rows: int
     total: np.ndarray
     total_squared_norm: float
     norm_histogram: np.ndarray
@@ -63,17 +63,17 @@ class Moments(NamedTuple):
         return Moments(0, np.zeros(d_in), 0.0, np.zeros(NORM_BINS, dtype=np.int64))
 
     @staticmethod
-    def of(rows: np.ndarray) -> "Moments":
-        """Of float rows `[n, d_in]`."""
-        rows = rows.astype(np.float64)
-        squared = np.einsum("nd,nd->n", rows, rows)
+    def of(vectors: np.ndarray) -> "Moments":
+        """Of float vectors `[n, d_in]`."""
+        vectors = vectors.astype(np.float64)
+        squared = np.einsum("nd,nd->n", vectors, vectors)
         octaves = np.log2(np.maximum(np.sqrt(squared), _NORM_FLOOR) / _NORM_FLOOR)
         bins = np.minimum((octaves * 64).astype(np.int64), NORM_BINS - 1)
-        return Moments(len(rows), rows.sum(0), float(squared.sum()), np.bincount(bins, minlength=NORM_BINS))
+        return Moments(len(vectors), vectors.sum(0), float(squared.sum()), np.bincount(bins, minlength=NORM_BINS))
 
     def plus(self, other: "Moments") -> "Moments":
         return Moments(
-            self.count + other.count,
+            self.rows + other.rows,
             self.total + other.total,
             self.total_squared_norm + other.total_squared_norm,
             self.norm_histogram + other.norm_histogram,
@@ -81,17 +81,17 @@ class Moments(NamedTuple):
 
     def norm_quantile(self, q: float) -> float:
         """The norm that a share `q` of the rows stays under, to half a percent; 0 without rows."""
-        if self.count == 0:
+        if self.rows == 0:
             return 0.0
         below = np.cumsum(self.norm_histogram)
-        index = int(np.searchsorted(below, q * self.count))
+        index = int(np.searchsorted(below, q * self.rows))
         return float(_NORM_FLOOR * 2 ** ((index + 0.5) / 64))
 
     def to_json(self) -> dict[str, Any]:
         """The manifest's statistics of a hook."""
-        count = max(self.count, 1)
+        count = max(self.rows, 1)
         return {
-            "rows": self.count,
+            "rows": self.rows,
             "mean": (self.total / count).tolist(),
             "mean_squared_norm": self.total_squared_norm / count,
             "median_norm": self.norm_quantile(0.5),

@@ -1,6 +1,7 @@
 """Write a store shard by shard; what is finished survives whatever happens next."""
 
-import logging
+import io
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from saebench.config import differences
 from saebench.files import block_checksums, replacing, write_json
-from saebench.store.reader import read_manifest
+from saebench.store.reader import open_shard, read_manifest
 from saebench.store.schema import (
     BLOCK_ROWS,
     DOCUMENTS,
@@ -33,7 +34,60 @@ from saebench.store.schema import (
     shard_name,
 )
 
-log = logging.getLogger(__name__)
+
+class _Spool(io.RawIOBase):
+    """A file whose failures HDF5 never sees: the first is remembered, and writes after it go nowhere.
+
+    HDF5 cannot close a file after a write that failed, and then crashes the process as it exits.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        self.position = 0
+        self.error: OSError | None = None
+
+    def check(self) -> None:
+        """Raises the OSError that a write has met."""
+        if self.error is not None:
+            raise self.error
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: os.fstat(self.fd).st_size}[whence]
+        self.position = base + offset
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    # h5py hands over Cython's memory views, which are not instances of `memoryview`.
+
+    def readinto(self, buffer: Any) -> int:
+        read = os.preadv(self.fd, [buffer], self.position)
+        self.position += read
+        return read
+
+    def write(self, data: Any) -> int:
+        data, written = memoryview(data), 0
+        while written < len(data) and self.error is None:
+            try:
+                written += os.pwrite(self.fd, data[written:], self.position + written)
+            except OSError as error:
+                self.error = error
+        self.position += len(data)
+        return len(data)
+
+    def truncate(self, size: int) -> int:
+        try:
+            os.ftruncate(self.fd, size)
+        except OSError as error:
+            self.error = self.error or error
+        return size
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self.fd)
+        super().close()
 
 
 class ShardWriter:
@@ -46,8 +100,9 @@ class ShardWriter:
         self.filled = 0
         self.kept = 0
         self.moments = {hook: Moments.zero(width) for hook, width in widths.items()}
+        self.spool = _Spool(path)
         # No time stamps: equal contents give equal bytes.
-        self.file = h5py.File(path, "w", track_times=False)
+        self.file: Any = h5py.File(self.spool, "w", track_times=False)
         for name, kind in PROVENANCE.items():
             self.file.create_dataset(name, (rows,), kind, track_times=False)
         for hook, width in widths.items():
@@ -71,6 +126,7 @@ class ShardWriter:
             self.file[activations_path(hook)][start:stop] = raw.numpy()
         for name in PROVENANCE:
             self.file[name][start:stop] = provenance[name]
+        self.spool.check()
         self.filled = stop
         self.kept += int(keep.sum())
 
@@ -86,6 +142,7 @@ class ShardWriter:
         """Add checksums, statistics and document names; returns the shard's manifest entry."""
         assert self.filled == self.rows, f"{self.filled} of {self.rows} rows written"
         self.file.flush()
+        self.spool.check()
         checksums: dict[str, np.ndarray] = {}
         for name, dataset in self._columns().items():
             # Read back what the file holds, so that the checksum vouches for the write as well.
@@ -97,25 +154,24 @@ class ShardWriter:
             group = f"statistics/{hook}"
             self.file.create_dataset(f"{group}/mean_sum", data=moments.total, track_times=False)
             self.file.create_dataset(f"{group}/norm_histogram", data=moments.norm_histogram, track_times=False)
-            self.file[group].attrs.update(rows=moments.count, squared_norm_sum=moments.total_squared_norm)
+            self.file[group].attrs.update(rows=moments.rows, squared_norm_sum=moments.total_squared_norm)
         self.file.create_dataset("documents/doc_id", data=np.array(sorted(documents), dtype="<i4"), track_times=False)
         names = [documents[index] for index in sorted(documents)]
         self.file.create_dataset("documents/name", data=names, dtype=h5py.string_dtype(), track_times=False)
         self.file.attrs.update(schema=SCHEMA, schema_version=SCHEMA_VERSION, block_rows=BLOCK_ROWS, **attributes)
-        self.file.close()
+        self.close()
+        self.spool.check()
         size = self.path.stat().st_size
         return {**attributes, "rows": self.rows, "kept": self.kept, "bytes": size, "digest": digest(checksums)}
 
-    def _columns(self) -> dict[str, h5py.Dataset]:
+    def _columns(self) -> dict[str, Any]:
         hooks = {activations_path(hook): self.file[activations_path(hook)] for hook in self.moments}
         return {**{name: self.file[name] for name in PROVENANCE}, **hooks}
 
-    def abandon(self) -> None:
-        """Close without complaint; what could not be flushed is thrown away with the file."""
-        try:
+    def close(self) -> None:
+        if self.file:  # h5py's way to ask whether it is open
             self.file.close()
-        except (OSError, RuntimeError):
-            log.debug("closing an abandoned shard failed", exc_info=True)
+            self.spool.close()
 
 
 class StoreWriter:
@@ -173,7 +229,7 @@ class StoreWriter:
                     yield writer, documents, attributes
                     entry = writer.finish(attributes, documents)
                 finally:
-                    writer.abandon()
+                    writer.close()
             self.manifest["shards"].append({"file": path.name, **entry})
             self._publish()
         except OSError as error:
@@ -187,7 +243,7 @@ class StoreWriter:
         moments = {hook: Moments.zero(width) for hook, width in self.widths.items()}
         documents: dict[int, tuple[str, str]] = {}
         for entry in self.shards:
-            with h5py.File(self.folder / entry["file"], "r") as file:
+            with open_shard(self.folder / entry["file"]) as file:
                 names = zip(file["documents/doc_id"][:].tolist(), file["documents/name"].asstr()[:].tolist(), strict=True)
                 documents |= {doc_id: (name, entry["split"]) for doc_id, name in names}
                 if entry["split"] == "train":
@@ -208,7 +264,7 @@ class StoreWriter:
         write_json(self.folder / MANIFEST, self.manifest)
 
 
-def _moments(file: h5py.File, hook: str) -> Moments:
+def _moments(file: Any, hook: str) -> Moments:
     group = file[f"statistics/{hook}"]
     return Moments(
         int(group.attrs["rows"]), group["mean_sum"][:], float(group.attrs["squared_norm_sum"]), group["norm_histogram"][:]

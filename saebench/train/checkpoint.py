@@ -30,7 +30,6 @@ class Checkpoint:
         try:
             for member in members:
                 file = self._file(member, step)
-                file.parent.mkdir(parents=True, exist_ok=True)
                 state = {name: value.detach().cpu().contiguous() for name, value in member.state().items()}
                 with replacing(file) as temporary:
                     save_file(state, temporary)

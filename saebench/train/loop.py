@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
 from saebench.config import Count, differences, to_json
 from saebench.files import hash_files, locked
 from saebench.models import default_device, model_path
@@ -111,52 +112,67 @@ def train(config: TrainConfig) -> list[Path] | None:
     hook = config.hook or _only_hook(store)
     device = config.device or default_device()
     d_in, statistics = store.d_in(hook), store.statistics(hook)
-    scale = math.sqrt(d_in / statistics["mean_squared_norm"])
     folder = config.out / "saes"
+    specs = grid(config, d_in)
     with locked(config.out):
-        every = grid(config, d_in)
-        identity = {spec.name: _identity(config, spec, store, hook) for spec in every}
-        specs = [spec for spec in every if not _done(folder / spec.name, identity[spec.name])]
-        if not specs:
-            log.info("all %d SAEs in %s are trained already", len(every), folder)
-            return [folder / spec.name for spec in every]
-        mean = torch.tensor(statistics["mean"], dtype=torch.float64).mul(scale).float()
-        members = [Member(spec, d_in, mean, config.dead_steps, config.n_steps, device) for spec in specs]
-        checkpoint = Checkpoint(folder, {spec.name: identity[spec.name] for spec in specs})
-        done, cursor, seconds = checkpoint.restore(members)
-        logs = {member: MetricsLog(folder / member.spec.name / "metrics.jsonl", done) for member in members}
-        rows_per_epoch = store.rows("train", kept=True)
+        identity = {spec.name: _identity(config, spec, store, hook) for spec in specs}
+        todo = [spec for spec in specs if not _done(folder / spec.name, identity[spec.name])]
+        if not todo:
+            log.info("%s: all %d SAEs are trained already", folder, len(specs))
+            return [folder / spec.name for spec in specs]
+
+        scale = math.sqrt(d_in / statistics["mean_squared_norm"])  # brings E‖x‖² to D
+        mean_D = torch.tensor(statistics["mean"]) * scale
+        members = [Member(spec, mean_D, config.dead_steps, config.n_steps, device) for spec in todo]
+        checkpoint = Checkpoint(folder, {spec.name: identity[spec.name] for spec in todo})
+        first, cursor, seconds = checkpoint.restore(members)
+        logs = [MetricsLog(folder / spec.name / "metrics.jsonl", first) for spec in todo]
         memory = int(config.memory_gb * 2**30)
         batches = shuffled_batches(store, hook, config.batch, seed=config.seed, memory=memory, start=cursor)
-        started = saved = time.monotonic()
-        bar = progress(config.n_steps * config.batch, f"train {len(members)} SAEs", "row", done * config.batch)
+        clock = Clock(seconds)
+        bar = progress(config.n_steps * config.batch, f"train {len(members)} SAEs", "row", first * config.batch)
         with interruptible() as interrupt, bar:
-            for step in range(done, config.n_steps):
+            for step in range(first, config.n_steps):
                 rows, cursor = next(batches)
                 x_BD = rows.to(device, torch.float32) * scale
                 for member in members:
                     member.step(x_BD, step)
                 bar.update(config.batch)
-                now = time.monotonic()
-                elapsed = seconds + now - started
                 last = step + 1 == config.n_steps
                 if (step + 1) % LOG_EVERY == 0 or last:
-                    rate = (step + 1 - done) * config.batch / (now - started)
-                    epoch = (step + 1) * config.batch / rows_per_epoch
-                    _log(members, logs, bar, step, tokens=(step + 1) * config.batch, epoch=epoch, tokens_per_s=rate)
-                if interrupt.requested or last or now - saved > CHECKPOINT_SECONDS:
-                    checkpoint.save(members, step + 1, cursor, elapsed)
-                    saved = time.monotonic()
+                    _log(members, logs, bar, step, config.batch, clock)
+                if last or interrupt.requested or clock.since_save > CHECKPOINT_SECONDS:
+                    checkpoint.save(members, step + 1, cursor, clock.total)
+                    clock.saved()
                 if interrupt.requested and not last:
                     log.warning("stopped after step %d of %d; the same command continues", step + 1, config.n_steps)
                     return None
+
         for member in members:
-            logs[member].close()
-            facts = _facts(config, store, hook, member, elapsed / len(members), identity[member.spec.name])
+            facts = _facts(config, store, hook, member, identity[member.spec.name], clock.total / len(members))
             fold(member.sae, scale)
             save_sae(member.sae, folder / member.spec.name, facts)
         checkpoint.remove(members)
-    return [folder / spec.name for spec in every]
+    return [folder / spec.name for spec in specs]
+
+
+class Clock:
+    """Seconds of a run, across interruptions, and since its last checkpoint."""
+
+    def __init__(self, before: float) -> None:
+        self.before = before
+        self.started = self.last_save = time.monotonic()
+
+    @property
+    def total(self) -> float:
+        return self.before + time.monotonic() - self.started
+
+    @property
+    def since_save(self) -> float:
+        return time.monotonic() - self.last_save
+
+    def saved(self) -> None:
+        self.last_save = time.monotonic()
 
 
 def _only_hook(store: Store) -> str:
@@ -181,22 +197,22 @@ def _done(folder: Path, identity: dict[str, Any]) -> bool:
     return True
 
 
-def _log(members: list[Member], logs: dict[Member, MetricsLog], bar: Any, step: int, **common: float) -> None:
+def _log(members: list[Member], logs: list[MetricsLog], bar: Any, step: int, batch: int, clock: Clock) -> None:
     """A line per SAE. Raises ValueError naming the SAE and the step of a loss that is not finite."""
-    lines = {member: member.log_line(step) for member in members}
-    for member, line in lines.items():
+    common = {"step": step + 1, "tokens": (step + 1) * batch, "seconds": clock.total, "tokens_per_s": bar.format_dict["rate"]}
+    for member, file in zip(members, logs, strict=True):
+        line = member.log_line(step)
         if not math.isfinite(line["loss"]):
             raise ValueError(
                 f"the loss of {member.spec.name} is {line['loss']} by step {step + 1}; the last checkpoint is from before: "
                 "lower --lr, or look at the store with `saebench store info`"
             )
-        logs[member].write(step=step + 1, **common, **line)
-    first = next(iter(lines.values()))
-    bar.set_postfix_str(f"{members[0].spec.name}: L0 {first['l0']:.1f}, FVU {first['fvu']:.3f}", refresh=False)
+        file.write(**common, **line)
+        bar.set_postfix_str(f"{member.spec.name}: L0 {line['l0']:.1f}, FVU {line['fvu']:.3f}", refresh=False)
 
 
 def _facts(
-    config: TrainConfig, store: Store, hook: str, member: Member, seconds: float, identity: dict[str, Any]
+    config: TrainConfig, store: Store, hook: str, member: Member, identity: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
     """Metadata of a saved SAE: what SAELens' tools read, and under `saebench` how it came about."""
     made = store.manifest["identity"]

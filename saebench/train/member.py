@@ -37,9 +37,11 @@ class Spec:
 class Member:
     """Everything a step changes, so that saving and restoring `state` resumes bit for bit."""
 
-    def __init__(self, spec: Spec, d_in: int, mean_D: Tensor, dead_steps: int, n_steps: int, device: str) -> None:
+    def __init__(
+        self, spec: Spec, mean_D: Float[Tensor, " D"], dead_steps: int, n_steps: int, device: str
+    ) -> None:
         self.spec, self.dead_steps, self.n_steps = spec, dead_steps, n_steps
-        self.sae: SAE = new_sae(spec.architecture, d_in, spec.d_sae, k=spec.k)
+        self.sae: SAE = new_sae(spec.architecture, len(mean_D), spec.d_sae, k=spec.k)
         initialise(self.sae, mean_D, torch.Generator().manual_seed(spec.seed))
         self.sae.to(device)
         beta1 = 0.0 if spec.architecture == "gated" else 0.9

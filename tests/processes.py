@@ -1,0 +1,94 @@
+"""Run the command line in a child process, to interrupt it, kill it or starve it of disk.
+
+Children are forked from a server that has imported everything once: they start in milliseconds.
+"""
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["processes", "saebench.cli", "transformer_lens.model_bridge", "transformers.models.llama"])
+_PATIENCE = 120  # seconds
+
+
+class Child:
+    """A running command."""
+
+    def __init__(self, argv: tuple[str, ...], file_limit: int | None, slow: float) -> None:
+        self.output = Path(tempfile.mkstemp(prefix="saebench-test-")[1])
+        self.process = _CONTEXT.Process(target=_main, args=(argv, str(self.output), file_limit, slow))
+        self.process.start()
+
+    def ends(self) -> tuple[int, str]:
+        """(exit status, what it printed), once it has ended; minus a signal's number if that ended it."""
+        self.process.join(_PATIENCE)
+        assert self.process.exitcode is not None, f"still running:\n{self.output.read_text()}"
+        printed = self.output.read_text()
+        self.output.unlink()
+        return self.process.exitcode, printed
+
+
+def start(*argv: str, file_limit: int | None = None, slow: float = 0.0) -> Child:
+    """`saebench ARGV` in a child. `file_limit` is the largest file it may write, in bytes.
+
+    `slow` makes every training step and forward pass wait that many seconds.
+    """
+    return Child(argv, file_limit, slow)
+
+
+def run(*argv: str, file_limit: int | None = None) -> tuple[int, str]:
+    """(exit status, what it printed) of a child that runs to its end."""
+    return start(*argv, file_limit=file_limit).ends()
+
+
+def signal_when(child: Child, condition: Callable[[], bool], number: signal.Signals) -> tuple[int, str]:
+    """Send a signal once the condition holds, and wait. Fails when the child ends before that."""
+    deadline = time.monotonic() + _PATIENCE
+    while not condition():
+        assert child.process.is_alive(), child.ends()
+        assert time.monotonic() < deadline, "the condition never held"
+        time.sleep(0.002)
+    assert child.process.pid is not None
+    os.kill(child.process.pid, number)
+    return child.ends()
+
+
+def _main(argv: tuple[str, ...], output: str, file_limit: int | None, slow: float) -> None:
+    import torch
+
+    import saebench.harvest
+    import saebench.train.member
+    from saebench import cli
+
+    file = os.open(output, os.O_WRONLY)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    torch.set_num_threads(1)
+    if file_limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    if slow:
+        capture, step = saebench.harvest.capture, saebench.train.member.Member.step
+
+        def slow_capture(*args: object) -> object:
+            time.sleep(slow)
+            return capture(*args)  # type: ignore[arg-type]
+
+        def slow_step(*args: object) -> None:
+            time.sleep(slow)
+            step(*args)  # type: ignore[arg-type]
+
+        saebench.harvest.capture = slow_capture  # type: ignore[assignment]
+        saebench.train.member.Member.step = slow_step  # type: ignore[method-assign]
+    status = cli.main(argv)
+    sys.stderr.flush()
+    sys.stdout.flush()
+    sys.exit(status)

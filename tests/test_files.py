@@ -1,0 +1,76 @@
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+
+from saebench.files import block_checksums, hash_files, locked, read_json, replacing, write_json
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replacing(path) as temporary:
+        temporary.write_text("half of the ne")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_equal_values_give_equal_json_bytes(tmp_path: Path) -> None:
+    write_json(tmp_path / "a", {"x": 1, "y": [0.1]})
+    write_json(tmp_path / "b", {"y": [0.1], "x": 1})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_nan_never_reaches_json(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a", {"x": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_broken_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text('{"x": 1')
+    with pytest.raises(ValueError, match=r"a is not valid JSON .*restore it or make it again"):
+        read_json(tmp_path / "a")
+
+
+def test_block_checksums_are_xxh3_of_each_block_of_rows() -> None:
+    rows = np.arange(70, dtype=np.float32).reshape(10, 7)
+    want = [xxhash.xxh3_64_intdigest(rows[start : start + 4].tobytes()) for start in (0, 4, 8)]
+    assert block_checksums(rows, 4).tolist() == want
+    assert block_checksums(np.asfortranarray(rows), 4).tolist() == want
+
+
+def test_hash_depends_on_contents_and_names(tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.write_bytes(b"one")
+    b.write_bytes(b"one")
+    assert hash_files([a]) != hash_files([b])
+    before = hash_files([a, b])
+    b.write_bytes(b"two")
+    assert hash_files([a, b]) != before
+
+
+def _lock(folder: Path, messages: "multiprocessing.Queue[str]") -> None:
+    try:
+        with locked(folder):
+            messages.put("got it")
+    except ValueError as error:
+        messages.put(str(error))
+
+
+def test_a_second_process_cannot_write_into_the_same_folder(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    messages: multiprocessing.Queue[str] = context.Queue()
+
+    def ask() -> str:
+        process = context.Process(target=_lock, args=(tmp_path, messages))
+        process.start()
+        process.join()
+        return messages.get(timeout=10)
+
+    with locked(tmp_path):
+        assert "is being written by another process; wait for it or choose another --out" in ask()
+    assert ask() == "got it"

@@ -1,0 +1,258 @@
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import processes
+import pytest
+import torch
+from conftest import CONTEXT, HOOK, WIDTH, sentences
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from saebench.files import read_json
+from saebench.harvest import HarvestConfig, deal, harvest
+from saebench.store import Store, open_store
+from saebench.text import SPLITS, Context, Document, Encoder, TextConfig, open_documents, pack, split_of
+
+
+def config(model: Path, out: Path, **options: object) -> HarvestConfig:
+    small = {"layers": (0, 1), "tokens": 12_000, "context": CONTEXT, "batch": 8, "shard_contexts": 64, "dtype": "float32"}
+    return HarvestConfig(model=str(model), out=out, **{**small, **options})  # type: ignore[arg-type]
+
+
+def text(corpus: Path, **options: object) -> TextConfig:
+    return TextConfig(dataset=str(corpus), **{"validation_fraction": 0.2, **options})  # type: ignore[arg-type]
+
+
+def arguments(model: Path, corpus: Path, out: Path) -> list[str]:
+    return [
+        "harvest", "--model", str(model), "--dataset", str(corpus), "--validation-fraction", "0.2", "--layers", "0,1",
+        "--tokens", "12000", "--context", str(CONTEXT), "--batch", "8", "--shard-contexts", "64", "--dtype", "float32",
+        "--device", "cpu", "--out", str(out),
+    ]  # fmt: skip
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a store by its path, but for the lock."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+# ------------------------------------------------------------------------------------ what is stored
+
+
+def test_rows_are_the_models_hidden_states_of_the_packed_text(
+    store: Store, checkpoints: dict[str, Path], corpus: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(checkpoints["llama"], dtype=torch.float32).eval()
+    for shard in store.shards[:3]:
+        tokens = torch.tensor(shard.column("tokens").reshape(-1, CONTEXT)).long()
+        with torch.no_grad():
+            states = reference(tokens, output_hidden_states=True).hidden_states
+        for layer in (0, 1):
+            rows = shard.rows(f"blocks.{layer}.hook_resid_post").view(-1, CONTEXT, WIDTH)
+            assert torch.allclose(rows, states[layer + 1], atol=1e-4, rtol=1e-4)
+    names = store.document_names()
+    first = store.of_split("train")[0]
+    doc = int(first.column("doc_id")[0])
+    ids = first.column("tokens")[(first.column("doc_id") == doc) & first.column("keep")]
+    assert (corpus / names[doc]).read_text().startswith(tokenizer.decode(ids.tolist()))
+
+
+def test_splits_follow_the_documents_and_provenance_is_kept(store: Store, corpus: Path) -> None:
+    names = store.document_names()
+    for shard in store.shards:
+        assert {split_of(names[int(i)], 0.2) for i in shard.column("doc_id")} == {shard.split}
+        assert np.array_equal(shard.column("position"), np.tile(np.arange(CONTEXT), shard.n_rows // CONTEXT))
+        assert np.array_equal(shard.column("keep"), shard.column("tokens") != 0)
+    assert store.rows("train") == 12_000
+    assert 0 < store.rows("validation") < 12_000
+    assert not store.manifest["exhausted"]
+
+
+def test_held_out_rows_stop_at_their_limit(checkpoints: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    store = harvest(config(checkpoints["gpt2"], tmp_path / "s", validation_tokens=320), text(corpus))
+    assert store is not None
+    assert (store.rows("train"), store.rows("validation")) == (12_000, 320)
+
+
+def test_text_that_ends_early_is_said_and_kept_whole(
+    checkpoints: dict[str, Path], corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    store = harvest(config(checkpoints["gpt2"], tmp_path / "s", tokens=10**6, layers=(0,)), text(corpus))
+    assert store is not None
+    assert store.manifest["exhausted"]
+    assert f"the data set ended after {store.rows('train'):,} training tokens of the 1,000,000 asked for" in caplog.text
+    kept = sum(store.rows(split, kept=True) for split in SPLITS)
+    documents = [d.text or "" for d in open_documents(text(corpus))]
+    assert kept == sum(map(len, tokenizer(documents)["input_ids"]))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_narrow_dtypes_round_the_same_vectors(dtype: str, store: Store, checkpoints: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    narrow = harvest(config(checkpoints["llama"], tmp_path / "s", dtype=dtype), text(corpus))
+    assert narrow is not None
+    want = store.shards[0].rows(HOOK).to(getattr(torch, dtype))
+    assert torch.equal(narrow.shards[0].rows(HOOK), want)
+
+
+# ------------------------------------------------------------------------- interruption and resuming
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoints: dict[str, Path], corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The contents of a store harvested by the command line without interruption."""
+    out = tmp_path_factory.mktemp("whole") / "s"
+    status, stderr = processes.run(*arguments(checkpoints["llama"], corpus, out))
+    assert status == 0, stderr
+    return contents(out)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_and_resumed_equals_uninterrupted(
+    seed: int, whole: dict[str, bytes], checkpoints: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "s"
+    shards = random.Random(seed).randrange(1, 13)
+    child = processes.start(*arguments(checkpoints["llama"], corpus, out), slow=0.002)
+    processes.signal_when(child, lambda: len(list(out.glob("shard-*.h5"))) >= shards, signal.SIGKILL)
+    assert not read_json(out / "manifest.json")["complete"]
+    status, stderr = processes.run(*arguments(checkpoints["llama"], corpus, out))
+    assert status == 0, stderr
+    assert contents(out) == whole
+
+
+def test_ctrl_c_ends_after_the_shard_and_the_same_command_continues(
+    whole: dict[str, bytes], checkpoints: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "s"
+    child = processes.start(*arguments(checkpoints["llama"], corpus, out), slow=0.05)
+    status, stderr = processes.signal_when(child, lambda: (out / "shard-00001.h5").exists(), signal.SIGINT)
+    assert status == 130
+    assert "stopping as soon as the work so far is safe" in stderr
+    assert "the same command continues" in stderr
+    assert not list(out.glob(".*.tmp"))
+    n = len(read_json(out / "manifest.json")["shards"])
+    assert n == len(list(out.glob("shard-*.h5"))) >= 2
+    with pytest.raises(ValueError, match=f"is unfinished \\({n} shards so far\\)"):
+        open_store(out)
+    status, stderr = processes.run(*arguments(checkpoints["llama"], corpus, out))
+    assert status == 0, stderr
+    assert contents(out) == whole
+
+
+def test_a_full_disk_loses_nothing_that_was_whole(whole: dict[str, bytes], checkpoints: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    """RLIMIT_FSIZE lets the first shard through, but not a larger one."""
+    out = tmp_path / "s"
+    size = len(whole["shard-00000.h5"])
+    status, stderr = processes.run(*arguments(checkpoints["llama"], corpus, out), file_limit=size - 1000)
+    assert status == 2
+    assert "shard-00000.h5 failed" in stderr
+    assert "The 0 whole shards before it are safe; free some space and run the same command again to continue" in stderr
+    assert "Traceback" not in stderr
+    assert not list(out.glob("*.h5"))
+    assert not list(out.glob(".*.tmp"))
+    status, _ = processes.run(*arguments(checkpoints["llama"], corpus, out))
+    assert status == 0
+    assert contents(out) == whole
+
+
+def test_a_finished_store_is_reused(store: Store, checkpoints: dict[str, Path], corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    shutil.copytree(store.folder, tmp_path / "s")
+    before = contents(tmp_path / "s")
+    again = harvest(config(checkpoints["llama"], tmp_path / "s"), text(corpus))
+    assert again is not None
+    assert "is complete already" in caplog.text
+    assert contents(tmp_path / "s") == before
+
+
+def test_other_settings_are_refused_with_the_values(store: Store, checkpoints: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(store.folder, tmp_path / "s")
+    with pytest.raises(ValueError, match=r"made with other settings: layers: \[0, 1\] -> \[1\]; tokens: 12000 -> 16000\. Use the same"):
+        harvest(config(checkpoints["llama"], tmp_path / "s", tokens=16_000, layers=(1,)), text(corpus))
+    with pytest.raises(ValueError, match=r"model\.weights: '\w+' -> '\w+'"):
+        harvest(config(checkpoints["gpt2"], tmp_path / "s"), text(corpus))
+
+
+def test_a_changed_corpus_is_refused(store: Store, checkpoints: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(store.folder, tmp_path / "s")
+    shutil.copytree(corpus, tmp_path / "corpus")
+    (tmp_path / "corpus" / "00.txt").write_text("something else")
+    with pytest.raises(ValueError, match=r"text\.fingerprint: '\w+' -> '\w+'"):
+        harvest(config(checkpoints["llama"], tmp_path / "s"), text(tmp_path / "corpus"))
+
+
+# --------------------------------------------------------------------------------------- bad input
+
+
+def test_layers_beyond_the_model_and_contexts_too_long_are_named(checkpoints: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="hook 'blocks.5.hook_resid_post' is beyond model"):
+        harvest(config(checkpoints["llama"], tmp_path / "s", layers=(0, 5)), text(corpus))
+    with pytest.raises(ValueError, match="context is 128, model .* takes at most 64 tokens"):
+        harvest(config(checkpoints["llama"], tmp_path / "s", context=128), text(corpus))
+    assert not (tmp_path / "s" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layers": ()}, "layers is .*; expected at least one layer"),
+        ({"layers": (-1,)}, "layers is .*; expected at least one layer"),
+        ({"tokens": 0}, "tokens is 0; expected at least 1"),
+        ({"context": 1}, "context is 1; expected at least 2: BOS and a token"),
+    ],
+)
+def test_impossible_settings_are_named(options: dict[str, object], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, tmp_path, **options)
+
+
+def test_text_without_documents_in_a_split_is_too_small(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    for name, content in (("empty", ""), ("one", sentences(0, 50))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(content)
+        with pytest.raises(ValueError, match="is too small: no document fell into the (train|validation) split"):
+            harvest(config(checkpoints["llama"], tmp_path / f"store-{name}"), text(tmp_path / name))
+
+
+def test_a_disk_too_small_is_found_before_the_first_forward(
+    checkpoints: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr("saebench.harvest.capture", lambda *args: pytest.fail("the model ran"))
+    with pytest.raises(ValueError, match=r"needs about 4\.04 GB for 15,000,000 rows and the disk has 0\.00 GB free"):
+        harvest(config(checkpoints["llama"], tmp_path / "s", tokens=12 * 10**6, validation_tokens=3 * 10**6), text(corpus))
+
+
+# ----------------------------------------------------------------------------------------- dealing
+
+
+def test_dealing_resumes_exactly_at_every_shard() -> None:
+    """Also where the training split is full while held-out contexts still wait for their shard."""
+    encoder = Encoder(lambda texts: [[1] * len(t) for t in texts], 0, frozenset({0}))
+    documents = [Document(i, str(i), str(i), "x" * (3 + 5 * i % 17)) for i in range(60)]
+    for limit in (1, 9, 25, 1000):
+        limits = {"train": limit, "validation": 7}
+
+        def contexts(cursors: dict[str, tuple[int, int]] | None = None) -> object:
+            first = min(n for n, _ in cursors.values()) if cursors else 0
+            return pack(iter(documents[first:]), encoder, 5, 0.3, cursors)  # type: ignore[arg-type]
+
+        whole = list(deal(contexts(), 4, limits, dict.fromkeys(SPLITS, 0), (0, 0)))  # type: ignore[arg-type]
+        for cut in range(len(whole) + 1):
+            cursors = dict.fromkeys(SPLITS, (0, 0))
+            done = dict.fromkeys(SPLITS, 0)
+            for plan in whole[:cut]:
+                cursors[plan.split] = plan.cursor
+                done[plan.split] += len(plan.contexts)
+            rest = list(deal(contexts(cursors), 4, limits, done, cursors["train"]))  # type: ignore[arg-type]
+            assert [described(plan.split, plan.contexts) for plan in rest] == [
+                described(plan.split, plan.contexts) for plan in whole[cut:]
+            ]
+
+
+def described(split: str, contexts: list[Context]) -> tuple[str, list[list[int]], list[tuple[int, int]]]:
+    return split, [c.doc_id.tolist() for c in contexts], [c.cursor for c in contexts]

@@ -1,0 +1,115 @@
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LAYERS, SHAPES, VOCABULARY, WIDTH
+from transformers import AutoModelForCausalLM
+
+from saebench.models import (
+    LanguageModel,
+    capture,
+    check_hook,
+    default_device,
+    hook_name,
+    load_model,
+    model_path,
+    spliced_logits,
+)
+
+TOKENS = torch.randint(1, VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def pair(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> tuple[LanguageModel, torch.nn.Module]:
+    """A model as loaded here and by Hugging Face."""
+    path = checkpoints[request.param]
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return load_model(str(path), device="cpu", dtype="float32"), reference
+
+
+def test_residual_stream_equals_hugging_face_hidden_states(pair: tuple[LanguageModel, torch.nn.Module]) -> None:
+    model, reference = pair
+    with torch.no_grad():
+        want = reference(TOKENS, output_hidden_states=True)
+    pre = capture(model, TOKENS, [hook_name(i, "resid_pre") for i in range(LAYERS)])
+    post = capture(model, TOKENS, [hook_name(i) for i in range(LAYERS)])
+    for layer in range(LAYERS):
+        assert torch.allclose(pre[hook_name(layer, "resid_pre")], want.hidden_states[layer], atol=1e-4, rtol=1e-4)
+    for layer in range(LAYERS - 1):  # the last of Hugging Face's states comes after the final norm
+        assert torch.allclose(post[hook_name(layer)], want.hidden_states[layer + 1], atol=1e-4, rtol=1e-4)
+    logits = spliced_logits(model, TOKENS, hook_name(1), lambda x: x)
+    assert torch.allclose(logits, want.logits, atol=1e-3, rtol=1e-3)
+
+
+def test_attention_and_mlp_outputs_make_up_the_difference_of_the_stream(pair: tuple[LanguageModel, torch.nn.Module]) -> None:
+    model, _ = pair
+    kinds = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+    got = capture(model, TOKENS, [hook_name(1, kind) for kind in kinds])
+    pre, attention, mlp, post = (got[hook_name(1, kind)] for kind in kinds)
+    assert torch.allclose(pre + attention + mlp, post, atol=1e-4, rtol=1e-4)
+
+
+def test_capture_stops_after_the_deepest_hook(pair: tuple[LanguageModel, torch.nn.Module]) -> None:
+    model, _ = pair
+    ran: list[int] = []
+    hooks = [(hook_name(i, "resid_pre"), lambda value, hook, i=i: ran.append(i)) for i in range(LAYERS)]
+    with model.bridge.hooks(fwd_hooks=hooks):
+        capture(model, TOKENS, [hook_name(0), hook_name(1)])
+    assert ran == [0, 1]
+    # and leaves nothing behind: a whole pass still runs
+    assert spliced_logits(model, TOKENS, hook_name(0), lambda x: x).shape == (3, 20, VOCABULARY)
+
+
+def test_identity_splice_changes_no_bit_and_zero_splice_does(pair: tuple[LanguageModel, torch.nn.Module]) -> None:
+    model, _ = pair
+    with torch.inference_mode():
+        clean = model.bridge(TOKENS, return_type="logits")
+    assert torch.equal(spliced_logits(model, TOKENS, hook_name(1), lambda x: x.clone()), clean)
+    assert not torch.allclose(spliced_logits(model, TOKENS, hook_name(1), torch.zeros_like), clean)
+    with torch.inference_mode():
+        assert torch.equal(model.bridge(TOKENS, return_type="logits"), clean)
+
+
+def test_hooks_are_gone_after_an_exception(pair: tuple[LanguageModel, torch.nn.Module]) -> None:
+    model, _ = pair
+
+    def fail(x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        spliced_logits(model, TOKENS, hook_name(1), fail)
+    spliced_logits(model, TOKENS, hook_name(1), lambda x: x)
+
+
+def test_facts_of_a_model(checkpoints: dict[str, Path]) -> None:
+    model = load_model(str(checkpoints["gpt2"]), device="cpu")
+    assert (model.n_layers, model.d_model, model.max_context, model.dtype) == (LAYERS, WIDTH, 64, "float32")
+    assert "tokenizer.json" in [file.name for file in model.tokenizer_files]
+    assert not [file.name for file in model.tokenizer_files if "model" in file.name]
+    assert default_device() in ("cpu", "mps", "cuda")
+
+
+def test_the_weights_hash_is_of_the_files_whatever_the_dtype(checkpoints: dict[str, Path]) -> None:
+    one = load_model(str(checkpoints["gpt2"]), device="cpu", dtype="float32")
+    two = load_model(str(checkpoints["gpt2"]), device="cpu", dtype="bfloat16")
+    other = load_model(str(checkpoints["llama"]), device="cpu")
+    assert one.weights_hash == two.weights_hash != other.weights_hash
+
+
+def test_unknown_models_and_hooks_are_named(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model './nothing' is not a directory"):
+        load_model("./nothing")
+    with pytest.raises(ValueError, match="model 'nobody/nothing-here' cannot be loaded"):
+        load_model("nobody/nothing-here")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_model(str(tmp_path))
+    model = load_model(str(checkpoints["llama"]), device="cpu")
+    with pytest.raises(ValueError, match=r"hook 'blocks.0.hook_q' is not known; expected blocks.LAYER.hook_KIND"):
+        check_hook(model, "blocks.0.hook_q")
+    with pytest.raises(ValueError, match="hook 'blocks.3.hook_resid_post' is beyond model .*, whose layers are 0 to 2"):
+        check_hook(model, hook_name(3))
+
+
+def test_the_embedded_model_has_a_path() -> None:
+    assert Path(model_path("embedded")).name == "model"
+    assert model_path("org/name") == "org/name"

@@ -1,0 +1,301 @@
+import re
+import shutil
+from itertools import islice
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import CONTEXT, HOOK, WIDTH
+from transformers import PreTrainedTokenizerFast
+
+from saebench.files import block_checksums, read_json, write_json
+from saebench.store import Cursor, Store, StoreWriter, open_store, shuffled_batches
+from saebench.store.schema import BLOCK_ROWS, NORM_BINS, PROVENANCE, Moments, digest
+
+README = Path(__file__).parent.parent / "activations" / "README.md"
+
+
+def provenance(rows: int, keep: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    return {
+        "tokens": np.arange(rows, dtype=np.int32),
+        "doc_id": np.arange(rows, dtype=np.int32) // 10,
+        "position": np.arange(rows, dtype=np.int32) % CONTEXT,
+        "keep": np.ones(rows, dtype=bool) if keep is None else keep,
+    }
+
+
+def make(
+    folder: Path, shards: list[tuple[str, torch.Tensor, np.ndarray]], dtype: str = "float32", identity: dict | None = None
+) -> Store:
+    """A store of (split, rows, keep) shards with one hook."""
+    folder.mkdir(exist_ok=True)
+    writer = StoreWriter(folder, identity or {"context": CONTEXT}, {HOOK: shards[0][1].shape[1]}, dtype)  # type: ignore[arg-type]
+    for split, rows, keep in shards:
+        with writer.shard(len(rows)) as (shard, documents, attributes):
+            for start in range(0, len(rows), 48):
+                part = slice(start, start + 48)
+                columns = {name: column[part] for name, column in provenance(len(rows), keep).items()}
+                shard.write(columns, {HOOK: rows[part].to(getattr(torch, dtype))})
+            documents.update({i: f"doc {i}" for i in range(-(-len(rows) // 10))})
+            attributes.update(split=split, context=CONTEXT, cursor=(1, 0))
+    writer.complete({"rows": {}, "exhausted": True})
+    return open_store(folder)
+
+
+def random_rows(n: int, seed: int = 0, d: int = 8) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Store:
+    """Two training shards of 320 and 200 rows and a validation shard; every eighth row is not kept."""
+    keep = np.arange(320) % 8 != 0
+    return make(
+        tmp_path / "store",
+        [
+            ("train", random_rows(320, 0), keep),
+            ("validation", random_rows(96, 1), keep[:96]),
+            ("train", random_rows(200, 2), keep[:200]),
+        ],
+    )
+
+
+def kept_training_rows(store: Store) -> torch.Tensor:
+    parts = [shard.rows(HOOK)[torch.tensor(np.array(shard.column("keep")))] for shard in store.of_split("train")]
+    return torch.cat(parts).float()
+
+
+# ----------------------------------------------------------------------------- writing and reading
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_rows_come_back_as_written(tmp_path: Path, dtype: str) -> None:
+    rows = random_rows(100)
+    store = make(tmp_path / "s", [("train", rows, np.ones(100, dtype=bool))], dtype)
+    got = store.shards[0].rows(HOOK)
+    assert got.dtype == getattr(torch, dtype)
+    assert torch.equal(got, rows.to(got.dtype))
+    assert torch.equal(store.shards[0].rows(HOOK, 37, 71), rows[37:71].to(got.dtype))
+    assert store.shards[0].column("tokens", 5, 9).tolist() == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_format_document_is_enough_to_read_a_store(tmp_path: Path, dtype: str) -> None:
+    """Runs the code that activations/README.md shows."""
+    keep = np.arange(100) % 3 != 0
+    rows = random_rows(100)
+    folder = tmp_path / "s"
+    make(folder, [("train", rows, keep), ("validation", random_rows(64, 5), keep[:64])], dtype)
+    match = re.search(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert match is not None
+    code = match[1].replace("activations/demo", str(folder)).replace("blocks.2.hook_resid_post", HOOK)
+    names: dict[str, np.ndarray] = {}
+    exec(code, names)
+    assert np.array_equal(names["x"], rows.to(getattr(torch, dtype)).float().numpy()[keep])
+
+
+def test_columns_are_contiguous_unfiltered_and_mappable(small: Store) -> None:
+    with h5py.File(small.shards[0].path) as file:
+        for name in ("tokens", "doc_id", "position", "keep", f"activations/{HOOK}"):
+            dataset = file[name]
+            assert dataset.chunks is None
+            assert dataset.compression is None
+            mapped = np.memmap(small.shards[0].path, dataset.dtype, "r", dataset.id.get_offset(), dataset.shape)
+            assert np.array_equal(mapped, dataset[:])
+
+
+def test_statistics_are_those_of_the_kept_training_rows(small: Store) -> None:
+    rows = kept_training_rows(small).double()
+    statistics = small.statistics(HOOK)
+    assert statistics["rows"] == len(rows) == small.rows("train", kept=True)
+    assert np.allclose(statistics["mean"], rows.mean(0))
+    assert statistics["mean_squared_norm"] == pytest.approx(rows.pow(2).sum(1).mean().item())
+    assert statistics["median_norm"] == pytest.approx(rows.norm(dim=1).median().item(), rel=0.02)
+
+
+def test_norm_quantiles_are_within_half_a_percent() -> None:
+    norms = np.linspace(1.0, 100.0, 20_001)
+    moments = Moments.of(norms[:, None])
+    assert moments.norm_histogram.sum() == 20_001
+    assert len(moments.norm_histogram) == NORM_BINS
+    for q in (0.1, 0.5, 0.99):
+        assert moments.norm_quantile(q) == pytest.approx(np.quantile(norms, q), rel=0.006)
+    assert Moments.zero(3).norm_quantile(0.5) == 0.0
+    assert Moments.of(np.zeros((2, 3))).norm_quantile(0.5) < 1e-5
+
+
+def test_documents_are_merged_into_one_table(small: Store) -> None:
+    assert small.document_names()[3] == "doc 3"
+    assert small.manifest["documents"] == 32
+
+
+def test_the_tokenizer_travels_with_the_store(store: Store, tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = store.shards[0].column("tokens", 0, 50).tolist()
+    assert store.tokenizer().decode(ids) == tokenizer.decode(ids)
+    assert store.tokenizer_hash() == store.manifest["identity"]["tokenizer"]["files"]
+
+
+# ---------------------------------------------------------------------------------------- damage
+
+
+def flip_byte(path: Path, offset: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+@pytest.mark.parametrize("column", ["tokens", "keep", f"activations/{HOOK}"])
+def test_a_flipped_bit_is_found_by_reader_and_verify(small: Store, column: str) -> None:
+    with h5py.File(small.shards[0].path) as file:
+        offset, size = file[column].id.get_offset(), file[column].dtype.itemsize
+        width = file[column].shape[1] if file[column].ndim == 2 else 1
+    flip_byte(small.shards[0].path, offset + 70 * size * width)
+    shard = open_store(small.folder).shards[0]
+    message = f"shard-00000.h5: rows 64 to 95 of {re.escape(column)} do not match their checksum: it was damaged or exchanged"
+    with pytest.raises(ValueError, match=message):
+        list(shard.verify())
+    with pytest.raises(ValueError, match=message):
+        shard.rows(HOOK, 70, 71) if column.startswith("act") else shard.column(column, 70, 71)
+    shard.rows(HOOK, 0, 64)  # what is whole can still be read
+
+
+def test_a_damaged_block_stops_training_batches_before_they_are_used(small: Store) -> None:
+    with h5py.File(small.shards[2].path) as file:
+        offset = file[f"activations/{HOOK}"].id.get_offset()
+    flip_byte(small.shards[2].path, offset + 5)
+    with pytest.raises(ValueError, match="shard-00002.h5: rows 0 to 31"):
+        next(shuffled_batches(open_store(small.folder), HOOK, 64, seed=0))
+
+
+def test_a_truncated_shard_is_named_with_both_sizes(small: Store) -> None:
+    path = small.shards[0].path
+    size = path.stat().st_size
+    with open(path, "r+b") as file:
+        file.truncate(size - 100)
+    with pytest.raises(ValueError, match=f"shard-00000.h5 has {size - 100} bytes, the manifest says {size}"):
+        open_store(small.folder).shards[0].rows(HOOK)
+
+
+def test_a_shard_overwritten_with_something_else_is_named(small: Store) -> None:
+    path = small.shards[0].path
+    path.write_bytes(b"\0" * path.stat().st_size)
+    with pytest.raises(ValueError, match=r"shard-00000.h5 cannot be read as HDF5"):
+        open_store(small.folder).shards[0].rows(HOOK)
+
+
+def test_a_shard_exchanged_for_another_of_the_same_size_is_named(tmp_path: Path) -> None:
+    keep = np.ones(64, dtype=bool)
+    one = make(tmp_path / "one", [("train", random_rows(64, 1), keep)])
+    two = make(tmp_path / "two", [("train", random_rows(64, 2), keep)])
+    shutil.copy(two.shards[0].path, one.shards[0].path)
+    with pytest.raises(ValueError, match="is not the shard that the manifest describes"):
+        open_store(one.folder).shards[0].rows(HOOK)
+
+
+def test_a_missing_shard_is_named(small: Store) -> None:
+    small.shards[1].path.unlink()
+    with pytest.raises(ValueError, match=r"shard-00001.h5 is missing; restore it or harvest again"):
+        open_store(small.folder).shards[1].rows(HOOK)
+
+
+def test_a_newer_schema_is_refused(small: Store) -> None:
+    manifest = read_json(small.folder / "manifest.json")
+    write_json(small.folder / "manifest.json", manifest | {"schema_version": 2})
+    with pytest.raises(ValueError, match="has schema version 2, this saebench reads 1"):
+        open_store(small.folder)
+    write_json(small.folder / "manifest.json", manifest | {"schema": "other"})
+    with pytest.raises(ValueError, match="is not the manifest of an activation store: schema is 'other'"):
+        open_store(small.folder)
+
+
+def test_a_folder_without_a_store_and_an_unfinished_store_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no activation store"):
+        open_store(tmp_path)
+    StoreWriter(tmp_path, {"context": CONTEXT}, {HOOK: 8}, "float32")
+    with pytest.raises(ValueError, match=r"is unfinished \(0 shards so far\); run the same harvest again"):
+        open_store(tmp_path)
+
+
+def test_an_unknown_hook_names_those_there_are(small: Store) -> None:
+    with pytest.raises(ValueError, match=f"hook 'blocks.7.hook_resid_post' is not in .*; it has {HOOK}"):
+        small.d_in("blocks.7.hook_resid_post")
+
+
+def test_rows_that_are_not_finite_are_refused_by_shard_and_row(tmp_path: Path) -> None:
+    rows = random_rows(64)
+    rows[50, 3] = 1e6  # beyond float16
+    keep = np.ones(64, dtype=bool)
+    with pytest.raises(ValueError, match=r"row 50 of shard-00000.h5 at .* is not finite \(float16 ends at 65504"):
+        make(tmp_path / "s", [("train", rows, keep)], "float16")
+    assert not list((tmp_path / "s").glob("*shard*"))
+    keep[50] = False  # a special token may overflow: nobody reads it
+    make(tmp_path / "t", [("train", rows, keep)], "float16")
+
+
+def test_rows_that_are_not_finite_in_a_store_stop_the_reader_by_shard_and_row(tmp_path: Path) -> None:
+    store = make(tmp_path / "s", [("train", random_rows(96), np.arange(96) % 8 != 0)])
+    # As another program might have written it: the checksums are right, a value is not.
+    with h5py.File(store.shards[0].path, "r+") as file:
+        file[f"activations/{HOOK}"][70, 1] = np.nan
+        checksums = {name: file[f"checksums/{name}"][:] for name in (*PROVENANCE, f"activations/{HOOK}")}
+        checksums[f"activations/{HOOK}"] = block_checksums(file[f"activations/{HOOK}"][:], BLOCK_ROWS)
+        file[f"checksums/activations/{HOOK}"][:] = checksums[f"activations/{HOOK}"]
+    manifest = read_json(store.folder / "manifest.json")
+    manifest["shards"][0]["digest"] = digest(checksums)
+    write_json(store.folder / "manifest.json", manifest)
+    with pytest.raises(ValueError, match=r"row 70 of .*shard-00000.h5 at .* is not finite"):
+        next(shuffled_batches(open_store(store.folder), HOOK, 16, seed=0))
+
+
+def test_a_store_of_other_settings_is_refused_with_the_values(tmp_path: Path) -> None:
+    StoreWriter(tmp_path, {"context": 16, "model": {"id": "a"}}, {HOOK: 8}, "float32")
+    with pytest.raises(ValueError, match="made with other settings: context: 16 -> 32; model.id: 'a' -> 'b'"):
+        StoreWriter(tmp_path, {"context": 32, "model": {"id": "b"}}, {HOOK: 8}, "float32")
+
+
+# ---------------------------------------------------------------------------------------- shuffling
+
+
+def sorted_rows(rows: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(sorted(rows.tolist()))
+
+
+@pytest.mark.parametrize("memory", [2 << 30, 2 * 5 * BLOCK_ROWS * 8 * 4])
+def test_an_epoch_is_a_permutation_of_the_kept_training_rows(small: Store, memory: int) -> None:
+    want = kept_training_rows(small)  # 455 rows: batches of 91 end with the epoch
+    batches = shuffled_batches(small, HOOK, 91, seed=3, memory=memory)
+    first, second = (torch.cat([rows for rows, _ in islice(batches, 5)]) for _ in range(2))
+    assert torch.equal(sorted_rows(first), sorted_rows(want))
+    assert torch.equal(sorted_rows(second), sorted_rows(want))
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, want)
+
+
+@pytest.mark.parametrize("memory", [2 << 30, 2 * 5 * BLOCK_ROWS * 8 * 4])
+@pytest.mark.parametrize("batch", [7, 64, 200])
+def test_the_stream_continues_exactly_from_every_cursor(small: Store, memory: int, batch: int) -> None:
+    whole = list(islice(shuffled_batches(small, HOOK, batch, seed=3, memory=memory), 20))
+    start = Cursor()
+    for number in range(20):
+        (rows, _), *_ = islice(shuffled_batches(small, HOOK, batch, seed=3, memory=memory, start=start), 1)
+        assert torch.equal(rows, whole[number][0])
+        start = whole[number][1]
+
+
+def test_the_order_follows_the_seed(small: Store) -> None:
+    one, again, other = (next(shuffled_batches(small, HOOK, 64, seed=seed))[0] for seed in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+def test_a_store_smaller_than_a_batch_is_refused(small: Store) -> None:
+    with pytest.raises(ValueError, match="has 455 training rows, fewer than a batch of 456"):
+        next(shuffled_batches(small, HOOK, 456, seed=0))
+
+
+def test_harvested_store_has_the_width_of_the_model(store: Store) -> None:
+    assert store.d_in(HOOK) == WIDTH
