@@ -44,24 +44,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="saebench", description="A workbench for sparse autoencoders on language models.")
+    parser = argparse.ArgumentParser(
+        prog="saebench", description="A workbench for sparse autoencoders on language models."
+    )
     parser.add_argument("-v", "--verbose", action="store_true", help="debug messages, and tracebacks of errors")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], about: str, *configs: type) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], about: str, *configs: type
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=about, description=about)
         sub.set_defaults(command=run)
         for config in configs:
             add_arguments(sub, config)
         return sub
 
-    command("harvest", _harvest, "run a model over text and keep its residual-stream vectors", HarvestConfig, TextConfig)
+    command(
+        "harvest", _harvest, "run a model over text and keep its residual-stream vectors", HarvestConfig, TextConfig
+    )
     command("train", _train, "train a grid of SAEs on a store", TrainConfig)
     command("eval", _eval, "evaluate the SAEs of a run on held-out documents, and report", EvalConfig)
     demo = command("demo", _demo, "the whole pipeline on the embedded model and corpus")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run directory (default: runs/demo)")
-    store = commands.add_parser("store", help="look into an activation store, or check it").add_subparsers(required=True, metavar="ACTION")
-    for action, run, about in (("info", _store_info, "what is in a store"), ("verify", _store_verify, "check every block of a store")):
+    store = commands.add_parser("store", help="look into an activation store, or check it").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    for action, run, about in (
+        ("info", _store_info, "what is in a store"),
+        ("verify", _store_verify, "check every block of a store"),
+    ):
         sub = store.add_parser(action, help=about, description=about)
         sub.add_argument("path", type=Path)
         sub.set_defaults(command=run)
@@ -102,7 +113,9 @@ def _demo(arguments: argparse.Namespace) -> int:
     print(format_table(table(summary["saes"])))
     print("took " + ", ".join(f"{stage} {value:.0f} s" for stage, value in summary["seconds"].items()))
     print(f"report: {arguments.out / 'report.html'}")
-    print("next: saebench train --store activations/demo --hook blocks.2.hook_resid_post --arch topk --k 32 --tokens 2M --out runs/mine")
+    print(
+        "next: saebench train --store activations/demo --hook blocks.2.hook_resid_post --arch topk --k 32 --tokens 2M --out runs/mine"
+    )
     return 0
 
 
@@ -125,7 +138,10 @@ def format_table(rows: list[list[str]]) -> str:
     """Columns aligned: the first to the left, figures to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

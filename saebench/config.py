@@ -53,7 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser, config: type) -> None:
             options["action"] = argparse.BooleanOptionalAction
         else:
             parse, metavar, choices = _parser_of(hint)
-            options |= {"type": parse, "required": default is dataclasses.MISSING, "metavar": metavar, "choices": choices}
+            options |= {
+                "type": parse,
+                "required": default is dataclasses.MISSING,
+                "metavar": metavar,
+                "choices": choices,
+            }
         parser.add_argument("--" + field.name.replace("_", "-"), **options)
 
 
@@ -76,7 +81,11 @@ def to_json(config: Any) -> dict[str, Any]:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`name: old -> new` for every entry that is not the same in both."""
-    return [f"{name}: {old.get(name)!r} -> {new.get(name)!r}" for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    return [
+        f"{name}: {old.get(name)!r} -> {new.get(name)!r}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]
 
 
 def _default(field: dataclasses.Field) -> Any:
@@ -98,7 +107,11 @@ def _parser_of(hint: Any) -> tuple[Any, str | None, list[Any] | None]:
         return str, None, list(args)
     if origin is tuple:
         parse, metavar, choices = _parser_of(args[0])
-        return _argument(functools.partial(_parse_list, parse, choices)), f"{metavar or '|'.join(map(str, choices or []))},…", None
+        return (
+            _argument(functools.partial(_parse_list, parse, choices)),
+            f"{metavar or '|'.join(map(str, choices or []))},…",
+            None,
+        )
     return hint, {int: "N", float: "X"}.get(hint, "TEXT"), None
 
 
@@ -129,6 +142,10 @@ def _field_docs(config: type) -> dict[str, str]:
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
         assert isinstance(body, ast.ClassDef)
         for statement, after in zip(body.body, body.body[1:], strict=False):
-            if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            if (
+                isinstance(statement, ast.AnnAssign)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+            ):
                 docs[typing.cast(ast.Name, statement.target).id] = " ".join(str(after.value.value).split())
     return docs

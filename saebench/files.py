@@ -75,5 +75,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"{folder} is being written by another process; wait for it or choose another --out") from error
+            raise ValueError(
+                f"{folder} is being written by another process; wait for it or choose another --out"
+            ) from error
         yield

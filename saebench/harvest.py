@@ -107,7 +107,9 @@ def harvest(config: HarvestConfig, text: TextConfig) -> Store | None:
         for hook in config.hooks:
             check_hook(model, hook)
         if config.context > model.max_context:
-            raise ValueError(f"context is {config.context}, model {model.id!r} takes at most {model.max_context} tokens")
+            raise ValueError(
+                f"context is {config.context}, model {model.id!r} takes at most {model.max_context} tokens"
+            )
         widths = dict.fromkeys(config.hooks, model.d_model)
         writer = StoreWriter(config.out, _identity(config, text, model), widths, config.dtype)
         if writer.manifest["complete"]:
@@ -218,9 +220,7 @@ def _write_shard(config: HarvestConfig, model: LanguageModel, writer: StoreWrite
             batch = contexts[start : start + config.batch]
             tokens = torch.from_numpy(np.stack([context.tokens for context in batch])).long()
             vectors = capture(model, tokens.to(model.device), config.hooks)
-            provenance = {
-                name: np.concatenate([getattr(context, name) for context in batch]) for name in PROVENANCE
-            }
+            provenance = {name: np.concatenate([getattr(context, name) for context in batch]) for name in PROVENANCE}
             dtype = getattr(torch, config.dtype)
             shard.write(provenance, {hook: rows.flatten(0, 1).to(dtype).cpu() for hook, rows in vectors.items()})
             bar.update(tokens.numel())
@@ -239,6 +239,10 @@ def _finish(config: HarvestConfig, text: TextConfig, writer: StoreWriter) -> Non
             f"(validation_fraction {text.validation_fraction}); give more documents or another --validation-fraction"
         )
     if rows["train"] < config.tokens:
-        log.warning("the data set ended after %s training tokens of the %s asked for", f"{rows['train']:,}", f"{config.tokens:,}")
+        log.warning(
+            "the data set ended after %s training tokens of the %s asked for",
+            f"{rows['train']:,}",
+            f"{config.tokens:,}",
+        )
     writer.complete({"rows": rows, "exhausted": rows["train"] < config.tokens})
     log.info("%s: %s training and %s held-out rows", config.out, f"{rows['train']:,}", f"{rows['validation']:,}")

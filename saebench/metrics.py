@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor
 
 SMALL_DENOMINATOR = 0.05  # nats; loss recovered over less says little
 
 
 def reconstruction_terms(
-    x: Float[Tensor, "B D"], x_hat: Float[Tensor, "B D"], l0: Float[Tensor, " B"], l1: Float[Tensor, " B"]
+    x: Float[Tensor, "B D"], x_hat: Float[Tensor, "B D"], l0: Real[Tensor, " B"], l1: Float[Tensor, " B"]
 ) -> dict[str, Float[Tensor, " B"]]:
     """Per-row terms that L0, L1, MSE, FVU, cosine, norm ratio and γ are made of, in float64.
 
@@ -88,7 +88,7 @@ class Sums:
         return {name: self._column(name, self._columns[name].shape[1:])[: len(self.index)] for name in names}
 
 
-def total(table: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def total(table: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The sums over all documents."""
     return {name: column.sum(0) for name, column in table.items()}
 
@@ -113,7 +113,7 @@ def reconstruction_metrics(sums: Mapping[str, Any]) -> dict[str, Any]:
     (Rajamanoharan et al. 2024, section 4.2).
     """
     rows = sums["rows"]
-    fvu = sums["squared_error"] / total_variance(sums)
+    fvu = _ratio(sums["squared_error"], total_variance(sums))
     return {
         "l0": sums["l0"] / rows,
         "l1": sums["l1"] / rows,

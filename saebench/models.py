@@ -82,7 +82,9 @@ def load_model(
     dtype = dtype or default_dtype(device)
     path = model_path(name)
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-        raise ValueError(f"model {name!r} is not a directory; give a folder made by save_pretrained, 'embedded' or a hub id")
+        raise ValueError(
+            f"model {name!r} is not a directory; give a folder made by save_pretrained, 'embedded' or a hub id"
+        )
     path = str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path
     try:
         bridge = TransformerBridge.boot_transformers(
@@ -117,11 +119,15 @@ def _checkpoint_folder(path: str, revision: str | None) -> Path:
         return Path(path)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.txt", "*.model"], local_files_only=True))
+    return Path(
+        snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.txt", "*.model"], local_files_only=True)
+    )
 
 
 def _is_tokenizer_file(name: str) -> bool:
-    return name.startswith(("tokenizer", "vocab", "merges", "special_tokens_map", "added_tokens", "spiece", "chat_template"))
+    return name.startswith(
+        ("tokenizer", "vocab", "merges", "special_tokens_map", "added_tokens", "spiece", "chat_template")
+    )
 
 
 # ----------------------------------------------------------------------------------------- hooks
@@ -147,7 +153,9 @@ class _AllCaptured(Exception):
 
 
 @torch.inference_mode()
-def capture(model: LanguageModel, tokens: Int[Tensor, "B L"], hooks: Sequence[str]) -> dict[str, Float[Tensor, "B L D"]]:
+def capture(
+    model: LanguageModel, tokens: Int[Tensor, "B L"], hooks: Sequence[str]
+) -> dict[str, Float[Tensor, "B L D"]]:
     """The vectors at `hooks`, from one forward pass that stops after the deepest of them."""
     captured: dict[str, Tensor] = {}
 
@@ -170,7 +178,9 @@ Replace = Callable[[Float[Tensor, "B L D"]], Float[Tensor, "B L D"]]
 
 
 @torch.inference_mode()
-def spliced_logits(model: LanguageModel, tokens: Int[Tensor, "B L"], hook: str, replace: Replace) -> Float[Tensor, "B L V"]:
+def spliced_logits(
+    model: LanguageModel, tokens: Int[Tensor, "B L"], hook: str, replace: Replace
+) -> Float[Tensor, "B L V"]:
     """Logits of the model whose vectors at `hook` went through `replace`.
 
     `replace` sees them in the model's dtype and returns the same shape and dtype.

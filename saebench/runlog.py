@@ -93,5 +93,7 @@ def provenance() -> dict[str, Any]:
         "saebench": __version__,
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in packages},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads",
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{torch.get_num_threads()} CPU threads",
     }

@@ -52,9 +52,7 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         if not 0 < self.validation_fraction < 1:
-            raise ValueError(
-                f"validation_fraction is {self.validation_fraction}; expected a number between 0 and 1"
-            )
+            raise ValueError(f"validation_fraction is {self.validation_fraction}; expected a number between 0 and 1")
 
 
 class Document(NamedTuple):
@@ -177,7 +175,9 @@ def _text_files(config: TextConfig) -> list[tuple[Path, Path]] | None:
             if _EMBEDDED_SKIP.isdisjoint(file.relative_to(root).parts) and not file.name.startswith("_sysconfigdata")
         ]
         # In the order of a hash, every prefix of the corpus is a fair sample of it.
-        return [(root, file) for file in sorted(files, key=lambda f: _unit_hash("order", f.relative_to(root).as_posix()))]
+        return [
+            (root, file) for file in sorted(files, key=lambda f: _unit_hash("order", f.relative_to(root).as_posix()))
+        ]
     path = _local_path(config)
     if path is None:
         return None
@@ -236,7 +236,9 @@ def _row_key(config: TextConfig, row: dict[str, Any], content: str) -> str:
     if config.id_column is None:
         return content
     if config.id_column not in row:
-        raise ValueError(f"id_column {config.id_column!r} is not in dataset {config.dataset!r}; it has {', '.join(row)}")
+        raise ValueError(
+            f"id_column {config.id_column!r} is not in dataset {config.dataset!r}; it has {', '.join(row)}"
+        )
     return str(row[config.id_column])
 
 

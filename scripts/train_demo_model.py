@@ -41,7 +41,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("saebench/demo/model"))
     parser.add_argument("--work", type=Path, default=Path("runs/demo-model"), help="caches and checkpoints")
-    parser.add_argument("--packages", type=Path, action="append", help="folder of installed packages (default: this interpreter's)")
+    parser.add_argument(
+        "--packages", type=Path, action="append", help="folder of installed packages (default: this interpreter's)"
+    )
     parser.add_argument("--package-cap", type=float, default=2e6, help="bytes of source taken from one package")
     parser.add_argument("--tokens", type=float, default=32e6, help="training tokens")
     parser.add_argument("--stdlib-epochs", type=int, default=3, help="how often the standard library is in the mixture")
@@ -74,7 +76,11 @@ def package_documents(folders: list[Path], cap: float, held_out: set[str]) -> It
         for package in sorted(path for path in folder.iterdir() if not path.name.endswith(".dist-info")):
             taken = 0.0
             # In the order of a hash, what the cap lets through is a fair sample of the package.
-            for path in sorted(package.rglob("*.py"), key=lambda path: path_hash(path.relative_to(folder))) if package.is_dir() else [package]:
+            for path in (
+                sorted(package.rglob("*.py"), key=lambda path: path_hash(path.relative_to(folder)))
+                if package.is_dir()
+                else [package]
+            ):
                 name = path.relative_to(folder).as_posix()
                 parts = set(name.split("/"))
                 if path.suffix != ".py" or parts & {"test", "tests", "testing"} or path.name.startswith("test_"):
@@ -224,7 +230,11 @@ def save_checkpoint(path: Path, step: int, model: torch.nn.Module, opts: list[to
     for i, opt in enumerate(opts):
         for index, state in opt.state_dict()["state"].items():
             tensors |= {f"opt.{i}.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, path.with_suffix(".tmp"), {"step": str(step)})
+    save_file(
+        {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
+        path.with_suffix(".tmp"),
+        {"step": str(step)},
+    )
     os.replace(path.with_suffix(".tmp"), path)
 
 
@@ -388,7 +398,8 @@ def write(args: argparse.Namespace, model: LlamaForCausalLM, seconds: float) -> 
     rows = {"unigram": unigram, "trigram": trigram, "this model": held_out_nats(saved, validation, args.device)}
     predicted = validation[:, 1:].size
     table = "\n".join(
-        f"| {name} | {nats / predicted:.3f} | {nats / math.log(2) / facts['validation_bytes']:.3f} |" for name, nats in rows.items()
+        f"| {name} | {nats / predicted:.3f} | {nats / math.log(2) / facts['validation_bytes']:.3f} |"
+        for name, nats in rows.items()
     )
     samples = "\n\n".join(f"```python\n{sample(saved, tokenizer, p, i)}\n```" for i, p in enumerate(PROMPTS))
     command = f"python scripts/train_demo_model.py --tokens {args.tokens:.3g} --context {args.context} --batch {args.batch} --lr {args.lr:g} --seed {args.seed}"

@@ -14,16 +14,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["processes", "saebench.cli", "transformer_lens.model_bridge", "transformers.models.llama"])
+_CONTEXT.set_forkserver_preload(
+    ["processes", "saebench.cli", "transformer_lens.model_bridge", "transformers.models.llama"]
+)
 _PATIENCE = 120  # seconds
 
 
 class Child:
     """A running command."""
 
-    def __init__(self, argv: tuple[str, ...], file_limit: int | None, slow: float) -> None:
+    def __init__(self, argv: tuple[str, ...], **conditions: float | None) -> None:
         self.output = Path(tempfile.mkstemp(prefix="saebench-test-")[1])
-        self.process = _CONTEXT.Process(target=_main, args=(argv, str(self.output), file_limit, slow))
+        self.process = _CONTEXT.Process(target=_main, args=(argv, str(self.output)), kwargs=conditions)
         self.process.start()
 
     def ends(self) -> tuple[int, str]:
@@ -35,12 +37,15 @@ class Child:
         return self.process.exitcode, printed
 
 
-def start(*argv: str, file_limit: int | None = None, slow: float = 0.0) -> Child:
+def start(
+    *argv: str, file_limit: int | None = None, slow: float = 0.0, checkpoint_seconds: float | None = None
+) -> Child:
     """`saebench ARGV` in a child. `file_limit` is the largest file it may write, in bytes.
 
-    `slow` makes every training step and forward pass wait that many seconds.
+    `slow` makes every training step and forward pass wait that many seconds; checkpoints are
+    written every `checkpoint_seconds`.
     """
-    return Child(argv, file_limit, slow)
+    return Child(argv, file_limit=file_limit, slow=slow, checkpoint_seconds=checkpoint_seconds)
 
 
 def run(*argv: str, file_limit: int | None = None) -> tuple[int, str]:
@@ -60,10 +65,13 @@ def signal_when(child: Child, condition: Callable[[], bool], number: signal.Sign
     return child.ends()
 
 
-def _main(argv: tuple[str, ...], output: str, file_limit: int | None, slow: float) -> None:
+def _main(
+    argv: tuple[str, ...], output: str, *, file_limit: int | None, slow: float, checkpoint_seconds: float | None
+) -> None:
     import torch
 
     import saebench.harvest
+    import saebench.train.loop
     import saebench.train.member
     from saebench import cli
 
@@ -75,6 +83,8 @@ def _main(argv: tuple[str, ...], output: str, file_limit: int | None, slow: floa
     torch.set_num_threads(1)
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    if checkpoint_seconds is not None:
+        saebench.train.loop.CHECKPOINT_SECONDS = checkpoint_seconds
     if slow:
         capture, step = saebench.harvest.capture, saebench.train.member.Member.step
 

@@ -35,7 +35,8 @@ def parse(*argv: str) -> Example:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("7", 7), ("64k", 64_000), ("1M", 10**6), ("2.5m", 2_500_000), ("1B", 10**9), ("1e6", 10**6), ("1_000", 1000)]
+    ("text", "value"),
+    [("7", 7), ("64k", 64_000), ("1M", 10**6), ("2.5m", 2_500_000), ("1B", 10**9), ("1e6", 10**6), ("1_000", 1000)],
 )
 def test_counts_may_be_abbreviated(text: str, value: int) -> None:
     assert parse_count(text) == value
@@ -48,7 +49,9 @@ def test_what_is_not_a_count_is_refused_by_name(text: str) -> None:
 
 
 def test_command_line_fills_every_kind_of_field() -> None:
-    got = parse("--path", "p", "--n", "2k", "--layers", "1, 2", "--kinds", "a,b", "--lr", "0.1", "--mode", "y", "--force")
+    got = parse(
+        "--path", "p", "--n", "2k", "--layers", "1, 2", "--kinds", "a,b", "--lr", "0.1", "--mode", "y", "--force"
+    )
     assert got == Example(path=Path("p"), n=2000, layers=(1, 2), kinds=("a", "b"), lr=0.1, mode="y", force=True)
     assert parse("--path", "p") == Example(path=Path("p"))
 

@@ -17,7 +17,14 @@ from saebench.text import SPLITS, Context, Document, Encoder, TextConfig, open_d
 
 
 def config(model: Path, out: Path, **options: object) -> HarvestConfig:
-    small = {"layers": (0, 1), "tokens": 12_000, "context": CONTEXT, "batch": 8, "shard_contexts": 64, "dtype": "float32"}
+    small = {
+        "layers": (0, 1),
+        "tokens": 12_000,
+        "context": CONTEXT,
+        "batch": 8,
+        "shard_contexts": 64,
+        "dtype": "float32",
+    }
     return HarvestConfig(model=str(model), out=out, **{**small, **options})  # type: ignore[arg-type]
 
 
@@ -78,7 +85,11 @@ def test_held_out_rows_stop_at_their_limit(checkpoints: dict[str, Path], corpus:
 
 
 def test_text_that_ends_early_is_said_and_kept_whole(
-    checkpoints: dict[str, Path], corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, tokenizer: PreTrainedTokenizerFast
+    checkpoints: dict[str, Path],
+    corpus: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     store = harvest(config(checkpoints["gpt2"], tmp_path / "s", tokens=10**6, layers=(0,)), text(corpus))
     assert store is not None
@@ -90,7 +101,9 @@ def test_text_that_ends_early_is_said_and_kept_whole(
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_narrow_dtypes_round_the_same_vectors(dtype: str, store: Store, checkpoints: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+def test_narrow_dtypes_round_the_same_vectors(
+    dtype: str, store: Store, checkpoints: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
     narrow = harvest(config(checkpoints["llama"], tmp_path / "s", dtype=dtype), text(corpus))
     assert narrow is not None
     want = store.shards[0].rows(HOOK).to(getattr(torch, dtype))
@@ -142,7 +155,9 @@ def test_ctrl_c_ends_after_the_shard_and_the_same_command_continues(
     assert contents(out) == whole
 
 
-def test_a_full_disk_loses_nothing_that_was_whole(whole: dict[str, bytes], checkpoints: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+def test_a_full_disk_loses_nothing_that_was_whole(
+    whole: dict[str, bytes], checkpoints: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
     """RLIMIT_FSIZE lets the first shard through, but not a larger one."""
     out = tmp_path / "s"
     size = len(whole["shard-00000.h5"])
@@ -158,7 +173,9 @@ def test_a_full_disk_loses_nothing_that_was_whole(whole: dict[str, bytes], check
     assert contents(out) == whole
 
 
-def test_a_finished_store_is_reused(store: Store, checkpoints: dict[str, Path], corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_finished_store_is_reused(
+    store: Store, checkpoints: dict[str, Path], corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO")
     shutil.copytree(store.folder, tmp_path / "s")
     before = contents(tmp_path / "s")
@@ -168,9 +185,13 @@ def test_a_finished_store_is_reused(store: Store, checkpoints: dict[str, Path], 
     assert contents(tmp_path / "s") == before
 
 
-def test_other_settings_are_refused_with_the_values(store: Store, checkpoints: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+def test_other_settings_are_refused_with_the_values(
+    store: Store, checkpoints: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
     shutil.copytree(store.folder, tmp_path / "s")
-    with pytest.raises(ValueError, match=r"made with other settings: layers: \[0, 1\] -> \[1\]; tokens: 12000 -> 16000\. Use the same"):
+    with pytest.raises(
+        ValueError, match=r"made with other settings: layers: \[0, 1\] -> \[1\]; tokens: 12000 -> 16000\. Use the same"
+    ):
         harvest(config(checkpoints["llama"], tmp_path / "s", tokens=16_000, layers=(1,)), text(corpus))
     with pytest.raises(ValueError, match=r"model\.weights: '\w+' -> '\w+'"):
         harvest(config(checkpoints["gpt2"], tmp_path / "s"), text(corpus))
@@ -187,7 +208,9 @@ def test_a_changed_corpus_is_refused(store: Store, checkpoints: dict[str, Path],
 # --------------------------------------------------------------------------------------- bad input
 
 
-def test_layers_beyond_the_model_and_contexts_too_long_are_named(checkpoints: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+def test_layers_beyond_the_model_and_contexts_too_long_are_named(
+    checkpoints: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match="hook 'blocks.5.hook_resid_post' is beyond model"):
         harvest(config(checkpoints["llama"], tmp_path / "s", layers=(0, 5)), text(corpus))
     with pytest.raises(ValueError, match="context is 128, model .* takes at most 64 tokens"):
@@ -224,7 +247,9 @@ def test_a_disk_too_small_is_found_before_the_first_forward(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr("saebench.harvest.capture", lambda *args: pytest.fail("the model ran"))
     with pytest.raises(ValueError, match=r"needs about 4\.04 GB for 15,000,000 rows and the disk has 0\.00 GB free"):
-        harvest(config(checkpoints["llama"], tmp_path / "s", tokens=12 * 10**6, validation_tokens=3 * 10**6), text(corpus))
+        harvest(
+            config(checkpoints["llama"], tmp_path / "s", tokens=12 * 10**6, validation_tokens=3 * 10**6), text(corpus)
+        )
 
 
 # ----------------------------------------------------------------------------------------- dealing

@@ -41,7 +41,9 @@ def test_residual_stream_equals_hugging_face_hidden_states(pair: tuple[LanguageM
     assert torch.allclose(logits, want.logits, atol=1e-3, rtol=1e-3)
 
 
-def test_attention_and_mlp_outputs_make_up_the_difference_of_the_stream(pair: tuple[LanguageModel, torch.nn.Module]) -> None:
+def test_attention_and_mlp_outputs_make_up_the_difference_of_the_stream(
+    pair: tuple[LanguageModel, torch.nn.Module],
+) -> None:
     model, _ = pair
     kinds = ("resid_pre", "attn_out", "mlp_out", "resid_post")
     got = capture(model, TOKENS, [hook_name(1, kind) for kind in kinds])

@@ -27,7 +27,10 @@ def provenance(rows: int, keep: np.ndarray | None = None) -> dict[str, np.ndarra
 
 
 def make(
-    folder: Path, shards: list[tuple[str, torch.Tensor, np.ndarray]], dtype: str = "float32", identity: dict | None = None
+    folder: Path,
+    shards: list[tuple[str, torch.Tensor, np.ndarray]],
+    dtype: str = "float32",
+    identity: dict | None = None,
 ) -> Store:
     """A store of (split, rows, keep) shards with one hook."""
     folder.mkdir(exist_ok=True)
@@ -155,7 +158,9 @@ def test_a_flipped_bit_is_found_by_reader_and_verify(small: Store, column: str) 
         width = file[column].shape[1] if file[column].ndim == 2 else 1
     flip_byte(small.shards[0].path, offset + 70 * size * width)
     shard = open_store(small.folder).shards[0]
-    message = f"shard-00000.h5: rows 64 to 95 of {re.escape(column)} do not match their checksum: it was damaged or exchanged"
+    message = (
+        f"shard-00000.h5: rows 64 to 95 of {re.escape(column)} do not match their checksum: it was damaged or exchanged"
+    )
     with pytest.raises(ValueError, match=message):
         list(shard.verify())
     with pytest.raises(ValueError, match=message):

@@ -39,10 +39,10 @@ def test_packing_by_hand() -> None:
     contexts = packed("ab", "cdefg", "h")
     assert [c.tokens.tolist() for c in contexts] == [[0, 1, 2, 0], [0, 3, 4, 5], [0, 6, 7, 0], [0, 8, 0, 0]]
     assert [c.doc_id.tolist() for c in contexts] == [[0, 0, 0, 1], [1, 1, 1, 1], [1, 1, 1, 2], [2, 2, 2, 2]]
-    assert [c.keep.tolist() for c in contexts][0] == [False, True, True, False]
+    assert next(c.keep.tolist() for c in contexts) == [False, True, True, False]
     assert all(c.position.tolist() == [0, 1, 2, 3] for c in contexts)
     assert [c.cursor for c in contexts] == [(1, 0), (1, 3), (2, 0), (3, 0)]
-    assert [c.documents for c in contexts][0] == {0: "doc0", 1: "doc1"}
+    assert next(c.documents for c in contexts) == {0: "doc0", 1: "doc1"}
 
 
 def test_an_empty_document_leaves_no_trace() -> None:
@@ -54,7 +54,9 @@ texts = st.lists(st.text("abcdefgh", max_size=20), max_size=12)
 
 @settings(deadline=None)
 @given(texts, st.integers(2, 9), st.sampled_from([ONLY_TRAIN, 0.4]))
-def test_every_token_appears_once_in_order_in_the_split_of_its_document(corpus: list[str], length: int, fraction: float) -> None:
+def test_every_token_appears_once_in_order_in_the_split_of_its_document(
+    corpus: list[str], length: int, fraction: float
+) -> None:
     contexts = list(pack(documents(*corpus), ENCODER, length, fraction))
     for split in SPLITS:
         kept = [int(t) for c in contexts if c.split == split for t in c.tokens[c.keep]]
@@ -104,7 +106,10 @@ def test_text_files_are_documents_named_by_their_path(tmp_path: Path) -> None:
     (tmp_path / "b" / "two.md").write_text("zwei\nZeilen")
     (tmp_path / "one.txt").write_text("eins")
     (tmp_path / "image.png").write_bytes(b"\x89PNG")
-    assert [(d.number, d.name, d.text) for d in read(tmp_path)] == [(0, "b/two.md", "zwei\nZeilen"), (1, "one.txt", "eins")]
+    assert [(d.number, d.name, d.text) for d in read(tmp_path)] == [
+        (0, "b/two.md", "zwei\nZeilen"),
+        (1, "one.txt", "eins"),
+    ]
     assert [d.name for d in read(tmp_path / "one.txt")] == ["one.txt"]
     assert [d.name for d in open_documents(TextConfig(dataset=str(tmp_path)), start=1)] == ["one.txt"]
 
@@ -169,7 +174,9 @@ def test_a_hub_name_that_cannot_be_reached_is_named() -> None:
 
 
 def test_pretokenized_rows_pass_unchanged(tmp_path: Path) -> None:
-    datasets.Dataset.from_list([{"input_ids": [5, 6, 0, 7]}, {"input_ids": [1, 2, 3, 4]}]).to_parquet(tmp_path / "ids.parquet")
+    datasets.Dataset.from_list([{"input_ids": [5, 6, 0, 7]}, {"input_ids": [1, 2, 3, 4]}]).to_parquet(
+        tmp_path / "ids.parquet"
+    )
     config = TextConfig(dataset=str(tmp_path))
     contexts = list(pack(open_documents(config), ENCODER, 4, ONLY_TRAIN))
     assert [c.tokens.tolist() for c in contexts] == [[5, 6, 0, 7], [1, 2, 3, 4]]
@@ -179,20 +186,27 @@ def test_pretokenized_rows_pass_unchanged(tmp_path: Path) -> None:
 
 def test_pretokenized_rows_of_another_length_are_refused(tmp_path: Path) -> None:
     datasets.Dataset.from_list([{"input_ids": [1, 2, 3]}]).to_parquet(tmp_path / "ids.parquet")
-    with pytest.raises(ValueError, match=r"row train/0 of the pre-tokenized data set has 3 tokens, expected 4: .*--context"):
+    with pytest.raises(
+        ValueError, match=r"row train/0 of the pre-tokenized data set has 3 tokens, expected 4: .*--context"
+    ):
         list(pack(open_documents(TextConfig(dataset=str(tmp_path))), ENCODER, 4, ONLY_TRAIN))
 
 
 def test_a_missing_column_names_those_there_are(tmp_path: Path) -> None:
     path = write_rows("jsonl", tmp_path)
-    with pytest.raises(ValueError, match=r"column 'content' of dataset .* holds no text; it has text \(str\), id \(str\), other \(int\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"column 'content' of dataset .* holds no text; it has text \(str\), id \(str\), other \(int\)",
+    ):
         read(path, column="content")
     with pytest.raises(ValueError, match="id_column 'name' is not in dataset"):
         read(path, id_column="name")
 
 
 def test_a_missing_path_and_an_unreadable_folder_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="does not exist; give a file, a folder, 'embedded' or the name of a hub data set"):
+    with pytest.raises(
+        ValueError, match="does not exist; give a file, a folder, 'embedded' or the name of a hub data set"
+    ):
         read(tmp_path / "nothing")
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(ValueError, match="holds no file that can be read; expected files ending in"):

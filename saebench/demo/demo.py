@@ -19,7 +19,9 @@ HOOK = "blocks.2.hook_resid_post"
 def run_demo(out: Path) -> dict[str, Any] | None:
     """Run what is not done yet; returns the summary, or None when Ctrl-C ended it early."""
     with _clock(out, "harvest"):
-        store = harvest(HarvestConfig(layers=(1, 2), tokens=1_200_000, validation_tokens=150_000, out=STORE), TextConfig())
+        store = harvest(
+            HarvestConfig(layers=(1, 2), tokens=1_200_000, validation_tokens=150_000, out=STORE), TextConfig()
+        )
     if store is None:
         return None
     with _clock(out, "train"):

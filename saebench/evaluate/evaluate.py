@@ -84,8 +84,8 @@ class Batch(NamedTuple):
     keep: Bool[Tensor, "B L"]
 
     @property
-    def scored(self) -> Bool[Tensor, "B L-1"]:
-        """Positions whose next-token loss counts."""
+    def scored(self) -> Bool[Tensor, "B P"]:
+        """Positions whose next-token loss counts; P = L - 1."""
         return self.keep[:, :-1]
 
 
@@ -104,7 +104,9 @@ def validation_batches(store: Store, tokens: int, contexts: int) -> Iterator[Bat
 Replacement = Callable[[Float[Tensor, "N D"]], Float[Tensor, "N D"]]
 
 
-def splice(replace: Replacement, keep: Bool[Tensor, "B L"]) -> Callable[[Float[Tensor, "B L D"]], Float[Tensor, "B L D"]]:
+def splice(
+    replace: Replacement, keep: Bool[Tensor, "B L"]
+) -> Callable[[Float[Tensor, "B L D"]], Float[Tensor, "B L D"]]:
     """A hook that replaces kept positions and leaves special tokens as they are."""
 
     def replaced(x_BLD: Tensor) -> Tensor:
@@ -145,13 +147,17 @@ def evaluate(config: EvalConfig) -> list[Path]:
     """
     folders = [path.parent for path in sorted((config.run / "saes").glob("*/cfg.json"))] + list(config.sae)
     if not folders:
-        raise ValueError(f"{config.run} has no SAEs in saes/; train some with `saebench train --out {config.run}`, or give --sae")
+        raise ValueError(
+            f"{config.run} has no SAEs in saes/; train some with `saebench train --out {config.run}`, or give --sae"
+        )
     groups: dict[tuple[Path, str], list[Path]] = {}
     for folder in folders:
         metadata = read_config(folder)["metadata"]
         store = config.store or metadata.get("saebench", {}).get("store")
         if store is None:
-            raise ValueError(f"{folder} does not say what it was trained on; give the store to evaluate it on with --store")
+            raise ValueError(
+                f"{folder} does not say what it was trained on; give the store to evaluate it on with --store"
+            )
         groups.setdefault((Path(store), metadata["hook_name"]), []).append(folder)
     for (path, hook), members in groups.items():
         store = open_store(path)
@@ -193,7 +199,9 @@ def _evaluate_hook(config: EvalConfig, store: Store, hook: str, folders: list[Pa
     subjects = [_Subject(folder, load_sae(folder, device=device)) for folder in folders]
     for subject in subjects:
         if subject.sae.d_in != store.d_in(hook):
-            raise ValueError(f"{subject.folder} takes vectors of {subject.sae.d_in}, {hook} in {store.folder} has {store.d_in(hook)}")
+            raise ValueError(
+                f"{subject.folder} takes vectors of {subject.sae.d_in}, {hook} in {store.folder} has {store.d_in(hook)}"
+            )
     mean_D = torch.tensor(store.statistics(hook)["mean"], device=device)
     pca = PCA.fit(store, hook, device)
     shared = Sums()
@@ -267,8 +275,16 @@ def _write(
     intervals = {name: [_number(q) for q in np.quantile(values, (0.025, 0.975))] for name, values in samples.items()}
     rows, l0 = int(sums["rows"]), float(sums["l0"] / sums["rows"])
     metrics |= density_metrics(subject.fires_F.cpu(), rows)
-    metrics |= {"dead_fraction": float(dead["silent"].double().mean()), "dead_window": dead["window"], "n_tokens_eval": rows}
-    small = [arm for arm in ("zero", "mean") if (sums[f"ce_{arm}"] - sums["ce_clean"]) / sums["positions"] < SMALL_DENOMINATOR]
+    metrics |= {
+        "dead_fraction": float(dead["silent"].double().mean()),
+        "dead_window": dead["window"],
+        "n_tokens_eval": rows,
+    }
+    small = [
+        arm
+        for arm in ("zero", "mean")
+        if (sums[f"ce_{arm}"] - sums["ce_clean"]) / sums["positions"] < SMALL_DENOMINATOR
+    ]
     variance = float(total_variance(sums))
     seed = read_config(subject.folder)["metadata"].get("saebench", {}).get("identity", {}).get("seed", 0)
     baselines = {
@@ -285,7 +301,8 @@ def _write(
             "baselines": baselines,
             "small_denominators": small,
             "mask": MASK,
-            "sums": {name: float(value) for name, value in sums.items() if name != "vector"} | {"total_variance": variance},
+            "sums": {name: float(value) for name, value in sums.items() if name != "vector"}
+            | {"total_variance": variance},
             "provenance": provenance(),
         },
     )

@@ -41,7 +41,11 @@ def summarise(folders: list[Path]) -> list[dict[str, Any]]:
     for folder in folders:
         config, evaluation = read_config(folder), read_json(folder / EVALUATION)
         own = config["metadata"].get("saebench", {})
-        training = {"tokens_trained": own.get("tokens_trained"), "seconds": own.get("seconds"), "lambda": own.get("lambda")}
+        training = {
+            "tokens_trained": own.get("tokens_trained"),
+            "seconds": own.get("seconds"),
+            "lambda": own.get("lambda"),
+        }
         architecture = {"standard": "relu"}.get(config["architecture"], config["architecture"])
         entries.append({
             "name": folder.name, "path": relative(folder), "architecture": architecture,
@@ -59,7 +63,9 @@ def relative(path: Path | str) -> str:
     return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(path)
 
 
-def write_report(run: Path, folders: list[Path], store: Path | None = None, seconds: dict[str, float] | None = None) -> dict[str, Any]:
+def write_report(
+    run: Path, folders: list[Path], store: Path | None = None, seconds: dict[str, float] | None = None
+) -> dict[str, Any]:
     """Write the run's summary and report; returns the summary."""
     saes = summarise(folders)
     used = sorted({str(store or sae["store"]) for sae in saes})
@@ -81,7 +87,9 @@ def table(saes: list[dict[str, Any]]) -> list[list[str]]:
     rows = [[heading for heading, _ in COLUMNS.values()]]
     for sae in saes:
         values = {**sae, **sae["baselines"]}
-        rows.append(["—" if values[name] is None else format(values[name], style) for name, (_, style) in COLUMNS.items()])
+        rows.append(
+            ["—" if values[name] is None else format(values[name], style) for name, (_, style) in COLUMNS.items()]
+        )
     return rows
 
 
@@ -98,7 +106,9 @@ th:first-child, td:first-child { text-align: left; }
 def _page(summary: dict[str, Any], folders: list[Path]) -> str:
     saes = summary["saes"]
     architectures = {sae["name"]: sae["architecture"] for sae in saes}
-    logs = {folder.name: read_metrics(folder / "metrics.jsonl") for folder in folders if (folder / "metrics.jsonl").exists()}
+    logs = {
+        folder.name: read_metrics(folder / "metrics.jsonl") for folder in folders if (folder / "metrics.jsonl").exists()
+    }
     references = {"pca_fvu": "PCA of rank L0", "untrained_fvu": "untrained SAE"}
     parts = [
         charts.pareto(saes, "fvu", "FVU", baselines=references),
@@ -118,7 +128,11 @@ def _page(summary: dict[str, Any], folders: list[Path]) -> str:
         f"mean-ablated {first['ce_mean']:.4f} nats ({html.escape(first['hook'])})."
     )
     flagged = [sae["name"] for sae in saes if sae["small_denominators"]]
-    warning = f"<p><b>Loss recovered is over a denominator under 0.05 nats for {', '.join(flagged)}: read ΔCE instead.</b></p>" if flagged else ""
+    warning = (
+        f"<p><b>Loss recovered is over a denominator under 0.05 nats for {', '.join(flagged)}: read ΔCE instead.</b></p>"
+        if flagged
+        else ""
+    )
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>saebench report</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>
 <h1>Sparse autoencoders of {html.escape(summary["model"])}</h1>

@@ -199,9 +199,7 @@ class JumpReLUSAE(ReLUSAE):
         self.threshold /= scale
 
 
-ARCHITECTURES: dict[str, type[SAE]] = {
-    cls.architecture: cls for cls in (ReLUSAE, TopKSAE, GatedSAE, JumpReLUSAE)
-}
+ARCHITECTURES: dict[str, type[SAE]] = {cls.architecture: cls for cls in (ReLUSAE, TopKSAE, GatedSAE, JumpReLUSAE)}
 
 
 def new_sae(architecture: str, d_in: int, d_sae: int, *, k: int | None = None, normalize: Normalize = "none") -> SAE:

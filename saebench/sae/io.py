@@ -85,9 +85,13 @@ def load_sae(folder: Path | str, *, device: str = "cpu") -> SAE:
         raise ValueError(f"{folder / CONFIG} lacks {', '.join(missing)}; it is not the configuration of an SAE")
     architecture = _FROM_SAELENS.get(config["architecture"])
     if architecture is None:
-        raise ValueError(f"{folder} has architecture {config['architecture']!r}; this version loads {', '.join(_FROM_SAELENS)}")
+        raise ValueError(
+            f"{folder} has architecture {config['architecture']!r}; this version loads {', '.join(_FROM_SAELENS)}"
+        )
     if config.get("reshape_activations", "none") != "none":
-        raise ValueError(f"{folder} reads reshaped activations ({config['reshape_activations']!r}); only residual-stream vectors are supported")
+        raise ValueError(
+            f"{folder} reads reshaped activations ({config['reshape_activations']!r}); only residual-stream vectors are supported"
+        )
     normalize = config.get("normalize_activations", "none")
     if normalize not in ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm"):
         raise ValueError(f"{folder} normalises its inputs by {normalize!r}, which is not known here")

@@ -27,7 +27,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest. Raises ValueError when there is none, or one that this version cannot read."""
     path = folder / MANIFEST
     if not path.exists():
-        raise ValueError(f"{folder} holds no activation store (no {MANIFEST}); make one with `saebench harvest --out {folder}`")
+        raise ValueError(
+            f"{folder} holds no activation store (no {MANIFEST}); make one with `saebench harvest --out {folder}`"
+        )
     manifest = read_json(path)
     if manifest.get("schema") != SCHEMA:
         raise ValueError(f"{path} is not the manifest of an activation store: schema is {manifest.get('schema')!r}")
@@ -63,7 +65,9 @@ class Shard:
             raise ValueError(f"{self.path} is missing; restore it or harvest again")
         size = self.path.stat().st_size
         if size != self._entry["bytes"]:
-            raise ValueError(f"{self.path} has {size} bytes, the manifest says {self._entry['bytes']}: {self._remedy()}")
+            raise ValueError(
+                f"{self.path} has {size} bytes, the manifest says {self._entry['bytes']}: {self._remedy()}"
+            )
         columns: dict[str, np.ndarray] = {}
         try:
             with open_shard(self.path) as file:
@@ -191,10 +195,12 @@ def describe(store: Store) -> str:
     lines = [
         f"{store.folder}: {len(store.shards)} shards, {size / 1e6:,.0f} MB, contexts of {store.context} tokens, {manifest['dtype']}",
         f"  model    {made['model']['id']} in {made['model_dtype']} (weights {made['model']['weights'][:12]})",
-        f"  text     {made['text']['dataset']}: {manifest['documents']:,} documents" + (", all of it" if manifest["exhausted"] else ""),
+        f"  text     {made['text']['dataset']}: {manifest['documents']:,} documents"
+        + (", all of it" if manifest["exhausted"] else ""),
     ]
     lines += [
-        f"  {split:<10} {store.rows(split):>12,} rows, {store.rows(split, kept=True):>12,} kept" for split in ("train", "validation")
+        f"  {split:<10} {store.rows(split):>12,} rows, {store.rows(split, kept=True):>12,} kept"
+        for split in ("train", "validation")
     ]
     for hook in store.hooks:
         statistics = store.statistics(hook)

@@ -68,7 +68,9 @@ def _buffers(store: Store, hook: str, seed: int, memory: int, start: Cursor) -> 
 
 
 def _permuted(blocks: list[tuple[Shard, int]], hook: str, rng: np.random.Generator) -> Tensor:
-    keeps = [np.array(shard.column("keep", first, min(first + shard.block_rows, shard.n_rows))) for shard, first in blocks]
+    keeps = [
+        np.array(shard.column("keep", first, min(first + shard.block_rows, shard.n_rows))) for shard, first in blocks
+    ]
     ends = np.cumsum([keep.sum() for keep in keeps])
     places = torch.from_numpy(rng.permutation(int(ends[-1])))
     sample = blocks[0][0].rows(hook, 0, 1)

@@ -244,7 +244,9 @@ class StoreWriter:
         documents: dict[int, tuple[str, str]] = {}
         for entry in self.shards:
             with open_shard(self.folder / entry["file"]) as file:
-                names = zip(file["documents/doc_id"][:].tolist(), file["documents/name"].asstr()[:].tolist(), strict=True)
+                names = zip(
+                    file["documents/doc_id"][:].tolist(), file["documents/name"].asstr()[:].tolist(), strict=True
+                )
                 documents |= {doc_id: (name, entry["split"]) for doc_id, name in names}
                 if entry["split"] == "train":
                     moments = {hook: total.plus(_moments(file, hook)) for hook, total in moments.items()}
@@ -267,7 +269,10 @@ class StoreWriter:
 def _moments(file: Any, hook: str) -> Moments:
     group = file[f"statistics/{hook}"]
     return Moments(
-        int(group.attrs["rows"]), group["mean_sum"][:], float(group.attrs["squared_norm_sum"]), group["norm_histogram"][:]
+        int(group.attrs["rows"]),
+        group["mean_sum"][:],
+        float(group.attrs["squared_norm_sum"]),
+        group["norm_histogram"][:],
     )
 
 

@@ -69,7 +69,9 @@ class TrainConfig:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
         if not self.k and not self.target_l0 and not self.l1:
-            raise ValueError("no sparsity given; expected --k 16,32 for topk, --target-l0 32 or --l1 2 for relu and gated")
+            raise ValueError(
+                "no sparsity given; expected --k 16,32 for topk, --target-l0 32 or --l1 2 for relu and gated"
+            )
 
     @property
     def n_steps(self) -> int:
@@ -91,7 +93,9 @@ def grid(config: TrainConfig, d_in: int) -> list[Spec]:
         else:
             levels = [{"target_l0": l0} for l0 in config.target_l0] + [{"l1": l1} for l1 in config.l1]
         if not levels:
-            raise ValueError(f"architecture {arch} has no sparsity; expected {'--k' if arch == 'topk' else '--target-l0 or --l1'}")
+            raise ValueError(
+                f"architecture {arch} has no sparsity; expected {'--k' if arch == 'topk' else '--target-l0 or --l1'}"
+            )
         for level in levels:
             (kind, value), *_ = level.items()
             if not 0 < value <= (d_sae if kind != "l1" else math.inf):
@@ -193,13 +197,20 @@ def _done(folder: Path, identity: dict[str, Any]) -> bool:
     if not (folder / "cfg.json").exists():
         return False
     if changed := differences(read_config(folder)["metadata"]["saebench"]["identity"], identity):
-        raise ValueError(f"{folder} holds an SAE trained with other settings: {'; '.join(changed)}. Choose another --out")
+        raise ValueError(
+            f"{folder} holds an SAE trained with other settings: {'; '.join(changed)}. Choose another --out"
+        )
     return True
 
 
 def _log(members: list[Member], logs: list[MetricsLog], bar: Any, step: int, batch: int, clock: Clock) -> None:
     """A line per SAE. Raises ValueError naming the SAE and the step of a loss that is not finite."""
-    common = {"step": step + 1, "tokens": (step + 1) * batch, "seconds": clock.total, "tokens_per_s": bar.format_dict["rate"]}
+    common = {
+        "step": step + 1,
+        "tokens": (step + 1) * batch,
+        "seconds": clock.total,
+        "tokens_per_s": bar.format_dict["rate"],
+    }
     for member, file in zip(members, logs, strict=True):
         line = member.log_line(step)
         if not math.isfinite(line["loss"]):

@@ -37,9 +37,7 @@ class Spec:
 class Member:
     """Everything a step changes, so that saving and restoring `state` resumes bit for bit."""
 
-    def __init__(
-        self, spec: Spec, mean_D: Float[Tensor, " D"], dead_steps: int, n_steps: int, device: str
-    ) -> None:
+    def __init__(self, spec: Spec, mean_D: Float[Tensor, " D"], dead_steps: int, n_steps: int, device: str) -> None:
         self.spec, self.dead_steps, self.n_steps = spec, dead_steps, n_steps
         self.sae: SAE = new_sae(spec.architecture, len(mean_D), spec.d_sae, k=spec.k)
         initialise(self.sae, mean_D, torch.Generator().manual_seed(spec.seed))
@@ -95,7 +93,11 @@ class Member:
         self.sums = {}
         alive = int((self.silent_steps < self.dead_steps).sum())
         line = {name: means[name] for name in ("loss", "mse", "sparsity", "aux", "l0", "grad_norm")}
-        line |= {"fvu": means["mse"] / means["variance"], "alive": alive, "lr": learning_rate(step, self.n_steps, self.spec.lr)}
+        line |= {
+            "fvu": means["mse"] / means["variance"],
+            "alive": alive,
+            "lr": learning_rate(step, self.n_steps, self.spec.lr),
+        }
         if self.spec.k is None:
             line["lambda"] = means["coefficient"]
         return line
@@ -148,7 +150,9 @@ class Member:
         mine = {name: tuple(value.shape) for name, value in self.sae.state_dict().items()}
         theirs = {name[4:]: tuple(value.shape) for name, value in state.items() if name.startswith("sae.")}
         if mine != theirs:
-            raise ValueError(f"the checkpoint of {self.spec.name} holds weights {theirs}, expected {mine}: use the store and sizes it began with")
+            raise ValueError(
+                f"the checkpoint of {self.spec.name} holds weights {theirs}, expected {mine}: use the store and sizes it began with"
+            )
         device = self.silent_steps.device
         self.sae.load_state_dict({name: state[f"sae.{name}"] for name in mine})
         for name, parameter in self.sae.named_parameters():

@@ -26,14 +26,18 @@ def _layout(figure: go.Figure, title: str, x: str, y: str) -> go.Figure:
     return figure
 
 
-def pareto(saes: Sequence[Mapping[str, Any]], metric: str, label: str, *, baselines: Mapping[str, str] | None = None) -> go.Figure:
+def pareto(
+    saes: Sequence[Mapping[str, Any]], metric: str, label: str, *, baselines: Mapping[str, str] | None = None
+) -> go.Figure:
     """L0 (log scale) against a metric, a line per architecture, 95% intervals as bars.
 
     `saes` are entries of `summary.json`; `baselines` maps names in their `baselines` to labels.
     """
     figure = go.Figure()
     for architecture in dict.fromkeys(sae["architecture"] for sae in saes):
-        points = sorted((s for s in saes if s["architecture"] == architecture and s[metric] is not None), key=lambda s: s["l0"])
+        points = sorted(
+            (s for s in saes if s["architecture"] == architecture and s[metric] is not None), key=lambda s: s["l0"]
+        )
         colour, symbol = STYLE.get(architecture, _FALLBACK)
         low, high = zip(*(s["intervals"][metric] for s in points), strict=True) if points else ((), ())
         values = [s[metric] for s in points]
@@ -66,7 +70,9 @@ def _hover(sae: Mapping[str, Any]) -> str:
     return f"<b>{sae['name']}</b><br>{sae['hook']}, {sae['d_sae']:,} latents<br>{figures}"
 
 
-def training_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, label: str, architectures: Mapping[str, str]) -> go.Figure:
+def training_curves(
+    logs: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, label: str, architectures: Mapping[str, str]
+) -> go.Figure:
     """A logged quantity over the rows trained on, a line per SAE."""
     figure = go.Figure()
     dashes: dict[str, int] = {}

@@ -1,0 +1,167 @@
+import numpy as np
+import pytest
+import torch
+
+from saebench.metrics import (
+    Sums,
+    density_metrics,
+    fidelity_metrics,
+    kl_divergence,
+    next_token_loss,
+    reconstruction_metrics,
+    reconstruction_terms,
+    resampled,
+    total,
+    total_variance,
+)
+
+
+def metrics_of(
+    x: torch.Tensor,
+    x_hat: torch.Tensor,
+    l0: torch.Tensor | None = None,
+    doc: torch.Tensor | None = None,
+    chunk: int = 10**6,
+) -> dict:
+    sums = Sums()
+    zeros = torch.zeros(len(x))
+    doc = torch.zeros(len(x), dtype=torch.int64) if doc is None else doc
+    for start in range(0, len(x), chunk):
+        part = slice(start, start + chunk)
+        terms = reconstruction_terms(x[part], x_hat[part], (zeros if l0 is None else l0)[part], zeros[part])
+        sums.add(doc[part], {**terms, "vector": x[part]})
+    return {name: float(value) for name, value in reconstruction_metrics(total(sums.table())).items()}
+
+
+def test_reconstruction_metrics_by_hand() -> None:
+    x = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
+    x_hat = torch.tensor([[3.0, 0.0], [0.5, 0.0]])
+    got = metrics_of(x, x_hat, l0=torch.tensor([2.0, 1.0]))
+    assert got["l0"] == 1.5
+    assert got["mse"] == (16 + 0.25) / 2
+    # mean (2, 2): Σ‖x−x̄‖² = 1 + 4 + 1 + 4
+    assert got["fvu"] == pytest.approx(16.25 / 10)
+    assert got["explained_variance"] == pytest.approx(1 - 16.25 / 10)
+    assert got["cosine"] == pytest.approx((9 / 15 + 1) / 2)
+    assert got["l2_ratio"] == pytest.approx((3 / 5 + 0.5) / 2)
+    assert got["gamma"] == pytest.approx((9 + 0.25) / (9 + 0.5))
+
+
+def test_constant_offset_is_not_explained_variance() -> None:
+    """Centring per batch hides a constant error; the mean of all rows does not."""
+    x = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+    offset = torch.tensor([5.0, 0.0, 0.0])
+    got = metrics_of(x, x + offset)
+    assert got["fvu"] == pytest.approx(2500 / float(((x - x.mean(0)) ** 2).sum()), rel=1e-5)
+
+
+def test_a_zero_reconstruction_has_cosine_zero_and_no_nan() -> None:
+    got = metrics_of(torch.ones(3, 2), torch.zeros(3, 2))
+    assert (got["cosine"], got["l2_ratio"]) == (0.0, 0.0)
+    assert np.isnan(got["gamma"])  # 0/0: no value, and written as null
+
+
+@pytest.mark.parametrize("scale", [1e-3, 7.0, 1e4])
+def test_ratios_do_not_change_with_the_scale_of_the_model(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(50, 4, generator=generator) + 3, torch.randn(50, 4, generator=generator)
+    one, other = metrics_of(x, x + 0.1 * noise), metrics_of(scale * x, scale * (x + 0.1 * noise))
+    for name in ("fvu", "gamma", "cosine", "l2_ratio"):
+        assert other[name] == pytest.approx(one[name], rel=1e-5)
+    assert other["mse"] == pytest.approx(one["mse"] * scale**2, rel=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50])
+def test_batches_of_any_size_give_the_same_figures(chunk: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(50, 4, generator=generator) + 3, torch.randn(50, 4, generator=generator)
+    doc = torch.randint(0, 5, (50,), generator=generator)
+    assert metrics_of(x, x + noise, doc=doc, chunk=chunk) == pytest.approx(metrics_of(x, x + noise, doc=doc), rel=1e-12)
+
+
+def test_next_token_loss_by_hand() -> None:
+    logits = torch.log(torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [1 / 3, 1 / 3, 1 / 3]]]))
+    losses = next_token_loss(logits, torch.tensor([[2, 0, 1]]))
+    assert torch.allclose(losses, -torch.log(torch.tensor([[0.5, 0.8]])))
+
+
+def test_kl_by_hand_and_without_underflow() -> None:
+    p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
+    want = 0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(0.5 / 0.1)
+    assert kl_divergence(p.log()[None, None], q.log()[None, None]).item() == pytest.approx(want)
+    extreme = kl_divergence(torch.tensor([[[0.0, -200.0]]]), torch.tensor([[[0.0, -400.0]]]))
+    assert torch.isfinite(extreme).all()
+    assert kl_divergence(torch.randn(2, 3, 5), torch.randn(2, 3, 5)).min() >= 0
+
+
+SUMS = {
+    "positions": 10.0,
+    "ce_clean": 20.0,
+    "ce_spliced": 22.0,
+    "ce_zero": 60.0,
+    "ce_mean": 40.0,
+    "kl": 1.0,
+    "kl_zero": 50.0,
+}
+
+
+def test_fidelity_by_hand() -> None:
+    got = {name: float(value) for name, value in fidelity_metrics({k: np.float64(v) for k, v in SUMS.items()}).items()}
+    assert got == pytest.approx({
+        "ce_clean": 2.0, "ce_spliced": 2.2, "ce_zero": 6.0, "ce_mean": 4.0, "delta_ce": 0.2,
+        "loss_recovered_zero": 38 / 40, "loss_recovered_mean": 18 / 20, "kl": 0.1, "kl_zero": 5.0, "kl_score": 49 / 50,
+    })  # fmt: skip
+
+
+def test_loss_recovered_is_never_clipped() -> None:
+    got = fidelity_metrics({k: np.float64(v) for k, v in {**SUMS, "ce_spliced": 19.0}.items()})
+    assert got["loss_recovered_zero"] > 1
+    got = fidelity_metrics({k: np.float64(v) for k, v in {**SUMS, "ce_spliced": 90.0}.items()})
+    assert got["loss_recovered_zero"] < 0
+
+
+def test_sums_are_kept_per_document_whatever_the_order() -> None:
+    sums = Sums()
+    sums.add(torch.tensor([7, 3, 7]), {"a": torch.tensor([1.0, 2.0, 3.0])})
+    sums.add(torch.tensor([9, 3]), {"a": torch.tensor([4.0, 5.0]), "v": torch.tensor([[1.0, 0.0], [0.0, 1.0]])})
+    table = sums.table()
+    by_document = {doc: float(table["a"][place]) for doc, place in sums.index.items()}
+    assert by_document == {3: 7.0, 7: 4.0, 9: 4.0}
+    assert table["v"][sums.index[7]].tolist() == [0.0, 0.0]
+    assert total(table)["v"].tolist() == [1.0, 1.0]
+
+
+def test_bootstrap_resamples_documents_whole() -> None:
+    """Numerator and denominator move together: a ratio that is the same in every document has no spread."""
+    table = {"n": np.array([1.0, 10.0, 100.0]), "d": np.array([2.0, 20.0, 200.0])}
+    samples = resampled(table, 500, seed=0)
+    assert np.allclose(samples["n"] / samples["d"], 0.5)
+    assert samples["n"].std() > 0
+
+
+def test_bootstrap_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        table = {"n": rng.normal(3.0, 1.0, 40), "d": np.ones(40)}
+        samples = resampled(table, 400, seed=1)
+        low, high = np.quantile(samples["n"] / samples["d"], (0.025, 0.975))
+        covered += low <= 3.0 <= high
+    assert 0.88 <= covered / 200 <= 0.98
+
+
+def test_total_variance_of_resamples_recentres() -> None:
+    x = torch.tensor([[0.0], [0.0], [4.0], [4.0]])
+    sums = Sums()
+    sums.add(torch.tensor([0, 0, 1, 1]), {"rows": torch.ones(4), "squared_norm": (x**2).sum(1), "vector": x})
+    assert float(total_variance(total(sums.table()))) == 16.0
+    samples = resampled(sums.table(), 50, seed=0)
+    assert set(np.round(total_variance(samples), 9)) == {0.0, 16.0}
+
+
+def test_density_by_hand() -> None:
+    got = density_metrics(torch.tensor([0, 1, 2, 50]), 100)
+    assert got == {
+        "dense_fraction": 0.5, "dense_fraction_10": 0.25,
+        "dense_share_of_firing": 52 / 53, "dense_share_of_firing_10": 50 / 53,
+    }  # fmt: skip

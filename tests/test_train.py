@@ -1,0 +1,363 @@
+import json
+import math
+import random
+import signal
+from itertools import pairwise
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+from conftest import HOOK, WIDTH
+from safetensors.torch import load_file
+
+from saebench.files import read_json, write_json
+from saebench.sae import load_sae, new_sae, read_config, topk_relu
+from saebench.store import Store, shuffled_batches
+from saebench.train import Member, Spec, TrainConfig, grid, train
+from saebench.train.objectives import AUX_WEIGHT, OBJECTIVES, Context
+from saebench.train.schedules import Sparsity, learning_rate
+
+COMMON = {"d_sae": 64, "tokens": 20_000, "batch": 100, "lr": 3e-3}
+
+
+def config(store: Store, out: Path, **options: object) -> TrainConfig:
+    defaults = {"arch": ("relu", "topk", "gated"), "target_l0": (6.0,), "hook": HOOK, **COMMON}
+    return TrainConfig(store=store.folder, out=out, **{**defaults, **options})  # type: ignore[arg-type]
+
+
+def arguments(store: Store, out: Path) -> list[str]:
+    return [
+        "train", "--store", str(store.folder), "--hook", HOOK, "--out", str(out), "--arch", "relu,topk,gated", "--target-l0", "6",
+        "--d-sae", "64", "--tokens", "20000", "--batch", "100", "--lr", "0.003", "--device", "cpu",
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------- objectives
+
+
+def random_member(architecture: str) -> tuple[torch.nn.Module, torch.Tensor]:
+    sae = new_sae(architecture, 5, 12, k=3)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return sae, torch.randn(30, 5, generator=generator)
+
+
+@pytest.mark.parametrize("architecture", ["relu", "topk", "gated"])
+def test_objectives_equal_their_formulas(architecture: str) -> None:
+    sae, x = random_member(architecture)
+    dead = torch.zeros(12, dtype=torch.bool)
+    dead[[2, 7, 11]] = True
+    out = sae(x)
+    loss = OBJECTIVES[architecture](sae, x, out, Context(torch.tensor(0.3), dead))  # type: ignore[arg-type]
+    norms = sae.W_dec.norm(dim=1)
+    mse = ((x - out.x_hat) ** 2).sum(1).mean()
+    if architecture == "relu":
+        want = mse + 0.3 * (out.acts * norms).sum(1).mean()
+    elif architecture == "topk":
+        acts = torch.zeros_like(out.pre)
+        acts[:, dead] = topk_relu(out.pre[:, dead], 2)  # min(D // 2, dead) = 2
+        aux = ((x - out.x_hat - acts @ sae.W_dec) ** 2).sum(1).mean()
+        want = (mse + AUX_WEIGHT * aux) / x.var(0, correction=0).sum()
+    else:
+        gate = torch.relu(out.pre)
+        want = mse + 0.3 * gate.sum(1).mean() + ((x - gate @ sae.W_dec - sae.b_dec) ** 2).sum(1).mean()
+    assert loss.total.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_auxk_trains_dead_latents_only_and_their_encoder_too() -> None:
+    sae, x = random_member("topk")
+    dead = torch.zeros(12, dtype=torch.bool)
+    dead[[2, 7]] = True
+    out = sae(x)
+    loss = OBJECTIVES["topk"](sae, x, out, Context(torch.tensor(0.0), dead))  # type: ignore[arg-type]
+    loss.auxiliary.backward()
+    for gradient in (sae.W_enc.grad.T, sae.W_dec.grad, sae.b_enc.grad[:, None]):
+        moved = gradient.abs().sum(1) > 0
+        assert moved.tolist() == dead.tolist()
+    # the residual is a target, not something to train; b_dec has no part in it but through the pre-bias
+    assert torch.allclose(sae.b_dec.grad, -(sae.b_enc.grad @ sae.W_enc.T), atol=1e-5)
+
+
+def test_gated_auxiliary_loss_does_not_reach_the_decoder() -> None:
+    sae, x = random_member("gated")
+    out = sae(x)
+    OBJECTIVES["gated"](sae, x, out, Context(torch.tensor(0.0), torch.zeros(12, dtype=torch.bool))).auxiliary.backward()  # type: ignore[arg-type]
+    assert sae.W_dec.grad is None
+    assert sae.b_gate.grad.abs().sum() > 0
+    assert sae.r_mag.grad is None or sae.r_mag.grad.abs().sum() == 0
+
+
+# -------------------------------------------------------------------------------------- schedules
+
+
+def test_learning_rate_warms_up_holds_and_decays_to_zero() -> None:
+    rates = [learning_rate(step, 1000, 2.0) for step in range(1000)]
+    assert rates[0] == pytest.approx(2.0 / 50)
+    assert rates[49] == rates[500] == rates[800] == 2.0
+    assert rates[900] == pytest.approx(1.0)
+    assert rates[999] == pytest.approx(2.0 / 200)
+    assert all(a <= b for a, b in pairwise(rates[:50]))
+    assert all(a >= b for a, b in pairwise(rates[800:]))
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.97])
+def test_the_controller_brings_l0_to_its_target(delay: float) -> None:
+    """Against an SAE whose L0 is 100/λ, reached at once or over many steps."""
+    sparsity = Sparsity(None, 8.0, "cpu")
+    l0, n_steps = 300.0, 4000
+    for step in range(n_steps):
+        settled = min(300.0, 100.0 / float(sparsity.coefficient(step, n_steps)))
+        l0 = delay * l0 + (1 - delay) * settled
+        sparsity.observe(torch.tensor(l0), step, n_steps)
+    assert l0 == pytest.approx(8.0, rel=0.03)
+
+
+def test_a_fixed_coefficient_warms_up_and_stays() -> None:
+    sparsity = Sparsity(3.0, None, "cpu")
+    sparsity.observe(torch.tensor(500.0), 0, 100)
+    assert [round(float(sparsity.coefficient(step, 100)), 4) for step in (0, 4, 50, 99)] == [0.6, 3.0, 3.0, 3.0]
+
+
+# ------------------------------------------------------------------------------------------ grids
+
+
+def test_a_grid_has_every_architecture_at_every_sparsity(store: Store, tmp_path: Path) -> None:
+    specs = grid(config(store, tmp_path, k=(4, 8), target_l0=(8.0, 16.0), l1=(2.0,), lr=None), WIDTH)
+    assert [spec.name for spec in specs] == [
+        "relu-l0-8", "relu-l0-16", "relu-l1-2", "topk-k4", "topk-k8", "topk-k16", "gated-l0-8", "gated-l0-16", "gated-l1-2",
+    ]  # fmt: skip
+    assert specs[0].lr == pytest.approx(2e-4 / math.sqrt(64 / 2**14))
+    assert grid(config(store, tmp_path, d_sae=None), WIDTH)[0].d_sae == 8 * WIDTH
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"arch": ("topk",), "k": (65,)}, "k is 65; expected more than 0 and at most d_sae = 64"),
+        ({"arch": ("topk",), "k": (0,)}, "k is 0; expected more than 0"),
+        (
+            {"arch": ("relu",), "target_l0": (), "k": (3,)},
+            "architecture relu has no sparsity; expected --target-l0 or --l1",
+        ),
+        ({"arch": ("topk",), "target_l0": (), "l1": (3.0,)}, "architecture topk has no sparsity; expected --k"),
+        ({"target_l0": ()}, "no sparsity given"),
+        ({"tokens": 0}, "tokens is 0; expected more than 0"),
+        (
+            {"hook": "blocks.9.hook_resid_post"},
+            "is not in .*; it has blocks.0.hook_resid_post, blocks.1.hook_resid_post",
+        ),
+        ({"hook": None}, "has several hooks; choose one with --hook"),
+        ({"batch": 10**6}, "fewer than a batch of 1000000"),
+    ],
+)
+def test_impossible_settings_are_named(options: dict[str, object], message: str, store: Store, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(config(store, tmp_path / "run", **options))
+
+
+# --------------------------------------------------------------------------------------- training
+
+
+@pytest.fixture(scope="module")
+def run(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A grid of three, trained by the command line without interruption."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    status, printed = processes.run(*arguments(store, out))
+    assert status == 0, printed
+    return out
+
+
+def log_of(folder: Path) -> list[dict]:
+    """The training log without what a clock decides."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s")} for line in lines]
+
+
+def same_saes(one: Path, two: Path) -> bool:
+    names = sorted(path.name for path in (one / "saes").iterdir() if path.is_dir())
+    assert names == sorted(path.name for path in (two / "saes").iterdir() if path.is_dir())
+    weights = "sae_weights.safetensors"
+    return all(
+        (one / "saes" / name / weights).read_bytes() == (two / "saes" / name / weights).read_bytes()
+        and log_of(one / "saes" / name) == log_of(two / "saes" / name)
+        for name in names
+    )
+
+
+def test_training_learns_and_saves_unit_rows(run: Path, store: Store) -> None:
+    rows, _ = next(shuffled_batches(store, HOOK, 4000, seed=9))
+    for folder in (run / "saes").glob("*-*"):
+        sae, log = load_sae(folder), log_of(folder)
+        assert log[-1]["fvu"] < 0.7 * log[0]["fvu"]
+        assert log[-1]["step"] == 200
+        assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-5)
+        out = sae(rows.float())
+        fvu = ((rows - out.x_hat) ** 2).sum() / ((rows - rows.mean(0)) ** 2).sum()
+        assert fvu.item() == pytest.approx(log[-1]["fvu"], rel=0.15)
+        assert not (folder / "checkpoint").exists()
+    assert not (run / "saes" / "checkpoint.json").exists()
+    assert log_of(run / "saes" / "topk-k6")[-1]["l0"] == pytest.approx(6.0, abs=0.01)
+
+
+def test_metadata_says_how_an_sae_came_about(run: Path, store: Store) -> None:
+    metadata = read_config(run / "saes" / "relu-l0-6")["metadata"]
+    assert metadata["hook_name"] == HOOK
+    assert metadata["context_size"] == store.context
+    assert metadata["saebench"]["tokens_trained"] == 20_000
+    assert metadata["saebench"]["lambda"] > 0
+    assert metadata["saebench"]["identity"]["target_l0"] == 6.0
+    assert metadata["saebench"]["store"] == str(store.folder)
+
+
+def test_the_same_settings_give_the_same_bits(run: Path, store: Store, tmp_path: Path) -> None:
+    processes.run(*arguments(store, tmp_path))
+    assert same_saes(run, tmp_path)
+
+
+def test_each_sae_is_what_it_would_be_alone(run: Path, store: Store, tmp_path: Path) -> None:
+    status, printed = processes.run(*[{"relu,topk,gated": "gated"}.get(a, a) for a in arguments(store, tmp_path)])
+    assert status == 0, printed
+    name = "saes/gated-l0-6/sae_weights.safetensors"
+    assert (tmp_path / name).read_bytes() == (run / name).read_bytes()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_and_resumed_equals_uninterrupted(
+    seed: int, run: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = processes.start(*arguments(store, tmp_path), slow=0.003, checkpoint_seconds=0.2)
+    steps = random.Random(seed).randrange(20, 120)
+
+    def reached() -> bool:
+        pointer = tmp_path / "saes" / "checkpoint.json"
+        return pointer.exists() and read_json(pointer)["step"] >= steps
+
+    processes.signal_when(child, reached, signal.SIGKILL)
+    assert not (tmp_path / "saes" / "topk-k6" / "cfg.json").exists()
+    status, printed = processes.run(*arguments(store, tmp_path))
+    assert status == 0, printed
+    assert same_saes(run, tmp_path)
+
+
+def test_ctrl_c_saves_and_the_same_command_continues(run: Path, store: Store, tmp_path: Path) -> None:
+    child = processes.start(*arguments(store, tmp_path), slow=0.01)
+    log = tmp_path / "saes" / "relu-l0-6" / "metrics.jsonl"
+    status, printed = processes.signal_when(child, lambda: log.exists() and log.stat().st_size > 0, signal.SIGINT)
+    assert status == 130
+    assert "the same command continues" in printed
+    assert 50 <= read_json(tmp_path / "saes" / "checkpoint.json")["step"] < 200
+    status, printed = processes.run(*arguments(store, tmp_path))
+    assert status == 0, printed
+    assert same_saes(run, tmp_path)
+
+
+def test_a_full_disk_while_checkpointing_keeps_the_last_checkpoint(run: Path, store: Store, tmp_path: Path) -> None:
+    child = processes.start(*arguments(store, tmp_path), slow=0.01)
+    log = tmp_path / "saes" / "relu-l0-6" / "metrics.jsonl"
+    processes.signal_when(child, lambda: log.exists() and log.stat().st_size > 0, signal.SIGINT)
+    before = read_json(tmp_path / "saes" / "checkpoint.json")["step"]
+    status, printed = processes.run(*arguments(store, tmp_path), file_limit=20_000)
+    assert status == 2
+    assert f"writing the checkpoint of step 200 in {tmp_path / 'saes'} failed" in printed
+    assert "The one before it is whole; free some space and run the same command again" in printed
+    assert "Traceback" not in printed
+    assert read_json(tmp_path / "saes" / "checkpoint.json")["step"] == before
+    status, printed = processes.run(*arguments(store, tmp_path))
+    assert status == 0, printed
+    assert same_saes(run, tmp_path)
+
+
+def test_finished_saes_are_not_trained_again(run: Path, store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    before = (run / "saes" / "relu-l0-6" / "cfg.json").stat().st_mtime_ns
+    assert len(train(config(store, run)) or []) == 3
+    assert "all 3 SAEs are trained already" in caplog.text
+    assert (run / "saes" / "relu-l0-6" / "cfg.json").stat().st_mtime_ns == before
+    with pytest.raises(
+        ValueError, match=r"relu-l0-6 holds an SAE trained with other settings: lr: 0.003 -> 0.001; seed: 0 -> 1"
+    ):
+        train(config(store, run, lr=1e-3, seed=1))
+
+
+def half_trained(store: Store, out: Path) -> None:
+    child = processes.start(*arguments(store, out), slow=0.01)
+    log = out / "saes" / "relu-l0-6" / "metrics.jsonl"
+    processes.signal_when(child, lambda: log.exists() and log.stat().st_size > 0, signal.SIGINT)
+
+
+def test_checkpoints_of_another_run_are_refused(store: Store, tmp_path: Path) -> None:
+    half_trained(store, tmp_path)
+    with pytest.raises(
+        ValueError,
+        match=r"holds a checkpoint of other settings: gated-l0-6: dead_steps: 10 -> 15; tokens: 20000 -> 30000",
+    ):
+        train(config(store, tmp_path, tokens=30_000))
+    # the same pointer over weights of another width: a store whose d_in differs
+    pointer = read_json(tmp_path / "saes" / "checkpoint.json")
+    file = tmp_path / "saes" / "gated-l0-6" / "checkpoint" / f"step-{pointer['step']:09d}.safetensors"
+    state = load_file(file)
+    spec = Spec(
+        **{
+            k: pointer["identity"]["gated-l0-6"][k]
+            for k in ("name", "architecture", "d_sae", "k", "target_l0", "l1", "lr", "seed")
+        }
+    )
+    wider = Member(spec, torch.zeros(WIDTH + 1), 10, 200, "cpu")
+    with pytest.raises(
+        ValueError,
+        match=r"the checkpoint of gated-l0-6 holds weights .*, expected .*: use the store and sizes it began with",
+    ):
+        wider.restore(state)
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"checkpoint .*step-.*safetensors cannot be read"):
+        train(config(store, tmp_path))
+    write_json(tmp_path / "saes" / "checkpoint.json", {**pointer, "identity": {}})
+    with pytest.raises(ValueError, match="holds a checkpoint of other settings"):
+        train(config(store, tmp_path))
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_sae_and_the_step(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"the loss of relu-l0-6 is (nan|inf) by step \d+; the last checkpoint is from before"
+    ):
+        train(config(store, tmp_path, lr=1e30))
+
+
+# ------------------------------------------------------------------------------------- dead latents
+
+
+def test_resampling_points_dead_latents_at_what_is_badly_reconstructed(store: Store) -> None:
+    rows, _ = next(shuffled_batches(store, HOOK, 400, seed=1))
+    x = rows.float()
+    spec = Spec(name="s", architecture="relu", d_sae=32, l1=0.1, lr=1e-3, seed=0)
+    member = Member(spec, x.mean(0), 5, 100, "cpu")
+    for step in range(3):
+        member.step(x, step)
+    member.silent_steps[[4, 9]] = 7
+    error = torch.zeros(len(x))
+    error[17] = 1.0  # the only badly reconstructed row
+    with torch.no_grad():
+        member._resample(x, error, 50)
+    direction = torch.nn.functional.normalize(x[17] - member.sae.b_dec, dim=0)
+    for latent in (4, 9):
+        assert torch.allclose(torch.nn.functional.normalize(member.sae.W_dec[latent], dim=0), direction, atol=1e-5)
+        assert member.sae.b_enc[latent] == 0
+        assert member.optimizer.state[member.sae.W_enc]["exp_avg"][:, latent].abs().sum() == 0
+        assert member.optimizer.state[member.sae.W_dec]["exp_avg_sq"][latent].abs().sum() == 0
+        assert member.silent_steps[latent] == 0
+    assert member.optimizer.state[member.sae.W_dec]["exp_avg"][5].abs().sum() > 0
+
+
+@pytest.mark.parametrize("architecture", ["topk", "gated"])
+def test_unit_rows_stay_unit_rows(architecture: str, store: Store) -> None:
+    rows, _ = next(shuffled_batches(store, HOOK, 200, seed=1))
+    spec = Spec(
+        name="s", architecture=architecture, d_sae=32, k=4 if architecture == "topk" else None, l1=0.1, lr=1e-2, seed=0
+    )
+    member = Member(spec, torch.zeros(WIDTH), 5, 100, "cpu")
+    for step in range(20):
+        member.step(rows.float(), step)
+    assert torch.allclose(member.sae.W_dec.norm(dim=1), torch.ones(32), atol=1e-6)
