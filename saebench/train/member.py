@@ -139,11 +139,7 @@ class Member:
         for name, parameter in self.sae.named_parameters():
             state |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
         state |= {f"sums.{name}": value for name, value in self.sums.items()}
-        return state | {
-            "silent_steps": self.silent_steps,
-            "log_coefficient": self.sparsity.log_coefficient,
-            "l0": self.sparsity.l0,
-        }
+        return state | {"silent_steps": self.silent_steps, **self.sparsity.state()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`. Raises ValueError when the tensors are those of another SAE."""
@@ -161,8 +157,7 @@ class Member:
             self.optimizer.state[parameter] = {key: value.to(device) for key, value in moments.items()}
         self.sums = {name[5:]: value.to(device) for name, value in state.items() if name.startswith("sums.")}
         self.silent_steps = state["silent_steps"].to(device)
-        self.sparsity.log_coefficient = state["log_coefficient"].to(device)
-        self.sparsity.l0 = state["l0"].to(device)
+        self.sparsity.restore(state)
 
 
 @torch.no_grad()

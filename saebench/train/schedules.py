@@ -8,11 +8,14 @@ from torch import Tensor
 WARMUP = 0.05  # of all steps, for the learning rate and a fixed λ
 DECAY = 0.2
 
-# The controller integrates the error of log L0. L0 answers a change of λ within about a hundred
-# steps; a gain well under one over that delay neither rings nor lags.
-_GAIN = 0.01
-_LARGEST_ERROR = 0.5
-_SMOOTHING = 0.05
+# The controller is critically damped for an L0 that answers a change of λ within some fifty steps. Its
+# second integral follows the slow drift of L0 at equal λ that training brings; it rests while the
+# error is large, as in the first steps, when L0 is high whatever λ is.
+_GAIN = 0.012
+_DRIFT_GAIN = _GAIN**2 / 4
+_LARGEST_ERROR = 1.0
+_LARGEST_DRIFT_ERROR = 0.3
+_SMOOTHING = 0.1
 
 
 def learning_rate(step: int, n_steps: int, peak: float) -> float:
@@ -30,14 +33,15 @@ def default_learning_rate(d_sae: int) -> float:
 class Sparsity:
     """λ of a run: fixed after a warm-up, or moved until the mean L0 meets a target.
 
-    State (`log_coefficient`, `l0`) is two float64 scalars, kept as tensors so that a step needs no
-    host synchronisation and a checkpoint is exact.
+    State (`log_coefficient`, `drift`, `l0`) is three float64 scalars, kept as tensors so that a step
+    needs no host synchronisation and a checkpoint is exact.
     """
 
     def __init__(self, coefficient: float | None, target_l0: float | None, device: str) -> None:
         self.target = target_l0
         start = coefficient if coefficient is not None else 1.0
         self.log_coefficient = torch.tensor(math.log(start), dtype=torch.float64, device=device)
+        self.drift = torch.zeros((), dtype=torch.float64, device=device)
         self.l0 = torch.tensor(math.nan, dtype=torch.float64, device=device)
 
     def coefficient(self, step: int, n_steps: int) -> Tensor:
@@ -50,5 +54,13 @@ class Sparsity:
         self.l0 = torch.where(self.l0.isnan(), l0, self.l0 + _SMOOTHING * (l0 - self.l0))
         if self.target is None or step < WARMUP * n_steps:
             return
-        error = (self.l0.clamp(min=1e-3) / self.target).log().clamp(-_LARGEST_ERROR, _LARGEST_ERROR)
-        self.log_coefficient += _GAIN * error
+        error = (self.l0.clamp(min=1e-3) / self.target).log()
+        self.drift += _DRIFT_GAIN * torch.where(error.abs() < _LARGEST_DRIFT_ERROR, error, 0.0)
+        self.log_coefficient += _GAIN * error.clamp(-_LARGEST_ERROR, _LARGEST_ERROR) + self.drift
+
+    def state(self) -> dict[str, Tensor]:
+        return {"log_coefficient": self.log_coefficient, "drift": self.drift, "l0": self.l0}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        for name, value in self.state().items():
+            value.copy_(state[name])
