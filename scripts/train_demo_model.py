@@ -18,10 +18,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
@@ -30,6 +32,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from saebench.text import Document, TextConfig, encoder_of, open_documents, pack, split_of
 
 log = logging.getLogger("train_demo_model")
+
+CausalLM = Any  # transformers' annotations of generate() and to() refuse transformers' own classes
 
 EOT = "<|endoftext|>"
 MAX_FILE = 200_000  # bytes; longer files are tables
@@ -45,7 +49,9 @@ def arguments() -> argparse.Namespace:
         "--packages", type=Path, action="append", help="folder of installed packages (default: this interpreter's)"
     )
     parser.add_argument("--package-cap", type=float, default=2e6, help="bytes of source taken from one package")
-    parser.add_argument("--tokens", type=float, default=32e6, help="training tokens")
+    parser.add_argument("--tokens", type=float, default=32e6, help="tokens in the shuffled mixture")
+    parser.add_argument("--steps", type=int, help="train on the mixture's first so many batches (default: on all)")
+    parser.add_argument("--decay", type=float, default=0.7, help="share of the steps in which the rate falls to zero")
     parser.add_argument("--stdlib-epochs", type=int, default=3, help="how often the standard library is in the mixture")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--batch", type=int, default=16, help="contexts in a step")
@@ -158,7 +164,12 @@ def mixture(args: argparse.Namespace) -> np.ndarray:
 # -------------------------------------------------------------------------------------- training
 
 
-def new_model(args: argparse.Namespace) -> LlamaForCausalLM:
+def steps_of(args: argparse.Namespace) -> int:
+    whole = int(args.tokens) // args.context // args.batch
+    return min(args.steps or whole, whole)
+
+
+def new_model(args: argparse.Namespace) -> CausalLM:
     torch.manual_seed(args.seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -168,7 +179,7 @@ def new_model(args: argparse.Namespace) -> LlamaForCausalLM:
             num_hidden_layers=4,
             num_attention_heads=4,
             max_position_embeddings=args.context,
-            rope_theta=10_000.0,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
             tie_word_embeddings=True,
             bos_token_id=0,
             eos_token_id=0,
@@ -188,7 +199,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         for group in self.param_groups:
             shapes: dict[torch.Size, list[torch.nn.Parameter]] = {}
             for parameter in group["params"]:
@@ -196,9 +207,11 @@ class Muon(torch.optim.Optimizer):
             for shape, parameters in shapes.items():
                 updates = []
                 for parameter in parameters:
+                    gradient = parameter.grad
+                    assert gradient is not None
                     buffer = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
-                    buffer.lerp_(parameter.grad, 1 - group["momentum"])
-                    updates.append(parameter.grad.lerp(buffer, group["momentum"]))
+                    buffer.lerp_(gradient, 1 - group["momentum"])
+                    updates.append(gradient.lerp(buffer, group["momentum"]))
                 step = group["lr"] * 0.2 * max(shape) ** 0.5
                 for parameter, update in zip(parameters, orthogonalised(torch.stack(updates)), strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=step)
@@ -225,7 +238,9 @@ def optimizers(model: torch.nn.Module, lr: float) -> list[torch.optim.Optimizer]
     ]
 
 
-def save_checkpoint(path: Path, step: int, model: torch.nn.Module, opts: list[torch.optim.Optimizer]) -> None:
+def save_checkpoint(
+    path: Path, step: int, seconds: float, model: torch.nn.Module, opts: list[torch.optim.Optimizer]
+) -> None:
     tensors = {f"model.{name}": value for name, value in model.named_parameters()}
     for i, opt in enumerate(opts):
         for index, state in opt.state_dict()["state"].items():
@@ -233,12 +248,13 @@ def save_checkpoint(path: Path, step: int, model: torch.nn.Module, opts: list[to
     save_file(
         {key: value.detach().cpu().contiguous() for key, value in tensors.items()},
         path.with_suffix(".tmp"),
-        {"step": str(step)},
+        {"step": str(step), "seconds": str(seconds)},
     )
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def load_checkpoint(path: Path, model: torch.nn.Module, opts: list[torch.optim.Optimizer]) -> None:
+def load_checkpoint(path: Path, model: torch.nn.Module, opts: list[torch.optim.Optimizer]) -> tuple[int, float]:
+    """The step that comes next, and the seconds spent so far."""
     tensors = load_file(path)
     with torch.no_grad():
         for name, value in model.named_parameters():
@@ -250,20 +266,22 @@ def load_checkpoint(path: Path, model: torch.nn.Module, opts: list[torch.optim.O
                 _, _, index, name = key.split(".", 3)
                 state.setdefault(int(index), {})[name] = value
         opt.load_state_dict({**opt.state_dict(), "state": state})
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    return int(header["step"]), float(header["seconds"])
 
 
-def train(args: argparse.Namespace) -> LlamaForCausalLM:
+def train(args: argparse.Namespace) -> tuple[CausalLM, float]:
+    """The trained model, and the seconds that it took."""
     order = mixture(args)
     sources = np.concatenate([np.load(args.work / "stdlib.npy"), np.load(args.work / "packages.npy")])
     model = new_model(args).to(args.device)
     opts = optimizers(model, args.lr)
-    n_steps, warmup, first = len(order) // args.batch, 100, 0
+    n_steps, warmup, first, before = steps_of(args), 100, 0, 0.0
     checkpoint = args.work / "checkpoint.safetensors"
     if checkpoint.exists():
-        load_checkpoint(checkpoint, model, opts)
-        with open(checkpoint, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        first = int(header["__metadata__"]["step"])
+        first, before = load_checkpoint(checkpoint, model, opts)
+    started = time.monotonic() - before
 
     def loss_of(tokens: torch.Tensor) -> torch.Tensor:
         hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
@@ -275,7 +293,7 @@ def train(args: argparse.Namespace) -> LlamaForCausalLM:
     for step in bar:
         rows = order[step * args.batch : (step + 1) * args.batch]
         tokens = torch.from_numpy(sources[rows].astype(np.int64)).to(args.device)
-        scale = min((step + 1) / warmup, 1.0) * min(1.0, (1 - step / n_steps) / 0.7)
+        scale = min((step + 1) / warmup, 1.0) * min(1.0, (1 - step / n_steps) / args.decay)
         for opt in opts:
             opt.param_groups[0]["lr"] = args.lr * scale
         with torch.autocast("cuda", torch.bfloat16, enabled=args.device == "cuda"):
@@ -289,15 +307,15 @@ def train(args: argparse.Namespace) -> LlamaForCausalLM:
             recent = [*recent[-9:], loss.item()]
             bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}")
         if step % 100 == 99 or step == n_steps - 1:
-            save_checkpoint(checkpoint, step + 1, model, opts)
-    return model
+            save_checkpoint(checkpoint, step + 1, time.monotonic() - started, model, opts)
+    return model, time.monotonic() - started
 
 
 # ------------------------------------------------------------------------------------- measuring
 
 
 @torch.no_grad()
-def held_out_nats(model: LlamaForCausalLM, validation: np.ndarray, device: str) -> float:
+def held_out_nats(model: CausalLM, validation: np.ndarray, device: str) -> float:
     """Sum of -ln p over every token of the contexts but the first."""
     total = 0.0
     for start in range(0, len(validation), 16):
@@ -317,8 +335,8 @@ def ngram_nats(training: np.ndarray, validation: np.ndarray) -> tuple[float, flo
     for order in (2, 3):
         # Histories shorter than the order (a context's second token) keep the lower order's p.
         def keys(rows: np.ndarray, order: int = order) -> np.ndarray:
-            width = rows.shape[1] - order + 1
-            return sum(rows[:, i : i + width] * vocabulary ** (order - 1 - i) for i in range(order))
+            powers = vocabulary ** np.arange(order - 1, -1, -1)
+            return np.lib.stride_tricks.sliding_window_view(rows, order, axis=1) @ powers
 
         grams, counts = np.unique(keys(train), return_counts=True)
         histories, begins = np.unique(grams // vocabulary, return_index=True)
@@ -339,11 +357,11 @@ def ngram_nats(training: np.ndarray, validation: np.ndarray) -> tuple[float, flo
 
 
 @torch.no_grad()
-def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, seed: int) -> str:
+def sample(model: CausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, seed: int) -> str:
     torch.manual_seed(seed)
     ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(prompt)["input_ids"]]], device=model.device)
     out = model.generate(ids, max_new_tokens=96, do_sample=True, temperature=0.7, top_p=0.9, pad_token_id=0)
-    return tokenizer.decode(out[0, 1:], skip_special_tokens=False).split(EOT)[0]
+    return str(tokenizer.decode(out[0, 1:], skip_special_tokens=False)).split(EOT)[0]
 
 
 CARD = """---
@@ -385,7 +403,7 @@ Temperature 0.7, top-p 0.9, seeds 0, 1, 2.
 """
 
 
-def write(args: argparse.Namespace, model: LlamaForCausalLM, seconds: float) -> None:
+def write(args: argparse.Namespace, model: CausalLM, seconds: float) -> None:
     """Save in bfloat16, measure what was saved, and write the card."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(args.work / "tokenizer")
     model.to(torch.bfloat16).save_pretrained(args.out)
@@ -402,11 +420,13 @@ def write(args: argparse.Namespace, model: LlamaForCausalLM, seconds: float) -> 
         for name, nats in rows.items()
     )
     samples = "\n\n".join(f"```python\n{sample(saved, tokenizer, p, i)}\n```" for i, p in enumerate(PROMPTS))
-    command = f"python scripts/train_demo_model.py --tokens {args.tokens:.3g} --context {args.context} --batch {args.batch} --lr {args.lr:g} --seed {args.seed}"
+    names = ("tokens", "steps", "decay", "context", "batch", "lr", "seed")
+    options = " ".join(f"--{name} {getattr(args, name):g}" for name in names if getattr(args, name) is not None)
+    command = f"python scripts/train_demo_model.py {options}"
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU cores"
     card = CARD.format(
         layers=saved.config.num_hidden_layers, width=saved.config.hidden_size, context=args.context, command=command,
-        parameters=sum(p.numel() for p in saved.parameters()) / 1e6, tokens=args.tokens / 1e6, epochs=args.stdlib_epochs,
+        parameters=sum(p.numel() for p in saved.parameters()) / 1e6, tokens=steps_of(args) * args.batch * args.context / 1e6, epochs=args.stdlib_epochs,
         hardware=hardware, hours=f"{seconds / 3600:.1f} hours", table=table, samples=samples, validation_tokens=predicted,
         **{**facts, "packages": ", ".join(facts["packages"])},
     )  # fmt: skip
@@ -418,14 +438,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = arguments()
     prepare(args)
-    clock = args.work / "seconds.json"
-    before = json.loads(clock.read_text()) if clock.exists() else 0.0
-    started = time.monotonic()
-    try:
-        model = train(args)
-    finally:
-        seconds = before + time.monotonic() - started
-        clock.write_text(json.dumps(seconds))
+    model, seconds = train(args)
     write(args, model, seconds)
 
 

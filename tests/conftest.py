@@ -38,7 +38,8 @@ SHAPES = {
 def sentences(seed: int, n: int) -> str:
     """Text with structure that a corpus and a tokenizer can be made of."""
     generator = torch.Generator().manual_seed(seed)
-    words = ["the", "a", "red", "blue", "cat", "dog", "house", "runs", "sees", "under", "over", "and", "then", "return", "def", "import", "value", "None"]
+    vocabulary = "the a red blue cat dog house runs sees under over and then return def import value None"
+    words = vocabulary.split()
     picks = torch.randint(len(words), (n,), generator=generator).tolist()
     return " ".join(words[pick] for pick in picks) + ".\n"
 

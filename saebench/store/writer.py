@@ -77,7 +77,8 @@ class _Spool(io.RawIOBase):
         self.position += len(data)
         return len(data)
 
-    def truncate(self, size: int) -> int:
+    def truncate(self, size: int | None = None) -> int:
+        size = self.position if size is None else size
         try:
             os.ftruncate(self.fd, size)
         except OSError as error:
