@@ -6,10 +6,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from saebench.config import add_arguments, from_arguments
 from saebench.demo.demo import run_demo
-from saebench.evaluate import EvalConfig, evaluate, table, write_report
+from saebench.evaluate import EvalConfig, equal_l0_table, evaluate, table, write_report
 from saebench.harvest import HarvestConfig, harvest
 from saebench.runlog import progress
 from saebench.store import open_store
@@ -77,7 +78,6 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("path", type=Path)
         sub.set_defaults(command=run)
     return parser
-    return parser
 
 
 def _harvest(arguments: argparse.Namespace) -> int:
@@ -100,19 +100,23 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _eval(arguments: argparse.Namespace) -> int:
     config = from_arguments(EvalConfig, arguments)
-    summary = write_report(config.run, evaluate(config), config.store)
-    print(format_table(table(summary["saes"])))
-    print(f"report: {config.run / 'report.html'}")
+    _show(write_report(config.run, evaluate(config), config.store), config.run)
     return 0
+
+
+def _show(summary: dict[str, Any], run: Path) -> None:
+    print(format_table(table(summary["saes"])))
+    if summary["equal_l0"]:
+        print("\n" + format_table(equal_l0_table(summary["equal_l0"])) + "\n")
+    print(f"report: {run / 'report.html'}")
 
 
 def _demo(arguments: argparse.Namespace) -> int:
     summary = run_demo(arguments.out)
     if summary is None:
         return INTERRUPTED
-    print(format_table(table(summary["saes"])))
+    _show(summary, arguments.out)
     print("took " + ", ".join(f"{stage} {value:.0f} s" for stage, value in summary["seconds"].items()))
-    print(f"report: {arguments.out / 'report.html'}")
     print(
         "next: saebench train --store activations/demo --hook blocks.2.hook_resid_post --arch topk --k 32 --tokens 2M --out runs/mine"
     )

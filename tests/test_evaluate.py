@@ -3,6 +3,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -15,9 +16,10 @@ from test_harvest import text
 from test_sae import write_saelens
 from transformers import AutoModelForCausalLM
 
-from saebench.evaluate import EvalConfig, evaluate, table, write_report
+from saebench.evaluate import EvalConfig, equal_l0_table, evaluate, table, write_report
 from saebench.evaluate.baselines import PCA, untrained_fvu
 from saebench.evaluate.evaluate import splice
+from saebench.evaluate.report import compare_at_equal_l0
 from saebench.files import read_json, write_json
 from saebench.harvest import harvest
 from saebench.sae import SAE, ReLUSAE, save_sae
@@ -266,6 +268,25 @@ def test_summary_and_report(trained: Path, monkeypatch: pytest.MonkeyPatch) -> N
     rows = table(summary["saes"])
     assert rows[0][:3] == ["SAE", "L0", "FVU"]
     assert len(rows) == 4
+
+
+def test_architectures_are_compared_where_their_l0s_overlap() -> None:
+    def sae(architecture: str, l0: float, fvu: float, pca: float = 0.5) -> dict[str, Any]:
+        return {"architecture": architecture, "hook": "a", "l0": l0, "fvu": fvu,
+                "baselines": {"pca_fvu": pca, "untrained_fvu": 0.9}}  # fmt: skip
+
+    saes = [sae("relu", 10.0, 0.4), sae("relu", 1000.0, 0.2), sae("topk", 100.0, 0.1), sae("topk", 1.0, 0.3)]
+    ends = compare_at_equal_l0(saes)
+    assert [round(c["l0"], 3) for c in ends] == [10.0, round(10**1.5, 3), 100.0]
+    # In log L0, 10 is halfway between 1 and 100, and 100 is halfway between 10 and 1000.
+    assert ends[0]["fvu"]["topk"] == pytest.approx(0.2)
+    assert ends[0]["fvu"]["relu"] == pytest.approx(0.4)
+    assert ends[2]["fvu"]["relu"] == pytest.approx(0.3)
+    assert ends[2]["fvu"]["PCA of rank L0"] == 0.5
+    assert equal_l0_table(ends)[0] == ["FVU at equal L0", "L0 10.0", "L0 31.6", "L0 100.0"]
+    assert equal_l0_table(ends)[1] == ["topk", "0.2000", "0.1500", "0.1000"]
+    assert compare_at_equal_l0(saes[:3]) == []  # one TopK alone: nothing is extrapolated
+    assert compare_at_equal_l0([sae("relu", 1.0, 0.4), sae("relu", 2.0, 0.3), *saes[2:3], sae("topk", 50.0, 0.2)]) == []
 
 
 def test_saes_that_others_made_can_be_evaluated(store: Store, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """`summary.json` and `report.html` of a run, from what training and evaluation left on disk."""
 
 import html
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import plotly.io
 from plotly.graph_objects import Figure
 
@@ -24,15 +26,18 @@ COLUMNS = {
     "l0": ("L0", ".1f"),
     "fvu": ("FVU", ".4f"),
     "delta_ce": ("ΔCE (nats)", ".4f"),
-    "loss_recovered_zero": ("recovered (zero)", ".4f"),
-    "loss_recovered_mean": ("recovered (mean)", ".4f"),
+    "loss_recovered_zero": ("rec. (zero)", ".4f"),
+    "loss_recovered_mean": ("rec. (mean)", ".4f"),
     "kl": ("KL (nats)", ".4f"),
     "gamma": ("γ", ".3f"),
     "dead_fraction": ("dead", ".1%"),
-    "dense_fraction": ("dense >1%", ".1%"),
+    "dense_fraction": ("dense", ".1%"),
     "pca_fvu": ("FVU of PCA", ".4f"),
     "untrained_fvu": ("FVU untrained", ".4f"),
 }
+
+# name in an SAE's `baselines` -> label
+BASELINES = {"pca_fvu": "PCA of rank L0", "untrained_fvu": "untrained SAE"}
 
 
 def summarise(folders: list[Path]) -> list[dict[str, Any]]:
@@ -76,10 +81,45 @@ def write_report(
         "store": relative(used[0]),
         "seconds": seconds if seconds is not None else earlier,
         "saes": saes,
+        "equal_l0": compare_at_equal_l0(saes),
     }
     write_json(run / SUMMARY, summary)
     write_text(run / REPORT, _page(summary, folders))
     return summary
+
+
+def compare_at_equal_l0(saes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """FVU of each architecture and baseline at L0s that all of them reach, `{"hook", "l0", "fvu": {name: …}}` each.
+
+    Linear in log L0 between the SAEs of an architecture; nothing is extrapolated, so an architecture
+    with one SAE is left out. Empty where fewer than two architectures overlap.
+    """
+    comparisons = []
+    for hook in dict.fromkeys(sae["hook"] for sae in saes):
+        here = sorted((sae for sae in saes if sae["hook"] == hook), key=lambda sae: sae["l0"])
+        curves = {
+            name: [sae for sae in here if sae["architecture"] == name]
+            for name in dict.fromkeys(sae["architecture"] for sae in here)
+        }
+        curves = {name: points for name, points in curves.items() if len({p["l0"] for p in points}) > 1}
+        low = max((points[0]["l0"] for points in curves.values()), default=math.inf)
+        high = min((points[-1]["l0"] for points in curves.values()), default=0.0)
+        if len(curves) < 2 or low >= high:
+            continue
+        lines = {name: ([p["l0"] for p in points], [p["fvu"] for p in points]) for name, points in curves.items()}
+        for name, label in BASELINES.items():
+            lines[label] = ([p["l0"] for p in here], [p["baselines"][name] for p in here])
+        for l0 in (low, math.sqrt(low * high), high):
+            fvu = {name: float(np.interp(math.log(l0), np.log(xs), ys)) for name, (xs, ys) in lines.items()}
+            comparisons.append({"hook": hook, "l0": l0, "fvu": fvu})
+    return comparisons
+
+
+def equal_l0_table(comparisons: list[dict[str, Any]]) -> list[list[str]]:
+    """Headings and formatted rows, an architecture or baseline a row."""
+    names = list(dict.fromkeys(name for comparison in comparisons for name in comparison["fvu"]))
+    headings = ["FVU at equal L0", *(f"L0 {comparison['l0']:.1f}" for comparison in comparisons)]
+    return [headings, *([name, *(f"{c['fvu'][name]:.4f}" for c in comparisons)] for name in names)]
 
 
 def table(saes: list[dict[str, Any]]) -> list[list[str]]:
@@ -94,12 +134,14 @@ def table(saes: list[dict[str, Any]]) -> list[list[str]]:
 
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1d1d1f; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1d1d1f; max-width: 1240px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; } p.note { color: #555; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; font-size: .92rem; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; font-size: .9rem; margin: 1rem 0; }
+th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child { text-align: left; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(520px, 100%), 1fr)); gap: 1rem; }
+.charts > div { min-width: 0; }
 """
 
 
@@ -109,19 +151,19 @@ def _page(summary: dict[str, Any], folders: list[Path]) -> str:
     logs = {
         folder.name: read_metrics(folder / "metrics.jsonl") for folder in folders if (folder / "metrics.jsonl").exists()
     }
-    references = {"pca_fvu": "PCA of rank L0", "untrained_fvu": "untrained SAE"}
-    parts = [
-        charts.pareto(saes, "fvu", "FVU", baselines=references),
+    measured = [
         charts.pareto(saes, "loss_recovered_zero", "Loss recovered (zero ablation)"),
         charts.pareto(saes, "loss_recovered_mean", "Loss recovered (mean ablation)"),
+        charts.pareto(saes, "fvu", "FVU", baselines=BASELINES),
         charts.pareto(saes, "delta_ce", "ΔCE in nats"),
+    ]
+    trained = [
         charts.training_curves(logs, "fvu", "FVU", architectures),
         charts.training_curves(logs, "l0", "L0", architectures),
-        charts.training_curves(logs, "alive", "Living latents", architectures),
+        charts.training_curves(logs, "lambda", "λ", architectures),
+        charts.training_curves(logs, "alive", "Living latents", architectures, log_scale=False),
     ]
-    headings, *rows = table(saes)
-    cells = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
+    equal = _html_table(equal_l0_table(summary["equal_l0"])) if summary["equal_l0"] else ""
     first = saes[0]
     losses = (
         f"Cross-entropy of the model on these tokens: clean {first['ce_clean']:.4f}, zero-ablated {first['ce_zero']:.4f}, "
@@ -137,14 +179,28 @@ def _page(summary: dict[str, Any], folders: list[Path]) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>
 <h1>Sparse autoencoders of {html.escape(summary["model"])}</h1>
 <p>{len(saes)} SAEs on {html.escape(summary["store"])}, measured on {first["n_tokens_eval"]:,} held-out tokens. {losses}</p>{warning}
-<div class="scroll"><table><tr>{head}</tr>{cells}</table></div>
-<p class="note">FVU: share of variance not explained. ΔCE: what splicing the SAE in costs the model. Recovered: ΔCE as a share of what ablation costs.
-γ under 1 means shrinkage. Dead: no firing in {first["dead_window"]:,} rows. Bars and intervals: 95%, bootstrap over documents.
-An untrained SAE has random tied weights and the same L0.</p>
-{"".join(_figure(figure, number == 0) for number, figure in enumerate(parts))}
+{_html_table(table(saes))}
+<p class="note">FVU: share of variance not explained. ΔCE: what splicing the SAE in costs the model. Rec.: share of an ablation's cost
+(zero or mean) that the SAE recovers. γ under 1 means shrinkage. Dead: no firing in {first["dead_window"]:,} rows; dense: fires on over 1% of tokens.
+Bars: 95%, bootstrap over documents. An untrained SAE has random tied weights and the same L0.</p>
+{equal}
+<div class="charts">{"".join(_figure(figure, number == 0) for number, figure in enumerate(measured))}</div>
+<h2>Training</h2>
+<div class="charts">{"".join(_figure(figure, False) for figure in trained)}</div>
 </body></html>
 """
 
 
-def _figure(figure: Figure, first: bool) -> str:
-    return plotly.io.to_html(figure, full_html=False, include_plotlyjs=first, config={"displaylogo": False})
+def _html_table(rows: list[list[str]]) -> str:
+    def line(cells: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "".join(line(row, "td") for row in rows[1:])
+    return f'<div class="scroll"><table>{line(rows[0], "th")}{body}</table></div>'
+
+
+def _figure(figure: Figure, with_plotly: bool) -> str:
+    page = plotly.io.to_html(
+        figure, full_html=False, include_plotlyjs=with_plotly, config={"displaylogo": False, "responsive": True}
+    )
+    return f"<div>{page}</div>"

@@ -14,6 +14,8 @@ STYLE = {
 }
 CONTROL = "#8a8a8a"
 _FALLBACK = ("#444444", "x")
+_TICKS = [mantissa * 10.0**exponent for exponent in range(-6, 7) for mantissa in (1, 2, 5)]
+_LOG = {"type": "log", "tickvals": _TICKS, "ticktext": [f"{tick:,g}" for tick in _TICKS]}
 
 
 def _layout(figure: go.Figure, title: str, x: str, y: str) -> go.Figure:
@@ -57,7 +59,7 @@ def pareto(
             x=[s["l0"] for s in points], y=[s["baselines"][name] for s in points], mode="lines+markers", name=description,
             line={"color": CONTROL, "dash": dash}, marker={"color": CONTROL, "symbol": "line-ew-open"},
         )  # fmt: skip
-    figure.update_xaxes(type="log")
+    figure.update_xaxes(**_LOG)
     return _layout(figure, f"{label} against L0", "L0: mean active latents per token", label)
 
 
@@ -71,18 +73,25 @@ def _hover(sae: Mapping[str, Any]) -> str:
 
 
 def training_curves(
-    logs: Mapping[str, Sequence[Mapping[str, Any]]], metric: str, label: str, architectures: Mapping[str, str]
+    logs: Mapping[str, Sequence[Mapping[str, Any]]],
+    metric: str,
+    label: str,
+    architectures: Mapping[str, str],
+    *,
+    log_scale: bool = True,
 ) -> go.Figure:
     """A logged quantity over the rows trained on, a line per SAE."""
     figure = go.Figure()
     dashes: dict[str, int] = {}
     for name, lines in logs.items():
+        points = [line for line in lines if line.get(metric) is not None]
+        if not points:
+            continue  # TopK has no λ
         colour, _ = STYLE.get(architectures[name], _FALLBACK)
         nth = dashes[colour] = dashes.get(colour, -1) + 1
-        points = [line for line in lines if line.get(metric) is not None]
         figure.add_scatter(
             x=[line["tokens"] for line in points], y=[line[metric] for line in points], name=name, mode="lines",
             line={"color": colour, "dash": ("solid", "dash", "dot", "dashdot")[nth % 4]},
         )  # fmt: skip
-    figure.update_yaxes(type="log")
+    figure.update_yaxes(**(_LOG if log_scale else {"rangemode": "tozero"}))
     return _layout(figure, f"{label} during training", "rows trained on", label)
