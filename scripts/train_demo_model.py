@@ -38,7 +38,7 @@ CausalLM = Any  # transformers' annotations of generate() and to() refuse transf
 EOT = "<|endoftext|>"
 MAX_FILE = 200_000  # bytes; longer files are tables
 MIN_LINE = 30  # characters; shorter lines are shared by unrelated files
-PROMPTS = ("def __init__(self, ", "import os\nimport sys\n\n\ndef main(", "class Error(Exception):\n")
+PROMPTS = ("class Stack:\n    def __init__(self", "import os\nimport sys\n\n\ndef main(", "class Error(Exception):")
 
 
 def arguments() -> argparse.Namespace:
@@ -138,7 +138,12 @@ def prepare(args: argparse.Namespace) -> None:
     tokenizer.save_pretrained(args.work / "tokenizer")
     for name, texts in (("stdlib", stdlib["train"]), ("packages", packages), ("validation", stdlib["validation"])):
         np.save(args.work / f"{name}.npy", contexts(texts, tokenizer, args.context))
-    versions = (f"{d.name} {d.version}" for p in args.packages for d in importlib.metadata.distributions(path=[str(p)]))
+    versions = (
+        f"{d.name} {d.version}"
+        for p in args.packages
+        for d in importlib.metadata.distributions(path=[str(p)])
+        if d.name != "saebench"
+    )
     facts = {
         "validation_bytes": sum(len(text.encode()) for _, text in stdlib["validation"]),
         "validation_modules": len(stdlib["validation"]),
@@ -360,7 +365,7 @@ def ngram_nats(training: np.ndarray, validation: np.ndarray) -> tuple[float, flo
 def sample(model: CausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, seed: int) -> str:
     torch.manual_seed(seed)
     ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(prompt)["input_ids"]]], device=model.device)
-    out = model.generate(ids, max_new_tokens=96, do_sample=True, temperature=0.7, top_p=0.9, pad_token_id=0)
+    out = model.generate(ids, max_new_tokens=96, do_sample=True, temperature=0.8, top_p=0.95, pad_token_id=0)
     return str(tokenizer.decode(out[0, 1:], skip_special_tokens=False)).split(EOT)[0]
 
 
@@ -393,7 +398,7 @@ the same training corpus.
 
 ## Sampled continuations
 
-Temperature 0.7, top-p 0.9, seeds 0, 1, 2.
+Temperature 0.8, top-p 0.95, seeds 0, 1, 2.
 
 {samples}
 
