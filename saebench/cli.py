@@ -42,6 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of a table closed it early
         return 0
+    except OSError as error:  # a full disk, a folder that may not be written
+        if arguments.verbose:
+            raise
+        print(f"saebench: error: {error}", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -134,7 +139,10 @@ def _store_verify(arguments: argparse.Namespace) -> int:
         for shard in store.shards:
             for rows in shard.verify():
                 bar.update(rows)
-    print(f"{arguments.path}: {len(store.shards)} shards, every block matches its checksum")
+    store.verify_beside()
+    print(
+        f"{arguments.path}: {len(store.shards)} shards, every block matches its checksum, tokenizer and documents too"
+    )
     return 0
 
 

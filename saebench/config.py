@@ -28,7 +28,7 @@ def parse_count(text: str) -> int:
     """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)([kmb]?)", text.strip().lower().replace("_", ""))
     value = float(match[1]) * _SUFFIXES[match[2]] if match else -1.0
-    if value < 0 or value != int(value):
+    if not 0 <= value < 2**63 or value != int(value):
         raise ValueError(f"{text!r} is not a count; expected a whole number such as 200000, 200k or 1.5M")
     return int(value)
 

@@ -71,6 +71,8 @@ class HarvestConfig:
     def __post_init__(self) -> None:
         if not self.layers or min(self.layers) < 0:
             raise ValueError(f"layers is {self.layers}; expected at least one layer, counted from 0")
+        if len(set(self.hooks)) < len(self.hooks):
+            raise ValueError(f"layers {self.layers} with kinds {self.kinds} name a hook twice; expected each once")
         for name in ("tokens", "validation_tokens", "context", "batch", "shard_contexts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
@@ -96,6 +98,7 @@ def harvest(config: HarvestConfig, text: TextConfig) -> Store | None:
     Raises ValueError for a model, hook or data set that does not exist, for a data set with nothing
     in one of the splits, for a disk too small, and for a store made with other settings.
     """
+    source = fingerprint(text)
     with locked(config.out):
         model = load_model(
             config.model,
@@ -110,8 +113,14 @@ def harvest(config: HarvestConfig, text: TextConfig) -> Store | None:
             raise ValueError(
                 f"context is {config.context}, model {model.id!r} takes at most {model.max_context} tokens"
             )
+        encoder = encoder_of(model.tokenizer)
+        if encoder.bos >= model.n_vocab:
+            raise ValueError(
+                f"the tokenizer of model {model.id!r} opens contexts with token {encoder.bos}, beyond the model's "
+                f"{model.n_vocab} embeddings: set a bos_token that the model knows and save the tokenizer again"
+            )
         widths = dict.fromkeys(config.hooks, model.d_model)
-        writer = StoreWriter(config.out, _identity(config, text, model), widths, config.dtype)
+        writer = StoreWriter(config.out, _identity(config, text, model, source), widths, config.dtype)
         if writer.manifest["complete"]:
             log.info("%s is complete already", config.out)
             return open_store(config.out)
@@ -129,7 +138,7 @@ def harvest(config: HarvestConfig, text: TextConfig) -> Store | None:
         return open_store(config.out)
 
 
-def _identity(config: HarvestConfig, text: TextConfig, model: LanguageModel) -> dict[str, Any]:
+def _identity(config: HarvestConfig, text: TextConfig, model: LanguageModel, source: str | None) -> dict[str, Any]:
     """Everything that decides the store's contents."""
     kept = to_json(config)
     for name in ("out", "device", "trust_remote_code", "model", "model_revision"):
@@ -139,7 +148,7 @@ def _identity(config: HarvestConfig, text: TextConfig, model: LanguageModel) -> 
         "model_dtype": model.dtype,
         "model": {"id": model.id, "revision": config.model_revision, "weights": model.weights_hash},
         "tokenizer": {"files": hash_files(list(model.tokenizer_files))},
-        "text": {**to_json(text), "fingerprint": fingerprint(text)},
+        "text": {**to_json(text), "fingerprint": source},
     }
 
 
@@ -154,11 +163,11 @@ def _row_bytes(config: HarvestConfig, model: LanguageModel) -> int:
 
 
 def _check_disk(config: HarvestConfig, model: LanguageModel, rows: int) -> None:
-    need, free = rows * _row_bytes(config, model) / 1e9, shutil.disk_usage(config.out).free / 1e9
-    log.info("%s needs about %.2f GB more on disk; %.1f GB are free", config.out, need, free)
+    need, free = rows * _row_bytes(config, model) / 1e6, shutil.disk_usage(config.out).free / 1e6
+    log.info("%s needs about %s MB more on disk; %s MB are free", config.out, f"{need:,.0f}", f"{free:,.0f}")
     if need > free:
         raise ValueError(
-            f"{config.out} needs about {need:.2f} GB for {rows:,} rows and the disk has {free:.2f} GB free: "
+            f"{config.out} needs about {need:,.1f} MB for {rows:,} rows and the disk has {free:,.1f} MB free: "
             "ask for fewer --tokens or --layers, use a smaller --dtype, or choose another --out"
         )
 
@@ -176,7 +185,9 @@ def _plans(
         "train": -(-config.tokens // config.context),
         "validation": -(-config.validation_tokens // config.context),
     }
-    documents = open_documents(text, start=min(index for index, _ in cursors.values()))
+    # A split that has its fill needs no more text, so the place to go on from is the others'.
+    start = min((cursors[split][0] for split in SPLITS if done[split] < limits[split]), default=cursors["train"][0])
+    documents = open_documents(text, start)
     contexts = pack(documents, encoder_of(model.tokenizer), config.context, text.validation_fraction, cursors)
     return deal(contexts, config.shard_contexts, limits, done, cursors["train"])
 
@@ -191,13 +202,14 @@ def deal(
     """Deal contexts into shards until the training split has its fill or the text ends.
 
     `done` contexts of each split are in earlier shards, the last training one of which ended at
-    `train_cursor`. Held-out contexts are taken up to their limit from the same stretch of text.
+    `train_cursor`. Held-out contexts are taken up to their limit from the same stretch of text, or
+    beyond it from the first held-out document where the stretch has none.
     """
     count = dict(done)
     pending: dict[Split, list[Context]] = {split: [] for split in SPLITS}
     for context in contexts:
         full = count["train"] >= limits["train"]
-        if full and context.cursor[0] >= train_cursor[0]:
+        if full and count["validation"] and context.cursor[0] >= train_cursor[0]:
             break  # the text beyond the last training context belongs to nobody
         if count[context.split] >= limits[context.split]:
             continue
@@ -219,24 +231,36 @@ def _write_shard(config: HarvestConfig, model: LanguageModel, writer: StoreWrite
         for start in range(0, len(contexts), config.batch):
             batch = contexts[start : start + config.batch]
             tokens = torch.from_numpy(np.stack([context.tokens for context in batch])).long()
+            _check_vocabulary(batch, model)
             vectors = capture(model, tokens.to(model.device), config.hooks)
             provenance = {name: np.concatenate([getattr(context, name) for context in batch]) for name in PROVENANCE}
             dtype = getattr(torch, config.dtype)
             shard.write(provenance, {hook: rows.flatten(0, 1).to(dtype).cpu() for hook, rows in vectors.items()})
             bar.update(tokens.numel())
-            rate = bar.format_dict["rate"] or 0.0
+            shown = bar.format_dict
+            rate = (bar.n - shown["initial"]) / max(shown["elapsed"], 1e-9)
             bar.set_postfix_str(f"{rate * _row_bytes(config, model) / 1e6:.1f} MB/s", refresh=False)
         for context in contexts:
             documents |= context.documents
         attributes |= {"split": plan.split, "context": config.context, "cursor": plan.cursor}
 
 
+def _check_vocabulary(contexts: Sequence[Context], model: LanguageModel) -> None:
+    for context in contexts:
+        if (beyond := np.flatnonzero((context.tokens < 0) | (context.tokens >= model.n_vocab))).size:
+            name = context.documents[int(context.doc_id[beyond[0]])]
+            raise ValueError(
+                f"document {name} has token {context.tokens[beyond[0]]}, model {model.id!r} knows 0 to {model.n_vocab - 1}: "
+                "the data set was tokenized for another model"
+            )
+
+
 def _finish(config: HarvestConfig, text: TextConfig, writer: StoreWriter) -> None:
     rows = {split: sum(entry["rows"] for entry in writer.shards if entry["split"] == split) for split in SPLITS}
     if missing := [split for split in SPLITS if not rows[split]]:
         raise ValueError(
-            f"dataset {text.dataset!r} is too small: no document fell into the {missing[0]} split "
-            f"(validation_fraction {text.validation_fraction}); give more documents or another --validation-fraction"
+            f"dataset {text.dataset!r} is too small: it ended before a document fell into the {missing[0]} split "
+            f"(validation_fraction {text.validation_fraction}); give more documents, or another --validation-fraction, and delete {config.out}"
         )
     if rows["train"] < config.tokens:
         log.warning(

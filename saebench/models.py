@@ -7,7 +7,6 @@ B contexts in the batch, L positions, D d_model, V vocabulary.
 """
 
 import contextlib
-import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,11 +15,10 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor
 
 from saebench.files import hash_files
-
-log = logging.getLogger(__name__)
 
 EMBEDDED_MODEL = "embedded"
 EMBEDDED_MODEL_PATH = Path(__file__).parent / "demo" / "model"
@@ -42,16 +40,23 @@ class LanguageModel:
     tokenizer_files: tuple[Path, ...]
     n_layers: int
     d_model: int
+    n_vocab: int
+    """rows of the embedding: token ids are below it"""
     max_context: int
     device: torch.device
     dtype: ModelDtype
 
 
-def default_device() -> str:
-    """CUDA, then MPS, then CPU."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def choose_device(device: str | None) -> str:
+    """The device asked for, or else CUDA, then MPS, then CPU. Raises ValueError for one that is not at hand."""
+    at_hand = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device is None:
+        return next(name for name, here in at_hand.items() if here)
+    if not at_hand.get(device.split(":")[0], False):
+        raise ValueError(
+            f"device {device!r} is not at hand; expected {' or '.join(n for n, h in at_hand.items() if h)}"
+        )
+    return device
 
 
 def default_dtype(device: str) -> ModelDtype:
@@ -78,7 +83,7 @@ def load_model(
     """
     from transformer_lens.model_bridge import TransformerBridge
 
-    device = device or default_device()
+    device = choose_device(device)
     dtype = dtype or default_dtype(device)
     path = model_path(name)
     if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
@@ -90,7 +95,7 @@ def load_model(
         bridge = TransformerBridge.boot_transformers(
             path, device=device, dtype=getattr(torch, dtype), revision=revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     bridge.eval()
     folder = _checkpoint_folder(path, revision)
@@ -103,6 +108,7 @@ def load_model(
         tokenizer_files=tuple(sorted(file for file in folder.iterdir() if _is_tokenizer_file(file.name))),
         n_layers=config.n_layers,
         d_model=config.d_model,
+        n_vocab=bridge.original_model.get_input_embeddings().weight.shape[0],
         max_context=config.n_ctx,
         device=torch.device(device),
         dtype=dtype,

@@ -7,7 +7,6 @@ validation splits, and keeps for every token the document and the position it ca
 
 import hashlib
 import itertools
-import logging
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import xxhash
 
-log = logging.getLogger(__name__)
+from saebench.files import hash_files
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -43,8 +42,8 @@ class TextConfig:
     """split of a hub data set to read; documents are divided into train and validation here"""
     revision: str | None = None
     """branch, tag or commit of a hub data set"""
-    column: str = "text"
-    """column that holds the text; a data set with an `input_ids` column is used as it is"""
+    column: str | None = None
+    """column that holds the text (default: `text`; a data set with an `input_ids` column is used as it is)"""
     id_column: str | None = None
     """column that names each document; without one, a row is known by its content"""
     validation_fraction: float = 0.1
@@ -132,13 +131,16 @@ def open_documents(config: TextConfig, start: int = 0) -> Iterator[Document]:
     files = _text_files(config)
     if files is None:
         return _rows(config, _load(config), start)
+    if config.split != "train" or config.subset is not None:
+        raise ValueError(f"dataset {config.dataset!r} is plain text, which has no --split {config.split} or --subset")
     return (_read_text(*files[index], index) for index in range(start, len(files)))
 
 
 def fingerprint(config: TextConfig) -> str | None:
-    """A hash of the names and sizes of a local source's files; None for a hub data set.
+    """A hash of the names and contents of a local source's files; None for a hub data set.
 
-    It tells a resumed harvest that the files are no longer those it began with.
+    It tells a resumed harvest that the files are no longer those it began with. Raises ValueError
+    when there is no such file, or none that can be read.
     """
     files = _text_files(config)
     if files is None:
@@ -146,8 +148,8 @@ def fingerprint(config: TextConfig) -> str | None:
         if path is None:
             return None
         files = [(path, file) for file in _files_under(path)]
-    listing = "\n".join(sorted(f"{file.relative_to(root).as_posix()} {file.stat().st_size}" for root, file in files))
-    return xxhash.xxh3_128_hexdigest(listing.encode("utf-8", "surrogateescape"))
+    listing = sorted(f"{file.relative_to(root).as_posix()} {hash_files([file])}" for root, file in files)
+    return xxhash.xxh3_128_hexdigest("\n".join(listing).encode("utf-8", "surrogateescape"))
 
 
 def _local_path(config: TextConfig) -> Path | None:
@@ -162,7 +164,11 @@ def _local_path(config: TextConfig) -> Path | None:
 
 
 def _files_under(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    """The file itself, or every file of a folder but hidden ones, sorted."""
+    if not path.is_dir():
+        return [path]
+    files = (file for file in path.rglob("*") if not any(part[0] == "." for part in file.relative_to(path).parts))
+    return sorted(file for file in files if file.is_file())
 
 
 def _text_files(config: TextConfig) -> list[tuple[Path, Path]] | None:
@@ -182,9 +188,18 @@ def _text_files(config: TextConfig) -> list[tuple[Path, Path]] | None:
     if path is None:
         return None
     files = _files_under(path)
-    if any(file.suffix in _ROW_FORMATS for file in files):
-        return None
+    rows = [file for file in files if file.suffix in _ROW_FORMATS]
     texts = [file for file in files if file.suffix in _TEXT_SUFFIXES]
+    # Beside texts a .json is a setting of something; beside rows a README is about them.
+    documents = [file for file in texts if not file.name.startswith("README")]
+    data = [file for file in rows if file.suffix != ".json"] if documents else rows
+    if documents and data:
+        raise ValueError(
+            f"dataset {config.dataset!r} holds texts ({documents[0].name}) as well as rows ({data[0].name}): "
+            "give a folder of one kind, or a single file"
+        )
+    if data:
+        return None
     if not texts:
         known = " ".join(sorted(_TEXT_SUFFIXES | set(_ROW_FORMATS)))
         raise ValueError(f"dataset {config.dataset!r} holds no file that can be read; expected files ending in {known}")
@@ -207,28 +222,38 @@ def _load(config: TextConfig) -> Any:
                 config.dataset, config.subset, split=config.split, revision=config.revision, streaming=True
             )
         if path.is_file():
+            if config.split != "train" or config.subset is not None:
+                raise ValueError("a single file has no --subset, and no --split but train")
             return datasets.load_dataset(_ROW_FORMATS[path.suffix], data_files=str(path), split="train", streaming=True)
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             saved = datasets.load_from_disk(str(path))
-            return (saved[config.split] if isinstance(saved, datasets.DatasetDict) else saved).to_iterable_dataset()
+            if isinstance(saved, datasets.DatasetDict):
+                if config.split not in saved:
+                    raise ValueError(f"it has no split {config.split!r}, but {', '.join(saved)}")
+                saved = saved[config.split]
+            return saved.to_iterable_dataset()
         return datasets.load_dataset(str(path), config.subset, split=config.split, streaming=True)
-    except (OSError, ValueError, KeyError) as error:
+    except StopIteration as error:
+        raise ValueError(f"dataset {config.dataset!r} is empty: no row could be read") from error
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"dataset {config.dataset!r} cannot be loaded: {error}") from error
 
 
 def _rows(config: TextConfig, rows: Any, start: int) -> Iterator[Document]:
     for index, row in enumerate(rows.skip(start), start):
         name = f"{config.split}/{index}"
-        if "input_ids" in row and config.column not in row:
+        if "input_ids" in row and config.column is None:
             ids = row["input_ids"]
             yield Document(index, name, _row_key(config, row, repr(ids)), None, ids)
             continue
-        if not isinstance(row.get(config.column), str):
+        column = config.column or "text"
+        text = row.get(column, 0) if row.get(column, 0) is not None else ""  # a null is a document without text
+        if not isinstance(text, str):
             have = ", ".join(f"{key} ({type(value).__name__})" for key, value in row.items())
             raise ValueError(
-                f"column {config.column!r} of dataset {config.dataset!r} holds no text; it has {have}: choose one with --column"
+                f"column {column!r} of dataset {config.dataset!r} holds no text in row {index}; "
+                f"it has {have}: choose one with --column"
             )
-        text = row[config.column]
         yield Document(index, name, _row_key(config, row, text), text)
 
 

@@ -1,3 +1,4 @@
+import json
 import random
 import shutil
 import signal
@@ -158,15 +159,18 @@ def test_ctrl_c_ends_after_the_shard_and_the_same_command_continues(
 def test_a_full_disk_loses_nothing_that_was_whole(
     whole: dict[str, bytes], checkpoints: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:
-    """RLIMIT_FSIZE lets the first shard through, but not a larger one."""
+    """Some shards are written; then RLIMIT_FSIZE stands for a disk that has no room for the next."""
     out = tmp_path / "s"
-    size = len(whole["shard-00000.h5"])
-    status, stderr = processes.run(*arguments(checkpoints["llama"], corpus, out), file_limit=size - 1000)
+    child = processes.start(*arguments(checkpoints["llama"], corpus, out), slow=0.05)
+    processes.signal_when(child, lambda: (out / "shard-00001.h5").exists(), signal.SIGINT)
+    before = {name: data for name, data in contents(out).items() if name.endswith(".h5")}
+    limit = len(whole["shard-00000.h5"]) - 1000
+    status, stderr = processes.run(*arguments(checkpoints["llama"], corpus, out), file_limit=limit)
     assert status == 2
-    assert "shard-00000.h5 failed" in stderr
-    assert "The 0 whole shards before it are safe; free some space and run the same command again to continue" in stderr
+    assert f"shard-{len(before):05d}.h5 failed" in stderr
+    assert f"The {len(before)} whole shards before it are safe; free some space and run the same command" in stderr
     assert "Traceback" not in stderr
-    assert not list(out.glob("*.h5"))
+    assert {name: data for name, data in contents(out).items() if name.endswith(".h5")} == before
     assert not list(out.glob(".*.tmp"))
     status, _ = processes.run(*arguments(checkpoints["llama"], corpus, out))
     assert status == 0
@@ -183,6 +187,40 @@ def test_a_finished_store_is_reused(
     assert again is not None
     assert "is complete already" in caplog.text
     assert contents(tmp_path / "s") == before
+
+
+def test_a_full_disk_before_the_first_shard_is_one_line(
+    checkpoints: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    status, stderr = processes.run(*arguments(checkpoints["llama"], corpus, tmp_path / "s"), file_limit=1000)
+    assert status == 2
+    assert "saebench: error: " in stderr
+    assert "Traceback" not in stderr
+
+
+def test_a_first_mistake_does_not_bind_the_folder(checkpoints: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": sentences(i, 60)}) + "\n" for i in range(40)))
+    options = config(checkpoints["llama"], tmp_path / "s", tokens=500)
+    with pytest.raises(ValueError, match="column 'content'"):
+        harvest(options, text(rows, column="content"))
+    assert harvest(options, text(rows)) is not None
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_resuming_names_a_shard_that_is_no_longer_whole(
+    damage: str, store: Store, checkpoints: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(store.folder, tmp_path / "s")
+    manifest = read_json(tmp_path / "s" / "manifest.json")
+    manifest |= {"complete": False, "shards": manifest["shards"][:4]}
+    (tmp_path / "s" / "manifest.json").write_text(json.dumps(manifest))
+    path = tmp_path / "s" / "shard-00002.h5"
+    path.write_bytes(path.read_bytes()[:-1])
+    if damage == "missing":
+        path.unlink()
+    with pytest.raises(ValueError, match=r"shard-00002.h5 (is missing; restore|has \d+ bytes, the manifest says)"):
+        harvest(config(checkpoints["llama"], tmp_path / "s"), text(corpus))
 
 
 def test_other_settings_are_refused_with_the_values(
@@ -208,6 +246,30 @@ def test_a_changed_corpus_is_refused(store: Store, checkpoints: dict[str, Path],
 # --------------------------------------------------------------------------------------- bad input
 
 
+def test_token_ids_of_another_vocabulary_are_named(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    ids = [[0, 1, 700 if row == 30 else 2, *range(3, CONTEXT)] for row in range(40)]
+    (tmp_path / "ids.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
+    with pytest.raises(ValueError, match=r"document train/30 has token 700, model .* knows 0 to 511: .* another model"):
+        harvest(config(checkpoints["llama"], tmp_path / "s"), text(tmp_path / "ids.jsonl"))
+
+
+def test_a_tokenizer_that_cannot_open_a_context_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(checkpoints["llama"], tmp_path / "bare")
+    settings = read_json(tmp_path / "bare" / "tokenizer_config.json")
+    for name in ("bos_token", "eos_token", "pad_token"):
+        del settings[name]
+    (tmp_path / "bare" / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokens = read_json(tmp_path / "bare" / "tokenizer.json")
+    tokens["added_tokens"] = []
+    vocabulary = tokens["model"]["vocab"]
+    vocabulary["<|other|>"] = vocabulary.pop("<|endoftext|>")
+    vocabulary |= {f"<{i}>": i for i in range(len(vocabulary), 512)}  # as many tokens as embeddings
+    (tmp_path / "bare" / "tokenizer.json").write_text(json.dumps(tokens))
+    (tmp_path / "a.txt").write_text("a cat")
+    with pytest.raises(ValueError, match=r"opens contexts with token \d+, beyond the model's 512 embeddings"):
+        harvest(config(tmp_path / "bare", tmp_path / "s"), text(tmp_path / "a.txt"))
+
+
 def test_layers_beyond_the_model_and_contexts_too_long_are_named(
     checkpoints: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:
@@ -222,6 +284,7 @@ def test_layers_beyond_the_model_and_contexts_too_long_are_named(
     ("options", "message"),
     [
         ({"layers": ()}, "layers is .*; expected at least one layer"),
+        ({"layers": (1, 1)}, "name a hook twice"),
         ({"layers": (-1,)}, "layers is .*; expected at least one layer"),
         ({"tokens": 0}, "tokens is 0; expected at least 1"),
         ({"context": 1}, "context is 1; expected at least 2: BOS and a token"),
@@ -236,7 +299,9 @@ def test_text_without_documents_in_a_split_is_too_small(checkpoints: dict[str, P
     for name, content in (("empty", ""), ("one", sentences(0, 50))):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.txt").write_text(content)
-        with pytest.raises(ValueError, match="is too small: no document fell into the (train|validation) split"):
+        with pytest.raises(
+            ValueError, match="is too small: it ended before a document fell into the (train|validation) split"
+        ):
             harvest(config(checkpoints["llama"], tmp_path / f"store-{name}"), text(tmp_path / name))
 
 
@@ -246,7 +311,7 @@ def test_a_disk_too_small_is_found_before_the_first_forward(
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr("saebench.harvest.capture", lambda *args: pytest.fail("the model ran"))
-    with pytest.raises(ValueError, match=r"needs about 4\.04 GB for 15,000,000 rows and the disk has 0\.00 GB free"):
+    with pytest.raises(ValueError, match=r"needs about 4,035\.0 MB for 15,000,000 rows and the disk has 1\.0 MB free"):
         harvest(
             config(checkpoints["llama"], tmp_path / "s", tokens=12 * 10**6, validation_tokens=3 * 10**6), text(corpus)
         )

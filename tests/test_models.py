@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from saebench.models import (
     LanguageModel,
     capture,
     check_hook,
-    default_device,
+    choose_device,
     hook_name,
     load_model,
     model_path,
@@ -88,7 +89,19 @@ def test_facts_of_a_model(checkpoints: dict[str, Path]) -> None:
     assert (model.n_layers, model.d_model, model.max_context, model.dtype) == (LAYERS, WIDTH, 64, "float32")
     assert "tokenizer.json" in [file.name for file in model.tokenizer_files]
     assert not [file.name for file in model.tokenizer_files if "model" in file.name]
-    assert default_device() in ("cpu", "mps", "cuda")
+    assert model.n_vocab == VOCABULARY
+
+
+def test_the_best_device_at_hand_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device(None) == "mps"
+    assert choose_device("cpu") == "cpu"
+    with pytest.raises(ValueError, match="device 'cuda:1' is not at hand; expected mps or cpu"):
+        choose_device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device(None) == "cuda"
+    assert choose_device("cuda:1") == "cuda:1"
 
 
 def test_the_weights_hash_is_of_the_files_whatever_the_dtype(checkpoints: dict[str, Path]) -> None:
@@ -105,6 +118,11 @@ def test_unknown_models_and_hooks_are_named(checkpoints: dict[str, Path], tmp_pa
         load_model("nobody/nothing-here")
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_model(str(tmp_path))
+    shutil.copytree(checkpoints["llama"], tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"model '.*cut' cannot be loaded"):
+        load_model(str(tmp_path / "cut"))
     model = load_model(str(checkpoints["llama"]), device="cpu")
     with pytest.raises(ValueError, match=r"hook 'blocks.0.hook_q' is not known; expected blocks.LAYER.hook_KIND"):
         check_hook(model, "blocks.0.hook_q")

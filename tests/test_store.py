@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 from itertools import islice
@@ -137,7 +138,7 @@ def test_documents_are_merged_into_one_table(small: Store) -> None:
 def test_the_tokenizer_travels_with_the_store(store: Store, tokenizer: PreTrainedTokenizerFast) -> None:
     ids = store.shards[0].column("tokens", 0, 50).tolist()
     assert store.tokenizer().decode(ids) == tokenizer.decode(ids)
-    assert store.tokenizer_hash() == store.manifest["identity"]["tokenizer"]["files"]
+    store.verify_beside()
 
 
 # ---------------------------------------------------------------------------------------- damage
@@ -166,6 +167,29 @@ def test_a_flipped_bit_is_found_by_reader_and_verify(small: Store, column: str) 
     with pytest.raises(ValueError, match=message):
         shard.rows(HOOK, 70, 71) if column.startswith("act") else shard.column(column, 70, 71)
     shard.rows(HOOK, 0, 64)  # what is whole can still be read
+
+
+def test_a_header_that_lies_about_a_column_is_found(small: Store) -> None:
+    """Headers carry no checksum of their own: a bit there may turn one type into another."""
+    path = small.shards[0].path
+    with h5py.File(path, "r+") as file:
+        file.move("keep", "kept")
+        file.create_dataset("keep", data=file["kept"][:].astype("i1"))
+        del file["kept"]
+    small.manifest["shards"][0]["bytes"] = path.stat().st_size
+    (small.folder / "manifest.json").write_text(json.dumps(small.manifest))
+    with pytest.raises(ValueError, match=r"cannot be read as HDF5 \(keep is int8 \(\d+,\), expected bool \(\d+,\)\)"):
+        open_store(small.folder).shards[0].column("keep")
+
+
+@pytest.mark.parametrize("name", ["documents.parquet", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize("gone", [False, True])
+def test_verify_looks_beside_the_shards(name: str, gone: bool, store: Store, tmp_path: Path) -> None:
+    shutil.copytree(store.folder, tmp_path / "s")
+    path = tmp_path / "s" / name
+    path.unlink() if gone else flip_byte(path, 100)
+    with pytest.raises(ValueError, match=f"{name.split('/')[0]} is not what the harvest wrote: restore it"):
+        open_store(tmp_path / "s").verify_beside()
 
 
 def test_a_damaged_block_stops_training_batches_before_they_are_used(small: Store) -> None:
@@ -257,7 +281,8 @@ def test_rows_that_are_not_finite_in_a_store_stop_the_reader_by_shard_and_row(tm
 
 
 def test_a_store_of_other_settings_is_refused_with_the_values(tmp_path: Path) -> None:
-    StoreWriter(tmp_path, {"context": 16, "model": {"id": "a"}}, {HOOK: 8}, "float32")
+    one = ("train", random_rows(64), np.ones(64, dtype=bool))
+    make(tmp_path, [one], identity={"context": 16, "model": {"id": "a"}})
     with pytest.raises(ValueError, match="made with other settings: context: 16 -> 32; model.id: 'a' -> 'b'"):
         StoreWriter(tmp_path, {"context": 32, "model": {"id": "b"}}, {HOOK: 8}, "float32")
 

@@ -184,6 +184,45 @@ def test_pretokenized_rows_pass_unchanged(tmp_path: Path) -> None:
     assert [c.cursor for c in contexts] == [(1, 0), (2, 0)]
 
 
+def test_a_folder_of_texts_may_hold_other_files(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("x = 1\n\ny = 2\n")
+    (tmp_path / "package.json").write_text("{}")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "notes.txt").write_text("hidden")
+    assert [d.text for d in read(tmp_path)] == ["x = 1\n\ny = 2\n"]
+    write_rows("parquet", tmp_path)
+    with pytest.raises(ValueError, match=r"holds texts \(a.py\) as well as rows \(data.parquet\)"):
+        read(tmp_path)
+
+
+def test_input_ids_are_used_unless_a_column_is_named(tmp_path: Path) -> None:
+    datasets.Dataset.from_list([{"text": "abc", "input_ids": [5, 6]}]).to_parquet(tmp_path / "both.parquet")
+    assert [d.input_ids for d in read(tmp_path)] == [[5, 6]]
+    assert [d.text for d in read(tmp_path, column="text")] == ["abc"]
+    with pytest.raises(ValueError, match="column 'tex' .* holds no text in row 0"):
+        read(tmp_path, column="tex")
+
+
+def test_a_null_is_a_document_without_text(tmp_path: Path) -> None:
+    rows = [{"text": "one"}, {"text": None}, {"text": "three"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [d.text for d in read(tmp_path / "rows.jsonl")] == ["one", "", "three"]
+
+
+def test_empty_rows_and_splits_that_are_not_there_are_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"dataset '.*empty.jsonl' (is empty|cannot be loaded)"):
+        read(tmp_path / "empty.jsonl")
+    with pytest.raises(ValueError, match="a single file has no --subset, and no --split but train"):
+        read(write_rows("jsonl", tmp_path), split="test")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "dict")
+    assert len(read(tmp_path / "dict")) == 5
+    with pytest.raises(ValueError, match="it has no split 'test', but train"):
+        read(tmp_path / "dict", split="test")
+    with pytest.raises(ValueError, match="is plain text, which has no --split test"):
+        list(open_documents(TextConfig(split="test")))
+
+
 def test_pretokenized_rows_of_another_length_are_refused(tmp_path: Path) -> None:
     datasets.Dataset.from_list([{"input_ids": [1, 2, 3]}]).to_parquet(tmp_path / "ids.parquet")
     with pytest.raises(
@@ -196,7 +235,7 @@ def test_a_missing_column_names_those_there_are(tmp_path: Path) -> None:
     path = write_rows("jsonl", tmp_path)
     with pytest.raises(
         ValueError,
-        match=r"column 'content' of dataset .* holds no text; it has text \(str\), id \(str\), other \(int\)",
+        match=r"column 'content' of dataset .* holds no text in row 0; it has text \(str\), id \(str\), other \(int\)",
     ):
         read(path, column="content")
     with pytest.raises(ValueError, match="id_column 'name' is not in dataset"):
@@ -224,7 +263,7 @@ def test_the_fingerprint_follows_the_files(tmp_path: Path) -> None:
     config = TextConfig(dataset=str(tmp_path))
     before = fingerprint(config)
     assert fingerprint(config) == before
-    (tmp_path / "a.txt").write_text("longer")
+    (tmp_path / "a.txt").write_text("two")  # as long as before
     assert fingerprint(config) != before
     assert fingerprint(TextConfig(dataset="org/name")) is None
 

@@ -14,6 +14,7 @@ from saebench.files import block_checksums, hash_files, read_json
 from saebench.store.schema import (
     DOCUMENTS,
     MANIFEST,
+    ON_DISK,
     PROVENANCE,
     SCHEMA,
     SCHEMA_VERSION,
@@ -33,9 +34,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(path)
     if manifest.get("schema") != SCHEMA:
         raise ValueError(f"{path} is not the manifest of an activation store: schema is {manifest.get('schema')!r}")
-    if manifest["schema_version"] != SCHEMA_VERSION:
+    if (version := manifest.get("schema_version")) != SCHEMA_VERSION:
         raise ValueError(
-            f"{folder} has schema version {manifest['schema_version']}, this saebench reads {SCHEMA_VERSION}: "
+            f"{folder} has schema version {version}, this saebench reads {SCHEMA_VERSION}: "
             "use the version that wrote it, or harvest again"
         )
     return manifest
@@ -49,14 +50,16 @@ def open_shard(path: Path) -> Any:
 class Shard:
     """One file of a store. Columns are memory-mapped; `rows` reads and verifies."""
 
-    def __init__(self, folder: Path, entry: dict[str, Any], hooks: list[str], block_rows: int) -> None:
+    def __init__(self, folder: Path, entry: dict[str, Any], manifest: dict[str, Any]) -> None:
         self.path = folder / entry["file"]
         self.name: str = entry["file"]
         self.split: str = entry["split"]
         self.n_rows: int = entry["rows"]
-        self.block_rows = block_rows
+        self.block_rows: int = manifest["block_rows"]
         self._entry = entry
-        self._hooks = hooks
+        hooks = {activations_path(hook): facts["d_in"] for hook, facts in sorted(manifest["hooks"].items())}
+        vectors = {path: (ON_DISK[manifest["dtype"]], (self.n_rows, d_in)) for path, d_in in hooks.items()}
+        self._layout = {**{name: (kind, (self.n_rows,)) for name, kind in PROVENANCE.items()}, **vectors}
 
     @functools.cached_property
     def _opened(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -71,16 +74,22 @@ class Shard:
         columns: dict[str, np.ndarray] = {}
         try:
             with open_shard(self.path) as file:
-                names = [*PROVENANCE, *(activations_path(hook) for hook in self._hooks)]
-                checksums = {name: file[f"checksums/{name}"][:] for name in names}
-                for name in names:
+                checksums = {name: file[f"checksums/{name}"][:] for name in self._layout}
+                for name, (kind, shape) in self._layout.items():
                     dataset = file[name]
+                    # Checksums cover the data; what the header says of them is checked here.
+                    if (dataset.dtype, dataset.shape) != (kind, shape):
+                        raise ValueError(f"{name} is {dataset.dtype} {dataset.shape}, expected {kind} {shape}")
                     columns[name] = np.memmap(self.path, dataset.dtype, "r", dataset.id.get_offset(), dataset.shape)
-        except (OSError, KeyError, TypeError, RuntimeError) as error:
+        except (OSError, KeyError, TypeError, RuntimeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(f"{self.path} cannot be read as HDF5 ({error}): {self._remedy()}") from error
         if digest(checksums) != self._entry["digest"]:
             raise ValueError(f"{self.path} is not the shard that the manifest describes: {self._remedy()}")
         return columns, checksums
+
+    def check(self) -> None:
+        """Raises ValueError unless the file is there, whole, and the one that the manifest describes."""
+        _ = self._opened
 
     @staticmethod
     def _remedy() -> str:
@@ -128,7 +137,7 @@ class Store:
         self.manifest = manifest
         self.hooks: list[str] = sorted(manifest["hooks"])
         self.context: int = manifest["identity"]["context"]
-        self.shards = [Shard(folder, entry, self.hooks, manifest["block_rows"]) for entry in manifest["shards"]]
+        self.shards = [Shard(folder, entry, manifest) for entry in manifest["shards"]]
 
     def of_split(self, split: str) -> list[Shard]:
         return [shard for shard in self.shards if shard.split == split]
@@ -167,8 +176,17 @@ class Store:
 
         return AutoTokenizer.from_pretrained(self.folder / TOKENIZER)
 
-    def tokenizer_hash(self) -> str:
-        return hash_files(sorted((self.folder / TOKENIZER).iterdir()))
+    def verify_beside(self) -> None:
+        """Check what lies beside the shards. Raises ValueError naming the part that is not as it was written."""
+        expected = {
+            TOKENIZER: self.manifest["identity"]["tokenizer"]["files"],
+            DOCUMENTS: self.manifest["documents_hash"],
+        }
+        for name, digest_then in expected.items():
+            path = self.folder / name
+            files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
+            if hash_files(files) != digest_then:
+                raise ValueError(f"{path} is not what the harvest wrote: restore it, or harvest again")
 
     def document_names(self) -> dict[int, str]:
         import pyarrow.parquet as pq

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from saebench.config import differences
-from saebench.files import block_checksums, replacing, write_json
-from saebench.store.reader import open_shard, read_manifest
+from saebench.files import block_checksums, hash_files, replacing, write_json
+from saebench.store.reader import Shard, open_shard, read_manifest
 from saebench.store.schema import (
     BLOCK_ROWS,
     DOCUMENTS,
@@ -43,7 +43,7 @@ class _Spool(io.RawIOBase):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         self.position = 0
         self.error: OSError | None = None
 
@@ -179,20 +179,25 @@ class StoreWriter:
     """Adds shards to the store in `folder`, creating it or continuing one made with the same `identity`.
 
     `identity` is everything that decides the store's contents. Raises ValueError, naming the values
-    that differ, when the folder holds a store of another identity.
+    that differ, when the folder holds shards of another identity, and naming the shard when one that
+    it would continue from is missing or damaged (block contents are checked as they are read).
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], widths: dict[str, int], dtype: StoreDtype) -> None:
         self.folder = folder
         self.widths = widths
         self.dtype: StoreDtype = dtype
-        if (folder / MANIFEST).exists():
-            self.manifest = read_manifest(folder)
+        earlier = read_manifest(folder) if (folder / MANIFEST).exists() else None
+        # Where no shard was written yet, nothing is lost by beginning again with other settings.
+        if earlier is not None and earlier["shards"]:
+            self.manifest = earlier
             if changed := differences(_flat(self.manifest["identity"]), _flat(identity)):
                 raise ValueError(
                     f"{folder} holds a store made with other settings: {'; '.join(changed)}. "
-                    "Use the same settings to continue it, or another --out"
+                    "Use the same settings to continue it, or another --out, or delete it"
                 )
+            for entry in self.shards:
+                Shard(folder, entry, self.manifest).check()
         else:
             self.manifest = {
                 "schema": SCHEMA, "schema_version": SCHEMA_VERSION, "identity": identity, "complete": False,
@@ -260,7 +265,12 @@ class StoreWriter:
         })  # fmt: skip
         with replacing(self.folder / DOCUMENTS) as temporary:
             pq.write_table(table, temporary)
-        self.manifest |= {**facts, "documents": len(documents), "complete": True}
+        self.manifest |= {
+            **facts,
+            "documents": len(documents),
+            "documents_hash": hash_files([self.folder / DOCUMENTS]),
+            "complete": True,
+        }
         self._publish()
 
     def _publish(self) -> None:

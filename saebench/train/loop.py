@@ -11,7 +11,7 @@ import torch
 
 from saebench.config import Count, differences, to_json
 from saebench.files import hash_files, locked
-from saebench.models import default_device, model_path
+from saebench.models import choose_device, model_path
 from saebench.runlog import MetricsLog, interruptible, progress, provenance
 from saebench.sae import fold, read_config, save_sae
 from saebench.store import Store, open_store, shuffled_batches
@@ -114,7 +114,7 @@ def train(config: TrainConfig) -> list[Path] | None:
     """
     store = open_store(config.store)
     hook = config.hook or _only_hook(store)
-    device = config.device or default_device()
+    device = choose_device(config.device)
     d_in, statistics = store.d_in(hook), store.statistics(hook)
     folder = config.out / "saes"
     specs = grid(config, d_in)
@@ -133,7 +133,7 @@ def train(config: TrainConfig) -> list[Path] | None:
         logs = [MetricsLog(folder / spec.name / "metrics.jsonl", first) for spec in todo]
         memory = int(config.memory_gb * 2**30)
         batches = shuffled_batches(store, hook, config.batch, seed=config.seed, memory=memory, start=cursor)
-        clock = Clock(seconds)
+        clock = Clock(seconds, first * config.batch)
         bar = progress(config.n_steps * config.batch, f"train {len(members)} SAEs", "row", first * config.batch)
         with interruptible() as interrupt, bar:
             for step in range(first, config.n_steps):
@@ -161,11 +161,12 @@ def train(config: TrainConfig) -> list[Path] | None:
 
 
 class Clock:
-    """Seconds of a run, across interruptions, and since its last checkpoint."""
+    """Seconds of a run, across interruptions, and since its last checkpoint; rows a second since the last log line."""
 
-    def __init__(self, before: float) -> None:
+    def __init__(self, before: float, rows: int) -> None:
         self.before = before
-        self.started = self.last_save = time.monotonic()
+        self.started = self.last_save = self.last_line = time.monotonic()
+        self.rows = rows
 
     @property
     def total(self) -> float:
@@ -174,6 +175,12 @@ class Clock:
     @property
     def since_save(self) -> float:
         return time.monotonic() - self.last_save
+
+    def rate(self, rows: int) -> float:
+        """Rows a second since this was last asked, `rows` counted from the start of the run."""
+        now, before, earlier = time.monotonic(), self.rows, self.last_line
+        self.rows, self.last_line = rows, now
+        return (rows - before) / (now - earlier)
 
     def saved(self) -> None:
         self.last_save = time.monotonic()
@@ -209,7 +216,7 @@ def _log(members: list[Member], logs: list[MetricsLog], bar: Any, step: int, bat
         "step": step + 1,
         "tokens": (step + 1) * batch,
         "seconds": clock.total,
-        "tokens_per_s": bar.format_dict["rate"],
+        "tokens_per_s": clock.rate((step + 1) * batch),
     }
     for member, file in zip(members, logs, strict=True):
         line = member.log_line(step)
