@@ -39,23 +39,21 @@ def reconstruction_terms(
     }
 
 
-def next_token_loss(logits: Float[Tensor, "B L V"], tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L-1"]:
+def next_token_loss(log_p: Float[Tensor, "B L V"], tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L-1"]:
     """-ln p of each token given those before it, in nats; position t predicts token t + 1."""
-    logits, targets = logits[:, :-1], tokens[:, 1:]
-    losses = [
-        torch.nn.functional.cross_entropy(rows.float(), wanted, reduction="none")
-        for rows, wanted in zip(logits, targets, strict=True)
-    ]
-    return torch.stack(losses)
+    return -log_p[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2)
 
 
-def kl_divergence(clean: Float[Tensor, "B L V"], other: Float[Tensor, "B L V"]) -> Float[Tensor, "B L"]:
-    """KL(clean ‖ other) of the next-token distributions in nats, a context at a time to bound memory."""
-    rows = []
-    for p, q in zip(clean, other, strict=True):
-        log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
-        rows.append((log_p.exp() * (log_p - log_q)).sum(-1))
-    return torch.stack(rows)
+def loss_and_kl(
+    clean: Float[Tensor, "B L V"], logits: Float[Tensor, "B L V"], tokens: Int[Tensor, "B L"]
+) -> tuple[Float[Tensor, "B L-1"], Float[Tensor, "B L"]]:
+    """`next_token_loss` of other logits, and KL(clean ‖ other) in nats. `clean` is log p, in float32."""
+    losses, divergences = [], []
+    for log_p, row, wanted in zip(clean, logits, tokens, strict=True):  # a context at a time, to bound memory
+        log_q = row.float().log_softmax(-1)
+        losses.append(next_token_loss(log_q[None], wanted[None])[0])
+        divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return torch.stack(losses), torch.stack(divergences)
 
 
 class Sums:

@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 
 
 def progress(total: int, description: str, unit: str = "tok", initial: int = 0) -> "tqdm[Any]":
-    """A bar on stderr with rate and time left; quiet where stderr is not a terminal but for a line a minute."""
-    interval = 0.2 if sys.stderr.isatty() else 60.0
+    """A bar on stderr with rate and time left; quiet where stderr is not a terminal but for a note every 20 s."""
+    interval = 0.2 if sys.stderr.isatty() else 20.0
     return tqdm(
         total=total, initial=initial, desc=description, unit=unit, unit_scale=True, mininterval=interval,
         maxinterval=interval, dynamic_ncols=sys.stderr.isatty(), smoothing=0.1,

@@ -6,7 +6,7 @@ from saebench.metrics import (
     Sums,
     density_metrics,
     fidelity_metrics,
-    kl_divergence,
+    loss_and_kl,
     next_token_loss,
     reconstruction_metrics,
     reconstruction_terms,
@@ -80,18 +80,22 @@ def test_batches_of_any_size_give_the_same_figures(chunk: int) -> None:
 
 
 def test_next_token_loss_by_hand() -> None:
-    logits = torch.log(torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [1 / 3, 1 / 3, 1 / 3]]]))
-    losses = next_token_loss(logits, torch.tensor([[2, 0, 1]]))
+    log_p = torch.log(torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [1 / 3, 1 / 3, 1 / 3]]]))
+    losses = next_token_loss(log_p, torch.tensor([[2, 0, 1]]))
     assert torch.allclose(losses, -torch.log(torch.tensor([[0.5, 0.8]])))
 
 
 def test_kl_by_hand_and_without_underflow() -> None:
     p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
     want = 0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(0.5 / 0.1)
-    assert kl_divergence(p.log()[None, None], q.log()[None, None]).item() == pytest.approx(want)
-    extreme = kl_divergence(torch.tensor([[[0.0, -200.0]]]), torch.tensor([[[0.0, -400.0]]]))
-    assert torch.isfinite(extreme).all()
-    assert kl_divergence(torch.randn(2, 3, 5), torch.randn(2, 3, 5)).min() >= 0
+    clean, other = p.log().expand(1, 2, 2), q.log().expand(1, 2, 2) + 7.0  # logits need not be normalised
+    loss, kl = loss_and_kl(clean, other, torch.tensor([[0, 1]]))
+    assert kl.flatten().tolist() == pytest.approx([want, want], rel=1e-6)
+    assert loss.item() == pytest.approx(-np.log(0.1), rel=1e-6)
+    ends = torch.tensor([[[0.0, -200.0]]]), torch.tensor([[[0.0, -400.0]]])
+    assert torch.isfinite(loss_and_kl(*ends, torch.tensor([[0]]))[1]).all()
+    random = torch.randn(2, 3, 5).log_softmax(-1), torch.randn(2, 3, 5)
+    assert loss_and_kl(*random, torch.zeros(2, 3, dtype=torch.int64))[1].min() >= 0
 
 
 SUMS = {

@@ -20,15 +20,16 @@ def run_demo(out: Path) -> dict[str, Any] | None:
     """Run what is not done yet; returns the summary, or None when Ctrl-C ended it early."""
     with _clock(out, "harvest"):
         store = harvest(
-            HarvestConfig(layers=(1, 2), tokens=1_200_000, validation_tokens=150_000, out=STORE), TextConfig()
+            HarvestConfig(layers=(1, 2), tokens=1_050_000, validation_tokens=100_000, out=STORE), TextConfig()
         )
     if store is None:
         return None
     with _clock(out, "train"):
         folders = train(
             TrainConfig(
-                store=STORE, hook=HOOK, out=out, arch=("relu", "topk", "gated"), target_l0=(16, 48),
-                d_sae=2048, tokens=2_000_000, batch=1024,
+                store=STORE, hook=HOOK, out=out, arch=("relu", "topk", "gated"), target_l0=(16.0, 48.0),
+                d_sae=2048, tokens=1_050_000, batch=1024,
+                lr=2e-3,  # so short a run gains by more than the default
             )
         )  # fmt: skip
     if folders is None:

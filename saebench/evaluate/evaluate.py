@@ -26,7 +26,7 @@ from saebench.metrics import (
     Sums,
     density_metrics,
     fidelity_metrics,
-    kl_divergence,
+    loss_and_kl,
     next_token_loss,
     reconstruction_metrics,
     reconstruction_terms,
@@ -227,41 +227,49 @@ def _evaluate_batch(
     def run(replace: Replacement) -> Tensor:
         return spliced_logits(model, tokens, hook, splice(replace, keep))
 
-    def ce(logits: Tensor) -> Tensor:
-        return next_token_loss(logits, tokens)[scored]
+    def ce_and_kl(replace: Replacement) -> tuple[Tensor, Tensor]:
+        loss, kl = loss_and_kl(clean, run(replace), tokens)
+        return loss[scored], kl[:, :-1][scored]
 
-    clean = run(lambda x: x)
-    zero = run(torch.zeros_like)
+    clean = run(lambda x: x).float().log_softmax(-1)
+    ce_zero, kl_zero = ce_and_kl(torch.zeros_like)
     shared.add(docs_N, {"rows": torch.ones_like(docs_N), "squared_norm": x_ND.double().pow(2).sum(1), "vector": x_ND})
     shared.add(
         docs_P,
         {
             "positions": torch.ones_like(docs_P),
-            "ce_clean": ce(clean),
-            "ce_zero": ce(zero),
-            "ce_mean": ce(run(lambda x: mean_D.expand_as(x))),
-            "kl_zero": kl_divergence(clean, zero)[:, :-1][scored],
+            "ce_clean": next_token_loss(clean, tokens)[scored],
+            "ce_zero": ce_zero,
+            "ce_mean": ce_and_kl(lambda x: mean_D.expand_as(x))[0],
+            "kl_zero": kl_zero,
         },
     )
     pca.observe(x_ND)
     for subject in subjects:
         x_hat_ND, l0_N, l1_N = subject.reconstruct(x_ND)
-        spliced = run(lambda x, x_hat_ND=x_hat_ND: x_hat_ND)
+        ce_spliced, kl = ce_and_kl(lambda x, x_hat_ND=x_hat_ND: x_hat_ND)
         subject.sums.add(docs_N, reconstruction_terms(x_ND, x_hat_ND, l0_N, l1_N))
-        subject.sums.add(docs_P, {"ce_spliced": ce(spliced), "kl": kl_divergence(clean, spliced)[:, :-1][scored]})
+        subject.sums.add(docs_P, {"ce_spliced": ce_spliced, "kl": kl})
 
 
 def _silent_latents(store: Store, hook: str, subjects: list[_Subject], rows: int) -> tuple[list[Tensor], int]:
-    """Which latents fired neither on the held-out rows nor on up to `rows` training rows; and how many those were."""
+    """Which latents fired neither on the held-out rows nor on up to `rows` training rows; and how many those are.
+
+    An SAE is left alone once all its latents have fired.
+    """
     silent = [subject.fires_F == 0 for subject in subjects]
-    seen = 0
-    with progress(min(rows, store.rows("train", kept=True)), "count dead latents", "row") as bar:
+    rows = min(rows, store.rows("train", kept=True))
+    with progress(rows, "count dead latents", "row") as bar:
         for x_ND in store.kept_rows(hook, "train", rows, _ROWS):
-            for subject, silent_F in zip(subjects, silent, strict=True):
+            waiting = [
+                (subject, silent_F) for subject, silent_F in zip(subjects, silent, strict=True) if silent_F.any()
+            ]
+            if not waiting:
+                break
+            for subject, silent_F in waiting:
                 silent_F &= (subject.sae.encode(x_ND.to(silent_F.device)) == 0).all(0)
-            seen += len(x_ND)
             bar.update(len(x_ND))
-    return silent, seen
+    return silent, rows
 
 
 def _write(
