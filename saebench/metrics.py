@@ -66,7 +66,7 @@ class Sums:
     def add(self, doc_id: Int[Tensor, " n"], terms: Mapping[str, Tensor]) -> None:
         """Add per-token terms, `[n]` or `[n, ...]`, to the rows of their documents."""
         documents, inverse = torch.unique(doc_id, return_inverse=True)
-        places = np.array([self.index.setdefault(int(d), len(self.index)) for d in documents])
+        places = np.array([self.index.setdefault(int(d), len(self.index)) for d in documents], dtype=np.int64)
         for name, values in terms.items():
             sums = torch.zeros(len(documents), *values.shape[1:], dtype=torch.float64, device=values.device)
             sums.index_add_(0, inverse.to(values.device), values.double())

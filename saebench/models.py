@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -47,9 +47,13 @@ class LanguageModel:
     dtype: ModelDtype
 
 
-def choose_device(device: str | None) -> str:
-    """The device asked for, or else CUDA, then MPS, then CPU. Raises ValueError for one that is not at hand."""
-    at_hand = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+def choose_device(device: str | None, *, float64: bool = False) -> str:
+    """The device asked for, or else CUDA, then MPS, then CPU. Raises ValueError for one that is not at hand.
+
+    With `float64`, in which training and evaluation add up, MPS does not count: it has none.
+    """
+    mps = torch.backends.mps.is_available() and not float64
+    at_hand = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if device is None:
         return next(name for name, here in at_hand.items() if here)
     if not at_hand.get(device.split(":")[0], False):
@@ -99,7 +103,7 @@ def load_model(
         raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     bridge.eval()
     folder = _checkpoint_folder(path, revision)
-    config = bridge.cfg
+    config, original = bridge.cfg, cast(Any, bridge.original_model)
     return LanguageModel(
         id=name,
         bridge=bridge,
@@ -108,7 +112,7 @@ def load_model(
         tokenizer_files=tuple(sorted(file for file in folder.iterdir() if _is_tokenizer_file(file.name))),
         n_layers=config.n_layers,
         d_model=config.d_model,
-        n_vocab=bridge.original_model.get_input_embeddings().weight.shape[0],
+        n_vocab=original.get_input_embeddings().weight.shape[0],
         max_context=config.n_ctx,
         device=torch.device(device),
         dtype=dtype,

@@ -77,7 +77,7 @@ class MetricsLog:
 
 def _step(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (json.JSONDecodeError, KeyError):
         return float("inf")  # the line that kill -9 cut short
 

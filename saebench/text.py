@@ -229,7 +229,7 @@ def _load(config: TextConfig) -> Any:
             saved = datasets.load_from_disk(str(path))
             if isinstance(saved, datasets.DatasetDict):
                 if config.split not in saved:
-                    raise ValueError(f"it has no split {config.split!r}, but {', '.join(saved)}")
+                    raise ValueError(f"it has no split {config.split!r}, but {', '.join(map(str, saved))}")
                 saved = saved[config.split]
             return saved.to_iterable_dataset()
         return datasets.load_dataset(str(path), config.subset, split=config.split, streaming=True)

@@ -12,9 +12,10 @@ from conftest import HOOK, WIDTH
 from safetensors.torch import load_file
 
 from saebench.files import read_json, write_json
-from saebench.sae import load_sae, new_sae, read_config, topk_relu
+from saebench.sae import SAE, load_sae, new_sae, read_config, save_sae, topk_relu
 from saebench.store import Store, shuffled_batches
 from saebench.train import Member, Spec, TrainConfig, grid, train
+from saebench.train.member import _remove_parallel
 from saebench.train.objectives import AUX_WEIGHT, OBJECTIVES, Context
 from saebench.train.schedules import Sparsity, learning_rate
 
@@ -191,7 +192,8 @@ def test_training_learns_and_saves_unit_rows(run: Path, store: Store) -> None:
     rows, _ = next(shuffled_batches(store, HOOK, 4000, seed=9))
     for folder in (run / "saes").glob("*-*"):
         sae, log = load_sae(folder), log_of(folder)
-        assert log[-1]["fvu"] < 0.7 * log[0]["fvu"]
+        # ReLU and Gated begin dense, and so with a low FVU; 1 is the mean's.
+        assert log[-1]["fvu"] < (0.7 * log[0]["fvu"] if folder.name.startswith("topk") else 0.7)
         assert log[-1]["step"] == 200
         assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(64), atol=1e-5)
         out = sae(rows.float())
@@ -321,9 +323,44 @@ def test_checkpoints_of_another_run_are_refused(store: Store, tmp_path: Path) ->
 
 def test_a_loss_that_is_not_finite_stops_with_the_sae_and_the_step(store: Store, tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"the loss of relu-l0-6 is (nan|inf) by step \d+; the last checkpoint is from before"
+        ValueError, match=r"the loss of \S+ is no longer finite by step \d+; the last checkpoint is from before"
     ):
         train(config(store, tmp_path, lr=1e30))
+
+
+def test_a_checkpoint_never_holds_weights_that_are_not_finite(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saebench.train.loop.CHECKPOINT_SECONDS", 0.0)
+    with pytest.raises(ValueError, match="no longer finite"):
+        train(config(store, tmp_path, lr=1e30))
+    for file in (tmp_path / "saes").glob("*/checkpoint/*.safetensors"):
+        assert all(bool(value.isfinite().all()) for key, value in load_file(file).items() if key.startswith("sae."))
+
+
+def test_a_stop_between_the_last_saves_loses_nothing(
+    run: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[Path] = []
+
+    def save_one(sae: SAE, folder: Path, facts: dict) -> None:
+        if saved:
+            raise OSError("no space left")
+        saved.append(folder)
+        save_sae(sae, folder, facts)
+
+    monkeypatch.setattr("saebench.train.loop.save_sae", save_one)
+    with pytest.raises(ValueError, match=r"its checkpoint is safe\) failed: no space left"):
+        train(config(store, tmp_path, device="cpu"))
+    monkeypatch.undo()
+    assert train(config(store, tmp_path, device="cpu"))
+    assert same_saes(run, tmp_path)
+    assert not list((tmp_path / "saes").rglob("checkpoint*"))
+
+
+def test_a_target_that_was_missed_is_said(store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    train(config(store, tmp_path, arch=("relu",), tokens=2000))
+    assert "relu-l0-6 ended at L0 " in caplog.text
 
 
 # ------------------------------------------------------------------------------------- dead latents
@@ -346,9 +383,46 @@ def test_resampling_points_dead_latents_at_what_is_badly_reconstructed(store: St
         assert torch.allclose(torch.nn.functional.normalize(member.sae.W_dec[latent], dim=0), direction, atol=1e-5)
         assert member.sae.b_enc[latent] == 0
         assert member.optimizer.state[member.sae.W_enc]["exp_avg"][:, latent].abs().sum() == 0
-        assert member.optimizer.state[member.sae.W_dec]["exp_avg_sq"][latent].abs().sum() == 0
+        second = member.optimizer.state[member.sae.W_dec]["exp_avg_sq"]
+        assert torch.allclose(second[latent], second[10:].mean(), rtol=0.5)  # that of the living
         assert member.silent_steps[latent] == 0
     assert member.optimizer.state[member.sae.W_dec]["exp_avg"][5].abs().sum() > 0
+
+
+@pytest.mark.parametrize("architecture", ["relu", "gated"])
+def test_a_resampled_latent_keeps_its_direction_in_the_next_step(architecture: str, store: Store) -> None:
+    rows, _ = next(shuffled_batches(store, HOOK, 400, seed=1))
+    x = rows.float()
+    member = Member(
+        Spec(name="s", architecture=architecture, d_sae=32, l1=0.1, lr=1e-3, seed=0), x.mean(0), 10**6, 1000, "cpu"
+    )
+    for step in range(100):
+        member.step(x, step)
+    member.silent_steps[4] = 10**6
+    with torch.no_grad():
+        member._resample(x, torch.ones(len(x)), 100)
+    before = member.sae.W_enc[:, 4].detach().clone()
+    member.step(x, 101)
+    assert torch.cosine_similarity(before, member.sae.W_enc[:, 4].detach(), dim=0) > 0.9
+
+
+def test_gated_takes_no_momentum_and_unit_rows_no_gradient_along_themselves() -> None:
+    betas = {
+        name: Member(
+            Spec(name="s", architecture=name, d_sae=8, k=2, l1=0.1, lr=1e-3, seed=0), torch.zeros(5), 5, 100, "cpu"
+        ).optimizer.param_groups[0]["betas"][0]
+        for name in ("relu", "topk", "gated")
+    }
+    assert betas == {"relu": 0.9, "topk": 0.9, "gated": 0.0}
+    sae, x = random_member("topk")
+    out = sae(x)  # type: ignore[operator]
+    dead = torch.zeros(12, dtype=torch.bool)
+    OBJECTIVES["topk"](sae, x, out, Context(torch.tensor(0.0), dead)).total.backward()  # type: ignore[arg-type]
+    with torch.no_grad():
+        sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+    along = (sae.W_dec.grad * sae.W_dec).sum(1).abs().max()
+    _remove_parallel(sae)  # type: ignore[arg-type]
+    assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() < 1e-5 < along
 
 
 @pytest.mark.parametrize("architecture", ["topk", "gated"])

@@ -55,17 +55,25 @@ class PCA:
 
 
 @torch.inference_mode()
-def untrained_fvu(store: Store, hook: str, d_sae: int, l0: float, seed: int, tokens: int) -> float:
-    """FVU of a TopK SAE as training begins it, with k the nearest whole number to `l0`, on the validation rows."""
+def untrained_fvu(store: Store, hook: str, d_sae: int, l0: float, seed: int, n_rows: int) -> float:
+    """FVU of a TopK SAE as training begins it, k the nearest whole number to `l0`, on `rows` validation rows.
+
+    Its reconstruction is b_dec plus one factor, the best on training rows, times what it decodes:
+    without it random rows overshoot, and any SAE would win.
+    """
     d_in, statistics = store.d_in(hook), store.statistics(hook)
     sae = new_sae("topk", d_in, d_sae, k=max(1, min(round(l0), d_sae)))
     scale = math.sqrt(d_in / statistics["mean_squared_norm"])
     initialise(sae, torch.tensor(statistics["mean"]) * scale, torch.Generator().manual_seed(seed))
     sums = Sums()
     zeros = torch.zeros(8192)
-    for rows in store.kept_rows(hook, "validation", tokens, 8192):
+    x = next(store.kept_rows(hook, "train", 8192, 8192)) * scale
+    decoded = sae(x).x_hat - sae.b_dec
+    factor = float((decoded * (x - sae.b_dec)).sum() / decoded.pow(2).sum())
+    for rows in store.kept_rows(hook, "validation", n_rows, 8192):
         x = rows * scale
+        x_hat = sae.b_dec + factor * (sae(x).x_hat - sae.b_dec)
         doc = torch.zeros(len(x), dtype=torch.int64)
-        sums.add(doc, {**reconstruction_terms(x, sae(x).x_hat, zeros[: len(x)], zeros[: len(x)]), "vector": x})
+        sums.add(doc, {**reconstruction_terms(x, x_hat, zeros[: len(x)], zeros[: len(x)]), "vector": x})
     everything = total(sums.table())
     return float(everything["squared_error"] / total_variance(everything))

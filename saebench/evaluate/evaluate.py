@@ -7,7 +7,6 @@ every arm, ablations included, and positions that start at one are not scored.
 B contexts, L positions, D d_in, F latents, N kept tokens of a batch.
 """
 
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,15 +33,14 @@ from saebench.metrics import (
     total,
     total_variance,
 )
-from saebench.models import LanguageModel, ModelDtype, capture, load_model, spliced_logits
+from saebench.models import LanguageModel, ModelDtype, capture, choose_device, load_model, spliced_logits
 from saebench.runlog import progress, provenance
 from saebench.sae import SAE, load_sae, read_config, update_metadata
 from saebench.store import Store, open_store
 from saebench.store.schema import MANIFEST
 
-log = logging.getLogger(__name__)
-
 EVALUATION = "evaluation.json"
+_VERSION = 1  # of the figures' definitions: another one evaluates again
 _ROWS = 8192  # rows encoded at once, to bound memory at wide SAEs
 MASK = (
     "kept tokens of the validation documents (special tokens are not scored and their vectors are not replaced); "
@@ -71,7 +69,9 @@ class EvalConfig:
     model_dtype: ModelDtype | None = None
     """how the model computes (default: bfloat16 on GPUs that have it, else float32)"""
     device: str | None = None
-    """cuda, mps or cpu (default: the first of these at hand)"""
+    """cuda or cpu (default: cuda where it is at hand)"""
+    trust_remote_code: bool = False
+    """run code that comes with a hub model"""
     force: bool = False
     """evaluate again what was evaluated with the same settings already"""
 
@@ -152,8 +152,10 @@ def evaluate(config: EvalConfig) -> list[Path]:
         )
     groups: dict[tuple[Path, str], list[Path]] = {}
     for folder in folders:
-        metadata = read_config(folder)["metadata"]
+        metadata = read_config(folder).get("metadata", {})
         store = config.store or metadata.get("saebench", {}).get("store")
+        if "hook_name" not in metadata:
+            raise ValueError(f"{folder} does not say which hook it reads: add metadata.hook_name to its cfg.json")
         if store is None:
             raise ValueError(
                 f"{folder} does not say what it was trained on; give the store to evaluate it on with --store"
@@ -171,6 +173,7 @@ def _identity(config: EvalConfig, folder: Path, store: Store) -> dict[str, Any]:
     settings = {name: to_json(config)[name] for name in ("tokens", "dead_rows", "resamples", "model_dtype")}
     return {
         **settings,
+        "version": _VERSION,
         "store": hash_files([store.folder / MANIFEST]),
         "weights": hash_files([folder / "sae_weights.safetensors"]),
     }
@@ -186,9 +189,10 @@ def _evaluate_hook(config: EvalConfig, store: Store, hook: str, folders: list[Pa
     made_with = store.manifest["identity"]["model"]
     model = load_model(
         made_with["id"],
-        device=config.device,
+        device=choose_device(config.device, float64=True),
         dtype=config.model_dtype,
         revision=made_with["revision"],
+        trust_remote_code=config.trust_remote_code,
     )
     if model.weights_hash != made_with["weights"]:
         raise ValueError(
@@ -280,7 +284,11 @@ def _write(
     sums = total(table)
     metrics = {name: _number(value) for name, value in _metrics(sums).items()}
     samples = _metrics(resampled(table, config.resamples, seed=0))
-    intervals = {name: [_number(q) for q in np.quantile(values, (0.025, 0.975))] for name, values in samples.items()}
+    intervals = {
+        # One document says nothing of how documents differ.
+        name: [_number(q) for q in np.quantile(values, (0.025, 0.975))] if len(shared.index) > 1 else [None, None]
+        for name, values in samples.items()
+    }
     rows, l0 = int(sums["rows"]), float(sums["l0"] / sums["rows"])
     metrics |= density_metrics(subject.fires_F.cpu(), rows)
     metrics |= {
@@ -297,7 +305,7 @@ def _write(
     seed = read_config(subject.folder)["metadata"].get("saebench", {}).get("identity", {}).get("seed", 0)
     baselines = {
         "pca_fvu": pca.fvu(l0, variance),
-        "untrained_fvu": untrained_fvu(store, hook, subject.sae.d_sae, l0, seed, config.tokens),
+        "untrained_fvu": untrained_fvu(store, hook, subject.sae.d_sae, l0, seed, rows),
     }
     write_json(
         subject.folder / EVALUATION,
@@ -310,7 +318,13 @@ def _write(
             "small_denominators": small,
             "mask": MASK,
             "sums": {name: float(value) for name, value in sums.items() if name != "vector"}
-            | {"total_variance": variance},
+            | {
+                "total_variance": variance,
+                "latents": subject.sae.d_sae,
+                "dead_latents": int(dead["silent"].sum()),
+                "dense_latents": int((subject.fires_F > 0.01 * rows).sum()),
+                "fires": int(subject.fires_F.sum()),
+            },
             "provenance": provenance(),
         },
     )

@@ -89,14 +89,14 @@ def write_report(
 
 
 def compare_at_equal_l0(saes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """FVU of each architecture and baseline at L0s that all of them reach, `{"hook", "l0", "fvu": {name: …}}` each.
+    """FVU of each architecture and baseline at L0s that all of them reach, `{"hook", "d_sae", "l0", "fvu": {name: …}}` each.
 
-    Linear in log L0 between the SAEs of an architecture; nothing is extrapolated, so an architecture
+    Only SAEs of one hook and width are compared. Linear in log L0 between the SAEs of an architecture; nothing is extrapolated, so an architecture
     with one SAE is left out. Empty where fewer than two architectures overlap.
     """
     comparisons = []
-    for hook in dict.fromkeys(sae["hook"] for sae in saes):
-        here = sorted((sae for sae in saes if sae["hook"] == hook), key=lambda sae: sae["l0"])
+    for hook, d_sae in dict.fromkeys((sae["hook"], sae["d_sae"]) for sae in saes):
+        here = sorted((s for s in saes if (s["hook"], s["d_sae"]) == (hook, d_sae)), key=lambda sae: sae["l0"])
         curves = {
             name: [sae for sae in here if sae["architecture"] == name]
             for name in dict.fromkeys(sae["architecture"] for sae in here)
@@ -111,7 +111,7 @@ def compare_at_equal_l0(saes: list[dict[str, Any]]) -> list[dict[str, Any]]:
             lines[label] = ([p["l0"] for p in here], [p["baselines"][name] for p in here])
         for l0 in (low, math.sqrt(low * high), high):
             fvu = {name: float(np.interp(math.log(l0), np.log(xs), ys)) for name, (xs, ys) in lines.items()}
-            comparisons.append({"hook": hook, "l0": l0, "fvu": fvu})
+            comparisons.append({"hook": hook, "d_sae": d_sae, "l0": l0, "fvu": fvu})
     return comparisons
 
 
@@ -182,7 +182,7 @@ def _page(summary: dict[str, Any], folders: list[Path]) -> str:
 {_html_table(table(saes))}
 <p class="note">FVU: share of variance not explained. ΔCE: what splicing the SAE in costs the model. Rec.: share of an ablation's cost
 (zero or mean) that the SAE recovers. γ under 1 means shrinkage. Dead: no firing in {first["dead_window"]:,} rows; dense: fires on over 1% of tokens.
-Bars: 95%, bootstrap over documents. An untrained SAE has random tied weights and the same L0.</p>
+Bars: 95%, bootstrap over documents. An untrained SAE has random tied weights, the best single scale, and the same L0.</p>
 {equal}
 <div class="charts">{"".join(_figure(figure, number == 0) for number, figure in enumerate(measured))}</div>
 <h2>Training</h2>

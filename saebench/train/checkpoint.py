@@ -4,6 +4,9 @@
 one that a resumed run reads. Tensors and JSON only, no pickle.
 """
 
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ POINTER = "checkpoint.json"
 
 
 class Checkpoint:
-    """The resumable state of a grid under `folder`; `identity` maps each SAE to what decides its training."""
+    """The resumable state of a grid under `folder`; `identity` maps each SAE, also those done, to what decides its training."""
 
     def __init__(self, folder: Path, identity: dict[str, dict[str, Any]]) -> None:
         self.folder = folder
@@ -27,22 +30,17 @@ class Checkpoint:
 
     def save(self, members: list[Member], step: int, cursor: Cursor, seconds: float) -> None:
         """Write all SAEs, then point to them. A full disk is a ValueError; the last checkpoint stays."""
-        try:
+        with full_disk_is_a_value_error(f"the checkpoint of step {step} in {self.folder}"):
             for member in members:
-                file = self._file(member, step)
+                file = self._file(member.spec.name, step)
                 state = {name: value.detach().cpu().contiguous() for name, value in member.state().items()}
                 with replacing(file) as temporary:
                     save_file(state, temporary)
             pointer = {"step": step, "cursor": list(cursor), "seconds": seconds, "identity": self.identity}
             write_json(self.folder / POINTER, pointer)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"writing the checkpoint of step {step} in {self.folder} failed: {error}. The one before it is whole; "
-                "free some space and run the same command again to continue from there"
-            ) from error
         for member in members:
-            for old in self._file(member, step).parent.glob("step-*.safetensors"):
-                if old != self._file(member, step):
+            for old in self._file(member.spec.name, step).parent.glob("step-*.safetensors"):
+                if old != self._file(member.spec.name, step):
                     old.unlink()
 
     def restore(self, members: list[Member]) -> tuple[int, Cursor, float]:
@@ -61,21 +59,32 @@ class Checkpoint:
                     f"Use the same settings to continue it, delete {path} to start again, or choose another --out"
                 )
         for member in members:
-            file = self._file(member, pointer["step"])
+            file = self._file(member.spec.name, pointer["step"])
             try:
                 member.restore(load_file(file))
             except (OSError, SafetensorError, KeyError) as error:
                 raise ValueError(f"checkpoint {file} cannot be read ({error}); delete {path} to start again") from error
         return pointer["step"], Cursor(*pointer["cursor"]), pointer["seconds"]
 
-    def remove(self, members: list[Member]) -> None:
-        """Once the SAEs themselves are saved, their checkpoints have served."""
-        (self.folder / POINTER).unlink()
-        for member in members:
-            folder = self._file(member, 0).parent
-            for file in folder.glob("*"):
-                file.unlink()
-            folder.rmdir()
+    def remove(self) -> None:
+        """Once all the SAEs are saved, their checkpoints have served."""
+        path = self.folder / POINTER
+        if path.exists() and read_json(path)["identity"] == self.identity:
+            for name in self.identity:
+                shutil.rmtree(self._file(name, 0).parent, ignore_errors=True)
+            path.unlink()
 
-    def _file(self, member: Member, step: int) -> Path:
-        return self.folder / member.spec.name / "checkpoint" / f"step-{step:09d}.safetensors"
+    def _file(self, name: str, step: int) -> Path:
+        return self.folder / name / "checkpoint" / f"step-{step:09d}.safetensors"
+
+
+@contextmanager
+def full_disk_is_a_value_error(what: str) -> Iterator[None]:
+    """Turn an error of writing into one that says what is safe."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"writing {what} failed: {error}. The one before it is whole; "
+            "free some space and run the same command again to continue from there"
+        ) from error

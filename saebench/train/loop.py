@@ -16,7 +16,7 @@ from saebench.runlog import MetricsLog, interruptible, progress, provenance
 from saebench.sae import fold, read_config, save_sae
 from saebench.store import Store, open_store, shuffled_batches
 from saebench.store.schema import MANIFEST
-from saebench.train.checkpoint import Checkpoint
+from saebench.train.checkpoint import Checkpoint, full_disk_is_a_value_error
 from saebench.train.member import Member, Spec
 from saebench.train.schedules import default_learning_rate
 
@@ -62,7 +62,7 @@ class TrainConfig:
     seed: int = 0
     """fixes initialisation and data order"""
     device: str | None = None
-    """cuda, mps or cpu (default: the first of these at hand)"""
+    """cuda or cpu (default: cuda where it is at hand)"""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch", "expansion", "memory_gb"):
@@ -114,21 +114,22 @@ def train(config: TrainConfig) -> list[Path] | None:
     """
     store = open_store(config.store)
     hook = config.hook or _only_hook(store)
-    device = choose_device(config.device)
+    device = choose_device(config.device, float64=True)
     d_in, statistics = store.d_in(hook), store.statistics(hook)
     folder = config.out / "saes"
     specs = grid(config, d_in)
     with locked(config.out):
         identity = {spec.name: _identity(config, spec, store, hook) for spec in specs}
         todo = [spec for spec in specs if not _done(folder / spec.name, identity[spec.name])]
+        checkpoint = Checkpoint(folder, identity)
         if not todo:
+            checkpoint.remove()
             log.info("%s: all %d SAEs are trained already", folder, len(specs))
             return [folder / spec.name for spec in specs]
 
         scale = math.sqrt(d_in / statistics["mean_squared_norm"])  # brings E‖x‖² to D
         mean_D = torch.tensor(statistics["mean"]) * scale
         members = [Member(spec, mean_D, config.dead_steps, config.n_steps, device) for spec in todo]
-        checkpoint = Checkpoint(folder, {spec.name: identity[spec.name] for spec in todo})
         first, cursor, seconds = checkpoint.restore(members)
         logs = [MetricsLog(folder / spec.name / "metrics.jsonl", first) for spec in todo]
         memory = int(config.memory_gb * 2**30)
@@ -146,6 +147,7 @@ def train(config: TrainConfig) -> list[Path] | None:
                 if (step + 1) % LOG_EVERY == 0 or last:
                     _log(members, logs, bar, step, config.batch, clock)
                 if last or interrupt.requested or clock.since_save > CHECKPOINT_SECONDS:
+                    _refuse_divergence(members, step)
                     checkpoint.save(members, step + 1, cursor, clock.total)
                     clock.saved()
                 if interrupt.requested and not last:
@@ -155,8 +157,10 @@ def train(config: TrainConfig) -> list[Path] | None:
         for member in members:
             facts = _facts(config, store, hook, member, identity[member.spec.name], clock.total / len(members))
             fold(member.sae, scale)
-            save_sae(member.sae, folder / member.spec.name, facts)
-        checkpoint.remove(members)
+            with full_disk_is_a_value_error(f"{folder / member.spec.name} (its checkpoint is safe)"):
+                save_sae(member.sae, folder / member.spec.name, facts)
+        checkpoint.remove()
+        _warn_of_missed_targets(members)
     return [folder / spec.name for spec in specs]
 
 
@@ -210,8 +214,31 @@ def _done(folder: Path, identity: dict[str, Any]) -> bool:
     return True
 
 
+def _refuse_divergence(members: list[Member], step: int) -> None:
+    """Raises ValueError naming the SAE whose loss or gradient was not finite since the last line of the log."""
+    for member in members:
+        if not member.finite():
+            raise ValueError(
+                f"the loss of {member.spec.name} is no longer finite by step {step + 1}; the last checkpoint is from before: "
+                "lower --lr, or look at the store with `saebench store info`"
+            )
+
+
+def _warn_of_missed_targets(members: list[Member]) -> None:
+    for member in members:
+        l0, target = float(member.sparsity.l0), member.spec.target_l0
+        if target is not None and abs(l0 / target - 1) > 0.1:
+            log.warning(
+                "%s ended at L0 %.1f, not %g: train on more --tokens, so that λ has time to settle",
+                member.spec.name,
+                l0,
+                target,
+            )
+
+
 def _log(members: list[Member], logs: list[MetricsLog], bar: Any, step: int, batch: int, clock: Clock) -> None:
     """A line per SAE. Raises ValueError naming the SAE and the step of a loss that is not finite."""
+    _refuse_divergence(members, step)
     common = {
         "step": step + 1,
         "tokens": (step + 1) * batch,
@@ -220,11 +247,6 @@ def _log(members: list[Member], logs: list[MetricsLog], bar: Any, step: int, bat
     }
     for member, file in zip(members, logs, strict=True):
         line = member.log_line(step)
-        if not math.isfinite(line["loss"]):
-            raise ValueError(
-                f"the loss of {member.spec.name} is {line['loss']} by step {step + 1}; the last checkpoint is from before: "
-                "lower --lr, or look at the store with `saebench store info`"
-            )
         file.write(**common, **line)
         bar.set_postfix_str(f"{member.spec.name}: L0 {line['l0']:.1f}, FVU {line['fvu']:.3f}", refresh=False)
 

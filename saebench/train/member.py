@@ -87,6 +87,10 @@ class Member:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, torch.zeros((), dtype=torch.float64, device=x_BD.device)) + value
 
+    def finite(self) -> bool:
+        """Whether every loss and gradient since the last line of the log was finite, and so the weights are."""
+        return all(bool(self.sums[name].isfinite()) for name in ("loss", "grad_norm") if name in self.sums)
+
     def log_line(self, step: int) -> dict[str, Any]:
         """Means since the last line; the only place where the host waits for the device."""
         means = {name: float(value / self.sums["steps"]) for name, value in self.sums.items()}
@@ -127,8 +131,11 @@ class Member:
             where = (slice(None), dead) if name == "W_enc" else (dead,)
             if name not in ("W_enc", "W_dec"):
                 parameter[where] = 0.0
-            for moment in ("exp_avg", "exp_avg_sq"):
-                self.optimizer.state[parameter][moment][where] = 0.0
+            # With no second moment Adam's next step would be many times lr, and undo the direction.
+            living = (slice(None), alive) if name == "W_enc" else (alive,)
+            moments = self.optimizer.state[parameter]
+            moments["exp_avg"][where] = 0.0
+            moments["exp_avg_sq"][where] = moments["exp_avg_sq"][living].mean()
         self.silent_steps[dead] = 0
 
     # ------------------------------------------------------------------------------ checkpoint

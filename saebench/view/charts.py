@@ -36,15 +36,19 @@ def pareto(
     `saes` are entries of `summary.json`; `baselines` maps names in their `baselines` to labels.
     """
     figure = go.Figure()
-    for architecture in dict.fromkeys(sae["architecture"] for sae in saes):
-        points = sorted(
-            (s for s in saes if s["architecture"] == architecture and s[metric] is not None), key=lambda s: s["l0"]
-        )
+    several = len({(sae["hook"], sae["d_sae"]) for sae in saes}) > 1
+    for kind in dict.fromkeys(map(_kind, saes)):
+        points = sorted((s for s in saes if _kind(s) == kind and s[metric] is not None), key=lambda s: s["l0"])
+        architecture = kind[0]
         colour, symbol = STYLE.get(architecture, _FALLBACK)
-        low, high = zip(*(s["intervals"][metric] for s in points), strict=True) if points else ((), ())
         values = [s[metric] for s in points]
+        ends = [
+            [v if end is None else end for end in s["intervals"][metric]] for s, v in zip(points, values, strict=True)
+        ]
+        low, high = zip(*ends, strict=True) if ends else ((), ())
         figure.add_scatter(
-            x=[s["l0"] for s in points], y=values, mode="lines+markers", name=architecture,
+            x=[s["l0"] for s in points], y=values, mode="lines+markers",
+            name=f"{architecture}, {kind[1]}, {kind[2]:,}" if several else architecture,
             marker={"color": colour, "symbol": symbol, "size": 11}, line={"color": colour},
             error_y={
                 "type": "data", "symmetric": False, "thickness": 1.5,
@@ -59,16 +63,24 @@ def pareto(
             x=[s["l0"] for s in points], y=[s["baselines"][name] for s in points], mode="lines+markers", name=description,
             line={"color": CONTROL, "dash": dash}, marker={"color": CONTROL, "symbol": "line-ew-open"},
         )  # fmt: skip
-    figure.update_xaxes(**_LOG)
+    figure.update_xaxes(_LOG)
     return _layout(figure, f"{label} against L0", "L0: mean active latents per token", label)
+
+
+def _kind(sae: Mapping[str, Any]) -> tuple[str, str, int]:
+    return sae["architecture"], sae["hook"], sae["d_sae"]
 
 
 def _hover(sae: Mapping[str, Any]) -> str:
     rows = {
         "L0": sae["l0"], "FVU": sae["fvu"], "ΔCE": sae["delta_ce"], "loss recovered (zero)": sae["loss_recovered_zero"],
         "loss recovered (mean)": sae["loss_recovered_mean"], "dead": sae["dead_fraction"],
+        "λ": sae["lambda"], "rows trained on": sae["tokens_trained"],
     }  # fmt: skip
-    figures = "<br>".join(f"{name} {'—' if value is None else format(value, '.4g')}" for name, value in rows.items())
+    figures = "<br>".join(
+        f"{name} {'—' if value is None else format(value, ',.4g' if value < 1e4 else ',.0f')}"
+        for name, value in rows.items()
+    )
     return f"<b>{sae['name']}</b><br>{sae['hook']}, {sae['d_sae']:,} latents<br>{figures}"
 
 
@@ -93,5 +105,5 @@ def training_curves(
             x=[line["tokens"] for line in points], y=[line[metric] for line in points], name=name, mode="lines",
             line={"color": colour, "dash": ("solid", "dash", "dot", "dashdot")[nth % 4]},
         )  # fmt: skip
-    figure.update_yaxes(**(_LOG if log_scale else {"rangemode": "tozero"}))
+    figure.update_yaxes(_LOG if log_scale else {"rangemode": "tozero"})
     return _layout(figure, f"{label} during training", "rows trained on", label)
