@@ -203,6 +203,11 @@ def test_pca_fvu_is_that_of_the_projection(store: Store) -> None:
     assert pca.fvu(float(WIDTH), variance) == pytest.approx(0, abs=1e-6)
 
 
+def test_a_target_l0_is_met_on_held_out_documents(trained: Path) -> None:
+    for name in ("relu-l0-6", "gated-l0-6", "topk-k6"):
+        assert metrics_of(trained / "saes" / name)["l0"] == pytest.approx(6.0, rel=0.1), name
+
+
 def test_training_beats_no_training(trained: Path) -> None:
     for folder in (trained / "saes").glob("*-*"):
         evaluation = read_json(folder / "evaluation.json")
