@@ -38,7 +38,8 @@ class SAE(nn.Module):
         super().__init__()
         self.d_in, self.d_sae = d_in, d_sae
         self.normalize: Normalize = normalize
-        self.W_enc = nn.Parameter(torch.zeros(d_in, d_sae))
+        # Stored latent by latent, as gradients come: `[D, F]` is a view of contiguous `[F, D]`.
+        self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).T)
         self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 
@@ -214,16 +215,19 @@ def new_sae(architecture: str, d_in: int, d_sae: int, *, k: int | None = None, n
 
 
 @torch.no_grad()
-def initialise(sae: SAE, mean_D: Float[Tensor, " D"], generator: torch.Generator) -> None:
+def initialise(sae: SAE, mean_D: Float[Tensor, " D"], generator: torch.Generator, rows: str | None = None) -> None:
     """Random decoder directions, encoder tied to them, b_dec at the data's mean, biases zero.
 
-    Rows have norm 1 for TopK (Gao et al. 2024, appendix A.1) and Gated, √(2D/F) for ReLU, where unit
-    rows of half of all latents would add up to many times the input. Inputs are scaled to E‖x‖² = D.
+    Rows have norm 1 for TopK and its kin (Gao et al. 2024, appendix A.1) and Gated, √(2D/F) for ReLU
+    and JumpReLU, where unit rows of half of all latents would add up to many times the input. `rows`
+    names the architecture that sets them where it is not the SAE's own (BatchTopK is saved as
+    JumpReLU). Inputs are scaled to E‖x‖² = D.
     """
     W_dec = torch.randn(sae.d_sae, sae.d_in, generator=generator)
     W_dec /= W_dec.norm(dim=1, keepdim=True)
     gain = 2 * sae.d_in / sae.d_sae
-    decoder, encoder = {"relu": (gain**0.5, gain**0.5), "gated": (1.0, gain)}.get(sae.architecture, (1.0, 1.0))
+    norms = {"relu": (gain**0.5, gain**0.5), "jumprelu": (gain**0.5, gain**0.5), "gated": (1.0, gain)}
+    decoder, encoder = norms.get(rows or sae.architecture, (1.0, 1.0))
     sae.W_dec.copy_(W_dec * decoder)
     sae.W_enc.copy_(W_dec.T * encoder)
     sae.b_dec.copy_(mean_D)

@@ -8,9 +8,9 @@ On a CPU the products are PyTorch's embedding bag and MKL's sampled product; on 
 Triton kernels of `triton_kernels.py`, which nothing imports without one.
 """
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,46 +22,27 @@ BLOCK_VALUES = 2**24  # pre-activations in memory at once while selecting on a C
 _GROUP = 16  # latents in a group of the two-stage top-k
 
 
-class Code(Protocol):
-    """Values at pairs of row and latent. What is elementwise in the maths is written once for both kinds."""
+class DenseCode:
+    """All pairs; `values` are `[R, F]`. What is elementwise in the maths is written once for both kinds of code."""
 
-    def at(self, values_F: Tensor) -> Tensor:
+    def at(self, values_F: Float[Tensor, " F"]) -> Float[Tensor, " F"]:
         """The value of each entry's latent."""
-        ...
+        return values_F
 
     def sum_latents(self, values: Tensor) -> Float[Tensor, " F"]:
         """Sum over rows, for each latent."""
-        ...
+        return values.sum(0)
 
     def decode(self, values: Tensor, table_FD: Float[Tensor, "F D"]) -> Float[Tensor, "R D"]:
         """Σ_f values[r, f] table[f]."""
-        ...
+        return values @ table_FD
 
     def products(self, left_RD: Float[Tensor, "R D"], table_FD: Float[Tensor, "F D"]) -> Tensor:
         """left[r] · table[f] at each entry."""
-        ...
+        return left_RD @ table_FD.T
 
     def accumulate(self, values: Tensor, rows_RD: Float[Tensor, "R D"]) -> Float[Tensor, "F D"]:
         """Σ_r values[r, f] rows[r]."""
-        ...
-
-
-class DenseCode:
-    """All pairs; `values` are `[R, F]`."""
-
-    def at(self, values_F: Tensor) -> Tensor:
-        return values_F
-
-    def sum_latents(self, values: Tensor) -> Tensor:
-        return values.sum(0)
-
-    def decode(self, values: Tensor, table_FD: Tensor) -> Tensor:
-        return values @ table_FD
-
-    def products(self, left_RD: Tensor, table_FD: Tensor) -> Tensor:
-        return left_RD @ table_FD.T
-
-    def accumulate(self, values: Tensor, rows_RD: Tensor) -> Tensor:
         return values.T @ rows_RD
 
 
@@ -118,6 +99,8 @@ class SparseCode:
         return gather_sum(bounds, rows, values[order], rows_RD)
 
 
+Code = DenseCode | SparseCode
+
 # ---------------------------------------------------------------------------------------- kernels
 
 
@@ -150,9 +133,11 @@ def gather_dot(
         from saebench.sae import triton_kernels
 
         return triton_kernels.gather_dot(offsets, index, left_RD, table_MD)
-    pattern = torch.sparse_csr_tensor(
-        offsets, index, left_RD.new_zeros(len(index)), size=(len(left_RD), len(table_MD)), check_invariants=False
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        pattern = torch.sparse_csr_tensor(
+            offsets, index, left_RD.new_zeros(len(index)), size=(len(left_RD), len(table_MD)), check_invariants=False
+        )
     return torch.sparse.sampled_addmm(pattern, left_RD, table_MD.T, beta=0.0).values()
 
 

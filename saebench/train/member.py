@@ -1,20 +1,46 @@
 """One SAE of a grid: its weights, its optimizer, and one training step."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saebench.sae import SAE, initialise, new_sae
-from saebench.train.objectives import OBJECTIVES, Context, Loss
+from saebench.sae import SAE, JumpReLUSAE, initialise, new_sae
+from saebench.train.gradients import Gradients, exact_gradients
+from saebench.train.objectives import Context, bandwidth
 from saebench.train.schedules import Sparsity, learning_rate
 
 CLIP = 1.0
-UNIT_ROWS = frozenset({"topk", "gated"})  # decoder rows kept at norm 1 throughout training
-RESAMPLED = frozenset({"relu", "gated"})  # the others revive dead latents by their auxiliary loss
+LOOK_EVERY = 50  # steps on a GPU between moments when the host reads from it
+DENSE_ABOVE = {"cpu": 0.12, "cuda": 0.03}  # share of active latents from which dense products are faster
+_THRESHOLD_RATE = 0.01  # of BatchTopK's running mean of the least activation
 _ENCODER_SHARE = 0.2  # of the living latents' mean encoder norm, for a resampled one (Bricken et al. 2023)
+_NONE = torch.empty(0, dtype=torch.int64)
+_SUMS = ("loss", "mse", "sparsity", "aux", "variance", "l0", "grad_norm", "coefficient", "steps")
+
+
+class Recipe(NamedTuple):
+    """How an architecture is trained, beside its objective."""
+
+    saved_as: str
+    """architecture of the SAE: BatchTopK's inference form is JumpReLU"""
+    takes_k: bool
+    """sparsity is a number of latents, not a coefficient; dead latents are then revived by AuxK, else by resampling"""
+    unit_rows: bool
+    """decoder rows are kept at norm 1 throughout"""
+    beta1: float
+
+
+RECIPES = {
+    "relu": Recipe("relu", takes_k=False, unit_rows=False, beta1=0.9),
+    "topk": Recipe("topk", takes_k=True, unit_rows=True, beta1=0.9),
+    "batchtopk": Recipe("jumprelu", takes_k=True, unit_rows=True, beta1=0.9),
+    "matryoshka": Recipe("jumprelu", takes_k=True, unit_rows=True, beta1=0.9),
+    "gated": Recipe("gated", takes_k=False, unit_rows=True, beta1=0.0),
+    "jumprelu": Recipe("jumprelu", takes_k=False, unit_rows=False, beta1=0.0),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,62 +65,100 @@ class Member:
 
     def __init__(self, spec: Spec, mean_D: Float[Tensor, " D"], dead_steps: int, n_steps: int, device: str) -> None:
         self.spec, self.dead_steps, self.n_steps = spec, dead_steps, n_steps
-        self.sae: SAE = new_sae(spec.architecture, len(mean_D), spec.d_sae, k=spec.k)
-        initialise(self.sae, mean_D, torch.Generator().manual_seed(spec.seed))
+        self.recipe = RECIPES[spec.architecture]
+        self.sae: SAE = new_sae(self.recipe.saved_as, len(mean_D), spec.d_sae, k=spec.k)
+        initialise(self.sae, mean_D, torch.Generator().manual_seed(spec.seed), rows=spec.architecture)
         self.sae.to(device)
-        beta1 = 0.0 if spec.architecture == "gated" else 0.9
-        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=spec.lr, betas=(beta1, 0.999), fused=True)
+        if isinstance(self.sae, JumpReLUSAE):
+            self.sae.threshold.requires_grad_(not self.recipe.takes_k)
+            self.sae.threshold.data.fill_(0.0 if self.recipe.takes_k else bandwidth(self.sae.d_in))
+        self.parameters = {name: value for name, value in self.sae.named_parameters() if value.requires_grad}
+        self.optimizer = torch.optim.Adam(
+            self.parameters.values(), lr=spec.lr, betas=(self.recipe.beta1, 0.999), fused=True
+        )
         self.sparsity = Sparsity(spec.l1, spec.target_l0, device)
         self.silent_steps = torch.zeros(spec.d_sae, dtype=torch.int32, device=device)
-        self.sums: dict[str, Tensor] = {}  # of logged quantities since the last line of the log
+        self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)  # since the last line of the log
+        self.diverged_at = torch.full((), -1, dtype=torch.int64, device=device)
+        self._look()
 
     def step(self, x_BD: Float[Tensor, "B D"], step: int) -> None:
-        """One update of the weights on inputs scaled to E‖x‖² = D."""
-        sae = self.sae
-        out = sae(x_BD)
-        context = Context(self.sparsity.coefficient(step, self.n_steps), self.silent_steps >= self.dead_steps)
-        loss = OBJECTIVES[sae.architecture](sae, x_BD, out, context)
-        loss.total.backward()
-        if sae.architecture in UNIT_ROWS:
-            _remove_parallel(sae)
-        norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), CLIP)
+        """One update of the weights on inputs scaled to E‖x‖² = D; none where the loss or its gradient is not finite."""
+        if not x_BD.is_cuda or step % LOOK_EVERY == 0:
+            self._look()
+        context = Context(self.sparsity.coefficient(step, self.n_steps), self._dead, self.spec.k)
+        gradients = exact_gradients(
+            self.spec.architecture, self.sae, x_BD, context, dense=self._dense, guess=self._guess
+        )
+        with torch.no_grad():
+            if self.recipe.unit_rows:
+                _remove_parallel(self.sae.W_dec, gradients.of["W_dec"])
+            norm = torch.nn.utils.get_total_norm(gradients.of.values())
+            bad = ~(norm.isfinite() & gradients.loss.total.isfinite())
+            self._update(gradients, norm, bad, step)
+            self._observe(x_BD, gradients, norm, bad, context, step)
+            if self._resamples_at(step):
+                self._resample(x_BD, gradients.error_B, step)
+
+    def _look(self) -> None:
+        """What decides the kind of the next steps' products; read from the device seldom, since it has to be waited for."""
+        self._dead = (self.silent_steps >= self.dead_steps).nonzero()[:, 0] if self.recipe.takes_k else _NONE
+        l0 = float(self.sparsity.l0)
+        dense_above = DENSE_ABOVE[self.silent_steps.device.type] * self.spec.d_sae
+        self._dense = not self.recipe.takes_k and not l0 < dense_above  # before the first step it is nan
+        self._guess = 0.9 * float(self.sae.threshold.detach()[0]) if isinstance(self.sae, JumpReLUSAE) else 0.0
+
+    def _update(self, gradients: Gradients, norm: Tensor, bad: Tensor, step: int) -> None:
+        """Adam, with the clipping of the gradient's norm and the skip of a bad step inside its one pass over memory."""
+        for name, parameter in self.parameters.items():
+            parameter.grad = gradients.of[name]
         self.optimizer.param_groups[0]["lr"] = learning_rate(step, self.n_steps, self.spec.lr)
+        self.optimizer.grad_scale = (norm / CLIP).clamp(min=1.0)  # type: ignore[attr-defined]
+        self.optimizer.found_inf = bad.to(norm.dtype)  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if sae.architecture in UNIT_ROWS:
-            _renormalise(sae)
-        with torch.no_grad():
-            self._observe(x_BD, out.acts, loss, norm, context, step)
-            if self._resamples_at(step):
-                self._resample(x_BD, (x_BD - out.x_hat).pow(2).sum(1), step)
+        if self.recipe.unit_rows:
+            self.sae.W_dec /= torch.where(bad, 1.0, self.sae.W_dec.norm(dim=1, keepdim=True))
+        if isinstance(self.sae, JumpReLUSAE):
+            if not self.recipe.takes_k:
+                self.sae.threshold.clamp_(min=bandwidth(self.sae.d_in) / 2)
+            elif gradients.least_active is not None:
+                rate, least = max(_THRESHOLD_RATE, 1 / (step + 1)), gradients.least_active
+                self.sae.threshold += torch.where(least.isfinite() & ~bad, rate * (least - self.sae.threshold), 0.0)
 
-    def _observe(self, x_BD: Tensor, acts_BF: Tensor, loss: Loss, norm: Tensor, context: Context, step: int) -> None:
-        fires_F = (acts_BF != 0).sum(0)
-        self.silent_steps = torch.where(fires_F > 0, 0, self.silent_steps + 1).int()
-        l0 = fires_F.sum() / len(x_BD)
+    def _observe(
+        self, x_BD: Tensor, gradients: Gradients, norm: Tensor, bad: Tensor, context: Context, step: int
+    ) -> None:
+        assert gradients.fires_F is not None
+        loss = gradients.loss
+        self.diverged_at = torch.where(bad & (self.diverged_at < 0), step, self.diverged_at)
+        self.silent_steps = torch.where(gradients.fires_F > 0, 0, self.silent_steps + 1).int()
+        l0 = gradients.fires_F.sum() / len(x_BD)
         self.sparsity.observe(l0, step, self.n_steps)
-        values = {
-            "loss": loss.total,
-            "mse": loss.reconstruction,
-            "sparsity": loss.sparsity,
-            "aux": loss.auxiliary,
-            "variance": (x_BD - x_BD.mean(0)).pow(2).sum(1).mean(),
-            "l0": l0,
-            "grad_norm": norm,
-            "coefficient": context.coefficient,
-            "steps": torch.ones(()),
-        }
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, torch.zeros((), dtype=torch.float64, device=x_BD.device)) + value
+        variance = (x_BD - x_BD.mean(0)).pow(2).sum(1).mean()
+        values = (
+            loss.total,
+            loss.reconstruction,
+            loss.sparsity,
+            loss.auxiliary,
+            variance,
+            l0,
+            norm,
+            context.coefficient,
+        )
+        self.sums += torch.stack([*values, torch.ones_like(norm)]).double()
 
-    def finite(self) -> bool:
-        """Whether every loss and gradient since the last line of the log was finite, and so the weights are."""
-        return all(bool(self.sums[name].isfinite()) for name in ("loss", "grad_norm") if name in self.sums)
+    @property
+    def diverged(self) -> int | None:
+        """The first step whose loss or gradient was not finite; the weights are those from before it."""
+        step = int(self.diverged_at)
+        return None if step < 0 else step
 
     def log_line(self, step: int) -> dict[str, Any]:
-        """Means since the last line; the only place where the host waits for the device."""
-        means = {name: float(value / self.sums["steps"]) for name, value in self.sums.items()}
-        self.sums = {}
+        """Means since the last line; here the host waits for the device."""
+        *sums, steps = self.sums.tolist()
+        means = {name: value / steps for name, value in zip(_SUMS, sums, strict=False)}
+        self.sums = torch.zeros_like(self.sums)
         alive = int((self.silent_steps < self.dead_steps).sum())
         line = {name: means[name] for name in ("loss", "mse", "sparsity", "aux", "l0", "grad_norm")}
         line |= {
@@ -111,7 +175,7 @@ class Member:
     def _resamples_at(self, step: int) -> bool:
         """Every `dead_steps`, once λ is up and while there is time left to learn from it."""
         due = (step + 1) % self.dead_steps == 0 and 0.1 * self.n_steps <= step <= 0.6 * self.n_steps
-        return due and self.sae.architecture in RESAMPLED
+        return due and not self.recipe.takes_k
 
     def _resample(self, x_BD: Tensor, error_B: Tensor, step: int) -> None:
         """Point dead latents at badly reconstructed inputs (Bricken et al. 2023, "Neuron resampling")."""
@@ -125,12 +189,12 @@ class Member:
         directions = torch.nn.functional.normalize(x_BD[rows] - sae.b_dec, dim=1)
         sae.W_dec[dead] = directions * sae.W_dec[alive].norm(dim=1).mean()
         sae.W_enc[:, dead] = directions.T * (_ENCODER_SHARE * sae.W_enc[:, alive].norm(dim=0).mean())
-        for name, parameter in sae.named_parameters():
+        for name, parameter in self.parameters.items():
             if name == "b_dec":
                 continue
             where = (slice(None), dead) if name == "W_enc" else (dead,)
             if name not in ("W_enc", "W_dec"):
-                parameter[where] = 0.0
+                parameter[where] = bandwidth(sae.d_in) if name == "threshold" else 0.0
             # With no second moment Adam's next step would be many times lr, and undo the direction.
             living = (slice(None), alive) if name == "W_enc" else (alive,)
             moments = self.optimizer.state[parameter]
@@ -143,10 +207,10 @@ class Member:
     def state(self) -> dict[str, Tensor]:
         """Every tensor that a step reads or writes."""
         state = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
-        for name, parameter in self.sae.named_parameters():
+        for name, parameter in self.parameters.items():
             state |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
-        state |= {f"sums.{name}": value for name, value in self.sums.items()}
-        return state | {"silent_steps": self.silent_steps, **self.sparsity.state()}
+        own = {"sums": self.sums, "silent_steps": self.silent_steps, "diverged_at": self.diverged_at}
+        return state | own | self.sparsity.state()
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`. Raises ValueError when the tensors are those of another SAE."""
@@ -158,23 +222,17 @@ class Member:
             )
         device = self.silent_steps.device
         self.sae.load_state_dict({name: state[f"sae.{name}"] for name in mine})
-        for name, parameter in self.sae.named_parameters():
-            prefix = f"adam.{name}."
-            moments = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            self.optimizer.state[parameter] = {key: value.to(device) for key, value in moments.items()}
-        self.sums = {name[5:]: value.to(device) for name, value in state.items() if name.startswith("sums.")}
-        self.silent_steps = state["silent_steps"].to(device)
+        for name, parameter in self.parameters.items():
+            moments = {key: torch.empty_like(parameter) for key in ("exp_avg", "exp_avg_sq")}  # laid out as the weights
+            for key, value in moments.items():
+                value.copy_(state[f"adam.{name}.{key}"])
+            self.optimizer.state[parameter] = {**moments, "step": state[f"adam.{name}.step"].to(device)}
+        for name in ("sums", "silent_steps", "diverged_at"):
+            setattr(self, name, state[name].to(device))
         self.sparsity.restore(state)
+        self._look()
 
 
-@torch.no_grad()
-def _remove_parallel(sae: SAE) -> None:
-    """Take from the gradient of each decoder row its part along the row."""
-    gradient = sae.W_dec.grad
-    assert gradient is not None
-    gradient -= (gradient * sae.W_dec).sum(1, keepdim=True) * sae.W_dec
-
-
-@torch.no_grad()
-def _renormalise(sae: SAE) -> None:
-    sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+def _remove_parallel(W_dec: Tensor, gradient: Tensor) -> None:
+    """Take from the gradient of each unit decoder row its part along the row."""
+    gradient.addcmul_(torch.einsum("fd,fd->f", gradient, W_dec)[:, None], W_dec, value=-1)

@@ -1,0 +1,235 @@
+"""One training step's exact gradients, without autograd: the encoder's product, and then active pairs only.
+
+The same figures as `objectives.py` (whose docstrings hold the formulas), to rounding. A function per
+architecture; what is elementwise is written once for sparse and dense codes, since ReLU, Gated and
+JumpReLU start with most latents active. Legend: B rows of the batch, R rows of a block of it, D d_in,
+F latents, N entries of the code.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from saebench.sae import GatedSAE, JumpReLUSAE, ReLUSAE, topk_relu
+from saebench.sae.sparse import BLOCK_VALUES, Code, DenseCode, Encoder, SparseCode
+from saebench.train.objectives import AUX_WEIGHT, Context, Loss, bandwidth, prefixes
+
+_SPARSE_AUX = 4  # AuxK takes sparse products when there are this many dead latents to one of k_aux
+
+
+@dataclass
+class Gradients:
+    """Sums over the rows seen so far. `of` maps parameters to dLoss/dparameter, divided by the whole batch's rows."""
+
+    n_rows: int
+    of: dict[str, Tensor] = field(default_factory=dict)
+    squared_errors: list[Float[Tensor, " R"]] = field(default_factory=list)
+    fires_F: Tensor | None = None
+    least_active: Float[Tensor, ""] | None = None
+    """least positive activation: what BatchTopK's threshold is learned from"""
+    sparsity: Float[Tensor, ""] | None = None
+    auxiliary: Float[Tensor, ""] | None = None
+    total: Float[Tensor, ""] | None = None
+
+    def add(self, name: str, value: Tensor) -> None:
+        self.of[name] = self.of[name].add_(value) if name in self.of else value
+
+    def count(self, name: str, value: Tensor) -> None:
+        before = getattr(self, name)
+        setattr(self, name, value if before is None else before + value)
+
+    @property
+    def error_B(self) -> Float[Tensor, " B"]:
+        """‖x − x̂‖² of each row."""
+        return torch.cat(self.squared_errors)
+
+    @property
+    def loss(self) -> Loss:
+        assert self.total is not None
+        reconstruction = self.error_B.mean()
+        zero = torch.zeros_like(reconstruction)
+        return Loss(
+            self.total,
+            reconstruction,
+            zero if self.sparsity is None else self.sparsity,
+            zero if self.auxiliary is None else self.auxiliary,
+        )
+
+
+@torch.no_grad()
+def exact_gradients(
+    architecture: str,
+    sae: Any,
+    x_BD: Float[Tensor, "B D"],
+    context: Context,
+    *,
+    dense: bool = False,
+    guess: float = 0.0,
+) -> Gradients:
+    """Gradients of `OBJECTIVES[architecture]` and what a step observes.
+
+    `dense` takes all latents of a row as active, for ReLU, Gated and JumpReLU early in training; the
+    result is the same. `guess` is what BatchTopK's least activation may be expected to exceed.
+    """
+    gradients = Gradients(len(x_BD))
+    if architecture in _KIN:
+        _topk_kin(architecture, sae, x_BD, context, gradients, guess)
+        return gradients
+    n_rows = max(1, BLOCK_VALUES // 4 // sae.d_sae) if dense else len(x_BD)
+    for rows_RD in x_BD.split(n_rows):
+        _PENALISED[architecture](sae, rows_RD, context, gradients, dense)
+    return gradients
+
+
+# ------------------------------------------------------------- with a penalty: any number is active
+
+
+def _relu(sae: ReLUSAE, x_RD: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
+    z_RD = x_RD - sae.b_dec
+    code, h = _positive(z_RD, sae.W_enc, sae.b_enc, dense)
+    acts = torch.relu(h)
+    error_RD, G_RD = _error(sae, code, acts, x_RD, gradients)
+    norms_F, weight = sae.W_dec.norm(dim=1), context.coefficient / gradients.n_rows
+    sums_F = code.sum_latents(acts)
+    dh = (code.products(G_RD, sae.W_dec) + weight * code.at(norms_F)) * (acts > 0)
+    gradients.add("W_dec", code.accumulate(acts, G_RD).addcmul_((weight * sums_F / norms_F)[:, None], sae.W_dec))
+    gradients.add("b_enc", _encoder(sae, code, dh, z_RD, G_RD, gradients))
+    sparsity = (sums_F @ norms_F) / gradients.n_rows
+    _observe(gradients, code, acts > 0, sparsity, error_RD, context.coefficient * sparsity)
+
+
+def _gated(sae: GatedSAE, x_RD: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
+    z_RD = x_RD - sae.b_dec
+    code, gate = _positive(z_RD, sae.W_enc, sae.b_gate, dense)
+    h, scale_F = gate - code.at(sae.b_gate), sae.r_mag.exp()
+    opens, gate = gate > 0, torch.relu(gate)
+    acts = torch.relu(h * code.at(scale_F) + code.at(sae.b_mag)) * opens
+    error_RD, G_RD = _error(sae, code, acts, x_RD, gradients)
+    frozen_RD = code.decode(gate, sae.W_dec) + sae.b_dec - x_RD
+    dmag = code.products(G_RD, sae.W_dec) * (acts > 0)
+    dgate = code.products(frozen_RD * (2 / gradients.n_rows), sae.W_dec) + context.coefficient / gradients.n_rows
+    dgate = dgate * opens
+    gradients.add("W_dec", code.accumulate(acts, G_RD))
+    gradients.add("b_mag", code.sum_latents(dmag))
+    gradients.add("b_gate", code.sum_latents(dgate))
+    gradients.add("r_mag", code.sum_latents(dmag * h) * scale_F)
+    _encoder(sae, code, dgate + dmag * code.at(scale_F), z_RD, G_RD, gradients)
+    sparsity = gate.sum() / gradients.n_rows
+    auxiliary = frozen_RD.pow(2).sum() / gradients.n_rows
+    gradients.count("auxiliary", auxiliary)
+    _observe(gradients, code, acts > 0, sparsity, error_RD, context.coefficient * sparsity + auxiliary)
+
+
+def _jumprelu(sae: JumpReLUSAE, x_RD: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
+    epsilon = bandwidth(sae.d_in)
+    z_RD, floor_F = x_RD - sae.b_dec, sae.threshold - epsilon / 2  # entries below θ are needed to learn it
+    code, above = _positive(z_RD, sae.W_enc, sae.b_enc - floor_F, dense)
+    pre, threshold = above + code.at(floor_F), code.at(sae.threshold)
+    active, near = pre > threshold, (pre - threshold).abs() < epsilon / 2
+    acts = pre * active
+    error_RD, G_RD = _error(sae, code, acts, x_RD, gradients)
+    dacts, weight = code.products(G_RD, sae.W_dec), context.coefficient / gradients.n_rows
+    gradients.add("W_dec", code.accumulate(acts, G_RD))
+    gradients.add("threshold", code.sum_latents(-(dacts * threshold + weight) * near / epsilon))
+    gradients.add("b_enc", _encoder(sae, code, dacts * active, z_RD, G_RD, gradients))
+    sparsity = active.sum() / gradients.n_rows
+    _observe(gradients, code, active, sparsity, error_RD, context.coefficient * sparsity)
+
+
+_PENALISED: dict[str, Callable[..., None]] = {"relu": _relu, "gated": _gated, "jumprelu": _jumprelu}
+
+
+def _positive(z_RD: Tensor, W_enc_DF: Tensor, bias_F: Tensor, dense: bool) -> tuple[Code, Tensor]:
+    encoder = Encoder(z_RD, W_enc_DF, bias_F)
+    return (DenseCode(), encoder.dense()) if dense else encoder.above(0.0)
+
+
+def _error(sae: Any, code: Code, acts: Tensor, x_RD: Tensor, gradients: Gradients) -> tuple[Tensor, Tensor]:
+    """(x̂ - x, dmean‖x̂ - x‖²/dx̂)."""
+    error_RD = (code.decode(acts, sae.W_dec) + sae.b_dec).sub_(x_RD)
+    return error_RD, error_RD * (2 / gradients.n_rows)
+
+
+def _encoder(sae: Any, code: Code, dh: Tensor, z_RD: Tensor, G_RD: Tensor, gradients: Gradients) -> Tensor:
+    """Gradients of W_enc and of b_dec, which z and x̂ both read; returns Σ_r dh `[F]`, that of a bias on h."""
+    sums_F = code.sum_latents(dh)
+    gradients.add("W_enc", code.accumulate(dh, z_RD).T)
+    gradients.add("b_dec", G_RD.sum(0) - sae.W_enc @ sums_F)
+    return sums_F
+
+
+def _observe(
+    gradients: Gradients, code: Code, active: Tensor, sparsity: Tensor, error_RD: Tensor, penalty: Tensor
+) -> None:
+    squared_R = error_RD.pow(2).sum(1)
+    gradients.squared_errors.append(squared_R)
+    gradients.count("fires_F", code.sum_latents(active.to(squared_R.dtype)))
+    gradients.count("sparsity", sparsity)
+    gradients.count("total", squared_R.sum() / gradients.n_rows + penalty)
+
+
+# ----------------------------------------------------------------- TopK and its kin: a fixed number
+
+
+_KIN = frozenset({"topk", "batchtopk", "matryoshka"})
+
+
+def _topk_kin(
+    architecture: str, sae: ReLUSAE, x_BD: Tensor, context: Context, gradients: Gradients, guess: float
+) -> None:
+    """The nested SAEs of Matryoshka are further rows of the code; TopK and BatchTopK have one per row."""
+    assert context.k is not None
+    sizes = prefixes(sae.d_sae) if architecture == "matryoshka" else [sae.d_sae]
+    n_rows, n_nested = len(x_BD), len(sizes)
+    variance = (x_BD - x_BD.mean(0)).pow(2).sum(1).mean()
+    z_BD = x_BD - sae.b_dec
+    encoder = Encoder(z_BD, sae.W_enc, sae.b_enc)
+    code, h_N = encoder.topk(context.k) if architecture == "topk" else encoder.batch_topk(context.k, guess)
+    acts_N = torch.relu(h_N)
+    nested = code.split([0, *sizes[:-1]]) if n_nested > 1 else code
+    parts_BSD = nested.decode(acts_N, sae.W_dec).view(n_rows, n_nested, -1)
+    error_BSD = parts_BSD.cumsum(1).sub_((x_BD - sae.b_dec)[:, None])
+    G_BSD = error_BSD * (2 / (n_rows * n_nested * variance))
+    # A latent is part of all nested SAEs from its own on.
+    later_RD = (G_BSD.flip(1).cumsum(1).flip(1) if n_nested > 1 else G_BSD).flatten(0, 1)
+    dh_N = nested.products(later_RD, sae.W_dec) * (acts_N > 0)
+    gradients.add("W_dec", nested.accumulate(acts_N, later_RD))
+    gradients.add("b_enc", _encoder(sae, code, dh_N, z_BD, G_BSD.sum(1), gradients))
+    last_BD = error_BSD[:, -1]
+    gradients.squared_errors.append(last_BD.pow(2).sum(1))
+    gradients.fires_F = code.sum_latents((acts_N > 0).to(acts_N.dtype))
+    infinity = acts_N.new_full((1,), torch.inf)
+    gradients.least_active = torch.cat([torch.where(acts_N > 0, acts_N, infinity), infinity]).min()
+    gradients.auxiliary = torch.zeros_like(variance)
+    if len(context.dead):
+        gradients.auxiliary = _auxiliary(sae, z_BD, last_BD, context.dead, AUX_WEIGHT / variance, gradients)
+    total = error_BSD.pow(2).sum() / (n_rows * n_nested)
+    gradients.total = (total + AUX_WEIGHT * gradients.auxiliary) / variance
+
+
+def _auxiliary(
+    sae: ReLUSAE, z_BD: Tensor, error_BD: Tensor, dead: Int[Tensor, " n_dead"], weight: Tensor, gradients: Gradients
+) -> Tensor:
+    """AuxK: the dead latents' own small SAE, asked for -error. Adds to the gradients; returns mean squared error."""
+    W_enc, W_dec, b_enc = sae.W_enc[:, dead], sae.W_dec[dead], sae.b_enc[dead]
+    k = min(sae.d_in // 2, len(dead))
+    encoder = Encoder(z_BD, W_enc, b_enc)
+    code: Code
+    if len(dead) < _SPARSE_AUX * k:
+        code, acts = DenseCode(), topk_relu(encoder.dense(), k)
+    else:
+        code, values = encoder.topk(k)
+        acts = torch.relu(values)
+    aux_error_BD = code.decode(acts, W_dec) + error_BD
+    G_BD = aux_error_BD * (2 * weight / len(z_BD))
+    dh = code.products(G_BD, W_dec) * (acts > 0)
+    sums = code.sum_latents(dh)
+    gradients.of["W_dec"].index_add_(0, dead, code.accumulate(acts, G_BD))
+    gradients.of["W_enc"].T.index_add_(0, dead, code.accumulate(dh, z_BD))
+    gradients.of["b_enc"].index_add_(0, dead, sums)
+    gradients.of["b_dec"] -= W_enc @ sums
+    return aux_error_BD.pow(2).sum(1).mean()

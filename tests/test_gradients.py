@@ -1,0 +1,327 @@
+"""The exact step against dense autograd, and the dense objectives against their formulas."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from saebench.sae import JumpReLUSAE, new_sae, topk_relu
+from saebench.sae.sparse import Encoder, SparseCode, rowwise_topk
+from saebench.train import Member, Spec
+from saebench.train.gradients import exact_gradients
+from saebench.train.member import RECIPES, _remove_parallel
+from saebench.train.objectives import AUX_WEIGHT, OBJECTIVES, Context, bandwidth, prefixes
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small are faster without company."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+NOTHING_DEAD = torch.empty(0, dtype=torch.int64)
+
+
+def random_sae(architecture: str, d_in: int, d_sae: int, k: int, seed: int, dtype: torch.dtype = torch.float64) -> Any:
+    sae = new_sae(RECIPES[architecture].saved_as, d_in, d_sae, k=k).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        if isinstance(sae, JumpReLUSAE):
+            sae.threshold.abs_()
+    return sae
+
+
+def by_autograd(architecture: str, sae: Any, x: torch.Tensor, context: Context) -> tuple[Any, dict[str, torch.Tensor]]:
+    sae.zero_grad()
+    loss = OBJECTIVES[architecture](sae, x, context)
+    loss.total.backward()
+    return loss, {name: value.grad.clone() for name, value in sae.named_parameters() if value.grad is not None}
+
+
+def assert_equal_gradients(
+    architecture: str, sae: Any, x: torch.Tensor, context: Context, tolerance: float, **how: Any
+):
+    loss, want = by_autograd(architecture, sae, x, context)
+    have = exact_gradients(architecture, sae, x, context, **how)
+    assert have.of.keys() == want.keys()
+    for name, value in want.items():
+        assert have.of[name].stride() == sae.get_parameter(name).stride(), name
+        scale = value.abs().max().item() or 1.0
+        assert (have.of[name] - value).abs().max().item() <= tolerance * scale, name
+    for name, value in loss._asdict().items():
+        assert getattr(have.loss, name).item() == pytest.approx(value.item(), rel=tolerance, abs=tolerance), name
+
+
+SHAPES = {
+    "n_rows": st.integers(1, 40),
+    "d_in": st.integers(1, 12),
+    "d_sae": st.integers(1, 70),
+    "share_k": st.floats(0, 1),
+    "n_dead": st.integers(0, 30),
+    "seed": st.integers(0, 10_000),
+}
+
+
+@pytest.mark.parametrize("architecture", list(RECIPES))
+@settings(max_examples=60, deadline=None)
+@given(**SHAPES)
+def test_exact_gradients_equal_dense_autograd(
+    architecture: str, n_rows: int, d_in: int, d_sae: int, share_k: float, n_dead: int, seed: int
+) -> None:
+    k = max(1, round(share_k * d_sae))
+    sae = random_sae(architecture, d_in, d_sae, k, seed)
+    x = torch.randn(n_rows + 1, d_in, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x[0] = 0.0
+    dead = torch.randperm(d_sae, generator=torch.Generator().manual_seed(seed))[:n_dead].sort().values
+    context = Context(
+        torch.tensor(0.3, dtype=torch.float64), dead if RECIPES[architecture].takes_k else NOTHING_DEAD, k
+    )
+    assert_equal_gradients(architecture, sae, x, context, 1e-6)
+    if not RECIPES[architecture].takes_k:
+        assert_equal_gradients(architecture, sae, x, context, 1e-6, dense=True)
+
+
+@pytest.mark.parametrize("architecture", list(RECIPES))
+def test_exact_gradients_in_float32(architecture: str) -> None:
+    sae = random_sae(architecture, 48, 640, 20, 3, torch.float32)
+    with torch.no_grad():
+        sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+        sae.W_enc /= sae.W_enc.norm(dim=0, keepdim=True)
+    x = torch.randn(500, 48, generator=torch.Generator().manual_seed(1))
+    dead = torch.arange(0, 200 if RECIPES[architecture].takes_k else 0, dtype=torch.int64)
+    context = Context(torch.tensor(0.1), dead, 20)
+    assert_equal_gradients(architecture, sae, x, context, 1e-4)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("architecture", ["relu", "gated", "jumprelu", "topk", "batchtopk"])
+def test_blocks_of_rows_change_nothing(architecture: str, dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("saebench.sae.sparse", "saebench.train.gradients"):
+        monkeypatch.setattr(f"{module}.BLOCK_VALUES", 7 * 40)
+    x = torch.randn(30, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    sae = random_sae(architecture, 6, 40, 4, 5)
+    context = Context(torch.tensor(0.3, dtype=torch.float64), NOTHING_DEAD, 4)
+    assert_equal_gradients(architecture, sae, x, context, 1e-6, dense=dense)
+
+
+@pytest.mark.parametrize("architecture", list(RECIPES))
+def test_latents_that_never_fire_and_no_active_latent_at_all(architecture: str) -> None:
+    x = torch.randn(9, 5, dtype=torch.float64)
+    sae = random_sae(architecture, 5, 12, 3, 1)
+    bias = "b_gate" if architecture == "gated" else "b_enc"
+    context = Context(torch.tensor(0.3, dtype=torch.float64), NOTHING_DEAD, 3)
+    with torch.no_grad():
+        getattr(sae, bias)[2] = -1e3
+    assert_equal_gradients(architecture, sae, x, context, 1e-6)
+    assert exact_gradients(architecture, sae, x, context).of["W_dec"][2].abs().max() == 0
+    with torch.no_grad():
+        getattr(sae, bias).fill_(-1e3)
+    assert_equal_gradients(architecture, sae, x, context, 1e-6)
+
+
+def test_ties_choose_k_and_train_only_what_was_chosen() -> None:
+    sae = random_sae("topk", 4, 6, 2, 0)
+    with torch.no_grad():
+        sae.W_enc[:] = sae.W_enc[:, :1]  # all latents alike
+        sae.b_enc[:] = 5.0
+    x = torch.randn(8, 4, dtype=torch.float64) / 10
+    gradients = exact_gradients("topk", sae, x, Context(torch.tensor(0.0), NOTHING_DEAD, 2))
+    assert gradients.fires_F is not None
+    assert gradients.fires_F.sum() == 16
+    assert ((gradients.of["W_dec"].abs().sum(1) > 0) == (gradients.fires_F > 0)).all()
+
+
+@pytest.mark.parametrize("guess", [0.0, 0.4, 1e6])
+def test_the_guess_of_batchtopk_changes_nothing(guess: float) -> None:
+    sae = random_sae("batchtopk", 6, 50, 4, 2)
+    x = torch.randn(40, 6, dtype=torch.float64)
+    context = Context(torch.tensor(0.0, dtype=torch.float64), NOTHING_DEAD, 4)
+    assert_equal_gradients("batchtopk", sae, x, context, 1e-6, guess=guess)
+
+
+@pytest.mark.parametrize("architecture", list(RECIPES))
+def test_fast_and_reference_losses_agree_over_200_steps(architecture: str) -> None:
+    """The reference: the same loop with autograd's gradients."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(60, 16, generator=generator)
+    recipe = RECIPES[architecture]
+    level: dict[str, Any] = {"k": 4} if recipe.takes_k else {"l1": 0.3}
+    spec = Spec(name=architecture, architecture=architecture, d_sae=96, lr=2e-3, seed=0, **level)
+    fast, slow = (Member(spec, torch.zeros(16), 20, 200, "cpu") for _ in range(2))
+    curves: list[tuple[float, float]] = []
+    for step in range(200):
+        codes = torch.rand(128, 60, generator=generator) * (torch.rand(128, 60, generator=generator) < 0.05)
+        x = codes @ directions + 0.01 * torch.randn(128, 16, generator=generator)
+        reference_step(slow, x, step)
+        fast.step(x, step)
+        curves.append((fast.log_line(step)["loss"], slow.log_line(step)["loss"]))
+    for one, other in curves:
+        assert one == pytest.approx(other, rel=2e-3, abs=1e-5)
+    assert sum(one for one, _ in curves[-20:]) < 0.7 * sum(one for one, _ in curves[:20])
+
+
+def reference_step(member: Member, x: torch.Tensor, step: int) -> None:
+    """`Member.step` with the gradients replaced by autograd's."""
+    import saebench.train.member as module
+
+    exact = module.exact_gradients
+
+    def dense(architecture: str, sae: Any, x: torch.Tensor, context: Context, **how: Any) -> Any:
+        have = exact(architecture, sae, x, context, **how)
+        with torch.enable_grad():
+            _, have.of = by_autograd(architecture, sae, x, context)
+        return have
+
+    module.exact_gradients = dense
+    try:
+        member.step(x, step)
+    finally:
+        module.exact_gradients = exact
+
+
+# -------------------------------------------------------------------------------------- selection
+
+
+@settings(max_examples=80, deadline=None)
+@given(n_rows=st.integers(1, 20), groups=st.integers(1, 40), k=st.integers(1, 24), seed=st.integers(0, 999))
+def test_two_stages_choose_what_one_does(n_rows: int, groups: int, k: int, seed: int) -> None:
+    pre = torch.randn(n_rows, 16 * groups, generator=torch.Generator().manual_seed(seed))
+    pre = pre.round(decimals=1)  # with ties
+    k = min(k, 16 * groups)
+    values, latents = rowwise_topk(pre, k)
+    assert torch.equal(values.sort(1).values, pre.topk(k, 1).values.sort(1).values)
+    assert torch.equal(pre.gather(1, latents), values)
+    assert all(len(set(row)) == k for row in latents.tolist())
+
+
+def test_batch_topk_takes_the_largest_of_all_rows_and_nothing_negative() -> None:
+    z = torch.tensor([[3.0], [1.0], [-1.0]])
+    code, values = Encoder(z, torch.tensor([[1.0, -2.0, 0.5]]), torch.zeros(3)).batch_topk(1)
+    # pre-activations: 3 -6 1.5 | 1 -2 .5 | -1 2 -.5
+    assert values.tolist() == [3.0, 1.5, 2.0]
+    assert code.latents.tolist() == [0, 2, 1]
+    assert code.offsets.tolist() == [0, 2, 2, 3]
+    assert code.rows.tolist() == [0, 0, 2]
+    code, values = Encoder(z, torch.tensor([[1.0, -2.0, 0.5]]), torch.zeros(3)).batch_topk(3)
+    assert len(values) == 5  # all that is positive
+
+
+def test_a_code_split_at_latents_has_a_row_for_each_part() -> None:
+    code = SparseCode(torch.tensor([0, 3, 4], dtype=torch.int32), torch.tensor([0, 2, 5, 4], dtype=torch.int32), 6)
+    assert code.split([0, 2, 4]).offsets.tolist() == [0, 1, 2, 3, 3, 3, 4]
+    assert code.by_latent[0].tolist() == [0, 1, 1, 2, 2, 3, 4]
+    assert code.by_latent[1].tolist() == [0, 0, 1, 0]
+
+
+def test_prefixes_of_matryoshka() -> None:
+    assert prefixes(4096) == [128, 384, 896, 1920, 4096]
+    assert prefixes(8) == [1, 2, 4, 8]
+    assert prefixes(1) == [1]
+
+
+# ------------------------------------------------------------------------------------- objectives
+
+
+@pytest.mark.parametrize("architecture", list(RECIPES))
+def test_objectives_equal_their_formulas(architecture: str) -> None:
+    sae = random_sae(architecture, 5, 12, 3, 0)
+    x = torch.randn(30, 5, dtype=torch.float64)
+    dead = torch.tensor([2, 7, 11])
+    context = Context(torch.tensor(0.3, dtype=torch.float64), dead, 3)
+    loss = OBJECTIVES[architecture](sae, x, context)
+    pre = (x - sae.b_dec) @ sae.W_enc
+    if architecture == "gated":
+        gate = torch.relu(pre + sae.b_gate)
+        acts = (gate > 0) * torch.relu(pre * sae.r_mag.exp() + sae.b_mag)
+    elif architecture in ("batchtopk", "matryoshka"):
+        pre = pre + sae.b_enc
+        acts = torch.relu(pre) * (pre >= pre.flatten().sort().values[-90])
+    else:
+        acts, pre = sae(x).acts, pre + sae.b_enc
+    mse = ((x - acts @ sae.W_dec - sae.b_dec) ** 2).sum(1).mean()
+    if architecture == "relu":
+        want = mse + 0.3 * (acts * sae.W_dec.norm(dim=1)).sum(1).mean()
+    elif architecture == "jumprelu":
+        want = mse + 0.3 * (acts > 0).sum(1).double().mean()
+    elif architecture == "gated":
+        want = mse + 0.3 * gate.sum(1).mean() + ((x - gate @ sae.W_dec - sae.b_dec) ** 2).sum(1).mean()
+    else:
+        left_over = x - acts @ sae.W_dec - sae.b_dec
+        aux = ((left_over - topk_relu(pre[:, dead], 2) @ sae.W_dec[dead]) ** 2).sum(1).mean()  # min(D // 2, dead) = 2
+        if architecture == "matryoshka":
+            assert prefixes(12) == [1, 3, 6, 12]
+            mse = sum(((x - acts[:, :m] @ sae.W_dec[:m] - sae.b_dec) ** 2).sum(1).mean() for m in (1, 3, 6, 12)) / 4
+        want = (mse + AUX_WEIGHT * aux) / x.var(0, correction=0).sum()
+    assert loss.total.item() == pytest.approx(want.item(), rel=1e-9)
+
+
+def test_auxk_trains_dead_latents_only_and_their_encoder_too() -> None:
+    sae = random_sae("topk", 5, 12, 3, 0)
+    x = torch.randn(30, 5, dtype=torch.float64)
+    dead = torch.tensor([2, 7])
+    OBJECTIVES["topk"](sae, x, Context(torch.tensor(0.0), dead, 3)).auxiliary.backward()
+    for gradient in (sae.W_enc.grad.T, sae.W_dec.grad, sae.b_enc.grad[:, None]):
+        moved = gradient.abs().sum(1) > 0
+        assert moved.nonzero()[:, 0].tolist() == dead.tolist()
+    # the residual is a target, not something to train; b_dec has no part in it but through the pre-bias
+    assert torch.allclose(sae.b_dec.grad, -(sae.b_enc.grad @ sae.W_enc.T))
+
+
+def test_gated_auxiliary_loss_does_not_reach_the_decoder() -> None:
+    sae = random_sae("gated", 5, 12, 3, 0)
+    x = torch.randn(30, 5, dtype=torch.float64)
+    OBJECTIVES["gated"](sae, x, Context(torch.tensor(0.0), NOTHING_DEAD)).auxiliary.backward()
+    assert sae.W_dec.grad is None
+    assert sae.b_gate.grad.abs().sum() > 0
+    assert sae.r_mag.grad is None or sae.r_mag.grad.abs().sum() == 0
+
+
+def test_straight_through_estimates_of_jumprelu() -> None:
+    """One latent, unit weights: one row at θ within ε/2 below, one above, one beyond."""
+    sae = new_sae("jumprelu", 1, 1).double()
+    epsilon = bandwidth(1)
+    with torch.no_grad():
+        sae.W_enc[:], sae.W_dec[:] = 1.0, 1.0
+        sae.threshold[:] = 2.0
+    x = torch.tensor([[2.0 - epsilon / 4], [2.0 + epsilon / 4], [3.0]], dtype=torch.float64)
+    loss = OBJECTIVES["jumprelu"](sae, x, Context(torch.tensor(0.5), NOTHING_DEAD))
+    assert loss.sparsity.item() == pytest.approx(2 / 3)
+    loss.total.backward()
+    # dmse/df is -2x/3 where silent and 0 where x̂ = x; the penalty's is -λ/(3ε) for each of the two rows near θ
+    want = -(-2 * (2 - epsilon / 4) / 3) * 2 / epsilon - 2 * 0.5 / (3 * epsilon)
+    assert sae.threshold.grad.item() == pytest.approx(want, rel=1e-6)
+
+
+def test_recipes_differ_where_the_papers_do() -> None:
+    betas = {}
+    for name in RECIPES:
+        level: dict[str, Any] = {"k": 2} if RECIPES[name].takes_k else {"l1": 0.1}
+        member = Member(
+            Spec(name="s", architecture=name, d_sae=8, lr=1e-3, seed=0, **level), torch.zeros(5), 5, 9, "cpu"
+        )
+        betas[name] = member.optimizer.param_groups[0]["betas"][0]
+    assert betas == {"relu": 0.9, "topk": 0.9, "batchtopk": 0.9, "matryoshka": 0.9, "gated": 0.0, "jumprelu": 0.0}
+    gradient, rows = torch.randn(12, 5), torch.nn.functional.normalize(torch.randn(12, 5), dim=1)
+    assert (gradient * rows).sum(1).abs().max() > 1e-2
+    _remove_parallel(rows, gradient)
+    assert (gradient * rows).sum(1).abs().max() < 1e-6
+
+
+def test_a_step_that_is_not_finite_changes_no_weight() -> None:
+    spec = Spec(name="s", architecture="topk", d_sae=8, k=2, lr=1e-3, seed=0)
+    member = Member(spec, torch.zeros(5), 5, 100, "cpu")
+    x = torch.randn(20, 5)
+    member.step(x, 0)
+    before = {name: value.clone() for name, value in member.sae.state_dict().items()}
+    x[3, 2] = torch.inf
+    member.step(x, 1)
+    assert member.diverged == 1
+    assert all(torch.equal(before[name], value) for name, value in member.sae.state_dict().items())
