@@ -175,7 +175,7 @@ def test_compensation_of_a_small_tree_by_hand() -> None:
 
 
 def test_independent_features_fire_at_their_rates_with_their_magnitudes() -> None:
-    data, n = Synthetic(PLAIN), 50_000
+    data, n = Synthetic(PLAIN), 20_000
     sample = data.sample(n, generator())
     fires = sample.coefficients > 0
     error = (data.rates_N * (1 - data.rates_N) / n).sqrt()
@@ -205,7 +205,7 @@ def test_correlations_are_those_of_the_copula() -> None:
     fires = (data.sample(100_000, generator()).coefficients > 0).double()
     latent = data.loadings_NR.double() @ data.loadings_NR.double().T
     latent.fill_diagonal_(1.0)
-    assert latent.triu(1).abs().max() > 0.5
+    assert latent.triu(1).abs().max() > 0.3
     # P(both above their medians) = 1/4 + arcsin ρ / 2π
     torch.testing.assert_close(fires.T @ fires / len(fires), 0.25 + latent.arcsin() / (2 * math.pi), atol=0.008, rtol=0)
 
@@ -217,7 +217,7 @@ def test_loadings_never_take_all_of_a_feature_s_variance() -> None:
 
 
 def test_no_child_fires_without_its_parent_nor_beside_a_sibling() -> None:
-    coefficients = Synthetic(HIERARCHICAL).sample(20_000, generator()).coefficients
+    coefficients = Synthetic(HIERARCHICAL).sample(8_000, generator()).coefficients
     fires = coefficients > 0
     parents = fires[:, :8]
     children = fires[:, 2:26].view(-1, 8, 3)
@@ -228,7 +228,7 @@ def test_no_child_fires_without_its_parent_nor_beside_a_sibling() -> None:
 
 def test_siblings_fire_together_unless_exclusive() -> None:
     data = Synthetic(replace(HIERARCHICAL, hierarchy=replace(TREE, exclusive=False)))
-    fires = data.sample(20_000, generator()).coefficients > 0
+    fires = data.sample(8_000, generator()).coefficients > 0
     children = fires[:, 2:26].view(-1, 8, 3)
     assert not (children & ~fires[:, :8, None]).any()
     assert children.sum(2).max() == 3
@@ -237,7 +237,7 @@ def test_siblings_fire_together_unless_exclusive() -> None:
 def test_features_of_a_tree_without_exclusion_fire_at_their_rates() -> None:
     tree = replace(TREE, exclusive=False)
     settings = replace(PLAIN, hierarchy=tree, std_coefficients=(0.0, 0.0), max_probability=0.4, min_probability=0.01)
-    data, n = Synthetic(replace(settings, exponent=1.5)), 100_000
+    data, n = Synthetic(replace(settings, exponent=1.5)), 40_000
     assert data.drawn_N.max() < 1
     rates = (data.sample(n, generator()).coefficients > 0).float().mean(0)
     assert ((rates - data.rates_N).abs() < 4.5 * (data.rates_N / n).sqrt()).all()
@@ -247,7 +247,7 @@ def test_features_of_a_tree_without_exclusion_fire_at_their_rates() -> None:
 def test_children_are_scaled_by_their_parent_over_its_mean(scaled: bool) -> None:
     tree = replace(TREE, scale_children=scaled)
     settings = replace(PLAIN, hierarchy=tree, std_coefficients=(1.0, 0.0), max_probability=0.9, min_probability=0.5)
-    coefficients = Synthetic(settings).sample(20_000, generator()).coefficients
+    coefficients = Synthetic(settings).sample(8_000, generator()).coefficients
     together = (coefficients[:, 0] > 0) & (coefficients[:, 2] > 0)
     correlation = torch.corrcoef(coefficients[together][:, [0, 2]].T)[0, 1]
     assert float(correlation) == pytest.approx(0.7 if scaled else 0.0, abs=0.05)
