@@ -31,7 +31,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
         {"exclusive": False, "scale_children": False},
         200_000,
     ),
-    "16k, directions as drawn": ("16k", {"orthogonal_steps": 0}, {}, 16_384),
+    "16k, directions as drawn": ("16k", {"orthogonal_steps": 0}, {}, 8192),
 }
 """Name -> size, changed settings, changed hierarchy, rows. SAELens takes hours to part 16k directions on a CPU."""
 

@@ -185,7 +185,17 @@ class Synthetic:
             rows_M = rows_M.repeat_interleave(tree.branching)
             features_M, values_M = children_MC.flatten(), values_MC.flatten()
             coefficients_BN[rows_M, features_M] = values_M
-        return Sample(coefficients_BN @ self.directions_ND + self.bias_D, coefficients_BN)
+        return Sample(self._decode(coefficients_BN), coefficients_BN)
+
+    def _decode(self, coefficients_BN: Tensor) -> Tensor:
+        """Rows of given coefficients, from the few that are not 0."""
+        rows_M, features_M = coefficients_BN.nonzero(as_tuple=True)
+        offsets_B = torch.searchsorted(rows_M, torch.arange(len(coefficients_BN), device=self.device))
+        weights_M = coefficients_BN[rows_M, features_M]
+        x_BD = torch.nn.functional.embedding_bag(
+            features_M, self.directions_ND, offsets_B, mode="sum", per_sample_weights=weights_M
+        )
+        return x_BD + self.bias_D
 
     def _children(
         self,
