@@ -31,11 +31,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
         {"exclusive": False, "scale_children": False},
         200_000,
     ),
-    "16k, directions as drawn": ("16k", {"orthogonal_steps": 0}, {}, 8192),
+    "16k, directions as drawn": ("16k", {"orthogonal_steps": 0}, {}, 4096),
 }
 """Name -> size, changed settings, changed hierarchy, rows. SAELens takes hours to part 16k directions on a CPU."""
 
-BATCH, LATENTS, SCORED = 1024, 200, 4096
+BATCH, LATENTS, SCORED = 1024, 200, 2048
 
 
 def statistics(
