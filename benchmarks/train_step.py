@@ -67,7 +67,7 @@ def set_l0(member: Member, x_BD: torch.Tensor, k: int) -> None:
 
 
 def new_member(arch: str, x_BD: torch.Tensor, args: argparse.Namespace) -> Member:
-    level = {"k": args.k} if RECIPES[arch].takes_k else {"l1": 1.0}
+    level: dict[str, Any] = {"k": args.k} if RECIPES[arch].takes_k else {"l1": 1.0}
     spec = Spec(name=arch, architecture=arch, d_sae=args.f, lr=1e-4, seed=0, **level)
     return Member(spec, torch.zeros(args.d), dead_steps=10**6, n_steps=10**6, device=str(x_BD.device))
 

@@ -67,7 +67,7 @@ def test_architectures_rank_as_published_on_a_real_model(store: Store, tmp_path:
     """At equal L0, TopK and Gated reconstruct better than ReLU and than PCA; training beats no training."""
     train(
         TrainConfig(
-            store=store.folder, arch=("relu", "topk", "gated"), target_l0=(12.0, 40.0), d_sae=512, tokens=150_000,
+            store=store.folder, arch=("relu", "topk", "gated"), target_l0=(12.0, 40.0), d_sae=(512,), tokens=150_000,
             batch=256, lr=2e-3, out=tmp_path,
         )
     )  # fmt: skip

@@ -183,7 +183,9 @@ def test_the_configuration_is_what_saelens_asks_for(tmp_path: Path) -> None:
 def write_saelens(folder: Path, architecture: str, **config: object) -> tuple[dict, dict[str, np.ndarray]]:
     """A directory as SAELens 6 writes it."""
     theirs = {"relu": "standard"}.get(architecture, architecture)
-    tensors = {name: value.detach().clone() for name, value in random_sae(architecture, seed=5).state_dict().items()}
+    tensors = {
+        name: value.detach().contiguous() for name, value in random_sae(architecture, seed=5).state_dict().items()
+    }
     cfg = {
         "architecture": theirs, "d_in": D, "d_sae": F, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True,
         "normalize_activations": "none", "reshape_activations": "none", "metadata": {"sae_lens_version": "6.54.0", **METADATA},

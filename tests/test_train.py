@@ -12,18 +12,16 @@ from conftest import HOOK, WIDTH
 from safetensors.torch import load_file
 
 from saebench.files import read_json, write_json
-from saebench.sae import SAE, load_sae, new_sae, read_config, save_sae, topk_relu
+from saebench.sae import SAE, load_sae, read_config, save_sae
 from saebench.store import Store, shuffled_batches
 from saebench.train import Member, Spec, TrainConfig, grid, train
-from saebench.train.member import _remove_parallel
-from saebench.train.objectives import AUX_WEIGHT, OBJECTIVES, Context
 from saebench.train.schedules import Sparsity, learning_rate
 
-COMMON = {"d_sae": 64, "tokens": 20_000, "batch": 100, "lr": 3e-3}
+COMMON = {"d_sae": (64,), "tokens": 20_000, "batch": 100, "lr": 3e-3}
 
 
 def config(store: Store, out: Path, **options: object) -> TrainConfig:
-    defaults = {"arch": ("relu", "topk", "gated"), "target_l0": (6.0,), "hook": HOOK, **COMMON}
+    defaults = {"arch": ("relu", "topk", "gated"), "target_l0": (6.0,), "hook": (HOOK,), **COMMON}
     return TrainConfig(store=store.folder, out=out, **{**defaults, **options})  # type: ignore[arg-type]
 
 
@@ -32,63 +30,6 @@ def arguments(store: Store, out: Path) -> list[str]:
         "train", "--store", str(store.folder), "--hook", HOOK, "--out", str(out), "--arch", "relu,topk,gated", "--target-l0", "6",
         "--d-sae", "64", "--tokens", "20000", "--batch", "100", "--lr", "0.003", "--device", "cpu",
     ]  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------- objectives
-
-
-def random_member(architecture: str) -> tuple[torch.nn.Module, torch.Tensor]:
-    sae = new_sae(architecture, 5, 12, k=3)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return sae, torch.randn(30, 5, generator=generator)
-
-
-@pytest.mark.parametrize("architecture", ["relu", "topk", "gated"])
-def test_objectives_equal_their_formulas(architecture: str) -> None:
-    sae, x = random_member(architecture)
-    dead = torch.zeros(12, dtype=torch.bool)
-    dead[[2, 7, 11]] = True
-    out = sae(x)
-    loss = OBJECTIVES[architecture](sae, x, out, Context(torch.tensor(0.3), dead))  # type: ignore[arg-type]
-    norms = sae.W_dec.norm(dim=1)
-    mse = ((x - out.x_hat) ** 2).sum(1).mean()
-    if architecture == "relu":
-        want = mse + 0.3 * (out.acts * norms).sum(1).mean()
-    elif architecture == "topk":
-        acts = torch.zeros_like(out.pre)
-        acts[:, dead] = topk_relu(out.pre[:, dead], 2)  # min(D // 2, dead) = 2
-        aux = ((x - out.x_hat - acts @ sae.W_dec) ** 2).sum(1).mean()
-        want = (mse + AUX_WEIGHT * aux) / x.var(0, correction=0).sum()
-    else:
-        gate = torch.relu(out.pre)
-        want = mse + 0.3 * gate.sum(1).mean() + ((x - gate @ sae.W_dec - sae.b_dec) ** 2).sum(1).mean()
-    assert loss.total.item() == pytest.approx(want.item(), rel=1e-5)
-
-
-def test_auxk_trains_dead_latents_only_and_their_encoder_too() -> None:
-    sae, x = random_member("topk")
-    dead = torch.zeros(12, dtype=torch.bool)
-    dead[[2, 7]] = True
-    out = sae(x)
-    loss = OBJECTIVES["topk"](sae, x, out, Context(torch.tensor(0.0), dead))  # type: ignore[arg-type]
-    loss.auxiliary.backward()
-    for gradient in (sae.W_enc.grad.T, sae.W_dec.grad, sae.b_enc.grad[:, None]):
-        moved = gradient.abs().sum(1) > 0
-        assert moved.tolist() == dead.tolist()
-    # the residual is a target, not something to train; b_dec has no part in it but through the pre-bias
-    assert torch.allclose(sae.b_dec.grad, -(sae.b_enc.grad @ sae.W_enc.T), atol=1e-5)
-
-
-def test_gated_auxiliary_loss_does_not_reach_the_decoder() -> None:
-    sae, x = random_member("gated")
-    out = sae(x)
-    OBJECTIVES["gated"](sae, x, out, Context(torch.tensor(0.0), torch.zeros(12, dtype=torch.bool))).auxiliary.backward()  # type: ignore[arg-type]
-    assert sae.W_dec.grad is None
-    assert sae.b_gate.grad.abs().sum() > 0
-    assert sae.r_mag.grad is None or sae.r_mag.grad.abs().sum() == 0
 
 
 # -------------------------------------------------------------------------------------- schedules
@@ -131,7 +72,15 @@ def test_a_grid_has_every_architecture_at_every_sparsity(store: Store, tmp_path:
         "relu-l0-8", "relu-l0-16", "relu-l1-2", "topk-k4", "topk-k8", "topk-k16", "gated-l0-8", "gated-l0-16", "gated-l1-2",
     ]  # fmt: skip
     assert specs[0].lr == pytest.approx(2e-4 / math.sqrt(64 / 2**14))
-    assert grid(config(store, tmp_path, d_sae=None), WIDTH)[0].d_sae == 8 * WIDTH
+    assert grid(config(store, tmp_path, d_sae=()), WIDTH)[0].d_sae == 8 * WIDTH
+
+
+def test_names_say_what_differs_within_a_grid(store: Store, tmp_path: Path) -> None:
+    many = config(store, tmp_path, arch=("matryoshka",), target_l0=(), k=(4,), d_sae=(32, 64), seed=(0, 1))
+    assert [spec.name for spec in grid(many, WIDTH, ("a", "b"))] == [
+        "matryoshka-k4-f32-seed0-a", "matryoshka-k4-f32-seed1-a", "matryoshka-k4-f64-seed0-a", "matryoshka-k4-f64-seed1-a",
+        "matryoshka-k4-f32-seed0-b", "matryoshka-k4-f32-seed1-b", "matryoshka-k4-f64-seed0-b", "matryoshka-k4-f64-seed1-b",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -147,10 +96,10 @@ def test_a_grid_has_every_architecture_at_every_sparsity(store: Store, tmp_path:
         ({"target_l0": ()}, "no sparsity given"),
         ({"tokens": 0}, "tokens is 0; expected more than 0"),
         (
-            {"hook": "blocks.9.hook_resid_post"},
+            {"hook": ("blocks.9.hook_resid_post",)},
             "is not in .*; it has blocks.0.hook_resid_post, blocks.1.hook_resid_post",
         ),
-        ({"hook": None}, "has several hooks; choose one with --hook"),
+        ({"hook": ()}, "has several hooks; choose one with --hook"),
         ({"batch": 10**6}, "fewer than a batch of 1000000"),
     ],
 )
@@ -202,6 +151,41 @@ def test_training_learns_and_saves_unit_rows(run: Path, store: Store) -> None:
         assert not (folder / "checkpoint").exists()
     assert not (run / "saes" / "checkpoint.json").exists()
     assert log_of(run / "saes" / "topk-k6")[-1]["l0"] == pytest.approx(6.0, abs=0.01)
+
+
+def test_a_grid_over_layers_widths_and_seeds_is_one_run(store: Store, tmp_path: Path) -> None:
+    """Six architectures' worth of points, interrupted in the middle, and each what it is without the interruption."""
+    options = {
+        "hook": ("blocks.0.hook_resid_post", HOOK), "arch": ("batchtopk", "jumprelu", "matryoshka"),
+        "target_l0": (6.0,), "d_sae": (48, 64), "seed": (0, 3), "tokens": 8000, "device": "cpu",
+    }  # fmt: skip
+    folders = train(config(store, tmp_path / "whole", **options))
+    assert folders is not None
+    assert len(folders) == 24
+    assert {read_config(folder)["metadata"]["hook_name"] for folder in folders} == set(options["hook"])
+    assert {load_sae(folder).d_sae for folder in folders} == {48, 64}
+    assert len({load_sae(folder).W_dec.sum().item() for folder in folders}) == 24
+    train(config(store, tmp_path / "one", **{**options, "arch": ("jumprelu",)}))
+    for folder in (tmp_path / "one" / "saes").glob("jump*"):
+        name = f"saes/{folder.name}/sae_weights.safetensors"
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_batchtopk_meets_its_k_on_other_rows_through_its_threshold(store: Store, tmp_path: Path) -> None:
+    made = train(config(store, tmp_path, arch=("batchtopk", "matryoshka"), target_l0=(6.0,), tokens=40_000))
+    rows, _ = next(shuffled_batches(store, HOOK, 4000, seed=9))
+    for folder in made or []:
+        sae = load_sae(folder)
+        assert sae.architecture == "jumprelu"
+        assert read_config(folder)["metadata"]["training_architecture"] == folder.name.split("-")[0]
+        assert (sae(rows.float()).acts > 0).sum(1).float().mean().item() == pytest.approx(6.0, rel=0.1)
+
+
+def test_bfloat16_products_change_little(run: Path, store: Store, tmp_path: Path) -> None:
+    train(config(store, tmp_path, arch=("topk",), dtype="bfloat16"))
+    one, other = (log_of(path / "saes" / "topk-k6")[-1]["fvu"] for path in (run, tmp_path))
+    assert one != other
+    assert one == pytest.approx(other, rel=0.05)
 
 
 def test_metadata_says_how_an_sae_came_about(run: Path, store: Store) -> None:
@@ -279,9 +263,10 @@ def test_finished_saes_are_not_trained_again(run: Path, store: Store, caplog: py
     assert "all 3 SAEs are trained already" in caplog.text
     assert (run / "saes" / "relu-l0-6" / "cfg.json").stat().st_mtime_ns == before
     with pytest.raises(
-        ValueError, match=r"relu-l0-6 holds an SAE trained with other settings: lr: 0.003 -> 0.001; seed: 0 -> 1"
+        ValueError,
+        match=r"relu-l0-6 holds an SAE trained with other settings: lr: 0.003 -> 0.001; order: 0 -> 1; seed: 0 -> 1",
     ):
-        train(config(store, run, lr=1e-3, seed=1))
+        train(config(store, run, lr=1e-3, seed=(1,)))
 
 
 def half_trained(store: Store, out: Path) -> None:
@@ -304,7 +289,7 @@ def test_checkpoints_of_another_run_are_refused(store: Store, tmp_path: Path) ->
     spec = Spec(
         **{
             k: pointer["identity"]["gated-l0-6"][k]
-            for k in ("name", "architecture", "d_sae", "k", "target_l0", "l1", "lr", "seed")
+            for k in ("name", "hook", "architecture", "d_sae", "k", "target_l0", "l1", "lr", "seed")
         }
     )
     wider = Member(spec, torch.zeros(WIDTH + 1), 10, 200, "cpu")
@@ -321,11 +306,41 @@ def test_checkpoints_of_another_run_are_refused(store: Store, tmp_path: Path) ->
         train(config(store, tmp_path))
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_sae_and_the_step(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"the loss of \S+ is no longer finite by step \d+; the last checkpoint is from before"
-    ):
-        train(config(store, tmp_path, lr=1e30))
+def diverging(monkeypatch: pytest.MonkeyPatch, name: str, step: int) -> None:
+    """From `step` on, the SAE of this name sees an infinite input."""
+    honest = Member.step
+
+    def step_with_infinity(self: Member, x: torch.Tensor, now: int) -> None:
+        if self.spec.name == name and now >= step:
+            x = x.clone()
+            x[0, 0] = torch.inf
+        honest(self, x, now)
+
+    monkeypatch.setattr(Member, "step", step_with_infinity)
+
+
+def test_one_diverging_sae_is_named_and_does_not_stop_the_others(
+    run: Path, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    diverging(monkeypatch, "topk-k6", 120)
+    with pytest.raises(ValueError, match=r"topk-k6 stopped at step 121, when its loss was no longer finite") as error:
+        train(config(store, tmp_path, device="cpu"))
+    assert "the loss of topk-k6 is no longer finite at step 121; the others go on" in caplog.text
+    file = Path(str(error.value).split("of before are in ")[1].split(". The other")[0])
+    assert file.parent.parent.name == "topk-k6"
+    assert all(value.isfinite().all() for key, value in load_file(file).items() if key.startswith("sae."))
+    assert [line["step"] for line in log_of(tmp_path / "saes" / "topk-k6")] == [50, 100]
+    for name in ("relu-l0-6", "gated-l0-6"):
+        weights = f"saes/{name}/sae_weights.safetensors"
+        assert (tmp_path / weights).read_bytes() == (run / weights).read_bytes()
+    with pytest.raises(ValueError, match="topk-k6 stopped at step 121"):  # and says so again
+        train(config(store, tmp_path, device="cpu"))
+
+
+def test_when_all_diverge_the_run_stops(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"relu-l0-6 stopped at step \d+, when its loss was no longer finite"):
+        train(config(store, tmp_path, arch=("relu",), lr=1e30))
+    assert read_json(tmp_path / "saes" / "checkpoint.json")["step"] < 200
 
 
 def test_a_checkpoint_never_holds_weights_that_are_not_finite(
@@ -404,25 +419,6 @@ def test_a_resampled_latent_keeps_its_direction_in_the_next_step(architecture: s
     before = member.sae.W_enc[:, 4].detach().clone()
     member.step(x, 101)
     assert torch.cosine_similarity(before, member.sae.W_enc[:, 4].detach(), dim=0) > 0.9
-
-
-def test_gated_takes_no_momentum_and_unit_rows_no_gradient_along_themselves() -> None:
-    betas = {
-        name: Member(
-            Spec(name="s", architecture=name, d_sae=8, k=2, l1=0.1, lr=1e-3, seed=0), torch.zeros(5), 5, 100, "cpu"
-        ).optimizer.param_groups[0]["betas"][0]
-        for name in ("relu", "topk", "gated")
-    }
-    assert betas == {"relu": 0.9, "topk": 0.9, "gated": 0.0}
-    sae, x = random_member("topk")
-    out = sae(x)  # type: ignore[operator]
-    dead = torch.zeros(12, dtype=torch.bool)
-    OBJECTIVES["topk"](sae, x, out, Context(torch.tensor(0.0), dead)).total.backward()  # type: ignore[arg-type]
-    with torch.no_grad():
-        sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
-    along = (sae.W_dec.grad * sae.W_dec).sum(1).abs().max()
-    _remove_parallel(sae)  # type: ignore[arg-type]
-    assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() < 1e-5 < along
 
 
 @pytest.mark.parametrize("architecture", ["topk", "gated"])

@@ -9,6 +9,7 @@ Triton kernels of `triton_kernels.py`, which nothing imports without one.
 """
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -164,16 +165,27 @@ def rowwise_topk(pre_RF: Float[Tensor, "R F"], k: int) -> tuple[Float[Tensor, "R
 class Encoder:
     """Pre-activations z W_enc + bias, in blocks of rows that are forgotten once selected from."""
 
-    def __init__(self, z_RD: Float[Tensor, "R D"], W_enc_DF: Float[Tensor, "D F"], bias_F: Float[Tensor, " F"]) -> None:
-        self.z_RD, self.W_enc_DF, self.bias_F = z_RD, W_enc_DF, bias_F
+    def __init__(
+        self,
+        z_RD: Float[Tensor, "R D"],
+        W_enc_DF: Float[Tensor, "D F"],
+        bias_F: Float[Tensor, " F"],
+        bf16: bool = False,
+    ) -> None:
+        self.z_RD, self.W_enc_DF, self.bias_F, self.bf16 = z_RD, W_enc_DF, bias_F, bf16
+        if bf16:
+            self.z_RD, self.W_enc_DF = z_RD.bfloat16(), W_enc_DF.bfloat16()
+            if not z_RD.is_cuda:  # the same rounding, and products that every processor has
+                self.z_RD, self.W_enc_DF = self.z_RD.float(), self.W_enc_DF.float()
 
-    def blocks(self) -> "list[tuple[int, int]]":
+    def blocks(self) -> list[tuple[int, int]]:
+        """First and last row (exclusive) of each block; on a GPU there is one."""
         n_rows, d_sae = len(self.z_RD), len(self.bias_F)
         step = n_rows if self.z_RD.is_cuda else max(1, BLOCK_VALUES // d_sae)
         return [(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
 
     def dense(self) -> Float[Tensor, "R F"]:
-        return torch.addmm(self.bias_F, self.z_RD, self.W_enc_DF)
+        return self._product(self.z_RD, None)
 
     def topk(self, k: int) -> tuple[SparseCode, Float[Tensor, " N"]]:
         """The k largest of each row: (code, pre-activations of its entries)."""
@@ -209,11 +221,16 @@ class Encoder:
         counts = torch.bincount(code.rows[chosen], minlength=code.n_rows)
         return SparseCode(_offsets(counts), code.latents[chosen], code.d_sae), values[chosen]
 
-    def _each(self):
+    def _each(self) -> Iterator[Float[Tensor, "R F"]]:
         spans = self.blocks()
-        buffer = self.z_RD.new_empty(spans[0][1], len(self.bias_F))
+        buffer = self.bias_F.new_empty(spans[0][1], len(self.bias_F))
         for start, end in spans:
-            yield torch.addmm(self.bias_F, self.z_RD[start:end], self.W_enc_DF, out=buffer[: end - start])
+            yield self._product(self.z_RD[start:end], buffer[: end - start])
+
+    def _product(self, z_RD: Tensor, out: Tensor | None) -> Tensor:
+        if z_RD.dtype == torch.bfloat16:
+            return torch.mm(z_RD, self.W_enc_DF, out_dtype=torch.float32).add_(self.bias_F)
+        return torch.addmm(self.bias_F, z_RD, self.W_enc_DF, out=out)
 
 
 def _nonzero(mask: Tensor) -> Int[Tensor, " N"]:

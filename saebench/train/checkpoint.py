@@ -28,7 +28,7 @@ class Checkpoint:
         self.folder = folder
         self.identity = identity
 
-    def save(self, members: list[Member], step: int, cursor: Cursor, seconds: float) -> None:
+    def save(self, members: list[Member], step: int, cursors: dict[str, Cursor], seconds: float) -> None:
         """Write all SAEs, then point to them. A full disk is a ValueError; the last checkpoint stays."""
         with full_disk_is_a_value_error(f"the checkpoint of step {step} in {self.folder}"):
             for member in members:
@@ -36,21 +36,21 @@ class Checkpoint:
                 state = {name: value.detach().cpu().contiguous() for name, value in member.state().items()}
                 with replacing(file) as temporary:
                     save_file(state, temporary)
-            pointer = {"step": step, "cursor": list(cursor), "seconds": seconds, "identity": self.identity}
+            pointer = {"step": step, "cursors": cursors, "seconds": seconds, "identity": self.identity}
             write_json(self.folder / POINTER, pointer)
         for member in members:
             for old in self._file(member.spec.name, step).parent.glob("step-*.safetensors"):
                 if old != self._file(member.spec.name, step):
                     old.unlink()
 
-    def restore(self, members: list[Member]) -> tuple[int, Cursor, float]:
-        """(steps done, stream position, seconds spent); zeros when there is no checkpoint.
+    def restore(self, members: list[Member]) -> tuple[int, dict[str, Cursor], float]:
+        """(steps done, position in each hook's stream, seconds spent); zeros when there is no checkpoint.
 
         Raises ValueError, naming what differs, when the checkpoint is of another grid.
         """
         path = self.folder / POINTER
         if not path.exists():
-            return 0, Cursor(), 0.0
+            return 0, {}, 0.0
         pointer = read_json(path)
         for name in sorted({*pointer["identity"], *self.identity}):
             if changed := differences(pointer["identity"].get(name, {}), self.identity.get(name, {})):
@@ -64,7 +64,12 @@ class Checkpoint:
                 member.restore(load_file(file))
             except (OSError, SafetensorError, KeyError) as error:
                 raise ValueError(f"checkpoint {file} cannot be read ({error}); delete {path} to start again") from error
-        return pointer["step"], Cursor(*pointer["cursor"]), pointer["seconds"]
+        cursors = {hook: Cursor(*place) for hook, place in pointer["cursors"].items()}
+        return pointer["step"], cursors, pointer["seconds"]
+
+    def latest(self, member: Member) -> Path:
+        """The file of an SAE that the pointer counts."""
+        return self._file(member.spec.name, read_json(self.folder / POINTER)["step"])
 
     def remove(self) -> None:
         """Once all the SAEs are saved, their checkpoints have served."""

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saebench.sae import GatedSAE, JumpReLUSAE, ReLUSAE, topk_relu
-from saebench.sae.sparse import BLOCK_VALUES, Code, DenseCode, Encoder, SparseCode
+from saebench.sae.sparse import BLOCK_VALUES, Code, DenseCode, Encoder
 from saebench.train.objectives import AUX_WEIGHT, Context, Loss, bandwidth, prefixes
 
 _SPARSE_AUX = 4  # AuxK takes sparse products when there are this many dead latents to one of k_aux
@@ -26,6 +26,7 @@ class Gradients:
     """Sums over the rows seen so far. `of` maps parameters to dLoss/dparameter, divided by the whole batch's rows."""
 
     n_rows: int
+    bf16: bool = False
     of: dict[str, Tensor] = field(default_factory=dict)
     squared_errors: list[Float[Tensor, " R"]] = field(default_factory=list)
     fires_F: Tensor | None = None
@@ -69,13 +70,15 @@ def exact_gradients(
     *,
     dense: bool = False,
     guess: float = 0.0,
+    bf16: bool = False,
 ) -> Gradients:
     """Gradients of `OBJECTIVES[architecture]` and what a step observes.
 
     `dense` takes all latents of a row as active, for ReLU, Gated and JumpReLU early in training; the
-    result is the same. `guess` is what BatchTopK's least activation may be expected to exceed.
+    result is the same. `guess` is what BatchTopK's least activation may be expected to exceed. `bf16`
+    rounds what the encoder multiplies to bfloat16 (sums in float32), and nothing else.
     """
-    gradients = Gradients(len(x_BD))
+    gradients = Gradients(len(x_BD), bf16)
     if architecture in _KIN:
         _topk_kin(architecture, sae, x_BD, context, gradients, guess)
         return gradients
@@ -90,7 +93,7 @@ def exact_gradients(
 
 def _relu(sae: ReLUSAE, x_RD: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
     z_RD = x_RD - sae.b_dec
-    code, h = _positive(z_RD, sae.W_enc, sae.b_enc, dense)
+    code, h = _positive(Encoder(z_RD, sae.W_enc, sae.b_enc, gradients.bf16), dense)
     acts = torch.relu(h)
     error_RD, G_RD = _error(sae, code, acts, x_RD, gradients)
     norms_F, weight = sae.W_dec.norm(dim=1), context.coefficient / gradients.n_rows
@@ -104,7 +107,7 @@ def _relu(sae: ReLUSAE, x_RD: Tensor, context: Context, gradients: Gradients, de
 
 def _gated(sae: GatedSAE, x_RD: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
     z_RD = x_RD - sae.b_dec
-    code, gate = _positive(z_RD, sae.W_enc, sae.b_gate, dense)
+    code, gate = _positive(Encoder(z_RD, sae.W_enc, sae.b_gate, gradients.bf16), dense)
     h, scale_F = gate - code.at(sae.b_gate), sae.r_mag.exp()
     opens, gate = gate > 0, torch.relu(gate)
     acts = torch.relu(h * code.at(scale_F) + code.at(sae.b_mag)) * opens
@@ -127,7 +130,7 @@ def _gated(sae: GatedSAE, x_RD: Tensor, context: Context, gradients: Gradients, 
 def _jumprelu(sae: JumpReLUSAE, x_RD: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
     epsilon = bandwidth(sae.d_in)
     z_RD, floor_F = x_RD - sae.b_dec, sae.threshold - epsilon / 2  # entries below θ are needed to learn it
-    code, above = _positive(z_RD, sae.W_enc, sae.b_enc - floor_F, dense)
+    code, above = _positive(Encoder(z_RD, sae.W_enc, sae.b_enc - floor_F, gradients.bf16), dense)
     pre, threshold = above + code.at(floor_F), code.at(sae.threshold)
     active, near = pre > threshold, (pre - threshold).abs() < epsilon / 2
     acts = pre * active
@@ -143,8 +146,7 @@ def _jumprelu(sae: JumpReLUSAE, x_RD: Tensor, context: Context, gradients: Gradi
 _PENALISED: dict[str, Callable[..., None]] = {"relu": _relu, "gated": _gated, "jumprelu": _jumprelu}
 
 
-def _positive(z_RD: Tensor, W_enc_DF: Tensor, bias_F: Tensor, dense: bool) -> tuple[Code, Tensor]:
-    encoder = Encoder(z_RD, W_enc_DF, bias_F)
+def _positive(encoder: Encoder, dense: bool) -> tuple[Code, Tensor]:
     return (DenseCode(), encoder.dense()) if dense else encoder.above(0.0)
 
 
@@ -187,7 +189,7 @@ def _topk_kin(
     n_rows, n_nested = len(x_BD), len(sizes)
     variance = (x_BD - x_BD.mean(0)).pow(2).sum(1).mean()
     z_BD = x_BD - sae.b_dec
-    encoder = Encoder(z_BD, sae.W_enc, sae.b_enc)
+    encoder = Encoder(z_BD, sae.W_enc, sae.b_enc, gradients.bf16)
     code, h_N = encoder.topk(context.k) if architecture == "topk" else encoder.batch_topk(context.k, guess)
     acts_N = torch.relu(h_N)
     nested = code.split([0, *sizes[:-1]]) if n_nested > 1 else code
@@ -217,7 +219,7 @@ def _auxiliary(
     """AuxK: the dead latents' own small SAE, asked for -error. Adds to the gradients; returns mean squared error."""
     W_enc, W_dec, b_enc = sae.W_enc[:, dead], sae.W_dec[dead], sae.b_enc[dead]
     k = min(sae.d_in // 2, len(dead))
-    encoder = Encoder(z_BD, W_enc, b_enc)
+    encoder = Encoder(z_BD, W_enc, b_enc, gradients.bf16)
     code: Code
     if len(dead) < _SPARSE_AUX * k:
         code, acts = DenseCode(), topk_relu(encoder.dense(), k)

@@ -3,26 +3,30 @@
 import logging
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from saebench.config import Count, differences, to_json
 from saebench.files import hash_files, locked
 from saebench.models import choose_device, model_path
 from saebench.runlog import MetricsLog, interruptible, progress, provenance
 from saebench.sae import fold, read_config, save_sae
-from saebench.store import Store, open_store, shuffled_batches
+from saebench.store import Cursor, Store, open_store, shuffled_batches
 from saebench.store.schema import MANIFEST
 from saebench.train.checkpoint import Checkpoint, full_disk_is_a_value_error
-from saebench.train.member import Member, Spec
+from saebench.train.member import RECIPES, Member, Spec
 from saebench.train.schedules import default_learning_rate
 
 log = logging.getLogger(__name__)
 
-Architecture = Literal["relu", "topk", "gated"]
+Architecture = Literal["relu", "topk", "gated", "batchtopk", "jumprelu", "matryoshka"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 LOG_EVERY = 50  # steps
 CHECKPOINT_SECONDS = 60.0
 
@@ -33,20 +37,20 @@ class TrainConfig:
 
     store: Path
     """activation store to train on"""
-    hook: str | None = None
-    """hook in the store (default: the only one)"""
+    hook: tuple[str, ...] = ()
+    """hooks in the store, a set of SAEs for each (default: the only one)"""
     out: Path
     """run directory; SAEs go to OUT/saes/NAME"""
     arch: tuple[Architecture, ...] = ("topk",)
     """architectures, for instance topk,relu"""
     k: tuple[int, ...] = ()
-    """active latents per row, for topk"""
+    """active latents per row, for topk, batchtopk and matryoshka"""
     target_l0: tuple[float, ...] = ()
-    """mean L0 that λ is moved to meet, for relu and gated (for topk, the same as k)"""
+    """mean L0 that λ is moved to meet, for relu, gated and jumprelu (for the others, the same as k)"""
     l1: tuple[float, ...] = ()
-    """fixed λ instead of a target, for relu and gated"""
-    d_sae: Count | None = None
-    """latents (default: expansion × d_in)"""
+    """fixed λ instead of a target, for relu, gated and jumprelu"""
+    d_sae: tuple[Count, ...] = ()
+    """latents, one width or several (default: expansion × d_in)"""
     expansion: Count = 8
     """latents per input dimension, where d_sae is not given"""
     tokens: Count = 10_000_000
@@ -59,8 +63,10 @@ class TrainConfig:
     """rows without firing after which a latent counts as dead (default: a twentieth of the run, at most 10M)"""
     memory_gb: float = 2.0
     """memory for the shuffle buffer"""
-    seed: int = 0
-    """fixes initialisation and data order"""
+    seed: tuple[int, ...] = (0,)
+    """fixes initialisation, one SAE for each; the first also fixes the order of the data"""
+    dtype: Precision = "float32"
+    """of the encoder's product: tf32 and bfloat16 for GPUs that have them; weights stay float32"""
     device: str | None = None
     """cuda or cpu (default: cuda where it is at hand)"""
 
@@ -70,7 +76,7 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
         if not self.k and not self.target_l0 and not self.l1:
             raise ValueError(
-                "no sparsity given; expected --k 16,32 for topk, --target-l0 32 or --l1 2 for relu and gated"
+                "no sparsity given; expected --k 16,32 for topk and its kin, --target-l0 32 or --l1 2 for the others"
             )
 
     @property
@@ -82,44 +88,58 @@ class TrainConfig:
         return math.ceil((self.dead_tokens or min(10_000_000, self.tokens / 20)) / self.batch)
 
 
-def grid(config: TrainConfig, d_in: int) -> list[Spec]:
-    """The SAEs that a config describes. Raises ValueError when an architecture gets no sparsity, or k > d_sae."""
-    d_sae = config.d_sae or config.expansion * d_in
-    lr = config.lr or default_learning_rate(d_sae)
+def grid(config: TrainConfig, d_in: int, hooks: tuple[str, ...] = ("",)) -> list[Spec]:
+    """The SAEs that a config describes: architectures × sparsities × widths × seeds × hooks.
+
+    Names say what differs within the grid. Raises ValueError when an architecture gets no sparsity, or k > d_sae.
+    """
+    widths = config.d_sae or (config.expansion * d_in,)
     specs: list[Spec] = []
-    for arch in config.arch:
-        if arch == "topk":
+    for hook, d_sae, seed, arch in product(hooks, widths, config.seed, config.arch):
+        if RECIPES[arch].takes_k:
             levels: list[dict[str, Any]] = [{"k": k} for k in (*config.k, *(round(l0) for l0 in config.target_l0))]
         else:
             levels = [{"target_l0": l0} for l0 in config.target_l0] + [{"l1": l1} for l1 in config.l1]
         if not levels:
             raise ValueError(
-                f"architecture {arch} has no sparsity; expected {'--k' if arch == 'topk' else '--target-l0 or --l1'}"
+                f"architecture {arch} has no sparsity; expected {'--k' if RECIPES[arch].takes_k else '--target-l0 or --l1'}"
             )
         for level in levels:
             (kind, value), *_ = level.items()
             if not 0 < value <= (d_sae if kind != "l1" else math.inf):
                 raise ValueError(f"{kind} is {value}; expected more than 0 and at most d_sae = {d_sae}")
-            label = {"k": "k", "target_l0": "l0-", "l1": "l1-"}[kind]
-            name = f"{arch}-{label}{value:g}"
-            specs.append(Spec(name=name, architecture=arch, d_sae=d_sae, lr=lr, seed=config.seed, **level))
+            name = f"{arch}-{ {'k': 'k', 'target_l0': 'l0-', 'l1': 'l1-'}[kind] }{value:g}"
+            name += f"-f{d_sae}" if len(widths) > 1 else ""
+            name += f"-seed{seed}" if len(config.seed) > 1 else ""
+            name += f"-{hook}" if len(hooks) > 1 else ""
+            lr = config.lr or default_learning_rate(d_sae)
+            specs.append(Spec(name=name, hook=hook, architecture=arch, d_sae=d_sae, lr=lr, seed=seed, **level))
     return list({spec.name: spec for spec in specs}.values())
+
+
+class Stream(NamedTuple):
+    """The rows of one hook: endless batches, and what brings them to E‖x‖² = D."""
+
+    batches: Iterator[tuple[Tensor, Cursor]]
+    scale: float
+    mean_D: Tensor
 
 
 def train(config: TrainConfig) -> list[Path] | None:
     """Train the grid; returns the SAEs' directories, or None when Ctrl-C ended it early.
 
     The same call continues a run that was interrupted or killed, and skips SAEs that are done.
-    Raises ValueError for a store, hook or checkpoint that does not fit, and for a loss that is not finite.
+    Raises ValueError for a store, hook or checkpoint that does not fit; and, once the others are
+    trained and saved, for SAEs whose loss stopped being finite.
     """
     store = open_store(config.store)
-    hook = config.hook or _only_hook(store)
+    hooks = config.hook or (_only_hook(store),)
     device = choose_device(config.device, float64=True)
-    d_in, statistics = store.d_in(hook), store.statistics(hook)
+    torch.backends.cuda.matmul.allow_tf32 = config.dtype == "tf32"
     folder = config.out / "saes"
-    specs = grid(config, d_in)
+    specs = grid(config, store.d_in(hooks[0]), hooks)
     with locked(config.out):
-        identity = {spec.name: _identity(config, spec, store, hook) for spec in specs}
+        identity = {spec.name: _identity(config, spec, store, len(hooks)) for spec in specs}
         todo = [spec for spec in specs if not _done(folder / spec.name, identity[spec.name])]
         checkpoint = Checkpoint(folder, identity)
         if not todo:
@@ -127,40 +147,50 @@ def train(config: TrainConfig) -> list[Path] | None:
             log.info("%s: all %d SAEs are trained already", folder, len(specs))
             return [folder / spec.name for spec in specs]
 
-        scale = math.sqrt(d_in / statistics["mean_squared_norm"])  # brings E‖x‖² to D
-        mean_D = torch.tensor(statistics["mean"]) * scale
-        members = [Member(spec, mean_D, config.dead_steps, config.n_steps, device) for spec in todo]
-        first, cursor, seconds = checkpoint.restore(members)
-        logs = [MetricsLog(folder / spec.name / "metrics.jsonl", first) for spec in todo]
-        memory = int(config.memory_gb * 2**30)
-        batches = shuffled_batches(store, hook, config.batch, seed=config.seed, memory=memory, start=cursor)
+        means = {hook: _input_scale(store, hook) for hook in hooks}
+        members = [
+            Member(spec, means[spec.hook][1], config.dead_steps, config.n_steps, device, config.dtype == "bfloat16")
+            for spec in todo
+        ]
+        first, cursors, seconds = checkpoint.restore(members)
+        logs = {spec.name: MetricsLog(folder / spec.name / "metrics.jsonl", first) for spec in todo}
+        streams = {
+            hook: Stream(_batches(config, store, hook, len(hooks), cursors.get(hook, Cursor())), *means[hook])
+            for hook in {spec.hook: None for spec in todo}
+        }
+        active = [member for member in members if member.diverged is None]
         clock = Clock(seconds, first * config.batch)
-        bar = progress(config.n_steps * config.batch, f"train {len(members)} SAEs", "row", first * config.batch)
+        bar = progress(config.n_steps * config.batch, f"train {len(active)} SAEs", "row", first * config.batch)
         with interruptible() as interrupt, bar:
             for step in range(first, config.n_steps):
-                rows, cursor = next(batches)
-                x_BD = rows.to(device, torch.float32) * scale
-                for member in members:
-                    member.step(x_BD, step)
+                for hook, stream in streams.items():
+                    rows, cursors[hook] = next(stream.batches)
+                    x_BD = rows.to(device, torch.float32) * stream.scale
+                    for member in active:
+                        if member.spec.hook == hook:
+                            member.step(x_BD, step)
                 bar.update(config.batch)
                 last = step + 1 == config.n_steps
                 if (step + 1) % LOG_EVERY == 0 or last:
-                    _log(members, logs, bar, step, config.batch, clock)
-                if last or interrupt.requested or clock.since_save > CHECKPOINT_SECONDS:
-                    _refuse_divergence(members, step)
-                    checkpoint.save(members, step + 1, cursor, clock.total)
+                    _log(active, logs, bar, step, config.batch, clock)
+                    active = [member for member in active if member.diverged is None]
+                if last or not active or interrupt.requested or clock.since_save > CHECKPOINT_SECONDS:
+                    checkpoint.save(members, step + 1, cursors, clock.total)
                     clock.saved()
+                if not active:
+                    break
                 if interrupt.requested and not last:
                     log.warning("stopped after step %d of %d; the same command continues", step + 1, config.n_steps)
                     return None
 
-        for member in members:
-            facts = _facts(config, store, hook, member, identity[member.spec.name], clock.total / len(members))
-            fold(member.sae, scale)
+        for member in active:
+            facts = _facts(config, store, member, identity[member.spec.name], clock.total / len(members))
+            fold(member.sae, streams[member.spec.hook].scale)
             with full_disk_is_a_value_error(f"{folder / member.spec.name} (its checkpoint is safe)"):
                 save_sae(member.sae, folder / member.spec.name, facts)
+        _warn_of_missed_targets(active)
+        _refuse_diverged(members, checkpoint)
         checkpoint.remove()
-        _warn_of_missed_targets(members)
     return [folder / spec.name for spec in specs]
 
 
@@ -190,17 +220,36 @@ class Clock:
         self.last_save = time.monotonic()
 
 
+def _input_scale(store: Store, hook: str) -> tuple[float, Tensor]:
+    """(the factor that brings E‖x‖² to D, the mean of the rows times it)."""
+    statistics = store.statistics(hook)
+    scale = math.sqrt(store.d_in(hook) / statistics["mean_squared_norm"])
+    return scale, torch.tensor(statistics["mean"]) * scale
+
+
+def _batches(
+    config: TrainConfig, store: Store, hook: str, n_hooks: int, start: Cursor
+) -> Iterator[tuple[Tensor, Cursor]]:
+    memory = int(config.memory_gb * 2**30 / n_hooks)
+    return shuffled_batches(store, hook, config.batch, seed=config.seed[0], memory=memory, start=start)
+
+
 def _only_hook(store: Store) -> str:
     if len(store.hooks) > 1:
         raise ValueError(f"{store.folder} has several hooks; choose one with --hook: {', '.join(store.hooks)}")
     return store.hooks[0]
 
 
-def _identity(config: TrainConfig, spec: Spec, store: Store, hook: str) -> dict[str, Any]:
+def _identity(config: TrainConfig, spec: Spec, store: Store, n_hooks: int) -> dict[str, Any]:
     """Everything that decides the weights of one SAE."""
-    shared = {name: to_json(config)[name] for name in ("tokens", "batch", "memory_gb")}
-    manifest = hash_files([store.folder / MANIFEST])
-    return {**spec.to_json(), **shared, "hook": hook, "store": manifest, "dead_steps": config.dead_steps}
+    shared = {
+        **{name: to_json(config)[name] for name in ("tokens", "batch", "dtype")},
+        "memory_gb": config.memory_gb / n_hooks,
+        "order": config.seed[0],
+        "dead_steps": config.dead_steps,
+        "store": hash_files([store.folder / MANIFEST]),
+    }
+    return {**spec.to_json(), **shared}
 
 
 def _done(folder: Path, identity: dict[str, Any]) -> bool:
@@ -214,13 +263,14 @@ def _done(folder: Path, identity: dict[str, Any]) -> bool:
     return True
 
 
-def _refuse_divergence(members: list[Member], step: int) -> None:
-    """Raises ValueError naming the SAE whose loss or gradient was not finite since the last line of the log."""
+def _refuse_diverged(members: list[Member], checkpoint: Checkpoint) -> None:
+    """Raises ValueError naming SAEs whose loss or gradient was not finite, the step, and where their last good weights are."""
     for member in members:
-        if not member.finite():
+        if member.diverged is not None:
             raise ValueError(
-                f"the loss of {member.spec.name} is no longer finite by step {step + 1}; the last checkpoint is from before: "
-                "lower --lr, or look at the store with `saebench store info`"
+                f"{member.spec.name} stopped at step {member.diverged + 1}, when its loss was no longer finite; its weights "
+                f"of before are in {checkpoint.latest(member)}. The other SAEs are not affected. "
+                "Lower --lr, or look at the store with `saebench store info`"
             )
 
 
@@ -236,30 +286,34 @@ def _warn_of_missed_targets(members: list[Member]) -> None:
             )
 
 
-def _log(members: list[Member], logs: list[MetricsLog], bar: Any, step: int, batch: int, clock: Clock) -> None:
-    """A line per SAE. Raises ValueError naming the SAE and the step of a loss that is not finite."""
-    _refuse_divergence(members, step)
+def _log(members: list[Member], logs: dict[str, MetricsLog], bar: Any, step: int, batch: int, clock: Clock) -> None:
+    """A line per SAE, and a warning for one that has just diverged."""
     common = {
         "step": step + 1,
         "tokens": (step + 1) * batch,
         "seconds": clock.total,
         "tokens_per_s": clock.rate((step + 1) * batch),
     }
-    for member, file in zip(members, logs, strict=True):
+    for member in members:
+        if member.diverged is not None:
+            log.warning(
+                "the loss of %s is no longer finite at step %d; the others go on", member.spec.name, member.diverged + 1
+            )
+            continue
         line = member.log_line(step)
-        file.write(**common, **line)
+        logs[member.spec.name].write(**common, **line)
         bar.set_postfix_str(f"{member.spec.name}: L0 {line['l0']:.1f}, FVU {line['fvu']:.3f}", refresh=False)
 
 
 def _facts(
-    config: TrainConfig, store: Store, hook: str, member: Member, identity: dict[str, Any], seconds: float
+    config: TrainConfig, store: Store, member: Member, identity: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
     """Metadata of a saved SAE: what SAELens' tools read, and under `saebench` how it came about."""
     made = store.manifest["identity"]
     return {
         "model_name": model_path(made["model"]["id"]),
         "model_class_name": "HookedTransformer",
-        "hook_name": hook,
+        "hook_name": member.spec.hook,
         "hook_head_index": None,
         "context_size": store.context,
         "prepend_bos": True,

@@ -48,6 +48,7 @@ class Spec:
     """One point of a grid. Sparsity is set by exactly one of k, target_l0 and l1."""
 
     name: str
+    hook: str = ""
     architecture: str
     d_sae: int
     k: int | None = None
@@ -63,8 +64,10 @@ class Spec:
 class Member:
     """Everything a step changes, so that saving and restoring `state` resumes bit for bit."""
 
-    def __init__(self, spec: Spec, mean_D: Float[Tensor, " D"], dead_steps: int, n_steps: int, device: str) -> None:
-        self.spec, self.dead_steps, self.n_steps = spec, dead_steps, n_steps
+    def __init__(
+        self, spec: Spec, mean_D: Float[Tensor, " D"], dead_steps: int, n_steps: int, device: str, bf16: bool = False
+    ) -> None:
+        self.spec, self.dead_steps, self.n_steps, self.bf16 = spec, dead_steps, n_steps, bf16
         self.recipe = RECIPES[spec.architecture]
         self.sae: SAE = new_sae(self.recipe.saved_as, len(mean_D), spec.d_sae, k=spec.k)
         initialise(self.sae, mean_D, torch.Generator().manual_seed(spec.seed), rows=spec.architecture)
@@ -88,7 +91,7 @@ class Member:
             self._look()
         context = Context(self.sparsity.coefficient(step, self.n_steps), self._dead, self.spec.k)
         gradients = exact_gradients(
-            self.spec.architecture, self.sae, x_BD, context, dense=self._dense, guess=self._guess
+            self.spec.architecture, self.sae, x_BD, context, dense=self._dense, guess=self._guess, bf16=self.bf16
         )
         with torch.no_grad():
             if self.recipe.unit_rows:
@@ -180,12 +183,13 @@ class Member:
     def _resample(self, x_BD: Tensor, error_B: Tensor, step: int) -> None:
         """Point dead latents at badly reconstructed inputs (Bricken et al. 2023, "Neuron resampling")."""
         dead = (self.silent_steps >= self.dead_steps).nonzero().flatten()
-        if len(dead) == 0 or len(dead) == self.spec.d_sae:
+        if len(dead) == 0 or len(dead) == self.spec.d_sae or self.diverged is not None:
             return
         sae = self.sae
         alive = self.silent_steps < self.dead_steps
         generator = torch.Generator(device=x_BD.device).manual_seed(self.spec.seed * 1_000_003 + step)
-        rows = torch.multinomial(error_B.double().pow(2), len(dead), replacement=True, generator=generator)
+        weights_B = error_B.double().pow(2).nan_to_num(0.0, 0.0).clamp(min=1e-30)
+        rows = torch.multinomial(weights_B, len(dead), replacement=True, generator=generator)
         directions = torch.nn.functional.normalize(x_BD[rows] - sae.b_dec, dim=1)
         sae.W_dec[dead] = directions * sae.W_dec[alive].norm(dim=1).mean()
         sae.W_enc[:, dead] = directions.T * (_ENCODER_SHARE * sae.W_enc[:, alive].norm(dim=0).mean())
