@@ -14,6 +14,8 @@ from jaxtyping import Float, Int, Real
 from torch import Tensor
 
 SMALL_DENOMINATOR = 0.05  # nats; loss recovered over less says little
+_CHUNK_CPU = 2**19  # numbers worked on at once: what stays in a core's cache from one operation to the next,
+_CHUNK = 2**26  # and, on a GPU, what is worth a launch
 
 
 def reconstruction_terms(
@@ -24,13 +26,15 @@ def reconstruction_terms(
     `l0` counts active latents, `l1` is Σ_j |f_j|‖d_j‖.
     """
     x, x_hat = x.double(), x_hat.double()
-    x2, x_hat2, dot = (x * x).sum(-1), (x_hat * x_hat).sum(-1), (x * x_hat).sum(-1)
+    error = x - x_hat
+    dots = ((x, x), (x_hat, x_hat), (x, x_hat), (error, error))
+    x2, x_hat2, dot, error2 = (torch.linalg.vecdot(left, right) for left, right in dots)
     norms = (x2 * x_hat2).sqrt()
     return {
         "rows": torch.ones_like(x2),
         "l0": l0.double(),
         "l1": l1.double(),
-        "squared_error": ((x - x_hat) ** 2).sum(-1),
+        "squared_error": error2,
         "squared_norm": x2,
         "squared_norm_hat": x_hat2,
         "dot": dot,
@@ -48,12 +52,15 @@ def loss_and_kl(
     clean: Float[Tensor, "B L V"], logits: Float[Tensor, "B L V"], tokens: Int[Tensor, "B L"]
 ) -> tuple[Float[Tensor, "B L-1"], Float[Tensor, "B L"]]:
     """`next_token_loss` of other logits, and KL(clean ‖ other) in nats. `clean` is log p, in float32."""
+    chunk = max(1, (_CHUNK_CPU if logits.device.type == "cpu" else _CHUNK) // logits.shape[-1])
+    following = tokens.roll(-1, 1).flatten()  # the last position of a context has none: its loss is dropped below
+    columns = (clean.flatten(0, 1), logits.flatten(0, 1), following)
     losses, divergences = [], []
-    for log_p, row, wanted in zip(clean, logits, tokens, strict=True):  # a context at a time, to bound memory
+    for log_p, row, wanted in zip(*(column.split(chunk) for column in columns), strict=True):
         log_q = row.float().log_softmax(-1)
-        losses.append(next_token_loss(log_q[None], wanted[None])[0])
-        divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
-    return torch.stack(losses), torch.stack(divergences)
+        losses.append(-log_q.gather(1, wanted[:, None]).squeeze(1))
+        divergences.append(torch.linalg.vecdot(log_p.exp(), log_p - log_q))
+    return torch.cat(losses).view(tokens.shape)[:, :-1], torch.cat(divergences).view(tokens.shape)
 
 
 class Sums:

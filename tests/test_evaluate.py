@@ -17,12 +17,12 @@ from test_sae import write_saelens
 from transformers import AutoModelForCausalLM
 
 from saebench.evaluate import EvalConfig, equal_l0_table, evaluate, table, write_report
-from saebench.evaluate.baselines import PCA, untrained_fvu
-from saebench.evaluate.evaluate import splice
+from saebench.evaluate.baselines import PCA, untrained_fvus
+from saebench.evaluate.measure import Subject, silent_latents, splice
 from saebench.evaluate.report import compare_at_equal_l0
 from saebench.files import read_json, write_json
 from saebench.harvest import harvest
-from saebench.sae import SAE, ReLUSAE, save_sae
+from saebench.sae import SAE, GatedSAE, ReLUSAE, initialise, new_sae, save_sae
 from saebench.store import Store, open_store
 from saebench.train import TrainConfig, train
 
@@ -123,7 +123,7 @@ def test_no_figure_depends_on_the_batch_size(trained: Path, tmp_path: Path) -> N
 def test_special_tokens_keep_their_vectors() -> None:
     x = torch.randn(2, 3, 4)
     keep = torch.tensor([[False, True, True], [False, False, True]])
-    out = splice(lambda rows: torch.zeros_like(rows), keep)(x)
+    out = splice(x, keep, torch.zeros(3, 4))
     assert torch.equal(out[~keep], x[~keep])
     assert out[keep].abs().sum() == 0
 
@@ -215,9 +215,24 @@ def test_training_beats_no_training(trained: Path) -> None:
 
 
 def test_an_untrained_sae_improves_with_more_latents_active(store: Store) -> None:
-    assert untrained_fvu(store, HOOK, 64, 4.4, 0, 10**6) == untrained_fvu(store, HOOK, 64, 3.6, 0, 10**6)
-    assert 1 > untrained_fvu(store, HOOK, 64, 1.0, 0, 10**6) > untrained_fvu(store, HOOK, 64, 4.0, 0, 10**6)
-    assert untrained_fvu(store, HOOK, 64, 4.0, 0, 10**6) > untrained_fvu(store, HOOK, 64, 20.0, 0, 10**6)
+    one, three, four, same, twenty = untrained_fvus(store, HOOK, 64, [1.0, 3.4, 4.4, 3.6, 20.0], 0, 10**6)
+    assert 1 > one > three > four == same > twenty
+    assert untrained_fvus(store, HOOK, 64, [4.0], 0, 10**6) == [pytest.approx(four, rel=1e-6)]
+
+
+def test_the_untrained_sae_is_a_topk_one_with_the_best_factor(store: Store) -> None:
+    statistics = store.statistics(HOOK)
+    scale = math.sqrt(WIDTH / statistics["mean_squared_norm"])
+    sae = new_sae("topk", WIDTH, 64, k=5)
+    initialise(sae, torch.tensor(statistics["mean"]) * scale, torch.Generator().manual_seed(3))
+    first = next(store.kept_rows(HOOK, "train", 8192, 8192)) * scale
+    rows = torch.cat(list(store.kept_rows(HOOK, "validation", 300, 100))) * scale
+    with torch.no_grad():
+        decoded, target = sae(first).x_hat - sae.b_dec, first - sae.b_dec
+        factor = (decoded * target).sum() / decoded.pow(2).sum()
+        error = rows - sae.b_dec - factor * (sae(rows).x_hat - sae.b_dec)
+    want = float(error.pow(2).sum() / (rows - rows.mean(0)).pow(2).sum())
+    assert untrained_fvus(store, HOOK, 64, [9.0, 5.0], 3, 300)[1] == pytest.approx(want, rel=1e-5)
 
 
 def test_intervals_contain_the_figures_and_sums_give_them_back(trained: Path) -> None:
@@ -242,6 +257,25 @@ def test_dead_latents_are_those_silent_on_every_row_looked_at(store: Store, tmp_
     assert metrics_of(folder)["dead_window"] == everything
     evaluate(EvalConfig(run=tmp_path, dead_rows=5000))
     assert metrics_of(folder)["dead_window"] == 5000
+
+
+@pytest.mark.parametrize("architecture", ["relu", "topk", "gated", "jumprelu"])
+def test_latents_watched_alone_are_found_silent_like_all_together(store: Store, architecture: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sae = new_sae(architecture, WIDTH, 64, k=3)
+    initialise(sae, torch.tensor(store.statistics(HOOK)["mean"]), generator)
+    rows = torch.cat(list(store.kept_rows(HOOK, "train", 10**9, 1000)))
+    rare = torch.zeros(64)
+    with torch.no_grad():  # latents that hardly ever win, from never to now and then
+        rare[:24] = (rows - sae.b_dec).norm(dim=1).mean() * torch.linspace(4, 0.1, 24)
+        (sae.b_gate if isinstance(sae, GatedSAE) else sae.b_enc).sub_(rare)
+        fires = (sae.encode(rows) != 0).sum(0)
+    subject = Subject(store.folder, sae)
+    subject.fires_F += torch.where(rare > 0, 0, 5)
+    (silent,), seen = silent_latents(store, HOOK, [subject], 10**9)
+    assert seen == len(rows)
+    assert torch.equal(silent, (fires == 0) & (rare > 0))
+    assert 0 < int(silent.sum()) < 24
 
 
 # ------------------------------------------------------------------------------------ files, reuse

@@ -7,13 +7,17 @@ from conftest import LAYERS, SHAPES, VOCABULARY, WIDTH
 from transformers import AutoModelForCausalLM
 
 from saebench.models import (
+    HookKind,
     LanguageModel,
     capture,
     check_hook,
     choose_device,
+    clean_pass,
     hook_name,
     load_model,
     model_path,
+    resumed_logits,
+    resumes,
     spliced_logits,
 )
 
@@ -82,6 +86,65 @@ def test_hooks_are_gone_after_an_exception(pair: tuple[LanguageModel, torch.nn.M
     with pytest.raises(RuntimeError, match="in the middle"):
         spliced_logits(model, TOKENS, hook_name(1), fail)
     spliced_logits(model, TOKENS, hook_name(1), lambda x: x)
+
+
+KINDS = ("resid_pre", "resid_post", "mlp_out", "attn_out")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_a_resumed_pass_equals_the_whole_spliced_one_to_the_last_bit(
+    pair: tuple[LanguageModel, torch.nn.Module], layer: int, kind: HookKind
+) -> None:
+    model, _ = pair
+    hook = hook_name(layer, kind)
+    clean = clean_pass(model, TOKENS, hook)
+    assert torch.equal(clean.value, capture(model, TOKENS, [hook])[hook])
+    assert torch.equal(clean.logits, spliced_logits(model, TOKENS, hook, lambda x: x))
+    assert torch.equal(resumed_logits(model, clean, clean.value), clean.logits)
+    noise = torch.randn(clean.value.shape, generator=torch.Generator().manual_seed(2))
+    for value in (torch.zeros_like(noise), clean.value + noise):
+        logits = resumed_logits(model, clean, value)
+        assert torch.equal(logits, spliced_logits(model, TOKENS, hook, lambda x, value=value: value))
+        assert not torch.allclose(logits, clean.logits)
+    assert resumes(model, clean)
+
+
+def test_a_resumed_pass_runs_no_earlier_block_and_leaves_the_model_whole(
+    pair: tuple[LanguageModel, torch.nn.Module],
+) -> None:
+    model, _ = pair
+    clean = clean_pass(model, TOKENS, hook_name(1))
+    ran: list[int] = []
+    hooks = [(hook_name(i, "resid_pre"), lambda value, hook, i=i: ran.append(i)) for i in range(LAYERS)]
+    with model.bridge.hooks(fwd_hooks=hooks):
+        resumed_logits(model, clean, clean.value)
+    assert ran == [2]
+
+    def fail(value: torch.Tensor, hook: object) -> None:
+        raise RuntimeError("in the middle")
+
+    with (
+        pytest.raises(RuntimeError, match="in the middle"),
+        model.bridge.hooks(fwd_hooks=[(hook_name(2, "resid_pre"), fail)]),
+    ):
+        resumed_logits(model, clean, clean.value)
+    with torch.inference_mode():
+        assert torch.equal(model.bridge(TOKENS, return_type="logits"), clean.logits)
+
+
+def test_a_block_that_reads_more_than_the_residual_stream_is_noticed(
+    pair: tuple[LanguageModel, torch.nn.Module],
+) -> None:
+    model, _ = pair
+    clean = clean_pass(model, TOKENS, hook_name(1))
+    first: list[torch.Tensor] = []
+    leak = [
+        (hook_name(0, "resid_pre"), lambda value, hook: first.append(value)),
+        (hook_name(2, "mlp_out"), lambda value, hook: value + 10 * first.pop() if first else value),
+    ]
+    with model.bridge.hooks(fwd_hooks=leak):
+        assert not resumes(model, clean)
 
 
 def test_facts_of_a_model(checkpoints: dict[str, Path]) -> None:

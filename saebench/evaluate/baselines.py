@@ -1,13 +1,15 @@
 """What a trained SAE must beat: PCA of the same rank, and an SAE that was never trained."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
-from saebench.metrics import Sums, reconstruction_terms, total, total_variance
+from saebench.metrics import Sums, total, total_variance
 from saebench.sae import initialise, new_sae
 from saebench.store import Store
 
@@ -55,25 +57,43 @@ class PCA:
 
 
 @torch.inference_mode()
-def untrained_fvu(store: Store, hook: str, d_sae: int, l0: float, seed: int, n_rows: int) -> float:
-    """FVU of a TopK SAE as training begins it, k the nearest whole number to `l0`, on `rows` validation rows.
+def untrained_fvus(
+    store: Store, hook: str, d_sae: int, l0s: Sequence[float], seed: int, n_rows: int, device: str = "cpu"
+) -> list[float]:
+    """For each of `l0s`, FVU of a TopK SAE as training begins it, k the nearest whole number, on `n_rows` validation rows.
 
     Its reconstruction is b_dec plus one factor, the best on training rows, times what it decodes:
-    without it random rows overshoot, and any SAE would win.
+    without it random rows overshoot, and any SAE would win. The SAEs differ in k alone, and share the encoder's product.
     """
     d_in, statistics = store.d_in(hook), store.statistics(hook)
-    sae = new_sae("topk", d_in, d_sae, k=max(1, min(round(l0), d_sae)))
+    ks = [max(1, min(round(l0), d_sae)) for l0 in l0s]
+    sae = new_sae("topk", d_in, d_sae, k=max(ks))
     scale = math.sqrt(d_in / statistics["mean_squared_norm"])
     initialise(sae, torch.tensor(statistics["mean"]) * scale, torch.Generator().manual_seed(seed))
+    sae.to(device)
+
+    def decoded(x_BD: Tensor) -> dict[int, Tensor]:
+        """x̂ − b_dec of each k."""
+        values_BK, idx_BK = sae.project(x_BD).topk(max(ks), dim=-1)
+        acts_BK = torch.relu(values_BK)
+        return {
+            k: functional.embedding_bag(
+                idx_BK[:, :k].contiguous(), sae.W_dec, mode="sum", per_sample_weights=acts_BK[:, :k].contiguous()
+            )
+            for k in sorted(set(ks))
+        }
+
+    x_BD = next(store.kept_rows(hook, "train", 8192, 8192)).to(device) * scale
+    centred_BD = x_BD - sae.b_dec
+    factors = {k: float((out * centred_BD).sum() / out.pow(2).sum()) for k, out in decoded(x_BD).items()}
+    error = {k: torch.zeros((), dtype=torch.float64, device=device) for k in factors}
     sums = Sums()
-    zeros = torch.zeros(8192)
-    x = next(store.kept_rows(hook, "train", 8192, 8192)) * scale
-    decoded = sae(x).x_hat - sae.b_dec
-    factor = float((decoded * (x - sae.b_dec)).sum() / decoded.pow(2).sum())
     for rows in store.kept_rows(hook, "validation", n_rows, 8192):
-        x = rows * scale
-        x_hat = sae.b_dec + factor * (sae(x).x_hat - sae.b_dec)
-        doc = torch.zeros(len(x), dtype=torch.int64)
-        sums.add(doc, {**reconstruction_terms(x, x_hat, zeros[: len(x)], zeros[: len(x)]), "vector": x})
-    everything = total(sums.table())
-    return float(everything["squared_error"] / total_variance(everything))
+        x_BD = rows.to(device) * scale
+        centred_BD = (x_BD - sae.b_dec).double()
+        for k, out in decoded(x_BD).items():
+            error[k] += (centred_BD - factors[k] * out).pow(2).sum()
+        doc = torch.zeros(len(rows), dtype=torch.int64)
+        sums.add(doc, {"rows": doc + 1, "squared_norm": x_BD.double().pow(2).sum(1), "vector": x_BD})
+    variance = float(total_variance(total(sums.table())))
+    return [float(error[k]) / variance for k in ks]
