@@ -12,7 +12,7 @@ from saebench.sae import JumpReLUSAE, new_sae, topk_relu
 from saebench.sae.sparse import Encoder, SparseCode, rowwise_topk
 from saebench.train import Member, Spec
 from saebench.train.gradients import exact_gradients
-from saebench.train.member import RECIPES, _remove_parallel
+from saebench.train.member import RECIPES
 from saebench.train.objectives import AUX_WEIGHT, OBJECTIVES, Context, bandwidth, prefixes
 
 
@@ -43,7 +43,8 @@ def by_autograd(architecture: str, sae: Any, x: torch.Tensor, context: Context) 
     sae.zero_grad()
     loss = OBJECTIVES[architecture](sae, x, context)
     loss.total.backward()
-    return loss, {name: value.grad.clone() for name, value in sae.named_parameters() if value.grad is not None}
+    gradients = {name: value.grad.clone() for name, value in sae.named_parameters() if value.grad is not None}
+    return loss, gradients | {"W_enc": gradients["W_enc"].T}
 
 
 def assert_equal_gradients(
@@ -53,9 +54,12 @@ def assert_equal_gradients(
     have = exact_gradients(architecture, sae, x, context, **how)
     assert have.of.keys() == want.keys()
     for name, value in want.items():
-        assert have.of[name].stride() == sae.get_parameter(name).stride(), name
         scale = value.abs().max().item() or 1.0
         assert (have.of[name] - value).abs().max().item() <= tolerance * scale, name
+    if RECIPES[architecture].unit_rows:
+        along = (sae.W_dec * want["W_dec"]).sum(1)
+        assert have.along_F is not None
+        assert torch.allclose(have.along_F, along, rtol=tolerance, atol=tolerance * (along.abs().max().item() or 1.0))
     for name, value in loss._asdict().items():
         assert getattr(have.loss, name).item() == pytest.approx(value.item(), rel=tolerance, abs=tolerance), name
 
@@ -309,10 +313,24 @@ def test_recipes_differ_where_the_papers_do() -> None:
         )
         betas[name] = member.optimizer.param_groups[0]["betas"][0]
     assert betas == {"relu": 0.9, "topk": 0.9, "batchtopk": 0.9, "matryoshka": 0.9, "gated": 0.0, "jumprelu": 0.0}
-    gradient, rows = torch.randn(12, 5), torch.nn.functional.normalize(torch.randn(12, 5), dim=1)
-    assert (gradient * rows).sum(1).abs().max() > 1e-2
-    _remove_parallel(rows, gradient)
-    assert (gradient * rows).sum(1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("architecture", [name for name, recipe in RECIPES.items() if recipe.unit_rows])
+def test_unit_rows_take_no_gradient_along_themselves(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    level: dict[str, Any] = {"k": 2} if RECIPES[architecture].takes_k else {"l1": 0.1}
+    spec = Spec(name="s", architecture=architecture, d_sae=8, lr=1e-3, seed=0, **level)
+    member = Member(spec, torch.zeros(5), 1, 100, "cpu")
+    seen: list[torch.Tensor] = []
+    update = Member._update
+
+    def look(self: Member, gradients: Any, *rest: Any) -> None:
+        seen.append((gradients.of["W_dec"] * self.sae.W_dec).sum(1).abs().max() / gradients.of["W_dec"].abs().max())
+        update(self, gradients, *rest)
+
+    monkeypatch.setattr(Member, "_update", look)
+    for step in range(5):  # dead latents from the second step on
+        member.step(torch.randn(20, 5), step)
+    assert max(seen).item() < 1e-5
 
 
 def test_a_step_that_is_not_finite_changes_no_weight() -> None:

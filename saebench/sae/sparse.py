@@ -11,7 +11,7 @@ Triton kernels of `triton_kernels.py`, which nothing imports without one.
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -223,7 +223,7 @@ class Encoder:
 
     def _each(self) -> Iterator[Float[Tensor, "R F"]]:
         spans = self.blocks()
-        buffer = self.bias_F.new_empty(spans[0][1], len(self.bias_F))
+        buffer = _scratch(spans[0][1], len(self.bias_F), self.bias_F.dtype, self.bias_F.device)
         for start, end in spans:
             yield self._product(self.z_RD[start:end], buffer[: end - start])
 
@@ -231,6 +231,12 @@ class Encoder:
         if z_RD.dtype == torch.bfloat16:
             return torch.mm(z_RD, self.W_enc_DF, out_dtype=torch.float32).add_(self.bias_F)
         return torch.addmm(self.bias_F, z_RD, self.W_enc_DF, out=out)
+
+
+@lru_cache(maxsize=1)
+def _scratch(n_rows: int, d_sae: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for one block, kept from step to step: fresh pages would cost a tenth of the product."""
+    return torch.empty(n_rows, d_sae, dtype=dtype, device=device)
 
 
 def _nonzero(mask: Tensor) -> Int[Tensor, " N"]:

@@ -23,12 +23,19 @@ _SPARSE_AUX = 4  # AuxK takes sparse products when there are this many dead late
 
 @dataclass
 class Gradients:
-    """Sums over the rows seen so far. `of` maps parameters to dLoss/dparameter, divided by the whole batch's rows."""
+    """Sums over the rows seen so far, divided by the whole batch's rows.
+
+    `of` maps a parameter's name to the loss's gradient; that of W_enc is `[F, D]`, as it lies in memory.
+    """
 
     n_rows: int
+    variance: Float[Tensor, ""]
+    """Σ_d var_d of the batch"""
     bf16: bool = False
     of: dict[str, Tensor] = field(default_factory=dict)
     squared_errors: list[Float[Tensor, " R"]] = field(default_factory=list)
+    along_F: Tensor | None = None
+    """W_dec[f] · dLoss/dW_dec[f], which the entries give without a pass over the weights (where decoder rows stay at norm 1)"""
     fires_F: Tensor | None = None
     least_active: Float[Tensor, ""] | None = None
     """least positive activation: what BatchTopK's threshold is learned from"""
@@ -78,7 +85,7 @@ def exact_gradients(
     result is the same. `guess` is what BatchTopK's least activation may be expected to exceed. `bf16`
     rounds what the encoder multiplies to bfloat16 (sums in float32), and nothing else.
     """
-    gradients = Gradients(len(x_BD), bf16)
+    gradients = Gradients(len(x_BD), (x_BD - x_BD.mean(0)).norm().square() / len(x_BD), bf16)
     if architecture in _KIN:
         _topk_kin(architecture, sae, x_BD, context, gradients, guess)
         return gradients
@@ -95,12 +102,13 @@ def _relu(sae: ReLUSAE, x_RD: Tensor, context: Context, gradients: Gradients, de
     z_RD = x_RD - sae.b_dec
     code, h = _positive(Encoder(z_RD, sae.W_enc, sae.b_enc, gradients.bf16), dense)
     acts = torch.relu(h)
-    error_RD, G_RD = _error(sae, code, acts, x_RD, gradients)
-    norms_F, weight = sae.W_dec.norm(dim=1), context.coefficient / gradients.n_rows
+    error_RD = code.decode(acts, sae.W_dec).sub_(z_RD)
+    norms_F, weight, share = sae.W_dec.norm(dim=1), 2 / gradients.n_rows, context.coefficient / gradients.n_rows
     sums_F = code.sum_latents(acts)
-    dh = (code.products(G_RD, sae.W_dec) + weight * code.at(norms_F)) * (acts > 0)
-    gradients.add("W_dec", code.accumulate(acts, G_RD).addcmul_((weight * sums_F / norms_F)[:, None], sae.W_dec))
-    gradients.add("b_enc", _encoder(sae, code, dh, z_RD, G_RD, gradients))
+    dh = (code.products(error_RD, sae.W_dec).mul_(weight) + share * code.at(norms_F)).mul_(acts > 0)
+    decoder_FD = code.accumulate(acts * weight, error_RD)
+    gradients.add("W_dec", decoder_FD.addcmul_((share * sums_F / norms_F)[:, None], sae.W_dec))
+    gradients.add("b_enc", _encoder(sae, code, dh, z_RD, error_RD.sum(0) * weight, gradients))
     sparsity = (sums_F @ norms_F) / gradients.n_rows
     _observe(gradients, code, acts > 0, sparsity, error_RD, context.coefficient * sparsity)
 
@@ -111,18 +119,18 @@ def _gated(sae: GatedSAE, x_RD: Tensor, context: Context, gradients: Gradients, 
     h, scale_F = gate - code.at(sae.b_gate), sae.r_mag.exp()
     opens, gate = gate > 0, torch.relu(gate)
     acts = torch.relu(h * code.at(scale_F) + code.at(sae.b_mag)) * opens
-    error_RD, G_RD = _error(sae, code, acts, x_RD, gradients)
-    frozen_RD = code.decode(gate, sae.W_dec) + sae.b_dec - x_RD
-    dmag = code.products(G_RD, sae.W_dec) * (acts > 0)
-    dgate = code.products(frozen_RD * (2 / gradients.n_rows), sae.W_dec) + context.coefficient / gradients.n_rows
-    dgate = dgate * opens
-    gradients.add("W_dec", code.accumulate(acts, G_RD))
+    error_RD, frozen_RD = (code.decode(values, sae.W_dec).sub_(z_RD) for values in (acts, gate))
+    weight, share = 2 / gradients.n_rows, context.coefficient / gradients.n_rows
+    dmag = code.products(error_RD, sae.W_dec).mul_(weight * (acts > 0))
+    dgate = (code.products(frozen_RD, sae.W_dec).mul_(weight) + share).mul_(opens)
+    gradients.add("W_dec", code.accumulate(acts * weight, error_RD))
+    gradients.count("along_F", code.sum_latents(acts * dmag))
     gradients.add("b_mag", code.sum_latents(dmag))
     gradients.add("b_gate", code.sum_latents(dgate))
     gradients.add("r_mag", code.sum_latents(dmag * h) * scale_F)
-    _encoder(sae, code, dgate + dmag * code.at(scale_F), z_RD, G_RD, gradients)
+    _encoder(sae, code, dgate + dmag * code.at(scale_F), z_RD, error_RD.sum(0) * weight, gradients)
     sparsity = gate.sum() / gradients.n_rows
-    auxiliary = frozen_RD.pow(2).sum() / gradients.n_rows
+    auxiliary = frozen_RD.norm().square() / gradients.n_rows
     gradients.count("auxiliary", auxiliary)
     _observe(gradients, code, acts > 0, sparsity, error_RD, context.coefficient * sparsity + auxiliary)
 
@@ -134,11 +142,12 @@ def _jumprelu(sae: JumpReLUSAE, x_RD: Tensor, context: Context, gradients: Gradi
     pre, threshold = above + code.at(floor_F), code.at(sae.threshold)
     active, near = pre > threshold, (pre - threshold).abs() < epsilon / 2
     acts = pre * active
-    error_RD, G_RD = _error(sae, code, acts, x_RD, gradients)
-    dacts, weight = code.products(G_RD, sae.W_dec), context.coefficient / gradients.n_rows
-    gradients.add("W_dec", code.accumulate(acts, G_RD))
-    gradients.add("threshold", code.sum_latents(-(dacts * threshold + weight) * near / epsilon))
-    gradients.add("b_enc", _encoder(sae, code, dacts * active, z_RD, G_RD, gradients))
+    error_RD = code.decode(acts, sae.W_dec).sub_(z_RD)
+    weight, share = 2 / gradients.n_rows, context.coefficient / gradients.n_rows
+    dacts = code.products(error_RD, sae.W_dec).mul_(weight)
+    gradients.add("W_dec", code.accumulate(acts * weight, error_RD))
+    gradients.add("threshold", code.sum_latents(-(dacts * threshold + share) * near / epsilon))
+    gradients.add("b_enc", _encoder(sae, code, dacts * active, z_RD, error_RD.sum(0) * weight, gradients))
     sparsity = active.sum() / gradients.n_rows
     _observe(gradients, code, active, sparsity, error_RD, context.coefficient * sparsity)
 
@@ -150,24 +159,18 @@ def _positive(encoder: Encoder, dense: bool) -> tuple[Code, Tensor]:
     return (DenseCode(), encoder.dense()) if dense else encoder.above(0.0)
 
 
-def _error(sae: Any, code: Code, acts: Tensor, x_RD: Tensor, gradients: Gradients) -> tuple[Tensor, Tensor]:
-    """(x̂ - x, dmean‖x̂ - x‖²/dx̂)."""
-    error_RD = (code.decode(acts, sae.W_dec) + sae.b_dec).sub_(x_RD)
-    return error_RD, error_RD * (2 / gradients.n_rows)
-
-
-def _encoder(sae: Any, code: Code, dh: Tensor, z_RD: Tensor, G_RD: Tensor, gradients: Gradients) -> Tensor:
-    """Gradients of W_enc and of b_dec, which z and x̂ both read; returns Σ_r dh `[F]`, that of a bias on h."""
+def _encoder(sae: Any, code: Code, dh: Tensor, z_RD: Tensor, db_D: Tensor, gradients: Gradients) -> Tensor:
+    """Gradients of W_enc and of b_dec, which z reads too (`db`: through x̂); returns Σ_r dh `[F]`, that of a bias on h."""
     sums_F = code.sum_latents(dh)
-    gradients.add("W_enc", code.accumulate(dh, z_RD).T)
-    gradients.add("b_dec", G_RD.sum(0) - sae.W_enc @ sums_F)
+    gradients.add("W_enc", code.accumulate(dh, z_RD))
+    gradients.add("b_dec", db_D - sae.W_enc @ sums_F)
     return sums_F
 
 
 def _observe(
     gradients: Gradients, code: Code, active: Tensor, sparsity: Tensor, error_RD: Tensor, penalty: Tensor
 ) -> None:
-    squared_R = error_RD.pow(2).sum(1)
+    squared_R = error_RD.norm(dim=1).square()
     gradients.squared_errors.append(squared_R)
     gradients.count("fires_F", code.sum_latents(active.to(squared_R.dtype)))
     gradients.count("sparsity", sparsity)
@@ -187,30 +190,34 @@ def _topk_kin(
     assert context.k is not None
     sizes = prefixes(sae.d_sae) if architecture == "matryoshka" else [sae.d_sae]
     n_rows, n_nested = len(x_BD), len(sizes)
-    variance = (x_BD - x_BD.mean(0)).pow(2).sum(1).mean()
     z_BD = x_BD - sae.b_dec
     encoder = Encoder(z_BD, sae.W_enc, sae.b_enc, gradients.bf16)
     code, h_N = encoder.topk(context.k) if architecture == "topk" else encoder.batch_topk(context.k, guess)
     acts_N = torch.relu(h_N)
-    nested = code.split([0, *sizes[:-1]]) if n_nested > 1 else code
-    parts_BSD = nested.decode(acts_N, sae.W_dec).view(n_rows, n_nested, -1)
-    error_BSD = parts_BSD.cumsum(1).sub_((x_BD - sae.b_dec)[:, None])
-    G_BSD = error_BSD * (2 / (n_rows * n_nested * variance))
-    # A latent is part of all nested SAEs from its own on.
-    later_RD = (G_BSD.flip(1).cumsum(1).flip(1) if n_nested > 1 else G_BSD).flatten(0, 1)
-    dh_N = nested.products(later_RD, sae.W_dec) * (acts_N > 0)
-    gradients.add("W_dec", nested.accumulate(acts_N, later_RD))
-    gradients.add("b_enc", _encoder(sae, code, dh_N, z_BD, G_BSD.sum(1), gradients))
-    last_BD = error_BSD[:, -1]
-    gradients.squared_errors.append(last_BD.pow(2).sum(1))
+    weight = 2 / (n_rows * n_nested * gradients.variance)  # dLoss/dx̂ is this times the error
+    if n_nested == 1:
+        nested, error_BD = code, code.decode(acts_N, sae.W_dec).sub_(z_BD)
+        later_RD = sum_BD = error_BD
+        total = squared_B = error_BD.norm(dim=1).square()
+    else:
+        nested = code.split([0, *sizes[:-1]])
+        error_BSD = nested.decode(acts_N, sae.W_dec).view(n_rows, n_nested, -1).cumsum(1).sub_(z_BD[:, None])
+        later_BSD = error_BSD.flip(1).cumsum(1).flip(1)  # a latent is part of all nested SAEs from its own on
+        later_RD, sum_BD, error_BD = later_BSD.flatten(0, 1), later_BSD[:, 0], error_BSD[:, -1]
+        total = error_BSD.norm(dim=2).square()
+        squared_B = total[:, -1]
+    dh_N = nested.products(later_RD, sae.W_dec).mul_((acts_N > 0) * weight)
+    gradients.add("W_dec", nested.accumulate(acts_N * weight, later_RD))
+    gradients.along_F = code.sum_latents(acts_N * dh_N)
+    gradients.add("b_enc", _encoder(sae, code, dh_N, z_BD, sum_BD.sum(0) * weight, gradients))
+    gradients.squared_errors.append(squared_B)
     gradients.fires_F = code.sum_latents((acts_N > 0).to(acts_N.dtype))
     infinity = acts_N.new_full((1,), torch.inf)
     gradients.least_active = torch.cat([torch.where(acts_N > 0, acts_N, infinity), infinity]).min()
-    gradients.auxiliary = torch.zeros_like(variance)
+    gradients.auxiliary = torch.zeros_like(gradients.variance)
     if len(context.dead):
-        gradients.auxiliary = _auxiliary(sae, z_BD, last_BD, context.dead, AUX_WEIGHT / variance, gradients)
-    total = error_BSD.pow(2).sum() / (n_rows * n_nested)
-    gradients.total = (total + AUX_WEIGHT * gradients.auxiliary) / variance
+        gradients.auxiliary = _auxiliary(sae, z_BD, error_BD, context.dead, AUX_WEIGHT / gradients.variance, gradients)
+    gradients.total = (total.sum() / (n_rows * n_nested) + AUX_WEIGHT * gradients.auxiliary) / gradients.variance
 
 
 def _auxiliary(
@@ -227,11 +234,13 @@ def _auxiliary(
         code, values = encoder.topk(k)
         acts = torch.relu(values)
     aux_error_BD = code.decode(acts, W_dec) + error_BD
-    G_BD = aux_error_BD * (2 * weight / len(z_BD))
-    dh = code.products(G_BD, W_dec) * (acts > 0)
+    weight = 2 * weight / len(z_BD)
+    dh = code.products(aux_error_BD, W_dec).mul_((acts > 0) * weight)
     sums = code.sum_latents(dh)
-    gradients.of["W_dec"].index_add_(0, dead, code.accumulate(acts, G_BD))
-    gradients.of["W_enc"].T.index_add_(0, dead, code.accumulate(dh, z_BD))
+    gradients.of["W_dec"].index_add_(0, dead, code.accumulate(acts * weight, aux_error_BD))
+    assert gradients.along_F is not None
+    gradients.along_F.index_add_(0, dead, code.sum_latents(acts * dh))
+    gradients.of["W_enc"].index_add_(0, dead, code.accumulate(dh, z_BD))
     gradients.of["b_enc"].index_add_(0, dead, sums)
     gradients.of["b_dec"] -= W_enc @ sums
-    return aux_error_BD.pow(2).sum(1).mean()
+    return aux_error_BD.norm().square() / len(z_BD)

@@ -76,6 +76,9 @@ class Member:
             self.sae.threshold.requires_grad_(not self.recipe.takes_k)
             self.sae.threshold.data.fill_(0.0 if self.recipe.takes_k else bandwidth(self.sae.d_in))
         self.parameters = {name: value for name, value in self.sae.named_parameters() if value.requires_grad}
+        # The same memory seen as `[F, D]`, contiguous: the optimizer copies anything else, and every
+        # parameter but b_dec is now a row for each latent.
+        self.parameters["W_enc"] = torch.nn.Parameter(self.sae.W_enc.data.T)
         self.optimizer = torch.optim.Adam(
             self.parameters.values(), lr=spec.lr, betas=(self.recipe.beta1, 0.999), fused=True
         )
@@ -95,7 +98,9 @@ class Member:
         )
         with torch.no_grad():
             if self.recipe.unit_rows:
-                _remove_parallel(self.sae.W_dec, gradients.of["W_dec"])
+                # Take from the gradient of each unit row its part along the row.
+                assert gradients.along_F is not None
+                gradients.of["W_dec"].addcmul_(gradients.along_F[:, None], self.sae.W_dec, value=-1)
             norm = torch.nn.utils.get_total_norm(gradients.of.values())
             bad = ~(norm.isfinite() & gradients.loss.total.isfinite())
             self._update(gradients, norm, bad, step)
@@ -138,13 +143,12 @@ class Member:
         self.silent_steps = torch.where(gradients.fires_F > 0, 0, self.silent_steps + 1).int()
         l0 = gradients.fires_F.sum() / len(x_BD)
         self.sparsity.observe(l0, step, self.n_steps)
-        variance = (x_BD - x_BD.mean(0)).pow(2).sum(1).mean()
         values = (
             loss.total,
             loss.reconstruction,
             loss.sparsity,
             loss.auxiliary,
-            variance,
+            gradients.variance,
             l0,
             norm,
             context.coefficient,
@@ -191,19 +195,18 @@ class Member:
         weights_B = error_B.double().pow(2).nan_to_num(0.0, 0.0).clamp(min=1e-30)
         rows = torch.multinomial(weights_B, len(dead), replacement=True, generator=generator)
         directions = torch.nn.functional.normalize(x_BD[rows] - sae.b_dec, dim=1)
-        sae.W_dec[dead] = directions * sae.W_dec[alive].norm(dim=1).mean()
-        sae.W_enc[:, dead] = directions.T * (_ENCODER_SHARE * sae.W_enc[:, alive].norm(dim=0).mean())
         for name, parameter in self.parameters.items():
             if name == "b_dec":
                 continue
-            where = (slice(None), dead) if name == "W_enc" else (dead,)
-            if name not in ("W_enc", "W_dec"):
-                parameter[where] = bandwidth(sae.d_in) if name == "threshold" else 0.0
+            if name in ("W_enc", "W_dec"):
+                share = _ENCODER_SHARE if name == "W_enc" else 1.0
+                parameter[dead] = directions * (share * parameter[alive].norm(dim=1).mean())
+            else:
+                parameter[dead] = bandwidth(sae.d_in) if name == "threshold" else 0.0
             # With no second moment Adam's next step would be many times lr, and undo the direction.
-            living = (slice(None), alive) if name == "W_enc" else (alive,)
             moments = self.optimizer.state[parameter]
-            moments["exp_avg"][where] = 0.0
-            moments["exp_avg_sq"][where] = moments["exp_avg_sq"][living].mean()
+            moments["exp_avg"][dead] = 0.0
+            moments["exp_avg_sq"][dead] = moments["exp_avg_sq"][alive].mean()
         self.silent_steps[dead] = 0
 
     # ------------------------------------------------------------------------------ checkpoint
@@ -227,16 +230,10 @@ class Member:
         device = self.silent_steps.device
         self.sae.load_state_dict({name: state[f"sae.{name}"] for name in mine})
         for name, parameter in self.parameters.items():
-            moments = {key: torch.empty_like(parameter) for key in ("exp_avg", "exp_avg_sq")}  # laid out as the weights
-            for key, value in moments.items():
-                value.copy_(state[f"adam.{name}.{key}"])
-            self.optimizer.state[parameter] = {**moments, "step": state[f"adam.{name}.step"].to(device)}
+            prefix = f"adam.{name}."
+            moments = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            self.optimizer.state[parameter] = {key: value.to(device) for key, value in moments.items()}
         for name in ("sums", "silent_steps", "diverged_at"):
             setattr(self, name, state[name].to(device))
         self.sparsity.restore(state)
         self._look()
-
-
-def _remove_parallel(W_dec: Tensor, gradient: Tensor) -> None:
-    """Take from the gradient of each unit decoder row its part along the row."""
-    gradient.addcmul_(torch.einsum("fd,fd->f", gradient, W_dec)[:, None], W_dec, value=-1)
