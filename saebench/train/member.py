@@ -14,7 +14,7 @@ from saebench.train.schedules import Sparsity, learning_rate
 
 CLIP = 1.0
 LOOK_EVERY = 50  # steps on a GPU between moments when the host reads from it
-DENSE_ABOVE = {"cpu": 0.12, "cuda": 0.03}  # share of active latents from which dense products are faster
+DENSE_ABOVE = {"cpu": 0.15, "cuda": 0.03}  # share of active latents from which dense products are faster
 _THRESHOLD_RATE = 0.01  # of BatchTopK's running mean of the least activation
 _ENCODER_SHARE = 0.2  # of the living latents' mean encoder norm, for a resampled one (Bricken et al. 2023)
 _NONE = torch.empty(0, dtype=torch.int64)
@@ -79,9 +79,8 @@ class Member:
         # The same memory seen as `[F, D]`, contiguous: the optimizer copies anything else, and every
         # parameter but b_dec is now a row for each latent.
         self.parameters["W_enc"] = torch.nn.Parameter(self.sae.W_enc.data.T)
-        self.optimizer = torch.optim.Adam(
-            self.parameters.values(), lr=spec.lr, betas=(self.recipe.beta1, 0.999), fused=True
-        )
+        groups = [{"params": [value], "scale": self._pace(name)} for name, value in self.parameters.items()]
+        self.optimizer = torch.optim.Adam(groups, lr=spec.lr, betas=(self.recipe.beta1, 0.999), fused=True)
         self.sparsity = Sparsity(spec.l1, spec.target_l0, device)
         self.silent_steps = torch.zeros(spec.d_sae, dtype=torch.int32, device=device)
         self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)  # since the last line of the log
@@ -101,12 +100,16 @@ class Member:
                 # Take from the gradient of each unit row its part along the row.
                 assert gradients.along_F is not None
                 gradients.of["W_dec"].addcmul_(gradients.along_F[:, None], self.sae.W_dec, value=-1)
-            norm = torch.nn.utils.get_total_norm(gradients.of.values())
+            norm = torch.nn.utils.get_total_norm([value for name, value in gradients.of.items() if name != "threshold"])
             bad = ~(norm.isfinite() & gradients.loss.total.isfinite())
             self._update(gradients, norm, bad, step)
             self._observe(x_BD, gradients, norm, bad, context, step)
             if self._resamples_at(step):
                 self._resample(x_BD, gradients.error_B, step)
+
+    def _pace(self, name: str) -> float:
+        """Learning rate relative to lr: √D for thresholds, which alone move where a row of weights turns D numbers."""
+        return self.sae.d_in**0.5 if name == "threshold" else 1.0
 
     def _look(self) -> None:
         """What decides the kind of the next steps' products; read from the device seldom, since it has to be waited for."""
@@ -120,7 +123,8 @@ class Member:
         """Adam, with the clipping of the gradient's norm and the skip of a bad step inside its one pass over memory."""
         for name, parameter in self.parameters.items():
             parameter.grad = gradients.of[name]
-        self.optimizer.param_groups[0]["lr"] = learning_rate(step, self.n_steps, self.spec.lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["scale"] * learning_rate(step, self.n_steps, self.spec.lr)
         self.optimizer.grad_scale = (norm / CLIP).clamp(min=1.0)  # type: ignore[attr-defined]
         self.optimizer.found_inf = bad.to(norm.dtype)  # type: ignore[attr-defined]
         self.optimizer.step()

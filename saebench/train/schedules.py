@@ -8,11 +8,13 @@ from torch import Tensor
 WARMUP = 0.05  # of all steps, for the learning rate and a fixed λ
 DECAY = 0.2
 
-# The controller is critically damped for an L0 that answers a change of λ within some fifty steps. Its
-# second integral follows the slow drift of L0 at equal λ that training brings; it rests while the
-# error is large, as in the first steps, when L0 is high whatever λ is.
-_GAIN = 0.012
-_DRIFT_GAIN = _GAIN**2 / 4
+# The controller sets log λ = P e + I ∫e + J ∬e of the relative error e of L0. P answers at once, which damps
+# what I alone would overshoot, since L0 follows λ with a lag of about a hundred steps; J follows the slow
+# drift of L0 at equal λ that training brings. The integrals take no more than a bounded error, and J none while
+# it is large, as in the first steps, when L0 is high whatever λ is.
+_PROPORTIONAL = 1.0
+_INTEGRAL = 0.02
+_DRIFT = _INTEGRAL**2 / 8
 _LARGEST_ERROR = 1.0
 _LARGEST_DRIFT_ERROR = 0.3
 _SMOOTHING = 0.1
@@ -33,8 +35,8 @@ def default_learning_rate(d_sae: int) -> float:
 class Sparsity:
     """λ of a run: fixed after a warm-up, or moved until the mean L0 meets a target.
 
-    State (`log_coefficient`, `drift`, `l0`) is three float64 scalars, kept as tensors so that a step
-    needs no host synchronisation and a checkpoint is exact.
+    State (`log_coefficient`, `drift`, `l0`, `error`) is four float64 scalars, kept as tensors so that a
+    step needs no host synchronisation and a checkpoint is exact.
     """
 
     def __init__(self, coefficient: float | None, target_l0: float | None, device: str) -> None:
@@ -43,6 +45,7 @@ class Sparsity:
         self.log_coefficient = torch.tensor(math.log(start), dtype=torch.float64, device=device)
         self.drift = torch.zeros((), dtype=torch.float64, device=device)
         self.l0 = torch.tensor(math.nan, dtype=torch.float64, device=device)
+        self.error = torch.tensor(math.nan, dtype=torch.float64, device=device)
 
     def coefficient(self, step: int, n_steps: int) -> Tensor:
         """λ at a step, rising linearly over the warm-up."""
@@ -54,12 +57,19 @@ class Sparsity:
         self.l0 = torch.where(self.l0.isnan(), l0, self.l0 + _SMOOTHING * (l0 - self.l0))
         if self.target is None or step < WARMUP * n_steps:
             return
-        error = (self.l0.clamp(min=1e-3) / self.target).log()
-        self.drift += _DRIFT_GAIN * torch.where(error.abs() < _LARGEST_DRIFT_ERROR, error, 0.0)
-        self.log_coefficient += _GAIN * error.clamp(-_LARGEST_ERROR, _LARGEST_ERROR) + self.drift
+        error = (self.l0.clamp(min=1e-3) / self.target).log().clamp(-_LARGEST_ERROR, _LARGEST_ERROR)
+        change = (error - self.error).nan_to_num(0.0)  # the first time there is none
+        self.error = error
+        self.drift += _DRIFT * torch.where(error.abs() < _LARGEST_DRIFT_ERROR, error, 0.0)
+        self.log_coefficient += _PROPORTIONAL * change + _INTEGRAL * error + self.drift
 
     def state(self) -> dict[str, Tensor]:
-        return {"log_coefficient": self.log_coefficient, "drift": self.drift, "l0": self.l0}
+        return {
+            "log_coefficient": self.log_coefficient,
+            "drift": self.drift,
+            "l0": self.l0,
+            "error": self.error,
+        }
 
     def restore(self, state: dict[str, Tensor]) -> None:
         for name, value in self.state().items():
