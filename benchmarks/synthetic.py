@@ -122,7 +122,7 @@ def main() -> None:
         x_BD = data.sample(args.batch, generator).x * scale
         for member in members:
             member.step(x_BD, step)
-    if not all(member.finite() for member in members):  # also waits for the device
+    if any(member.diverged is not None for member in members):  # also waits for the device
         raise FloatingPointError("a loss or gradient was not finite; try a lower --lr")
     show({**common, "architectures": len(members), "train_s": time.perf_counter() - started})
     for name, sae in [*((member.spec.name, member.sae) for member in members), ("untrained", control)]:

@@ -51,7 +51,10 @@ def summarise(folders: list[Path]) -> list[dict[str, Any]]:
             "seconds": own.get("seconds"),
             "lambda": own.get("lambda"),
         }
-        architecture = {"standard": "relu"}.get(config["architecture"], config["architecture"])
+        trained_as = (
+            config["metadata"].get("training_architecture") or config["architecture"]
+        )  # BatchTopK is saved as JumpReLU
+        architecture = {"standard": "relu", "matryoshka_batchtopk": "matryoshka"}.get(trained_as, trained_as)
         entries.append({
             "name": folder.name, "path": relative(folder), "architecture": architecture,
             "hook": config["metadata"]["hook_name"], "d_in": config["d_in"], "d_sae": config["d_sae"],

@@ -11,6 +11,8 @@ STYLE = {
     "topk": ("#D55E00", "diamond"),
     "gated": ("#009E73", "square"),
     "jumprelu": ("#CC79A7", "cross"),
+    "batchtopk": ("#E69F00", "triangle-up"),
+    "matryoshka": ("#56B4E9", "star"),
 }
 CONTROL = "#8a8a8a"
 _FALLBACK = ("#444444", "x")

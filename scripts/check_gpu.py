@@ -1,0 +1,118 @@
+"""Check on a CUDA machine that every GPU path computes what its CPU twin does, and time it.
+
+    python scripts/check_gpu.py
+
+Prints a JSON line per check with the largest error relative to the largest value, and one per timing;
+exits 1 when an error is beyond its tolerance, 2 without a GPU.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from saebench.sae import initialise, new_sae
+from saebench.sae.sparse import Encoder, gather_dot, gather_sum
+from saebench.train.gradients import exact_gradients
+from saebench.train.member import RECIPES
+from saebench.train.objectives import Context, bandwidth
+
+SHAPES = ((64, 512, 8, 128), (768, 24_576, 32, 2048))  # d_in, d_sae, k, rows
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+
+def check(name: str, found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    error = (found.cpu().float() - expected.float()).abs().max().item() / max(expected.abs().max().item(), 1e-30)
+    print(json.dumps({"check": name, "error": error, "tolerance": tolerance, "ok": error <= tolerance}))
+    return error <= tolerance
+
+
+def median_ms(run: Callable[[], object], times: int = 20) -> float:
+    for _ in range(3):
+        run()
+    seconds = []
+    for _ in range(times):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end))
+    return statistics.median(seconds)
+
+
+def check_kernels(d_in: int, d_sae: int, k: int, rows: int) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, d_in, generator=generator)
+    table = torch.randn(d_sae, d_in, generator=generator)
+    code, values = Encoder(x, table.T / d_in**0.5, torch.zeros(d_sae)).topk(k)
+    bounds, sorted_rows, order = code.by_latent
+    fine = True
+    for dtype, tolerance in TOLERANCE.items():
+        label = f"{d_in}x{d_sae} k={k} {str(dtype).removeprefix('torch.')}"
+        low_x, low_table = x.to(dtype), table.to(dtype)
+        sums = (code.offsets, code.latents, values, low_table)
+        columns = (bounds, sorted_rows, values[order], low_x)
+        dots = (code.offsets, code.latents, low_x, low_table)
+        for name, kernel, operands in (
+            ("decode", gather_sum, sums), ("weight gradient", gather_sum, columns), ("products", gather_dot, dots),
+        ):  # fmt: skip
+            found = kernel(*(operand.cuda() for operand in operands))
+            expected = kernel(*(o.float() if o.is_floating_point() else o for o in operands))
+            fine &= check(f"{name} {label}", found, expected, tolerance)
+    return fine
+
+
+def check_steps(d_in: int, d_sae: int, k: int, rows: int) -> bool:
+    """Selection in float32 may differ where two latents are nearly equal, so gradients are compared as a whole."""
+    fine = True
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, d_in, generator=generator)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for architecture, recipe in RECIPES.items():
+        sae = new_sae(recipe.saved_as, d_in, d_sae, k=k)
+        initialise(sae, torch.zeros(d_in), generator, rows=architecture)
+        if architecture == "jumprelu":
+            sae.get_parameter("threshold").data.fill_(bandwidth(d_in))
+        dead = torch.arange(0, d_sae, 50) if recipe.takes_k else torch.empty(0, dtype=torch.int64)
+        expected = exact_gradients(architecture, sae, x, Context(torch.tensor(0.3), dead, k))
+        found = exact_gradients(architecture, sae.cuda(), x.cuda(), Context(torch.tensor(0.3).cuda(), dead.cuda(), k))
+        for name, value in expected.of.items():
+            difference = (found.of[name].cpu() - value).norm().item() / max(value.norm().item(), 1e-30)
+            ok = difference <= 1e-2
+            fine &= ok
+            print(json.dumps({"check": f"{architecture} d{name} {d_in}x{d_sae}", "error": difference, "ok": ok}))
+    return fine
+
+
+def time_kernels(d_in: int, d_sae: int, k: int, rows: int) -> None:
+    x, table = torch.randn(rows, d_in, device="cuda"), torch.randn(d_sae, d_in, device="cuda")
+    code, values = Encoder(x, table.T, torch.zeros(d_sae, device="cuda"), bf16=True).topk(k)
+    bounds, sorted_rows, order = code.by_latent
+    gathered = rows * k * d_in * 4
+    for name, run, moved in (
+        ("encoder and selection", lambda: Encoder(x, table.T, table.new_zeros(d_sae), bf16=True).topk(k), None),
+        ("decode", lambda: gather_sum(code.offsets, code.latents, values, table), gathered),
+        ("weight gradient", lambda: gather_sum(bounds, sorted_rows, values[order], x), gathered),
+        ("products", lambda: gather_dot(code.offsets, code.latents, x, table), gathered),
+    ):
+        ms = median_ms(run)
+        line = {"time": name, "d": d_in, "f": d_sae, "k": k, "rows": rows, "ms": round(ms, 3)}
+        print(json.dumps(line | ({"gathered_gb_per_s": round(moved / ms / 1e6)} if moved else {})))
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("no CUDA device here; the tests check the same kernels through Triton's interpreter", file=sys.stderr)
+        return 2
+    print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__}))
+    fine = all([check_kernels(*shape) for shape in SHAPES] + [check_steps(64, 512, 8, 256)])
+    time_kernels(768, 24_576, 32, 16_384)
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
