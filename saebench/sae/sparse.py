@@ -19,7 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-BLOCK_VALUES = 2**24  # pre-activations in memory at once while selecting on a CPU
+BLOCK_VALUES = (
+    2**25
+)  # pre-activations in memory at once while selecting on a CPU (128 MiB); smaller blocks multiply slower
 _GROUP = 16  # latents in a group of the two-stage top-k
 
 
