@@ -101,7 +101,8 @@ class Member:
                 assert gradients.along_F is not None
                 gradients.of["W_dec"].addcmul_(gradients.along_F[:, None], self.sae.W_dec, value=-1)
             norm = torch.nn.utils.get_total_norm([value for name, value in gradients.of.items() if name != "threshold"])
-            bad = ~(norm.isfinite() & gradients.loss.total.isfinite())
+            fine = norm.isfinite() & gradients.loss.total.isfinite()
+            bad = ~(fine & gradients.of["threshold"].isfinite().all() if "threshold" in gradients.of else fine)
             self._update(gradients, norm, bad, step)
             self._observe(x_BD, gradients, norm, bad, context, step)
             if self._resamples_at(step):
