@@ -68,7 +68,7 @@ def test_architectures_rank_as_published_on_a_real_model(store: Store, tmp_path:
     train(
         TrainConfig(
             store=store.folder, arch=("relu", "topk", "gated"), target_l0=(12.0, 40.0), d_sae=(512,), tokens=150_000,
-            batch=256, lr=2e-3, out=tmp_path,
+            batch=256, lr=(2e-3,), out=tmp_path,
         )
     )  # fmt: skip
     summary = write_report(tmp_path, evaluate(EvalConfig(run=tmp_path)))

@@ -66,7 +66,7 @@ def trained(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(
         TrainConfig(
             store=store.folder, hook=(HOOK,), out=out, arch=("relu", "topk", "gated"), target_l0=(6.0,), d_sae=(64,), tokens=40_000,
-            batch=100, lr=3e-3,
+            batch=100, lr=(3e-3,),
         )
     )  # fmt: skip
     evaluate(EvalConfig(run=out))

@@ -17,7 +17,7 @@ from saebench.store import Store, shuffled_batches
 from saebench.train import Member, Spec, TrainConfig, grid, train
 from saebench.train.schedules import Sparsity, learning_rate
 
-COMMON = {"d_sae": (64,), "tokens": 20_000, "batch": 100, "lr": 3e-3}
+COMMON = {"d_sae": (64,), "tokens": 20_000, "batch": 100, "lr": (3e-3,)}
 
 
 def config(store: Store, out: Path, **options: object) -> TrainConfig:
@@ -67,7 +67,7 @@ def test_a_fixed_coefficient_warms_up_and_stays() -> None:
 
 
 def test_a_grid_has_every_architecture_at_every_sparsity(store: Store, tmp_path: Path) -> None:
-    specs = grid(config(store, tmp_path, k=(4, 8), target_l0=(8.0, 16.0), l1=(2.0,), lr=None), WIDTH)
+    specs = grid(config(store, tmp_path, k=(4, 8), target_l0=(8.0, 16.0), l1=(2.0,), lr=()), WIDTH)
     assert [spec.name for spec in specs] == [
         "relu-l0-8", "relu-l0-16", "relu-l1-2", "topk-k4", "topk-k8", "topk-k16", "gated-l0-8", "gated-l0-16", "gated-l1-2",
     ]  # fmt: skip
@@ -77,6 +77,10 @@ def test_a_grid_has_every_architecture_at_every_sparsity(store: Store, tmp_path:
 
 def test_names_say_what_differs_within_a_grid(store: Store, tmp_path: Path) -> None:
     many = config(store, tmp_path, arch=("matryoshka",), target_l0=(), k=(4,), d_sae=(32, 64), seed=(0, 1))
+    rates = config(store, tmp_path, arch=("topk",), target_l0=(), k=(4,), lr=(1e-3, 2e-3), warmup=0.1, decay=0.5)
+    assert [(spec.name, spec.lr, spec.warmup, spec.decay) for spec in grid(rates, WIDTH)] == [
+        ("topk-k4-lr0.001", 1e-3, 0.1, 0.5), ("topk-k4-lr0.002", 2e-3, 0.1, 0.5),
+    ]  # fmt: skip
     assert [spec.name for spec in grid(many, WIDTH, ("a", "b"))] == [
         "matryoshka-k4-f32-seed0-a", "matryoshka-k4-f32-seed1-a", "matryoshka-k4-f64-seed0-a", "matryoshka-k4-f64-seed1-a",
         "matryoshka-k4-f32-seed0-b", "matryoshka-k4-f32-seed1-b", "matryoshka-k4-f64-seed0-b", "matryoshka-k4-f64-seed1-b",
@@ -95,6 +99,9 @@ def test_names_say_what_differs_within_a_grid(store: Store, tmp_path: Path) -> N
         ({"arch": ("topk",), "target_l0": (), "l1": (3.0,)}, "architecture topk has no sparsity; expected --k"),
         ({"target_l0": ()}, "no sparsity given"),
         ({"tokens": 0}, "tokens is 0; expected more than 0"),
+        ({"lr": (1e-3, 0.0)}, "lr is 0.0; expected more than 0"),
+        ({"warmup": -0.1}, "warmup is -0.1; expected a share of the steps"),
+        ({"decay": 1.5}, "decay is 1.5; expected a share of the steps"),
         (
             {"hook": ("blocks.9.hook_resid_post",)},
             "is not in .*; it has blocks.0.hook_resid_post, blocks.1.hook_resid_post",
@@ -266,7 +273,7 @@ def test_finished_saes_are_not_trained_again(run: Path, store: Store, caplog: py
         ValueError,
         match=r"relu-l0-6 holds an SAE trained with other settings: lr: 0.003 -> 0.001; order: 0 -> 1; seed: 0 -> 1",
     ):
-        train(config(store, run, lr=1e-3, seed=(1,)))
+        train(config(store, run, lr=(1e-3,), seed=(1,)))
 
 
 def half_trained(store: Store, out: Path) -> None:
@@ -339,7 +346,7 @@ def test_one_diverging_sae_is_named_and_does_not_stop_the_others(
 
 def test_when_all_diverge_the_run_stops(store: Store, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"relu-l0-6 stopped at step \d+, when its loss was no longer finite"):
-        train(config(store, tmp_path, arch=("relu",), lr=1e30))
+        train(config(store, tmp_path, arch=("relu",), lr=(1e30,)))
     assert read_json(tmp_path / "saes" / "checkpoint.json")["step"] < 200
 
 
@@ -348,7 +355,7 @@ def test_a_checkpoint_never_holds_weights_that_are_not_finite(
 ) -> None:
     monkeypatch.setattr("saebench.train.loop.CHECKPOINT_SECONDS", 0.0)
     with pytest.raises(ValueError, match="no longer finite"):
-        train(config(store, tmp_path, lr=1e30))
+        train(config(store, tmp_path, lr=(1e30,)))
     for file in (tmp_path / "saes").glob("*/checkpoint/*.safetensors"):
         assert all(bool(value.isfinite().all()) for key, value in load_file(file).items() if key.startswith("sae."))
 

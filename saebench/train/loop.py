@@ -21,7 +21,7 @@ from saebench.store import Cursor, Store, open_store, shuffled_batches
 from saebench.store.schema import MANIFEST
 from saebench.train.checkpoint import Checkpoint, full_disk_is_a_value_error
 from saebench.train.member import RECIPES, Member, Spec
-from saebench.train.schedules import default_learning_rate
+from saebench.train.schedules import DECAY, WARMUP, default_learning_rate
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ CHECKPOINT_SECONDS = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A grid: every architecture at every sparsity that applies to it."""
+    """A grid: every architecture at every sparsity that applies to it, in every width, learning rate and seed."""
 
     store: Path
     """activation store to train on"""
@@ -57,8 +57,12 @@ class TrainConfig:
     """rows to train on; more than the store has means several epochs"""
     batch: Count = 4096
     """rows in a step"""
-    lr: float | None = None
-    """peak learning rate (default: 2e-4/√(d_sae/2¹⁴))"""
+    lr: tuple[float, ...] = ()
+    """peak learning rate, one or several (default: 2e-4/√(d_sae/2¹⁴))"""
+    warmup: float = WARMUP
+    """share of the steps in which the learning rate rises"""
+    decay: float = DECAY
+    """share of the steps, at the end, in which it falls to 0"""
     dead_tokens: Count | None = None
     """rows without firing after which a latent counts as dead (default: a twentieth of the run, at most 10M)"""
     memory_gb: float = 2.0
@@ -74,6 +78,12 @@ class TrainConfig:
         for name in ("tokens", "batch", "expansion", "memory_gb"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
+        for lr in self.lr:
+            if not lr > 0:
+                raise ValueError(f"lr is {lr}; expected more than 0")
+        for name in ("warmup", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a share of the steps, from 0 to 1")
         if not self.k and not self.target_l0 and not self.l1:
             raise ValueError(
                 "no sparsity given; expected --k 16,32 for topk and its kin, --target-l0 32 or --l1 2 for the others"
@@ -89,13 +99,13 @@ class TrainConfig:
 
 
 def grid(config: TrainConfig, d_in: int, hooks: tuple[str, ...] = ("",)) -> list[Spec]:
-    """The SAEs that a config describes: architectures × sparsities × widths × seeds × hooks.
+    """The SAEs that a config describes: architectures × sparsities × widths × learning rates × seeds × hooks.
 
     Names say what differs within the grid. Raises ValueError when an architecture gets no sparsity, or k > d_sae.
     """
     widths = config.d_sae or (config.expansion * d_in,)
     specs: list[Spec] = []
-    for hook, d_sae, seed, arch in product(hooks, widths, config.seed, config.arch):
+    for hook, d_sae, lr, seed, arch in product(hooks, widths, config.lr or (None,), config.seed, config.arch):
         if RECIPES[arch].takes_k:
             levels: list[dict[str, Any]] = [{"k": k} for k in (*config.k, *(round(l0) for l0 in config.target_l0))]
         else:
@@ -110,10 +120,11 @@ def grid(config: TrainConfig, d_in: int, hooks: tuple[str, ...] = ("",)) -> list
                 raise ValueError(f"{kind} is {value}; expected more than 0 and at most d_sae = {d_sae}")
             name = f"{arch}-{ {'k': 'k', 'target_l0': 'l0-', 'l1': 'l1-'}[kind] }{value:g}"
             name += f"-f{d_sae}" if len(widths) > 1 else ""
+            name += f"-lr{lr:g}" if len(config.lr) > 1 else ""
             name += f"-seed{seed}" if len(config.seed) > 1 else ""
             name += f"-{hook}" if len(hooks) > 1 else ""
-            lr = config.lr or default_learning_rate(d_sae)
-            specs.append(Spec(name=name, hook=hook, architecture=arch, d_sae=d_sae, lr=lr, seed=seed, **level))
+            schedule = {"lr": lr or default_learning_rate(d_sae), "warmup": config.warmup, "decay": config.decay}
+            specs.append(Spec(name=name, hook=hook, architecture=arch, d_sae=d_sae, seed=seed, **schedule, **level))
     return list({spec.name: spec for spec in specs}.values())
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from saebench.sae import SAE, JumpReLUSAE, initialise, new_sae
 from saebench.train.gradients import Gradients, exact_gradients
 from saebench.train.objectives import Context, bandwidth
-from saebench.train.schedules import Sparsity, learning_rate
+from saebench.train.schedules import DECAY, WARMUP, Sparsity, learning_rate
 
 CLIP = 1.0
 LOOK_EVERY = 50  # steps on a GPU between moments when the host reads from it
@@ -55,6 +55,8 @@ class Spec:
     target_l0: float | None = None
     l1: float | None = None
     lr: float
+    warmup: float = WARMUP
+    decay: float = DECAY
     seed: int
 
     def to_json(self) -> dict[str, Any]:
@@ -108,6 +110,9 @@ class Member:
             if self._resamples_at(step):
                 self._resample(x_BD, gradients.error_B, step)
 
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(step, self.n_steps, self.spec.lr, self.spec.warmup, self.spec.decay)
+
     def _pace(self, name: str) -> float:
         """Learning rate relative to lr: √D for thresholds, which alone move where a row of weights turns D numbers."""
         return self.sae.d_in**0.5 if name == "threshold" else 1.0
@@ -125,7 +130,7 @@ class Member:
         for name, parameter in self.parameters.items():
             parameter.grad = gradients.of[name]
         for group in self.optimizer.param_groups:
-            group["lr"] = group["scale"] * learning_rate(step, self.n_steps, self.spec.lr)
+            group["lr"] = group["scale"] * self._learning_rate(step)
         self.optimizer.grad_scale = (norm / CLIP).clamp(min=1.0)  # type: ignore[attr-defined]
         self.optimizer.found_inf = bad.to(norm.dtype)  # type: ignore[attr-defined]
         self.optimizer.step()
@@ -176,7 +181,7 @@ class Member:
         line |= {
             "fvu": means["mse"] / means["variance"],
             "alive": alive,
-            "lr": learning_rate(step, self.n_steps, self.spec.lr),
+            "lr": self._learning_rate(step),
         }
         if self.spec.k is None:
             line["lambda"] = means["coefficient"]

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-WARMUP = 0.05  # of all steps, for the learning rate and a fixed λ
+WARMUP = 0.05  # of all steps, for the learning rate and for λ
 DECAY = 0.2
 
 # The controller sets log λ = P e + I ∫e + J ∬e of the relative error e of L0. P answers at once, which damps
@@ -20,10 +20,10 @@ _LARGEST_DRIFT_ERROR = 0.3
 _SMOOTHING = 0.1
 
 
-def learning_rate(step: int, n_steps: int, peak: float) -> float:
-    """Linear warm-up over the first 5%, linear decay to 0 over the last 20%."""
-    warm = min(1.0, (step + 1) / max(1, WARMUP * n_steps))
-    left = min(1.0, (n_steps - step) / max(1, DECAY * n_steps))
+def learning_rate(step: int, n_steps: int, peak: float, warmup: float = WARMUP, decay: float = DECAY) -> float:
+    """Linear rise over the first `warmup` of the steps, linear fall to 0 over the last `decay` of them."""
+    warm = min(1.0, (step + 1) / max(1, warmup * n_steps))
+    left = min(1.0, (n_steps - step) / max(1, decay * n_steps))
     return peak * warm * left
 
 
