@@ -163,7 +163,9 @@ def main() -> None:
     if not rows.exists():
         export(args, rows)
     peers = Peers(args, rows)
-    jobs = [Job(package, arch, recipe) for recipe in ("own", "tuned") for arch in args.arch for package in PACKAGES[arch]]
+    jobs = [
+        Job(package, arch, recipe) for recipe in ("own", "tuned") for arch in args.arch for package in PACKAGES[arch]
+    ]
     with ThreadPoolExecutor(args.jobs) as pool:
         chosen = best(list(pool.map(peers.search, jobs)))
         seeds = [replace(job, seed=seed) for job in chosen for seed in range(args.seeds)]

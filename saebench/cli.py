@@ -12,6 +12,7 @@ from saebench.config import add_arguments, from_arguments
 from saebench.demo.demo import run_demo
 from saebench.evaluate import EvalConfig, equal_l0_table, evaluate, table, write_report
 from saebench.harvest import HarvestConfig, harvest
+from saebench.index import IndexConfig, build_index
 from saebench.runlog import progress
 from saebench.store import open_store
 from saebench.store.reader import describe
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command("train", _train, "train a grid of SAEs on a store", TrainConfig)
     command("eval", _eval, "evaluate the SAEs of a run on held-out documents, and report", EvalConfig)
+    command("index", _index, "gather every latent's evidence in one pass over a store", IndexConfig)
     demo = command("demo", _demo, "the whole pipeline on the embedded model and corpus")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run directory (default: runs/demo)")
     store = commands.add_parser("store", help="look into an activation store, or check it").add_subparsers(
@@ -106,6 +108,14 @@ def _train(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     config = from_arguments(EvalConfig, arguments)
     _show(write_report(config.run, evaluate(config), config.store), config.run)
+    return 0
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    path = build_index(from_arguments(IndexConfig, arguments))
+    if path is None:
+        return INTERRUPTED
+    print(path)
     return 0
 
 

@@ -282,3 +282,34 @@ def resumes(model: LanguageModel, clean: CleanPass) -> bool:
     want = spliced_logits(model, clean.tokens, clean.hook, lambda value: zeros).float()
     difference = (resumed_logits(model, clean, zeros).float() - want).abs().max()
     return bool(difference <= 0.01 * want.abs().max())
+
+
+# ----------------------------------------------------------------------------------------- output
+
+
+class Unembedding(NamedTuple):
+    """What leads from the residual stream to the logits, but for the final norm's division by its scale."""
+
+    W_U: Float[Tensor, "D V"]
+    gamma: Float[Tensor, " D"]
+    """the final norm's weight"""
+    centred: bool
+    """whether the final norm takes off the mean first (LayerNorm)"""
+
+    def effects(self, directions: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+        """Logits of directions at a final-norm scale of 1, biases left out."""
+        if self.centred:
+            directions = directions - directions.mean(1, keepdim=True)
+        return (directions * self.gamma) @ self.W_U
+
+
+@torch.no_grad()
+def unembedding(model: LanguageModel) -> Unembedding:
+    """The unembedding in float32. The final norm is asked rather than read, since families keep its weight differently."""
+    norm = model.bridge.ln_final
+    sign_D = torch.ones(model.d_model, device=model.device, dtype=getattr(torch, model.dtype))
+    sign_D[::2] = -1.0
+    outputs = [norm(x_D[None, None]).float()[0, 0] for x_D in (sign_D, -sign_D, sign_D + 3.0)]
+    gamma_D = (outputs[0] - outputs[1]) / 2 * sign_D.float()
+    centred = torch.allclose(outputs[2], outputs[0], rtol=1e-2, atol=1e-3)
+    return Unembedding(model.bridge.W_U.float(), gamma_D, centred)

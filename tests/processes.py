@@ -38,14 +38,18 @@ class Child:
 
 
 def start(
-    *argv: str, file_limit: int | None = None, slow: float = 0.0, checkpoint_seconds: float | None = None
+    *argv: str,
+    file_limit: int | None = None,
+    slow: float = 0.0,
+    checkpoint_seconds: float | None = None,
+    unit_rows: int | None = None,
 ) -> Child:
     """`saebench ARGV` in a child. `file_limit` is the largest file it may write, in bytes.
 
-    `slow` makes every training step and forward pass wait that many seconds; checkpoints are
-    written every `checkpoint_seconds`.
+    `slow` makes every training step, forward pass and unit of an index wait that many seconds; checkpoints are
+    written every `checkpoint_seconds`. An index goes in units of `unit_rows`, and writes a snapshot after each.
     """
-    return Child(argv, file_limit=file_limit, slow=slow, checkpoint_seconds=checkpoint_seconds)
+    return Child(argv, file_limit=file_limit, slow=slow, checkpoint_seconds=checkpoint_seconds, unit_rows=unit_rows)
 
 
 def run(*argv: str, file_limit: int | None = None) -> tuple[int, str]:
@@ -66,11 +70,18 @@ def signal_when(child: Child, condition: Callable[[], bool], number: signal.Sign
 
 
 def _main(
-    argv: tuple[str, ...], output: str, *, file_limit: int | None, slow: float, checkpoint_seconds: float | None
+    argv: tuple[str, ...],
+    output: str,
+    *,
+    file_limit: int | None,
+    slow: float,
+    checkpoint_seconds: float | None,
+    unit_rows: int | None,
 ) -> None:
     import torch
 
     import saebench.harvest
+    import saebench.index.build
     import saebench.train.loop
     import saebench.train.member
     from saebench import cli
@@ -85,8 +96,12 @@ def _main(
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if checkpoint_seconds is not None:
         saebench.train.loop.CHECKPOINT_SECONDS = checkpoint_seconds
+    if unit_rows is not None:
+        saebench.index.build.UNIT_ROWS = unit_rows
+        saebench.index.build.SNAPSHOT_SECONDS, saebench.index.build.SNAPSHOT_SHARE = 0.0, 1.0
     if slow:
         capture, step = saebench.harvest.capture, saebench.train.member.Member.step
+        encode_sparse = saebench.index.build.encode_sparse
 
         def slow_capture(*args: object) -> object:
             time.sleep(slow)
@@ -96,6 +111,11 @@ def _main(
             time.sleep(slow)
             step(*args)  # type: ignore[arg-type]
 
+        def slow_encode(*args: object) -> object:
+            time.sleep(slow)
+            return encode_sparse(*args)  # type: ignore[arg-type]
+
+        saebench.index.build.encode_sparse = slow_encode  # type: ignore[assignment]
         saebench.harvest.capture = slow_capture  # type: ignore[assignment]
         saebench.train.member.Member.step = slow_step  # type: ignore[method-assign]
     status = cli.main(argv)

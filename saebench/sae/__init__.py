@@ -11,6 +11,7 @@ from saebench.sae.architectures import (
     new_sae,
     topk_relu,
 )
+from saebench.sae.encode import encode_sparse
 from saebench.sae.io import fold, load_sae, read_config, save_sae, update_metadata
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "ReLUSAE",
     "SAEOutput",
     "TopKSAE",
+    "encode_sparse",
     "fold",
     "initialise",
     "load_sae",

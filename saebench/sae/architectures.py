@@ -44,13 +44,13 @@ class SAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 
     def forward(self, x_BD: Float[Tensor, "B D"]) -> SAEOutput:
-        x_BD, scale, shift = _normalized(x_BD, self.normalize)
+        x_BD, scale, shift = normalized(x_BD, self.normalize)
         acts_BF, pre_BF = self.activations(x_BD)
         return SAEOutput(self.decode(acts_BF) * scale + shift, acts_BF, pre_BF)
 
     def encode(self, x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
         """Activations of the latents."""
-        return self.activations(_normalized(x_BD, self.normalize)[0])[0]
+        return self.activations(normalized(x_BD, self.normalize)[0])[0]
 
     def decode(self, acts_BF: Float[Tensor, "B F"]) -> Float[Tensor, "B D"]:
         """Reconstruction from activations."""
@@ -75,7 +75,7 @@ class SAE(nn.Module):
         self.b_dec /= scale
 
 
-def _normalized(x_BD: Tensor, how: Normalize) -> tuple[Tensor, Any, Any]:
+def normalized(x_BD: Tensor, how: Normalize) -> tuple[Tensor, Any, Any]:
     """(rows for the SAE, scale, shift) with `rows * scale + shift` the rows given."""
     if how == "none":
         return x_BD, 1.0, 0.0

@@ -8,10 +8,11 @@ On a CPU the products are PyTorch's embedding bag and MKL's sampled product; on 
 Triton kernels of `triton_kernels.py`, which nothing imports without one.
 """
 
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -100,6 +101,12 @@ class SparseCode:
     def accumulate(self, values: Tensor, rows_RD: Tensor) -> Tensor:
         bounds, rows, order = self.by_latent
         return gather_sum(bounds, rows, values[order], rows_RD)
+
+
+def select(code: SparseCode, values: Float[Tensor, " N"], chosen: Tensor) -> tuple[SparseCode, Float[Tensor, " M"]]:
+    """The entries that `chosen` names, by ascending places or by a mask."""
+    counts = torch.bincount(code.rows[chosen], minlength=code.n_rows)
+    return SparseCode(_offsets(counts), code.latents[chosen], code.d_sae), values[chosen]
 
 
 Code = DenseCode | SparseCode
@@ -219,9 +226,7 @@ class Encoder:
             code, values = self.above(0.0)
         if len(values) <= wanted:
             return code, values
-        chosen = values.topk(wanted, sorted=False).indices.sort().values
-        counts = torch.bincount(code.rows[chosen], minlength=code.n_rows)
-        return SparseCode(_offsets(counts), code.latents[chosen], code.d_sae), values[chosen]
+        return select(code, values, values.topk(wanted, sorted=False).indices.sort().values)
 
     def _each(self) -> Iterator[Float[Tensor, "R F"]]:
         spans = self.blocks()
@@ -235,10 +240,15 @@ class Encoder:
         return torch.addmm(self.bias_F, z_RD, self.W_enc_DF, out=out)
 
 
-@lru_cache(maxsize=1)
+_kept = threading.local()
+
+
 def _scratch(n_rows: int, d_sae: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory for one block, kept from step to step: fresh pages would cost a tenth of the product."""
-    return torch.empty(n_rows, d_sae, dtype=dtype, device=device)
+    """Memory for one block, kept by each thread from step to step: fresh pages would cost a tenth of the product."""
+    wanted = (n_rows, d_sae, dtype, device)
+    if getattr(_kept, "wanted", None) != wanted:
+        _kept.wanted, _kept.buffer = wanted, torch.empty(n_rows, d_sae, dtype=dtype, device=device)
+    return _kept.buffer
 
 
 def _nonzero(mask: Tensor) -> Int[Tensor, " N"]:

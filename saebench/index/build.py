@@ -1,0 +1,330 @@
+"""Build a feature index: one pass over a store, in units that may come in any order."""
+
+import itertools
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import h5py
+import numpy as np
+import torch
+
+from saebench.config import Count
+from saebench.files import locked, replacing
+from saebench.index.decoder import geometry, logit_effects
+from saebench.index.derive import derive
+from saebench.index.evidence import (
+    MAX_ROWS,
+    Evidence,
+    Sample,
+    Summary,
+    Unit,
+    bin_edges,
+    position_edges,
+    sample,
+    summarise,
+)
+from saebench.index.schema import INDEX_SCHEMA, INDEX_VERSION, identity_of, open_index
+from saebench.models import choose_device, load_model, unembedding
+from saebench.runlog import Interrupt, interruptible, progress, provenance
+from saebench.sae import SAE, encode_sparse, load_sae, read_config
+from saebench.store import Store, open_store
+from saebench.store.reader import Shard
+
+Groups = dict[str, dict[str, np.ndarray]]
+"""Columns of the file by group and name."""
+
+log = logging.getLogger(__name__)
+
+UNIT_ROWS = 8192
+SNAPSHOT_SECONDS = 30.0
+SNAPSHOT_SHARE = 0.05  # of the time may go into writing them
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+    """Which SAE to index, on which rows."""
+
+    sae: Path
+    """SAE directory, made here or by SAELens"""
+    store: Path | None = None
+    """activation store (default: the one the SAE was trained on)"""
+    out: Path | None = None
+    """file to write (default: index/NAME.h5 beside the folder saes/ that holds the SAE)"""
+    tokens: Count = 10_000_000
+    """training tokens to go over at most"""
+    sample: Count = 100_000
+    """rows, and as many held-out ones, of which everything that fires is kept: for tokens, companions and rules"""
+    logits: bool = True
+    """load the model for its unembedding, to give each latent's direct effect on the logits"""
+    workers: int | None = None
+    """threads (default: one per core)"""
+    device: str | None = None
+    """cuda or cpu for the encoder (default: cuda where it is at hand)"""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "sample"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers is {self.workers}; expected 1 or more")
+
+    @property
+    def path(self) -> Path:
+        sae = self.sae.resolve()
+        return self.out or sae.parent.parent / "index" / f"{sae.name}.h5"
+
+
+class Piece(NamedTuple):
+    """Where a unit lies: a stretch of a shard."""
+
+    shard: Shard
+    start: int  # in the shard
+    n_rows: int
+    first_row: int  # in the store
+
+
+@dataclass
+class Plan:
+    """What a pass goes over."""
+
+    sae: SAE
+    store: Store
+    hook: str
+    scale: float
+    """a power of two near the median norm, from which bins of strength are counted"""
+    pieces: list[Piece]
+    below: dict[str, int]
+    """hashes of the rows in the sample, by split"""
+
+
+@dataclass
+class Gathered:
+    """What is known so far; `done` marks the pieces it comes from, samples are by split."""
+
+    evidence: Evidence
+    samples: dict[str, list[Sample]]
+    done: np.ndarray
+
+
+def build_index(config: IndexConfig) -> Path | None:
+    """Index an SAE; returns the file, or None when Ctrl-C ended it early.
+
+    The same call continues a build that was interrupted or killed; the result is the same, whatever
+    the number of workers. Until it is complete the file holds what is known so far.
+    Raises ValueError when SAE, store and hook do not belong together.
+    """
+    path = config.path
+    with locked(path.parent):
+        plan = _plan(config)
+        identity = identity_of(config.sae, plan.store)
+        settings = {"tokens": config.tokens, "sample": config.sample, "logits": config.logits}
+        before = _before(path, {"identity": identity, "settings": settings})
+        if before == "complete":
+            log.info("%s is complete already", path)
+            return path
+        gathered, static = before or (_nothing(plan), _static(config, plan))
+        publish = _Publisher(path, plan, static, identity, settings)
+        total = sum(piece.n_rows for piece in plan.pieces)
+        bar = progress(total, f"index {config.sae.name}", "row", _rows_done(plan, gathered))
+        with interruptible() as interrupt, bar:
+            for number, summary, part in _results(plan, gathered.done, config.workers, interrupt):
+                if summary is not None:
+                    gathered.evidence.add(summary)
+                gathered.samples[plan.pieces[number].shard.split].append(part)
+                gathered.done[number] = True
+                bar.update(plan.pieces[number].n_rows)
+                publish.sometimes(gathered)
+        publish(gathered)
+        if not gathered.done.all():
+            log.warning("stopped after %d of %d rows; the same command continues", _rows_done(plan, gathered), total)
+            return None
+    return path
+
+
+def _plan(config: IndexConfig) -> Plan:
+    """Raises ValueError when SAE, store and hook do not belong together."""
+    device = choose_device(config.device)
+    sae = load_sae(config.sae, device=device)
+    metadata = read_config(config.sae).get("metadata", {})
+    folder, hook = config.store or metadata.get("saebench", {}).get("store"), metadata.get("hook_name")
+    if folder is None:
+        raise ValueError(f"{config.sae} does not say what it was trained on; give a store of its hook with --store")
+    if hook is None:
+        raise ValueError(f"{config.sae} does not say which hook it reads: add metadata.hook_name to its cfg.json")
+    store = open_store(folder)
+    if store.d_in(hook) != sae.d_in:
+        raise ValueError(
+            f"{config.sae} has d_in {sae.d_in}, but {hook} in {store.folder} has {store.d_in(hook)}; give its own --store"
+        )
+    pieces = list(_pieces(store, {"train": config.tokens, "validation": config.sample}))
+    rows = {split: sum(p.n_rows for p in pieces if p.shard.split == split) for split in ("train", "validation")}
+    if not rows["train"]:
+        raise ValueError(f"{store.folder} has no training rows; harvest more tokens")
+    if sum(shard.n_rows for shard in store.shards) >= MAX_ROWS:
+        raise ValueError(f"{store.folder} has more than {MAX_ROWS} rows; an index holds no more")
+    below = {split: min(2**64 - 1, config.sample * 2**64 // max(n_rows, 1)) for split, n_rows in rows.items()}
+    scale = 2.0 ** round(math.log2(store.statistics(hook)["median_norm"]))
+    return Plan(sae, store, hook, scale, pieces, below)
+
+
+def _pieces(store: Store, limits: dict[str, int]) -> Iterator[Piece]:
+    """Whole contexts, the first of each split up to its limit of rows."""
+    size = max(1, UNIT_ROWS // store.context) * store.context
+    left = {split: -(-limit // store.context) * store.context for split, limit in limits.items()}
+    first_row = 0
+    for shard in store.shards:
+        n_rows = min(shard.n_rows, left[shard.split])
+        for start in range(0, n_rows, size):
+            yield Piece(shard, start, min(size, n_rows - start), first_row + start)
+        left[shard.split] -= n_rows
+        first_row += shard.n_rows
+
+
+def _results(
+    plan: Plan, done: np.ndarray, workers: int | None, interrupt: Interrupt
+) -> Iterator[tuple[int, Summary | None, Sample]]:
+    """The pieces not yet done, in the order in which they are finished; a few are under way at once."""
+    n_workers = workers or torch.get_num_threads()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # each worker computes alone, so that rounding does not depend on their number
+    todo = iter([number for number, finished in enumerate(done) if not finished])
+    with ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        running: dict[Future, int] = {}
+        try:
+            while True:
+                wanted = 2 * n_workers - len(running) if not interrupt.requested else 0
+                running |= {pool.submit(_reduce, plan, plan.pieces[n]): n for n in itertools.islice(todo, wanted)}
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(future), *future.result()
+        finally:
+            for future in running:
+                future.cancel()
+            torch.set_num_threads(threads)
+
+
+def _reduce(plan: Plan, piece: Piece) -> tuple[Summary | None, Sample]:
+    unit = _read(plan, piece)
+    summary = summarise(unit, plan.sae.d_sae, plan.scale) if piece.shard.split == "train" else None
+    return summary, sample(unit, plan.below[piece.shard.split])
+
+
+def _read(plan: Plan, piece: Piece) -> Unit:
+    stop = piece.start + piece.n_rows
+    keep = piece.shard.column("keep", piece.start, stop)
+    kept = np.flatnonzero(keep)
+    x_RD = piece.shard.rows(plan.hook, piece.start, stop)[torch.from_numpy(kept)]
+    code, values = encode_sparse(plan.sae, x_RD.to(plan.sae.W_dec.device, torch.float32))
+    positions = piece.shard.column("position", piece.start, stop)
+    return Unit(
+        piece.first_row, piece.n_rows, plan.store.context, kept[code.rows.cpu().numpy()], code.latents.cpu().numpy(),
+        values.cpu().numpy(), keep, positions,
+    )  # fmt: skip
+
+
+def _static(config: IndexConfig, plan: Plan) -> Groups:
+    """What does not depend on the store's rows."""
+    groups: Groups = {"decoder": geometry(plan.sae)}
+    if config.logits:
+        model = load_model(plan.store.manifest["identity"]["model"]["id"], device=config.device, dtype="float32")
+        groups["logits"] = logit_effects(plan.sae.W_dec.to(model.device), unembedding(model))
+    return groups
+
+
+# -------------------------------------------------------------------------------------------- the file
+
+
+class _Publisher:
+    """Writes the file, now and then while there is more to come."""
+
+    def __init__(
+        self, path: Path, plan: Plan, static: Groups, identity: dict[str, str], settings: dict[str, Any]
+    ) -> None:
+        self.path, self.plan, self.static = path, plan, static
+        self.attributes: dict[str, Any] = {
+            "schema": INDEX_SCHEMA,
+            "schema_version": INDEX_VERSION,
+            "identity": json.dumps(identity),
+            "settings": json.dumps(settings),
+            "store": str(plan.store.folder),
+            "hook": plan.hook,
+            "d_sae": plan.sae.d_sae,
+            "context": plan.store.context,
+            "bin_edges": bin_edges(plan.scale),
+            "position_edges": position_edges(plan.store.context),
+            "provenance": json.dumps(provenance()),
+        }
+        self.due = time.monotonic() + SNAPSHOT_SECONDS
+
+    def sometimes(self, gathered: Gathered) -> None:
+        if time.monotonic() >= self.due and not gathered.done.all():
+            started = time.monotonic()
+            self(gathered)
+            self.due = time.monotonic() + max(SNAPSHOT_SECONDS, (time.monotonic() - started) / SNAPSHOT_SHARE)
+
+    def __call__(self, gathered: Gathered) -> None:
+        complete = bool(gathered.done.all())
+        samples = {split: Sample.joined(parts) for split, parts in gathered.samples.items()}
+        tokens = _tokens(self.plan.store, samples["train"].rows)
+        groups = self.static | derive(gathered.evidence, samples["train"], tokens, self.plan.scale, complete)
+        groups |= {f"sample/{split}": part._asdict() for split, part in samples.items()}
+        if not complete:
+            groups["state"] = vars(gathered.evidence) | {"done": gathered.done}
+        n_rows = int(gathered.evidence.position_rows.sum())
+        with replacing(self.path) as temporary, h5py.File(temporary, "w") as file:
+            share_done = _rows_done(self.plan, gathered) / sum(piece.n_rows for piece in self.plan.pieces)
+            file.attrs.update(self.attributes | {"complete": complete, "n_rows": n_rows, "share_done": share_done})
+            for group, columns in groups.items():
+                for name, values in columns.items():
+                    file.create_dataset(f"{group}/{name}", data=values)
+
+
+def _before(path: Path, wanted: dict[str, Any]) -> Literal["complete"] | tuple[Gathered, Groups] | None:
+    """What an earlier call left: a complete file, one to go on from (with what is static in it), or none of these."""
+    if not path.exists():
+        return None
+    with open_index(path) as file:
+        if {name: json.loads(file.attrs[name]) for name in wanted} != wanted:
+            log.info("%s is of another SAE, store or setting, and is made anew", path)
+            return None
+        if file.attrs["complete"]:
+            return "complete"
+        state = {name: column[:] for name, column in file["state"].items()}
+        samples = {
+            split: [Sample(**{name: column[:] for name, column in group.items()})]
+            for split, group in file["sample"].items()
+        }
+        static = {
+            name: {column: values[:] for column, values in file[name].items()}
+            for name in ("decoder", "logits")
+            if name in file
+        }
+    done = state.pop("done")
+    return Gathered(Evidence(**state), samples, done), static
+
+
+def _nothing(plan: Plan) -> Gathered:
+    evidence = Evidence.empty(plan.sae.d_sae, plan.store.context)
+    return Gathered(evidence, {"train": [], "validation": []}, np.zeros(len(plan.pieces), bool))
+
+
+def _rows_done(plan: Plan, gathered: Gathered) -> int:
+    return sum(piece.n_rows for piece, done in zip(plan.pieces, gathered.done, strict=True) if done)
+
+
+def _tokens(store: Store, rows: np.ndarray) -> np.ndarray:
+    """Tokens at rows of the store, ascending."""
+    first, tokens = 0, []
+    for shard in store.shards:
+        mine = rows[np.searchsorted(rows, first) : np.searchsorted(rows, first + shard.n_rows)]
+        tokens.append(shard.column("tokens")[mine - first])
+        first += shard.n_rows
+    return np.concatenate(tokens)

@@ -1,0 +1,89 @@
+"""What the weights alone say of each latent: geometry of its rows, and its direct effect on the logits.
+
+Legend: F latents, D d_in, V vocabulary.
+"""
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saebench.models import Unembedding
+from saebench.sae import SAE
+
+NEIGHBOURS = 20
+LOGIT_TOKENS = 20
+LOGIT_BINS = 40
+_VALUES = 2**24  # products held at once
+
+
+@torch.no_grad()
+def geometry(sae: SAE) -> dict[str, np.ndarray]:
+    """`norm`, `encoder_cosine` `[F]`; `ids`, `cosines` `[F, 20]` of the nearest other decoder rows, -1 where F is smaller."""
+    norm_F = sae.W_dec.norm(dim=1)
+    rows_FD = torch.nn.functional.normalize(sae.W_dec, dim=1)
+    cosine_F = torch.nn.functional.cosine_similarity(sae.W_enc.T, sae.W_dec, dim=1)
+    size = min(NEIGHBOURS, sae.d_sae - 1)
+    ids, cosines = [], []
+    for first, block_BD in _blocks(rows_FD, sae.d_sae):
+        cosines_BF = block_BD @ rows_FD.T
+        here = torch.arange(len(block_BD), device=block_BD.device)
+        cosines_BF[here, here + first] = -torch.inf
+        best = cosines_BF.topk(size, dim=1)
+        ids.append(best.indices.int().cpu())
+        cosines.append(best.values.cpu())
+    return {
+        "norm": norm_F.cpu().numpy(),
+        "encoder_cosine": cosine_F.cpu().numpy(),
+        "ids": _padded(torch.cat(ids).numpy(), NEIGHBOURS, -1),
+        "cosines": _padded(torch.cat(cosines).numpy(), NEIGHBOURS, 0),
+    }
+
+
+@torch.no_grad()
+def logit_effects(W_dec_FD: Float[Tensor, "F D"], unembedding: Unembedding) -> dict[str, np.ndarray]:
+    """The change of each token's logit by a unit of activation, on the direct path to the output.
+
+    (d_f - mean(d_f)) γ W_U with γ the final norm's weight; the mean is that of a LayerNorm, not of an RMSNorm. The
+    norm also divides by the scale of the residual stream, which differs between positions and is left out: so the order
+    of tokens is exact, and magnitudes hold where that scale is 1. Biases and a soft cap of the logits are left out too.
+    (nostalgebraist 2020, "interpreting GPT: the logit lens".)
+
+    Returns `top_ids`, `top`, `bottom_ids`, `bottom` `[F, 20]`, `std [F]`, and a histogram `[F, 40]` of all V effects in
+    equal bins between `low` and `high [F]`.
+    """
+    parts: dict[str, list[np.ndarray]] = {}
+    n_vocab = unembedding.W_U.shape[1]
+    size = min(LOGIT_TOKENS, n_vocab)
+    for _, block_BD in _blocks(W_dec_FD, n_vocab):
+        effects_BV = unembedding.effects(block_BD)
+        top, bottom = effects_BV.topk(size, dim=1), effects_BV.topk(size, dim=1, largest=False)
+        low_B, high_B = bottom.values[:, :1], top.values[:, :1]
+        width_B = (high_B - low_B).clamp(min=1e-30)
+        bins_BV = ((effects_BV - low_B) * (LOGIT_BINS / width_B)).long().clamp_(0, LOGIT_BINS - 1)
+        bins_BV += torch.arange(len(block_BD), device=block_BD.device)[:, None] * LOGIT_BINS
+        found = {
+            "top_ids": top.indices.int(),
+            "top": top.values,
+            "bottom_ids": bottom.indices.int(),
+            "bottom": bottom.values,
+            "std": effects_BV.std(1),
+            "low": low_B[:, 0],
+            "high": high_B[:, 0],
+            "histogram": torch.bincount(bins_BV.flatten(), minlength=len(block_BD) * LOGIT_BINS)
+            .view(-1, LOGIT_BINS)
+            .int(),
+        }
+        for name, value in found.items():
+            parts.setdefault(name, []).append(value.cpu().numpy())
+    return {name: np.concatenate(values) for name, values in parts.items()}
+
+
+def _blocks(rows_FD: Tensor, width: int) -> list[tuple[int, Tensor]]:
+    """(first row, rows) of blocks whose products with `width` columns fit in memory."""
+    step = max(1, _VALUES // width)
+    return [(first, rows_FD[first : first + step]) for first in range(0, len(rows_FD), step)]
+
+
+def _padded(columns: np.ndarray, width: int, value: int) -> np.ndarray:
+    return np.pad(columns, ((0, 0), (0, width - columns.shape[1])), constant_values=value)

@@ -1,0 +1,229 @@
+"""Read a feature index: any latent at random, columns for the table, contexts cut from the store."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from saebench.index.derive import FLAGS
+from saebench.index.evidence import Sample
+from saebench.index.schema import check_identity, identity_of, open_index
+from saebench.store import Store, open_store
+from saebench.text import TokenBytes, show_bytes
+
+COLUMNS = {
+    "density": "latents/density",
+    "fires": "latents/fires",
+    "max": "latents/max",
+    "mean": "latents/mean",
+    "std": "latents/std",
+    "decoder_norm": "decoder/norm",
+    "encoder_cosine": "decoder/encoder_cosine",
+    "nearest_cosine": "decoder/cosines",
+    "logit_std": "logits/std",
+    "flags": "latents/flags",
+}
+"""Columns of the table over all latents, where the file has them; of a column with several values a latent, the first."""
+
+
+class Example(NamedTuple):
+    """A firing: `row` in the store, and the activation there."""
+
+    row: int
+    value: float
+
+
+class Ranked(NamedTuple):
+    """Ids, best first, each with its figure."""
+
+    ids: np.ndarray
+    values: np.ndarray
+
+
+class Interval(NamedTuple):
+    """Firings of a latent between two strengths: how many, and some of them at random."""
+
+    lower: float
+    upper: float
+    fires: int
+    examples: list[Example]
+
+
+class Context(NamedTuple):
+    """Tokens around a row: `rows` in the store, `tokens` their ids, `pieces` their text, `peak` the place of the row."""
+
+    rows: range
+    tokens: np.ndarray
+    pieces: list[str]
+    peak: int
+    doc_id: int
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Everything the index has of one latent. Where it was built without logits, or is not complete yet, parts are empty."""
+
+    latent: int
+    figures: dict[str, float]
+    flags: tuple[str, ...]
+    histogram: np.ndarray  # [N_BINS] firings in the index's bin_edges
+    top: list[Example]
+    intervals: list[Interval]
+    random: list[Example]
+    tokens: Ranked
+    positions: np.ndarray  # [P] share of the rows of each bucket of positions on which it fires
+    neighbours: Ranked
+    pmi: Ranked
+    jaccard: Ranked
+    top_logits: Ranked
+    bottom_logits: Ranked
+    logit_histogram: tuple[np.ndarray, float, float]  # (counts in equal bins, lowest effect, highest)
+
+
+class FeatureIndex:
+    """An index file, with the store whose rows it points to. Close it, or use it in a `with` statement."""
+
+    def __init__(self, path: Path, store: Store) -> None:
+        self.path, self.store = path, store
+        self._file = open_index(path)
+        attributes = self._file.attrs
+        self.d_sae, self.n_rows = int(attributes["d_sae"]), int(attributes["n_rows"])
+        self.hook: str = attributes["hook"]
+        self.complete = bool(attributes["complete"])
+        self.context: int = int(attributes["context"])
+        self.share_done = float(attributes["share_done"])
+        self.bin_edges: np.ndarray = attributes["bin_edges"]
+        self.position_edges: np.ndarray = attributes["position_edges"]
+        self.identity: dict[str, str] = json.loads(attributes["identity"])
+        self._first_rows = np.cumsum([0, *(shard.n_rows for shard in store.shards)])
+
+    def __enter__(self) -> "FeatureIndex":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    # ------------------------------------------------------------------------------------ latents
+
+    @cached_property
+    def columns(self) -> dict[str, np.ndarray]:
+        """The table: `[d_sae]` arrays by the names of COLUMNS, read once."""
+        found = {name: self._file[path] for name, path in COLUMNS.items() if path in self._file}
+        return {name: data[:] if data.ndim == 1 else data[:, 0] for name, data in found.items()}
+
+    def flagged(self, flag: str) -> np.ndarray:
+        """`[d_sae]` whether each latent has a flag (dead, dense, single_token, position_bound)."""
+        return (self.columns["flags"] >> FLAGS.index(flag) & 1).astype(bool)
+
+    def __len__(self) -> int:
+        return self.d_sae
+
+    def __getitem__(self, latent: int) -> Latent:
+        """All of a latent. Raises ValueError when there is none of that number."""
+        if not 0 <= latent < self.d_sae:
+            raise ValueError(f"latent is {latent}; {self.path} has 0 to {self.d_sae - 1}")
+        get = self._row(latent)
+        flags = int(get("latents/flags"))
+        counts, edges = get("intervals/counts"), get("intervals/edges")
+        return Latent(
+            latent=latent,
+            figures={
+                name: float(np.ravel(get(path))[0])
+                for name, path in COLUMNS.items()
+                if path in self._file and name != "flags"
+            },
+            flags=tuple(flag for bit, flag in enumerate(FLAGS) if flags >> bit & 1),
+            histogram=get("histogram/counts"),
+            top=_examples(get("top/rows"), get("top/values")),
+            intervals=[
+                Interval(float(lower), float(upper), int(count), _examples(rows, values))
+                for lower, upper, count, rows, values in zip(
+                    edges, edges[1:], counts, get("intervals/rows"), get("intervals/values"), strict=False
+                )
+                if count
+            ],
+            random=_examples(get("random/rows"), get("random/values")),
+            tokens=_ranked(get("tokens/ids"), get("tokens/counts")),
+            positions=get("positions/counts") / np.maximum(self._file["positions/rows"][:], 1),
+            neighbours=_ranked(get("decoder/ids"), get("decoder/cosines")),
+            pmi=_ranked(get("companions/pmi_ids"), get("companions/pmi")),
+            jaccard=_ranked(get("companions/jaccard_ids"), get("companions/jaccard")),
+            top_logits=_ranked(get("logits/top_ids"), get("logits/top")),
+            bottom_logits=_ranked(get("logits/bottom_ids"), get("logits/bottom")),
+            logit_histogram=(
+                get("logits/histogram"),
+                float(np.sum(get("logits/low"))),
+                float(np.sum(get("logits/high"))),
+            ),
+        )
+
+    def _row(self, latent: int) -> Any:
+        def get(path: str) -> Any:
+            return self._file[path][latent] if path in self._file else np.zeros(0)
+
+        return get
+
+    def sample(self, split: str) -> Sample:
+        """All firings on the rows chosen by their hash, of the training or the validation split."""
+        return Sample(**{name: column[:] for name, column in self._file[f"sample/{split}"].items()})
+
+    # ------------------------------------------------------------------------------------ contexts
+
+    def context_of(self, row: int, around: int | None = None) -> Context:
+        """The tokens within `around` of a row, or its whole context; never beyond the context."""
+        number = int(np.searchsorted(self._first_rows, row, "right")) - 1
+        shard, local = self.store.shards[number], row - int(self._first_rows[number])
+        start = local // self.context * self.context
+        stop = start + self.context
+        if around is not None:
+            start, stop = max(start, local - around), min(stop, local + around + 1)
+        tokens = shard.column("tokens", start, stop)
+        doc_id = int(shard.column("doc_id", local, local + 1)[0])
+        rows = range(int(self._first_rows[number]) + start, int(self._first_rows[number]) + stop)
+        return Context(rows, tokens, self.pieces(tokens), local - start, doc_id)
+
+    def pieces(self, tokens: np.ndarray) -> list[str]:
+        """The text of each token alone; bytes that are no whole character as `\\xNN`."""
+        return [show_bytes(self._bytes[int(token)]) for token in tokens]
+
+    @cached_property
+    def _bytes(self) -> TokenBytes:
+        return TokenBytes(self.store.tokenizer())
+
+    @cached_property
+    def documents(self) -> dict[int, str]:
+        """Names of documents by `doc_id`."""
+        return self.store.document_names()
+
+
+def open_feature_index(
+    path: Path | str, *, sae: Path | str | None = None, store: Path | str | None = None
+) -> FeatureIndex:
+    """Open an index with its store (default: where it was built).
+
+    Raises ValueError when the file is none of this version's, or was made from another SAE, store, tokenizer or model
+    than those given.
+    """
+    path = Path(path)
+    with open_index(path) as file:
+        folder = store or file.attrs["store"]
+        identity = json.loads(file.attrs["identity"])
+    opened = open_store(folder)
+    sae = sae or path.parent.parent / "saes" / path.stem
+    check_identity(path, identity, identity_of(Path(sae), opened))
+    return FeatureIndex(path, opened)
+
+
+def _examples(rows: np.ndarray, values: np.ndarray) -> list[Example]:
+    return [Example(int(row), float(value)) for row, value in zip(rows, values, strict=True) if row >= 0]
+
+
+def _ranked(ids: np.ndarray, values: np.ndarray) -> Ranked:
+    there = ids >= 0
+    return Ranked(ids[there], values[there])

@@ -1,0 +1,52 @@
+"""What is in an index file: its version, and whether it belongs to an SAE, a store and a tokenizer."""
+
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from saebench.files import hash_files
+from saebench.sae.io import WEIGHTS
+from saebench.store import Store
+from saebench.store.schema import MANIFEST
+
+INDEX_SCHEMA = "saebench-index"
+INDEX_VERSION = 1
+
+
+def identity_of(sae: Path, store: Store) -> dict[str, str]:
+    """Hashes of what an index is made from."""
+    made = store.manifest["identity"]
+    return {
+        "sae": hash_files([sae / WEIGHTS]),
+        "store": hash_files([store.folder / MANIFEST]),
+        "tokenizer": made["tokenizer"]["files"],
+        "model": made["model"]["weights"],
+    }
+
+
+def open_index(path: Path) -> Any:
+    """The HDF5 file, for reading. Raises ValueError when it is none of this version's."""
+    if not path.exists():
+        raise ValueError(f"{path} is not there; make it with `saebench index --sae SAE`")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as HDF5 ({error}); delete it and index again") from error
+    schema, version = file.attrs.get("schema"), file.attrs.get("schema_version")
+    if (schema, version) != (INDEX_SCHEMA, INDEX_VERSION):
+        file.close()
+        raise ValueError(
+            f"{path} has schema {schema!r} version {version}, this saebench reads {INDEX_SCHEMA!r} version {INDEX_VERSION}; "
+            "delete it and index again"
+        )
+    return file
+
+
+def check_identity(path: Path, found: dict[str, str], expected: dict[str, str]) -> None:
+    """Raises ValueError naming what differs, with both hashes."""
+    for what, value in expected.items():
+        if found.get(what) != value:
+            raise ValueError(
+                f"{path} was made from another {what}: it says {found.get(what)}, this one is {value}; index again with `saebench index`"
+            )

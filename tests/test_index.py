@@ -1,0 +1,509 @@
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+import processes
+import pytest
+import torch
+from conftest import CONTEXT, HOOK, WIDTH
+from scipy.stats import chisquare
+
+from saebench.index import FeatureIndex, IndexConfig, build, build_index, open_feature_index
+from saebench.index.derive import companions, flags, intervals, token_counts
+from saebench.index.evidence import (
+    N_BINS,
+    RANDOM,
+    TOP,
+    Evidence,
+    Sample,
+    Unit,
+    bin_edges,
+    bins_of,
+    hashed,
+    position_edges,
+    sample,
+    summarise,
+)
+from saebench.models import load_model, unembedding
+from saebench.sae import SAE, GatedSAE, JumpReLUSAE, encode_sparse, initialise, new_sae, save_sae
+from saebench.store import Store, open_store
+
+LATENTS = 48
+
+
+@torch.no_grad()
+def an_sae(architecture: str, store: Store, seed: int = 0) -> SAE:
+    """An SAE whose latents fire on 1% to 20% of the store's rows, but for the last, which is dead."""
+    sae = new_sae(architecture, WIDTH, LATENTS, k=6)
+    initialise(sae, torch.tensor(store.statistics(HOOK)["mean"]), torch.Generator().manual_seed(seed))
+    projections = sae.project(store.of_split("train")[0].rows(HOOK))
+    shares = torch.linspace(0.01, 0.2, LATENTS)
+    bias = -torch.stack([column.quantile(1 - share) for column, share in zip(projections.T, shares, strict=True)])
+    bias[-1] = -1e6
+    if isinstance(sae, GatedSAE):
+        sae.b_gate.copy_(bias)
+        sae.b_mag.copy_(bias + 0.1)
+    else:
+        sae.b_enc.copy_(bias)
+    if isinstance(sae, JumpReLUSAE):
+        sae.threshold.fill_(0.05)
+    return sae
+
+
+@pytest.fixture(scope="module")
+def saved(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ReLU SAE on disk."""
+    folder = tmp_path_factory.mktemp("run") / "saes" / "relu"
+    metadata = {"model_name": "m", "hook_name": HOOK, "context_size": CONTEXT, "saebench": {"store": str(store.folder)}}
+    save_sae(an_sae("relu", store), folder, metadata)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_units() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "UNIT_ROWS", 40 * CONTEXT)  # many units, some of them short
+        yield
+
+
+@pytest.fixture(scope="module")
+def index(saved: Path, small_units: None) -> Iterator[FeatureIndex]:
+    build_index(IndexConfig(sae=saved, sample=3_000))
+    with open_feature_index(saved.parent.parent / "index" / "relu.h5") as opened:
+        yield opened
+
+
+class Everything:
+    """All firings on the kept training rows, by dense arithmetic."""
+
+    def __init__(self, sae: SAE, store: Store, split: str = "train") -> None:
+        shards = store.of_split(split)
+        first = np.cumsum([0, *(shard.n_rows for shard in store.shards)])
+        starts = [first[store.shards.index(shard)] for shard in shards]
+        self.rows = np.concatenate([start + np.arange(s.n_rows) for start, s in zip(starts, shards, strict=True)])
+        self.keep = np.concatenate([shard.column("keep") for shard in shards])
+        self.tokens = np.concatenate([shard.column("tokens") for shard in shards])
+        self.positions = np.concatenate([shard.column("position") for shard in shards])
+        with torch.no_grad():
+            acts = sae.encode(torch.cat([shard.rows(HOOK) for shard in shards])).numpy()
+        self.acts = acts * self.keep[:, None]
+        self.place = {int(row): place for place, row in enumerate(self.rows)}
+
+    def value(self, row: int, latent: int) -> float:
+        return float(self.acts[self.place[row], latent])
+
+
+@pytest.fixture(scope="module")
+def everything(store: Store) -> Everything:
+    return Everything(an_sae("relu", store), store)
+
+
+# ---------------------------------------------------------------------------------------- encoding
+
+
+@pytest.mark.parametrize("architecture", ["relu", "topk", "gated", "jumprelu"])
+def test_a_sparse_code_is_what_the_sae_encodes(architecture: str, store: Store) -> None:
+    sae = an_sae(architecture, store)
+    x_RD = store.of_split("train")[0].rows(HOOK, 0, 300)
+    code, values = encode_sparse(sae, x_RD)
+    dense = torch.zeros(300, LATENTS)
+    dense[code.rows.long(), code.latents.long()] = values
+    expected = sae.encode(x_RD).detach()
+    assert torch.equal(dense > 0, expected > 0)
+    assert (expected > 0).any()
+    torch.testing.assert_close(dense, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sparse_code_obeys_input_normalisation(store: Store) -> None:
+    sae = new_sae("relu", WIDTH, LATENTS, normalize="layer_norm")
+    initialise(sae, torch.zeros(WIDTH), torch.Generator().manual_seed(0))
+    x_RD = store.of_split("train")[0].rows(HOOK, 0, 50)
+    code, values = encode_sparse(sae, x_RD)
+    torch.testing.assert_close(
+        values, sae.encode(x_RD).detach()[code.rows.long(), code.latents.long()], rtol=1e-4, atol=1e-5
+    )
+
+
+# ------------------------------------------------------------------------- against everything at once
+
+
+def test_sums_are_those_of_all_rows(index: FeatureIndex, everything: Everything) -> None:
+    acts, n_rows = everything.acts.astype(np.float64), everything.keep.sum()
+    fires = (acts > 0).sum(0)
+    assert index.complete and index.share_done == 1.0
+    assert index.n_rows == n_rows
+    assert np.array_equal(index.columns["fires"], fires)
+    assert 0 < fires[0] < n_rows and fires[-1] == 0
+    np.testing.assert_allclose(index.columns["density"], fires / n_rows)
+    np.testing.assert_allclose(index.columns["mean"], acts.sum(0) / np.maximum(fires, 1), rtol=1e-5)
+    some = np.where(acts > 0, acts, np.nan)[:, fires > 1]
+    np.testing.assert_allclose(index.columns["std"][fires > 1], np.nanstd(some, 0), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(index.columns["max"], acts.max(0), rtol=1e-5)
+
+
+def test_top_examples_are_the_strongest_of_each_context(index: FeatureIndex, everything: Everything) -> None:
+    by_context = everything.acts.reshape(-1, CONTEXT, LATENTS)
+    best, where = by_context.max(1), by_context.argmax(1)
+    for latent in range(LATENTS):
+        order = np.argsort(-best[:, latent], kind="stable")[:TOP]
+        order = order[best[order, latent] > 0]
+        found = index[latent].top
+        np.testing.assert_allclose([value for _, value in found], best[order, latent], rtol=1e-4)
+        rows = everything.rows.reshape(-1, CONTEXT)[order, where[order, latent]]
+        if len(np.unique(best[order, latent].round(3))) == len(order):  # else rounding may change the order
+            assert [row for row, _ in found] == rows.tolist()
+        assert len({row // CONTEXT for row, _ in found}) == len(found)
+
+
+def test_histogram_and_intervals_count_every_firing_once(index: FeatureIndex, everything: Everything) -> None:
+    for latent in range(LATENTS):
+        shown, acts = index[latent], everything.acts[:, latent]
+        fires = int((acts > 0).sum())
+        assert shown.histogram.sum() == fires == sum(interval.fires for interval in shown.intervals)
+        assert len(shown.intervals) <= 10
+        for before, after in zip(shown.intervals, shown.intervals[1:], strict=False):
+            assert before.upper <= after.lower
+        for interval in shown.intervals:
+            inside = (acts > interval.lower * (1 + 1e-5)) & (acts < interval.upper * (1 - 1e-5))
+            near = (acts > interval.lower * (1 - 1e-5)) & (acts < interval.upper * (1 + 1e-5))
+            assert inside.sum() <= interval.fires <= near.sum()
+            assert len(interval.examples) == min(5, interval.fires)
+            for row, value in interval.examples:
+                assert interval.lower * (1 - 1e-5) <= value <= interval.upper * (1 + 1e-5)
+                assert value == pytest.approx(everything.value(row, latent), rel=1e-4, abs=1e-5)
+
+
+def test_random_examples_are_spread_over_strengths_as_the_firings_are(
+    index: FeatureIndex, everything: Everything
+) -> None:
+    """Over all latents, how many random firings lie in each tenth of their latent's firings: chi-square."""
+    observed = np.zeros(10)
+    for latent in range(LATENTS):
+        acts = everything.acts[:, latent]
+        strengths = np.sort(acts[acts > 0])
+        found = index[latent].random
+        assert len(found) == min(RANDOM, len(strengths))
+        assert len({row for row, _ in found}) == len(found)
+        if len(strengths) < 200:
+            continue
+        for row, value in found:
+            assert value == pytest.approx(everything.value(row, latent), rel=1e-4, abs=1e-5)
+            rank = np.searchsorted(strengths, value) / len(strengths)
+            observed[min(9, int(10 * rank))] += 1
+    assert observed.sum() > 100
+    assert chisquare(observed).pvalue > 0.01
+
+
+def test_firings_by_position_and_token(index: FeatureIndex, everything: Everything) -> None:
+    edges = position_edges(CONTEXT)
+    bucket = np.searchsorted(edges, everything.positions, "right") - 1
+    fires = everything.acts > 0
+    kept_per_bucket = np.bincount(bucket[everything.keep], minlength=len(edges))
+    in_sample = hashed(everything.rows) < np.uint64(3_000 * 2**64 // len(everything.rows))
+    for latent in (0, 7, 23):
+        shown = index[latent]
+        expected = np.bincount(bucket, fires[:, latent], len(edges)) / np.maximum(kept_per_bucket, 1)
+        np.testing.assert_allclose(shown.positions, expected)
+        counts = np.bincount(everything.tokens[fires[:, latent] & in_sample])
+        assert shown.tokens.values[0] == counts.max()
+        assert np.array_equal(counts[shown.tokens.ids], shown.tokens.values)
+
+
+def test_companions_are_those_of_the_sampled_rows(index: FeatureIndex) -> None:
+    part = index.sample("train")
+    assert 2_500 < len(part.rows) < 3_500
+    fires = np.zeros((len(part.rows), LATENTS))
+    fires[np.repeat(np.arange(len(part.rows)), np.diff(part.offsets)), part.latents] = 1
+    together, alone = fires.T @ fires, fires.sum(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        pmi = np.log(len(fires) * together / np.outer(alone, alone))
+        jaccard = together / (alone[:, None] + alone - together)
+    np.fill_diagonal(together, 0)
+    for latent in range(LATENTS):
+        shown = index[latent]
+        assert latent not in shown.pmi.ids and latent not in shown.jaccard.ids
+        often = together[latent] >= 5
+        np.testing.assert_allclose(shown.pmi.values, np.sort(pmi[latent, often])[::-1][:20], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(shown.pmi.values, pmi[latent, shown.pmi.ids], rtol=1e-5, atol=1e-6)
+        some = together[latent] > 0
+        np.testing.assert_allclose(shown.jaccard.values, np.sort(jaccard[latent, some])[::-1][:20], rtol=1e-5)
+
+
+def test_held_out_rows_are_in_their_sample_alone(index: FeatureIndex, store: Store) -> None:
+    held_out = Everything(an_sae("relu", store), store, "validation")
+    part = index.sample("validation")
+    assert set(part.rows) <= set(held_out.rows)
+    expected = (held_out.acts[[held_out.place[int(row)] for row in part.rows]] > 0).sum()
+    assert len(part.latents) == expected > 0
+    assert not set(part.rows) & set(index.sample("train").rows)
+
+
+# ---------------------------------------------------------------------------------------- from weights
+
+
+def test_decoder_geometry(index: FeatureIndex, store: Store) -> None:
+    sae = an_sae("relu", store)
+    rows = torch.nn.functional.normalize(sae.W_dec.detach(), dim=1)
+    cosines = rows @ rows.T
+    cosines.fill_diagonal_(-2.0)
+    for latent in (0, 5, 47):
+        shown = index[latent]
+        torch.testing.assert_close(torch.from_numpy(shown.neighbours.values), cosines[latent].topk(20).values)
+        torch.testing.assert_close(torch.from_numpy(shown.neighbours.values), cosines[latent][shown.neighbours.ids])
+    expected = torch.nn.functional.cosine_similarity(sae.W_enc.T, sae.W_dec, dim=1).detach()
+    np.testing.assert_allclose(index.columns["encoder_cosine"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_logit_effects_are_the_decoder_times_the_unembedding(index: FeatureIndex, store: Store) -> None:
+    model = load_model(store.manifest["identity"]["model"]["id"], dtype="float32")
+    weight = model.bridge.original_model.model.norm.weight.detach()  # the Llama shape's final RMSNorm
+    effects = (an_sae("relu", store).W_dec.detach() * weight) @ model.bridge.original_model.lm_head.weight.detach().T
+    for latent in (0, 11, 47):
+        shown = index[latent]
+        torch.testing.assert_close(
+            torch.from_numpy(shown.top_logits.values), effects[latent].topk(20).values, rtol=1e-4, atol=1e-5
+        )
+        torch.testing.assert_close(
+            torch.from_numpy(shown.bottom_logits.values), effects[latent][shown.bottom_logits.ids], rtol=1e-4, atol=1e-5
+        )
+        counts, low, high = shown.logit_histogram
+        assert counts.sum() == effects.shape[1]
+        expected = np.histogram(effects[latent].numpy(), len(counts), (low, high))[0]
+        assert np.abs(counts - expected).sum() <= 2  # at the edges of bins rounding decides
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "neox", "llama", "gemma2"])
+def test_the_final_norm_is_read_from_every_family(shape: str, checkpoints: dict[str, Path]) -> None:
+    """At a scale of 1 the norm's output moves by `effects` of what is added, for a direction that keeps the scale."""
+    model = load_model(str(checkpoints[shape]), dtype="float32")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 1, WIDTH, generator=generator)
+    x = (x - x.mean()) / (x - x.mean()).pow(2).mean().sqrt()
+    found = unembedding(model)
+    with torch.no_grad():
+        norm, unembed = model.bridge.ln_final, model.bridge.unembed
+        logits = unembed(norm(x)) - unembed(norm(torch.zeros_like(x)))
+        torch.testing.assert_close(logits[0], found.effects(x[0]), rtol=1e-3, atol=1e-3)
+        assert found.centred == (shape in ("gpt2", "neox"))
+
+
+# ---------------------------------------------------------------------------------- order, kill, resume
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    with h5py.File(path) as file:
+        found: dict[str, bytes] = {}
+        file.visititems(lambda name, item: found.update({name: item[()].tobytes()}) if hasattr(item, "shape") else None)
+        return found | {f"@{name}": np.asarray(value).tobytes() for name, value in file.attrs.items()}
+
+
+def test_any_order_of_units_and_any_number_of_workers_give_the_same_index(
+    saved: Path, index: FeatureIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = build_index(IndexConfig(sae=saved, sample=3_000, workers=1, out=tmp_path / "one.h5"))
+    pieces = build._pieces
+    monkeypatch.setattr(build, "_pieces", lambda *args: list(pieces(*args))[::-1])
+    three = build_index(IndexConfig(sae=saved, sample=3_000, workers=3, out=tmp_path / "three.h5"))
+    assert one is not None and three is not None
+    assert contents(one) == contents(three) == contents(index.path)
+
+
+def test_killed_at_any_time_and_resumed_is_uninterrupted(saved: Path, index: FeatureIndex, tmp_path: Path) -> None:
+    out = tmp_path / "killed.h5"
+    argv = ("index", "--sae", str(saved), "--sample", "3000", "--out", str(out), "--workers", "1")
+    for times in range(2):
+        child = processes.start(*argv, slow=0.05, unit_rows=40 * CONTEXT)
+        seen = out.stat().st_mtime_ns if out.exists() else 0
+        status, printed = processes.signal_when(
+            child, lambda seen=seen: out.exists() and out.stat().st_mtime_ns > seen, signal.SIGKILL
+        )
+        assert status == -signal.SIGKILL, printed
+        with open_feature_index(out, sae=saved) as partial:
+            assert not partial.complete and 0 < partial.share_done < 1, times
+            assert partial[0].figures["fires"] <= index[0].figures["fires"]
+            assert not len(partial[0].pmi.ids)
+    made = build_index(IndexConfig(sae=saved, sample=3_000, out=out))
+    assert made is not None and contents(made) == contents(index.path)
+
+
+def test_a_complete_index_is_not_built_again(saved: Path, index: FeatureIndex) -> None:
+    before = index.path.stat().st_mtime_ns
+    assert build_index(IndexConfig(sae=saved, sample=3_000)) == index.path
+    assert index.path.stat().st_mtime_ns == before
+
+
+def test_an_index_of_an_older_sae_is_built_anew(saved: Path, store: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "saes" / "relu"
+    shutil.copytree(saved, folder)
+    path = build_index(IndexConfig(sae=folder, logits=False))
+    assert path is not None
+    metadata = {"model_name": "m", "hook_name": HOOK, "context_size": CONTEXT, "saebench": {"store": str(store.folder)}}
+    save_sae(an_sae("relu", store, seed=1), folder, metadata)
+    with pytest.raises(ValueError, match=r"relu.h5 was made from another sae: it says \w{32}, this one is \w{32}"):
+        open_feature_index(path)
+    before = contents(path)
+    build_index(IndexConfig(sae=folder, logits=False))
+    assert contents(path) != before
+    with open_feature_index(path) as opened:
+        assert not len(opened[0].top_logits.ids)  # none were asked for
+
+
+# --------------------------------------------------------------------------------------------- reading
+
+
+def test_contexts_are_cut_from_the_token_stream(index: FeatureIndex, store: Store) -> None:
+    shard = store.of_split("train")[1]
+    first = sum(s.n_rows for s in store.shards[: store.shards.index(shard)])
+    tokens = shard.column("tokens", 2 * CONTEXT, 3 * CONTEXT)
+    whole = index.context_of(first + 2 * CONTEXT + 5)
+    assert np.array_equal(whole.tokens, tokens) and whole.peak == 5
+    near = index.context_of(first + 2 * CONTEXT + 5, around=2)
+    assert np.array_equal(near.tokens, tokens[3:8]) and near.peak == 2
+    edge = index.context_of(first + 2 * CONTEXT + 1, around=3)
+    assert np.array_equal(edge.tokens, tokens[:5]) and edge.peak == 1
+    assert "".join(whole.pieces[1:]) == store.tokenizer().decode(tokens[1:])
+    assert index.documents[whole.doc_id].endswith(".txt")
+
+
+def test_bytes_that_are_no_character_are_shown_and_not_lost(index: FeatureIndex, store: Store) -> None:
+    tokenizer = store.tokenizer()
+    ids = np.array(tokenizer.encode("é\x00\n🙂"))
+    pieces = index.pieces(ids)
+    assert len(pieces) == len(ids) and all(pieces)
+    assert "\\xf0" in "".join(pieces) and "\x00" in pieces and "\n" in pieces
+
+
+def test_a_latent_out_of_range_is_refused(index: FeatureIndex) -> None:
+    with pytest.raises(ValueError, match=r"latent is 48; .*relu.h5 has 0 to 47"):
+        index[48]
+    with pytest.raises(ValueError, match="latent is -1"):
+        index[-1]
+
+
+# ------------------------------------------------------------------------------------------ by hand
+
+
+def test_bins_are_quarter_octaves() -> None:
+    edges = bin_edges(2.0)
+    assert edges[0] == 0 and edges[1] == 2.0 * 2**-9.75 and edges[-2] == 2.0 * 2**5.75 and edges[-1] == np.inf
+    values = np.array([1e-9, 2.0, 2.01, 2.0 * 2**0.24, 2.0 * 2**0.26, 1e9], np.float32)
+    assert bins_of(values, 2.0).tolist() == [0, 40, 40, 40, 41, N_BINS - 1]
+
+
+def test_position_buckets() -> None:
+    assert position_edges(16).tolist() == [0, 1, 2, 3, 4, 6, 8, 12]
+    assert position_edges(2).tolist() == [0, 1]
+
+
+def a_unit(values: list[float], rows: list[int], latents: list[int], first_row: int = 0) -> Unit:
+    return Unit(
+        first_row, 8, 4, np.array(rows), np.array(latents, np.int32), np.array(values, np.float32), np.ones(8, bool),
+        np.tile(np.arange(4), 2),
+    )  # fmt: skip
+
+
+def test_of_equal_strengths_the_first_row_counts() -> None:
+    evidence = Evidence.empty(2, 4)
+    evidence.add(summarise(a_unit([3.0, 3.0, 3.0], [1, 2, 5], [0, 0, 0], first_row=8), 2, 1.0))
+    evidence.add(summarise(a_unit([3.0, 5.0], [0, 7], [0, 0]), 2, 1.0))
+    groups = intervals(evidence, 1.0)
+    assert groups["counts"].sum() == 5
+    from saebench.index.evidence import rows_of_top, values_of_top
+
+    assert rows_of_top(evidence.top)[0, :5].tolist() == [7, 0, 9, 13, -1]
+    assert values_of_top(evidence.top)[0, :5].tolist() == [5.0, 3.0, 3.0, 3.0, 0.0]
+
+
+def test_tokens_by_how_often_a_latent_fires_on_them() -> None:
+    found = token_counts(np.array([0, 0, 0, 2, 2]), np.array([7, 9, 9, 4, 3]), 3)
+    assert found["ids"][0, :3].tolist() == [9, 7, -1]
+    assert found["counts"][0, :3].tolist() == [2, 1, 0]
+    assert found["ids"][1, 0] == -1
+    assert found["ids"][2, :3].tolist() == [3, 4, -1]
+
+
+def test_companions_by_hand() -> None:
+    """Ten rows: 0 and 1 fire together on five, 0 and 2 on one, 1 alone on one more."""
+    rows = [[0, 1]] * 5 + [[0, 2], [1], [], [], []]
+    offsets = np.cumsum([0, *map(len, rows)])
+    latents = np.array([latent for row in rows for latent in row], np.int32)
+    found = companions(Sample(np.arange(10), offsets, latents, np.ones(len(latents), np.float32)), 3)
+    assert found["pmi_ids"][0, :2].tolist() == [1, -1]  # with 2 it was too seldom
+    assert found["pmi"][0, 0] == pytest.approx(np.log(10 * 5 / (6 * 6)))
+    assert found["jaccard_ids"][0, :3].tolist() == [1, 2, -1]
+    assert found["jaccard"][0, :2] == pytest.approx([5 / 7, 1 / 6])
+    assert found["rows"] == 10
+
+
+def test_flags_by_hand() -> None:
+    by_position = np.array([0, 100, 100, 1800])
+    positions = np.array([[0, 0, 0, 0], [0, 30, 30, 1000], [0, 95, 2, 3], [0, 1, 1, 28]])
+    tokens = np.array([[0, 0], [20, 20], [50, 50], [29, 1]])
+    found = flags(positions.sum(1), tokens, tokens.sum(1), positions, by_position)
+    assert found.tolist() == [1, 2, 8, 4]  # dead; dense; bound to a position; one token
+
+
+def test_a_sample_does_not_depend_on_units() -> None:
+    unit = a_unit([1.0, 2.0, 3.0], [0, 3, 6], [0, 1, 0])
+    below = int(np.sort(hashed(np.arange(8)))[4])
+    part = sample(unit, below)
+    assert len(part.rows) == 4
+    assert Sample.joined([]).rows.shape == (0,)
+    halves = [part.take(np.array([True, True, False, False])), part.take(np.array([False, False, True, True]))]
+    joined = Sample.joined(halves[::-1])
+    assert all(np.array_equal(a, b) for a, b in zip(joined, part, strict=True))
+
+
+# ------------------------------------------------------------------------------------------- bad input
+
+
+def test_an_sae_of_another_width_or_hook_is_refused(store: Store, tmp_path: Path) -> None:
+    metadata = {"model_name": "m", "hook_name": HOOK, "context_size": CONTEXT, "saebench": {"store": str(store.folder)}}
+    save_sae(new_sae("relu", 7, 9), tmp_path / "narrow", metadata)
+    with pytest.raises(ValueError, match=rf"narrow has d_in 7, but {HOOK} in .* has {WIDTH}"):
+        build_index(IndexConfig(sae=tmp_path / "narrow"))
+    save_sae(an_sae("relu", store), tmp_path / "hook", metadata | {"hook_name": "blocks.7.hook_resid_post"})
+    with pytest.raises(ValueError, match=r"blocks.7.hook_resid_post' is not in"):
+        build_index(IndexConfig(sae=tmp_path / "hook"))
+    save_sae(an_sae("relu", store), tmp_path / "nowhere", metadata | {"saebench": {}})
+    with pytest.raises(ValueError, match="nowhere does not say what it was trained on; give a store"):
+        build_index(IndexConfig(sae=tmp_path / "nowhere"))
+    for option in ({"tokens": 0}, {"sample": 0}, {"workers": 0}):
+        with pytest.raises(ValueError, match="is 0; expected"):
+            IndexConfig(sae=tmp_path, **option)
+
+
+def test_a_store_that_lost_a_shard_is_named(saved: Path, store: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    shutil.copytree(store.folder, folder)
+    lost = next(shard for shard in open_store(folder).of_split("train"))
+    (folder / lost.name).unlink()
+    with pytest.raises(ValueError, match=rf"{lost.name} is missing; restore it or harvest again"):
+        build_index(IndexConfig(sae=saved, store=folder, out=tmp_path / "index.h5", logits=False))
+
+
+def test_a_file_that_is_no_index_is_refused(tmp_path: Path, saved: Path, index: FeatureIndex) -> None:
+    with pytest.raises(ValueError, match=r"none.h5 is not there; make it with `saebench index"):
+        open_feature_index(tmp_path / "none.h5")
+    (tmp_path / "text.h5").write_text("no")
+    with pytest.raises(ValueError, match=r"text.h5 cannot be read as HDF5"):
+        open_feature_index(tmp_path / "text.h5")
+    shutil.copy(index.path, tmp_path / "newer.h5")
+    with h5py.File(tmp_path / "newer.h5", "a") as file:
+        file.attrs["schema_version"] = 99
+    with pytest.raises(ValueError, match="version 99, this saebench reads"):
+        open_feature_index(tmp_path / "newer.h5", sae=saved)
+
+
+def test_gated_is_indexed_as_it_encodes(store: Store, tmp_path: Path) -> None:
+    metadata = {"model_name": "m", "hook_name": HOOK, "context_size": CONTEXT, "saebench": {"store": str(store.folder)}}
+    sae = an_sae("gated", store)
+    assert isinstance(sae, GatedSAE)
+    save_sae(sae, tmp_path / "saes" / "gated", metadata)
+    path = build_index(IndexConfig(sae=tmp_path / "saes" / "gated", logits=False))
+    assert path is not None
+    with open_feature_index(path) as opened:
+        assert np.array_equal(opened.columns["fires"], (Everything(sae, store).acts > 0).sum(0))
