@@ -133,10 +133,12 @@ def test_a_sparse_code_obeys_input_normalisation(store: Store) -> None:
 def test_sums_are_those_of_all_rows(index: FeatureIndex, everything: Everything) -> None:
     acts, n_rows = everything.acts.astype(np.float64), everything.keep.sum()
     fires = (acts > 0).sum(0)
-    assert index.complete and index.share_done == 1.0
+    assert index.complete
+    assert index.share_done == 1.0
     assert index.n_rows == n_rows
     assert np.array_equal(index.columns["fires"], fires)
-    assert 0 < fires[0] < n_rows and fires[-1] == 0
+    assert 0 < fires[0] < n_rows
+    assert fires[-1] == 0
     np.testing.assert_allclose(index.columns["density"], fires / n_rows)
     np.testing.assert_allclose(index.columns["mean"], acts.sum(0) / np.maximum(fires, 1), rtol=1e-5)
     some = np.where(acts > 0, acts, np.nan)[:, fires > 1]
@@ -224,7 +226,8 @@ def test_companions_are_those_of_the_sampled_rows(index: FeatureIndex) -> None:
     np.fill_diagonal(together, 0)
     for latent in range(LATENTS):
         shown = index[latent]
-        assert latent not in shown.pmi.ids and latent not in shown.jaccard.ids
+        assert latent not in shown.pmi.ids
+        assert latent not in shown.jaccard.ids
         often = together[latent] >= 5
         np.testing.assert_allclose(shown.pmi.values, np.sort(pmi[latent, often])[::-1][:20], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(shown.pmi.values, pmi[latent, shown.pmi.ids], rtol=1e-5, atol=1e-6)
@@ -307,7 +310,8 @@ def test_any_order_of_units_and_any_number_of_workers_give_the_same_index(
     pieces = build._pieces
     monkeypatch.setattr(build, "_pieces", lambda *args: list(pieces(*args))[::-1])
     three = build_index(IndexConfig(sae=saved, sample=3_000, workers=3, out=tmp_path / "three.h5"))
-    assert one is not None and three is not None
+    assert one is not None
+    assert three is not None
     assert contents(one) == contents(three) == contents(index.path)
 
 
@@ -322,11 +326,13 @@ def test_killed_at_any_time_and_resumed_is_uninterrupted(saved: Path, index: Fea
         )
         assert status == -signal.SIGKILL, printed
         with open_feature_index(out, sae=saved) as partial:
-            assert not partial.complete and 0 < partial.share_done < 1, times
+            assert not partial.complete
+            assert 0 < partial.share_done < 1, times
             assert partial[0].figures["fires"] <= index[0].figures["fires"]
             assert not len(partial[0].pmi.ids)
     made = build_index(IndexConfig(sae=saved, sample=3_000, out=out))
-    assert made is not None and contents(made) == contents(index.path)
+    assert made is not None
+    assert contents(made) == contents(index.path)
 
 
 def test_a_complete_index_is_not_built_again(saved: Path, index: FeatureIndex) -> None:
@@ -359,11 +365,14 @@ def test_contexts_are_cut_from_the_token_stream(index: FeatureIndex, store: Stor
     first = sum(s.n_rows for s in store.shards[: store.shards.index(shard)])
     tokens = shard.column("tokens", 2 * CONTEXT, 3 * CONTEXT)
     whole = index.context_of(first + 2 * CONTEXT + 5)
-    assert np.array_equal(whole.tokens, tokens) and whole.peak == 5
+    assert np.array_equal(whole.tokens, tokens)
+    assert whole.peak == 5
     near = index.context_of(first + 2 * CONTEXT + 5, around=2)
-    assert np.array_equal(near.tokens, tokens[3:8]) and near.peak == 2
+    assert np.array_equal(near.tokens, tokens[3:8])
+    assert near.peak == 2
     edge = index.context_of(first + 2 * CONTEXT + 1, around=3)
-    assert np.array_equal(edge.tokens, tokens[:5]) and edge.peak == 1
+    assert np.array_equal(edge.tokens, tokens[:5])
+    assert edge.peak == 1
     assert "".join(whole.pieces[1:]) == store.tokenizer().decode(tokens[1:])
     assert index.documents[whole.doc_id].endswith(".txt")
 
@@ -372,8 +381,11 @@ def test_bytes_that_are_no_character_are_shown_and_not_lost(index: FeatureIndex,
     tokenizer = store.tokenizer()
     ids = np.array(tokenizer.encode("é\x00\n🙂"))
     pieces = index.pieces(ids)
-    assert len(pieces) == len(ids) and all(pieces)
-    assert "\\xf0" in "".join(pieces) and "\x00" in pieces and "\n" in pieces
+    assert len(pieces) == len(ids)
+    assert all(pieces)
+    assert "\\xf0" in "".join(pieces)
+    assert "\x00" in pieces
+    assert "\n" in pieces
 
 
 def test_a_latent_out_of_range_is_refused(index: FeatureIndex) -> None:
@@ -388,7 +400,10 @@ def test_a_latent_out_of_range_is_refused(index: FeatureIndex) -> None:
 
 def test_bins_are_quarter_octaves() -> None:
     edges = bin_edges(2.0)
-    assert edges[0] == 0 and edges[1] == 2.0 * 2**-9.75 and edges[-2] == 2.0 * 2**5.75 and edges[-1] == np.inf
+    assert edges[0] == 0
+    assert edges[1] == 2.0 * 2**-9.75
+    assert edges[-2] == 2.0 * 2**5.75
+    assert edges[-1] == np.inf
     values = np.array([1e-9, 2.0, 2.01, 2.0 * 2**0.24, 2.0 * 2**0.26, 1e9], np.float32)
     assert bins_of(values, 2.0).tolist() == [0, 40, 40, 40, 41, N_BINS - 1]
 
