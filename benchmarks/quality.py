@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py --store activations/demo --peers VENV --out runs/quality
 
-Each peer trains every architecture that it has twice over: `own`, by its own recipe (the table in
+Each peer trains every architecture that it has by two recipes: `own`, its own recipe (the table in
 peers.py), and `tuned`, with the learning rate and decay below, which suit so short a run. Where λ sets the sparsity,
 it is searched for at the first seed until L0 is within 5% of --l0. The best peer of each architecture and recipe, by FVU,
 is trained with the other seeds as well. This package then trains with `--target-l0` at the mean held-out L0 that the
@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, required=True, help="virtual environment with the other packages")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--arch", nargs="+", choices=sorted(PACKAGES), default=list(PACKAGES))
+    parser.add_argument("--recipe", nargs="+", choices=("own", "tuned"), default=["own", "tuned"])
     parser.add_argument("--d_sae", type=int, default=2048)
     parser.add_argument("--l0", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=1_045_504)
@@ -163,9 +164,7 @@ def main() -> None:
     if not rows.exists():
         export(args, rows)
     peers = Peers(args, rows)
-    jobs = [
-        Job(package, arch, recipe) for recipe in ("own", "tuned") for arch in args.arch for package in PACKAGES[arch]
-    ]
+    jobs = [Job(package, arch, recipe) for recipe in args.recipe for arch in args.arch for package in PACKAGES[arch]]
     with ThreadPoolExecutor(args.jobs) as pool:
         chosen = best(list(pool.map(peers.search, jobs)))
         seeds = [replace(job, seed=seed) for job in chosen for seed in range(args.seeds)]

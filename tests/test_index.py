@@ -27,6 +27,7 @@ from saebench.index.evidence import (
     sample,
     summarise,
 )
+from saebench.index.examples import show
 from saebench.models import load_model, unembedding
 from saebench.sae import SAE, GatedSAE, JumpReLUSAE, encode_sparse, initialise, new_sae, save_sae
 from saebench.store import Store, open_store
@@ -375,6 +376,20 @@ def test_contexts_are_cut_from_the_token_stream(index: FeatureIndex, store: Stor
     assert edge.peak == 1
     assert "".join(whole.pieces[1:]) == store.tokenizer().decode(tokens[1:])
     assert index.documents[whole.doc_id].endswith(".txt")
+
+
+def test_examples_show_the_activation_of_each_token(
+    index: FeatureIndex, everything: Everything, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saebench.index.examples._ROWS", 50)
+    sae = an_sae("relu", store)
+    examples = index[7].top
+    for around in (2, None):
+        for example, shown in zip(examples, show(index, sae, 7, examples, around), strict=True):
+            expected = [everything.value(row, 7) for row in shown.context.rows]
+            np.testing.assert_allclose(shown.values, expected, rtol=1e-4, atol=1e-5)
+            assert shown.values[shown.context.peak] == pytest.approx(example.value, rel=1e-4)
+            assert len(shown.values) == len(shown.context.pieces) <= (5 if around else CONTEXT)
 
 
 def test_bytes_that_are_no_character_are_shown_and_not_lost(index: FeatureIndex, store: Store) -> None:

@@ -14,7 +14,7 @@ from saebench.sae import SAE
 NEIGHBOURS = 20
 LOGIT_TOKENS = 20
 LOGIT_BINS = 40
-_VALUES = 2**24  # products held at once
+_VALUES = 2**22  # products held at once
 
 
 @torch.no_grad()

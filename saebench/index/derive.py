@@ -27,7 +27,7 @@ MAX_PAIRS = 10**9  # firings of two latents on one row that are counted; rows be
 DENSE = 0.1
 SHARE = 0.9  # of firings on one token, or in a twentieth of the positions, for a flag
 MIN_FIRINGS = 20  # in the sample, for those flags
-_CELLS = 2**24  # counted at once
+_CELLS = 2**22  # counted at once
 FLAGS = ("dead", "dense", "single_token", "position_bound")
 
 
@@ -113,9 +113,9 @@ def token_counts(latents: np.ndarray, tokens: np.ndarray, d_sae: int) -> dict[st
     """
     n_vocab = int(tokens.max(initial=0)) + 1
     cells, counts = np.unique(latents.astype(np.int64) * n_vocab + tokens, return_counts=True)
-    best, there = _first_of_each(cells // n_vocab, -counts, d_sae, TOKENS)
-    ids = np.where(there, _at(cells % n_vocab, best), -1)
-    return {"ids": ids.astype(np.int32), "counts": np.where(there, _at(counts, best), 0)}
+    best, there = first_of_each(cells // n_vocab, -counts, d_sae, TOKENS)
+    ids = np.where(there, at(cells % n_vocab, best), -1)
+    return {"ids": ids.astype(np.int32), "counts": np.where(there, at(counts, best), 0)}
 
 
 def companions(sample: Sample, d_sae: int) -> dict[str, np.ndarray]:
@@ -124,22 +124,22 @@ def companions(sample: Sample, d_sae: int) -> dict[str, np.ndarray]:
     PMI is log(R n_ij / (n_i n_j)), given where n_ij is at least 5; Jaccard n_ij / (n_i + n_j - n_ij).
     Returns for both ids `[F, 20]` (-1 where there are fewer) and values, and the number of `rows` counted.
     """
-    sample = _affordable(sample)
+    sample = affordable(sample)
     fires = np.bincount(sample.latents, minlength=d_sae)
     found: dict[str, list[np.ndarray]] = {name: [] for name in ("pmi_ids", "pmi", "jaccard_ids", "jaccard")}
-    for first, n_block, cells, together in _together(sample, d_sae):
+    for first, n_block, cells, both in together(sample, sample, d_sae, d_sae):
         i, j = cells // d_sae, cells % d_sae
-        pmi = np.log(len(sample.rows) * together / (fires[i + first] * fires[j]))
-        jaccard = together / (fires[i + first] + fires[j] - together)
-        for name, score, given in (("pmi", pmi, together >= MIN_TOGETHER), ("jaccard", jaccard, together > 0)):
+        pmi = np.log(len(sample.rows) * both / (fires[i + first] * fires[j]))
+        jaccard = both / (fires[i + first] + fires[j] - both)
+        for name, score, given in (("pmi", pmi, both >= MIN_TOGETHER), ("jaccard", jaccard, both > 0)):
             given &= i + first != j
-            best, there = _first_of_each(i[given], -score[given], n_block, COMPANIONS)
-            found[f"{name}_ids"].append(np.where(there, _at(j[given], best), -1).astype(np.int32))
-            found[name].append(np.where(there, _at(score[given], best), 0).astype(np.float32))
+            best, there = first_of_each(i[given], -score[given], n_block, COMPANIONS)
+            found[f"{name}_ids"].append(np.where(there, at(j[given], best), -1).astype(np.int32))
+            found[name].append(np.where(there, at(score[given], best), 0).astype(np.float32))
     return {name: np.concatenate(parts) for name, parts in found.items()} | {"rows": np.array(len(sample.rows))}
 
 
-def _affordable(sample: Sample) -> Sample:
+def affordable(sample: Sample) -> Sample:
     """Those rows of lowest hash whose pairs of firings are not too many to count."""
     order = np.argsort(hashed(sample.rows))
     pairs = np.diff(sample.offsets)[order] ** 2
@@ -148,23 +148,29 @@ def _affordable(sample: Sample) -> Sample:
     return sample.take(chosen)
 
 
-def _together(sample: Sample, d_sae: int) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
-    """For each block of latents: (first, how many, cells `i * F + j` that occur, how often)."""
-    sizes = np.diff(sample.offsets)
-    rows = np.repeat(np.arange(len(sizes)), sizes)
-    order = np.argsort(sample.latents, kind="stable")
-    by_latent = np.searchsorted(sample.latents[order], np.arange(d_sae + 1))
-    step = max(1, _CELLS // d_sae)
-    for first in range(0, d_sae, step):
-        last = min(first + step, d_sae)
-        counts = np.zeros((last - first) * d_sae, np.int64)
+def together(
+    left: Sample, right: Sample, d_left: int, d_right: int
+) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]:
+    """How often latents of `left` and of `right`, samples of the same rows, fire on one row.
+
+    For each block of latents of `left`: (first, how many, cells `i * d_right + j` that occur, how often).
+    """
+    assert np.array_equal(left.rows, right.rows)
+    rows = np.repeat(np.arange(len(left.rows)), np.diff(left.offsets))
+    sizes = np.diff(right.offsets)
+    order = np.argsort(left.latents, kind="stable")
+    by_latent = np.searchsorted(left.latents[order], np.arange(d_left + 1))
+    step = max(1, _CELLS // d_right)
+    for first in range(0, d_left, step):
+        last = min(first + step, d_left)
+        counts = np.zeros((last - first) * d_right, np.int64)
         entries = order[by_latent[first] : by_latent[last]]
         n_parts = 1 + int(sizes[rows[entries]].sum()) // _CELLS
         for mine in np.array_split(entries, n_parts):
             size = sizes[rows[mine]]
             within = np.arange(size.sum()) - np.repeat(size.cumsum() - size, size)
-            partners = sample.latents[np.repeat(sample.offsets[rows[mine]], size) + within]
-            cells = np.repeat((sample.latents[mine].astype(np.int64) - first) * d_sae, size) + partners
+            partners = right.latents[np.repeat(right.offsets[rows[mine]], size) + within]
+            cells = np.repeat((left.latents[mine].astype(np.int64) - first) * d_right, size) + partners
             counts += np.bincount(cells, minlength=len(counts))
         cells = np.flatnonzero(counts)
         yield first, last - first, cells, counts[cells]
@@ -190,15 +196,15 @@ def flags(
     return np.bitwise_or.reduce([column.astype(np.uint8) << bit for bit, column in enumerate(columns)])
 
 
-def _first_of_each(groups: np.ndarray, order_by: np.ndarray, n_groups: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+def first_of_each(groups: np.ndarray, order_by: np.ndarray, n_groups: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Places `[n_groups, size]` of the smallest of each group, and which of them there are; ties as they come."""
     order = np.lexsort((order_by, groups))
     bounds = np.searchsorted(groups[order], np.arange(n_groups + 1))
     place = bounds[:-1, None] + np.arange(size)
     there = place < bounds[1:, None]
-    return _at(order, place), there
+    return at(order, place), there
 
 
-def _at(values: np.ndarray, place: np.ndarray) -> np.ndarray:
+def at(values: np.ndarray, place: np.ndarray) -> np.ndarray:
     """`values[place]`, anything where there is no such place."""
     return values[np.minimum(place, len(values) - 1)] if len(values) else np.zeros(place.shape, values.dtype)

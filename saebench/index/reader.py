@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from saebench.index.derive import FLAGS
 from saebench.index.evidence import Sample
@@ -187,6 +188,13 @@ class FeatureIndex:
         doc_id = int(shard.column("doc_id", local, local + 1)[0])
         rows = range(int(self._first_rows[number]) + start, int(self._first_rows[number]) + stop)
         return Context(rows, tokens, self.pieces(tokens), local - start, doc_id)
+
+    def vectors(self, rows: range) -> tuple[Tensor, np.ndarray]:
+        """Vectors `[n, d_in]` in the store's dtype, and whether each is kept, of rows that lie in one shard."""
+        number = int(np.searchsorted(self._first_rows, rows[0], "right")) - 1
+        start, stop = (row - int(self._first_rows[number]) for row in (rows.start, rows.stop))
+        shard = self.store.shards[number]
+        return shard.rows(self.hook, start, stop), shard.column("keep", start, stop)
 
     def pieces(self, tokens: np.ndarray) -> list[str]:
         """The text of each token alone; bytes that are no whole character as `\\xNN`."""

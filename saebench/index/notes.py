@@ -1,0 +1,78 @@
+"""What people say of latents: labels, tags and notes, in a small JSON file beside the index that outlives it."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from saebench.files import locked, read_json, write_json
+
+_SCHEMA = "saebench-notes"
+_VERSION = 1
+
+
+class Note(NamedTuple):
+    """What is written of one latent."""
+
+    label: str = ""
+    tags: tuple[str, ...] = ()
+    text: str = ""
+
+
+class Notes:
+    """The notes of one SAE, by latent. Every change is on disk when `write` returns."""
+
+    def __init__(self, path: Path, sae_hash: str, d_sae: int) -> None:
+        """`path` is `index/NAME.notes.json`. Raises ValueError when it is not a file of notes on this SAE."""
+        self.path, self.sae_hash, self.d_sae = path, sae_hash, d_sae
+        self._of = self._read()
+
+    def __getitem__(self, latent: int) -> Note:
+        return self._of.get(latent, Note())
+
+    def items(self) -> list[tuple[int, Note]]:
+        return sorted(self._of.items())
+
+    def write(self, latent: int, note: Note) -> None:
+        """Set a latent's note; an empty one takes it away. Others' changes to other latents are kept."""
+        if not 0 <= latent < self.d_sae:
+            raise ValueError(f"latent is {latent}; expected 0 to {self.d_sae - 1}")
+        with locked(self.path.parent):
+            self._of = self._read()
+            self._of[latent] = note
+            self._of = {key: value for key, value in self._of.items() if value != Note()}
+            latents = {str(key): value._asdict() for key, value in self._of.items()}
+            header = {"schema": _SCHEMA, "schema_version": _VERSION, "sae": self.sae_hash}
+            write_json(self.path, header | {"latents": latents})
+
+    def _read(self) -> dict[int, Note]:
+        if not self.path.exists():
+            return {}
+        content = read_json(self.path)
+        if not isinstance(content, dict) or content.get("schema") != _SCHEMA:
+            raise ValueError(f"{self.path} is not a file of notes; move it away, and new notes will be written")
+        if content.get("schema_version") != _VERSION:
+            raise ValueError(f"{self.path} has version {content.get('schema_version')}, this saebench reads {_VERSION}")
+        if content.get("sae") != self.sae_hash:
+            raise ValueError(
+                f"{self.path} has notes on another SAE ({content.get('sae')}), not on this one ({self.sae_hash}); "
+                "move it away to begin anew"
+            )
+        latents = content.get("latents")
+        if not isinstance(latents, dict):
+            raise ValueError(f"{self.path}: latents is {latents!r}; expected notes by number of the latent")
+        return {self._number(key): self._note(key, value) for key, value in latents.items()}
+
+    def _number(self, key: str) -> int:
+        if not key.isdecimal() or int(key) >= self.d_sae:
+            raise ValueError(f"{self.path}: {key!r} is not a latent; expected a number from 0 to {self.d_sae - 1}")
+        return int(key)
+
+    def _note(self, key: str, value: Any) -> Note:
+        fields = {"label": str, "tags": list, "text": str}
+        right = isinstance(value, dict) and all(
+            name in fields and isinstance(part, fields[name]) for name, part in value.items()
+        )
+        if not right or not all(isinstance(tag, str) for tag in value.get("tags", [])):
+            raise ValueError(
+                f"{self.path}: latent {key} has {value!r}; expected a label, a list of tags and a text, all strings"
+            )
+        return Note(value.get("label", ""), tuple(value.get("tags", ())), value.get("text", ""))
