@@ -12,6 +12,7 @@ from conftest import CONTEXT, HOOK, WIDTH
 from scipy.stats import chisquare
 
 from saebench.index import FeatureIndex, IndexConfig, build, build_index, open_feature_index
+from saebench.index.compare import KINDS, compare
 from saebench.index.derive import companions, flags, intervals, token_counts
 from saebench.index.evidence import (
     N_BINS,
@@ -28,7 +29,8 @@ from saebench.index.evidence import (
     summarise,
 )
 from saebench.index.examples import show
-from saebench.models import load_model, unembedding
+from saebench.index.search import features_for_text
+from saebench.models import capture, load_model, unembedding
 from saebench.sae import SAE, GatedSAE, JumpReLUSAE, encode_sparse, initialise, new_sae, save_sae
 from saebench.store import Store, open_store
 
@@ -537,3 +539,98 @@ def test_gated_is_indexed_as_it_encodes(store: Store, tmp_path: Path) -> None:
     assert path is not None
     with open_feature_index(path) as opened:
         assert np.array_equal(opened.columns["fires"], (Everything(sae, store).acts > 0).sum(0))
+
+
+# -------------------------------------------------------------------------------------------- search
+
+
+TEXT = "the red cat runs over the blue house then return None"
+
+
+def test_features_of_a_text_are_those_the_sae_encodes(index: FeatureIndex, store: Store) -> None:
+    model = load_model(store.manifest["identity"]["model"]["id"], dtype="float32")
+    sae = an_sae("relu", store)
+    found = features_for_text(model, sae, index, TEXT, limit=None)
+    assert "".join(found.pieces[1:]) == TEXT
+    x_LD = capture(model, torch.tensor(found.tokens)[None], [HOOK])[HOOK][0]
+    acts = sae.encode(x_LD.clone()).detach().numpy()
+    acts[0] = 0.0  # the BOS token counts for nothing
+    assert {firing.latent for firing in found.firings} == set(np.flatnonzero(acts.any(0)))
+    for firing in found.firings:
+        assert np.array_equal(firing.positions, np.flatnonzero(acts[:, firing.latent]))
+        np.testing.assert_allclose(firing.values, acts[firing.positions, firing.latent], rtol=1e-3, atol=1e-4)
+    peaks = [firing.peak for firing in found.firings]
+    assert peaks == sorted(peaks, reverse=True)
+    by_quantile = features_for_text(model, sae, index, TEXT, rank="quantile", limit=5).firings
+    assert [firing.quantile for firing in by_quantile] == sorted((f.quantile for f in found.firings), reverse=True)[:5]
+    here = features_for_text(model, sae, index, TEXT, position=3, limit=None).firings
+    assert {firing.latent for firing in here} == set(np.flatnonzero(acts[3]))
+    rare = features_for_text(model, sae, index, TEXT, max_density=0.05, limit=None).firings
+    assert {firing.latent for firing in rare} == {f.latent for f in found.firings if f.density <= 0.05}
+
+
+def test_quantiles_are_those_of_the_firings(index: FeatureIndex, everything: Everything) -> None:
+    for latent in (3, 20, 40):
+        strengths = np.sort(everything.acts[:, latent])
+        strengths = strengths[strengths > 0]
+        values = strengths[[0, len(strengths) // 2, -1]]
+        found = index.quantiles(np.full(3, latent), values)
+        np.testing.assert_allclose(found, np.searchsorted(strengths, values, "right") / len(strengths), atol=0.03)
+
+
+def test_texts_that_cannot_be_searched_are_named(index: FeatureIndex, store: Store) -> None:
+    model = load_model(store.manifest["identity"]["model"]["id"], dtype="float32")
+    sae = an_sae("relu", store)
+    with pytest.raises(ValueError, match="the text is empty"):
+        features_for_text(model, sae, index, "")
+    with pytest.raises(ValueError, match=r"the text has \d+ tokens; the model takes at most 64"):
+        features_for_text(model, sae, index, TEXT * 20)
+    with pytest.raises(ValueError, match="position is 99; the text has tokens 0 to"):
+        features_for_text(model, sae, index, TEXT, position=99)
+
+
+# ------------------------------------------------------------------------------------------- compare
+
+
+def test_an_sae_compared_with_itself_matches_everywhere(index: FeatureIndex, store: Store) -> None:
+    sae = an_sae("relu", store)
+    there, back = compare(index, sae, index, sae)
+    alive = ~index.flagged("dead")
+    assert [KINDS[kind] for kind in there.kinds] == ["matched" if living else "dead" for living in alive]
+    assert np.array_equal(there.nearest[alive], np.flatnonzero(alive))
+    assert np.array_equal(there.partners[alive], np.flatnonzero(alive))
+    np.testing.assert_allclose(there.jaccard[alive], 1.0)
+    assert np.array_equal(there.kinds, back.kinds)
+
+
+def test_split_and_missing_latents_are_told(index: FeatureIndex, store: Store, tmp_path: Path) -> None:
+    """The other SAE has latent 0 twice, not at all latent 1, and one direction more."""
+    sae, other = an_sae("relu", store), an_sae("relu", store)
+    with torch.no_grad():
+        rows = torch.nn.functional.normalize(sae.W_dec, dim=1)
+        foreign = torch.linalg.qr(torch.cat([rows[:20], torch.randn(1, WIDTH)]).T).Q.T[-1]
+        for weights in (other.W_dec, other.W_enc.T):
+            weights[1] = weights[0] + 0.1 * weights[2]
+            weights[3] = foreign * weights[3].norm()
+        other.b_enc[[1, 3]] = torch.tensor([float(other.b_enc[0]), 0.0])  # type: ignore[index]
+    metadata = {"model_name": "m", "hook_name": HOOK, "context_size": CONTEXT, "saebench": {"store": str(store.folder)}}
+    save_sae(other, tmp_path / "saes" / "other", metadata)
+    path = build_index(IndexConfig(sae=tmp_path / "saes" / "other", sample=3_000, logits=False))
+    assert path is not None
+    with open_feature_index(path) as opened:
+        there, back = compare(index, sae, opened, other)
+    assert KINDS[there.kinds[0]] == "split"
+    assert KINDS[there.kinds[2]] == "matched"
+    assert KINDS[there.kinds[1]] in ("alone", "related")
+    assert there.cosines[1] < 0.7
+    assert there.jaccard[0] == pytest.approx(1.0)
+    assert KINDS[back.kinds[3]] in ("alone", "related")
+    assert back.cosines[3] < 0.7
+
+
+def test_saes_of_different_stores_are_not_compared(index: FeatureIndex, store: Store) -> None:
+    sae = an_sae("relu", store)
+    with open_feature_index(index.path) as other:
+        other.identity = other.identity | {"store": "0" * 32}
+        with pytest.raises(ValueError, match=r"differ in store: \w{32} and 0{32}; index both on one"):
+            compare(index, sae, other, sae)

@@ -170,6 +170,20 @@ class FeatureIndex:
 
         return get
 
+    def quantiles(self, latents: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Share of each latent's firings that are no stronger than a value, to the precision of a bin of strength."""
+        counts = self._histogram[latents]
+        place = np.searchsorted(self.bin_edges, values, "right") - 1
+        below = np.take_along_axis(np.pad(counts.cumsum(1), ((0, 0), (1, 0))), place[:, None], 1)[:, 0]
+        lower, upper = self.bin_edges[place], np.minimum(self.bin_edges[place + 1], self.columns["max"][latents])
+        within = np.clip((values - lower) / np.maximum(upper - lower, 1e-30), 0, 1)
+        inside = np.take_along_axis(counts, place[:, None], 1)[:, 0]
+        return (below + within * inside) / np.maximum(counts.sum(1), 1)
+
+    @cached_property
+    def _histogram(self) -> np.ndarray:
+        return self._file["histogram/counts"][:]
+
     def sample(self, split: str) -> Sample:
         """All firings on the rows chosen by their hash, of the training or the validation split."""
         return Sample(**{name: column[:] for name, column in self._file[f"sample/{split}"].items()})
