@@ -62,7 +62,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, help="training rows (default: 5M for mini, 200M for 16k)")
     parser.add_argument("--eval-samples", type=int, help="fresh rows to score on (default: 100k, 500k)")
     parser.add_argument("--batch", type=int, default=1024)
-    parser.add_argument("--lr", type=float, help="default: 2e-4/√(width/2¹⁴)")
+    parser.add_argument("--lr", type=float, help="default: that of `saebench train`")
     parser.add_argument("--seed", type=int, default=0, help="of weights and samples; the data's features stay")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -70,7 +70,7 @@ def arguments() -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.lr is None:
-        args.lr = default_learning_rate(args.width)
+        args.lr = default_learning_rate(SIZES[args.size].d_in, args.samples // args.batch)
     return args
 
 

@@ -133,7 +133,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     _show(summary, arguments.out)
     print("took " + ", ".join(f"{stage} {value:.0f} s" for stage, value in summary["seconds"].items()))
     print(
-        "next: saebench train --store activations/demo --hook blocks.2.hook_resid_post --arch topk --k 32 --lr 1e-3 --tokens 2M --out runs/mine"
+        "next: saebench train --store activations/demo --hook blocks.2.hook_resid_post --arch topk --k 32 --tokens 2M --out runs/mine"
     )
     return 0
 

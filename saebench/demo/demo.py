@@ -29,7 +29,6 @@ def run_demo(out: Path) -> dict[str, Any] | None:
             TrainConfig(
                 store=STORE, hook=(HOOK,), out=out, arch=("relu", "topk", "gated"), target_l0=(16.0, 48.0),
                 d_sae=(2048,), tokens=1_050_000, batch=1024,
-                lr=(2e-3,),  # so short a run gains by more than the default
             )
         )  # fmt: skip
     if folders is None:

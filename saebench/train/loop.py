@@ -58,7 +58,7 @@ class TrainConfig:
     batch: Count = 4096
     """rows in a step"""
     lr: tuple[float, ...] = ()
-    """peak learning rate, one or several (default: 2e-4/√(d_sae/2¹⁴))"""
+    """peak learning rate, one or several (default: 4e-3 √(256/d_in), less after 4,000 steps, as 1/√steps)"""
     warmup: float = WARMUP
     """share of the steps in which the learning rate rises"""
     decay: float = DECAY
@@ -123,7 +123,11 @@ def grid(config: TrainConfig, d_in: int, hooks: tuple[str, ...] = ("",)) -> list
             name += f"-lr{lr:g}" if len(config.lr) > 1 else ""
             name += f"-seed{seed}" if len(config.seed) > 1 else ""
             name += f"-{hook}" if len(hooks) > 1 else ""
-            schedule = {"lr": lr or default_learning_rate(d_sae), "warmup": config.warmup, "decay": config.decay}
+            schedule = {
+                "lr": lr or default_learning_rate(d_in, config.n_steps),
+                "warmup": config.warmup,
+                "decay": config.decay,
+            }
             specs.append(Spec(name=name, hook=hook, architecture=arch, d_sae=d_sae, seed=seed, **schedule, **level))
     return list({spec.name: spec for spec in specs}.values())
 

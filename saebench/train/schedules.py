@@ -5,15 +5,16 @@ import math
 import torch
 from torch import Tensor
 
-WARMUP = 0.05  # of all steps, for the learning rate and for λ
+WARMUP = 0.01  # of all steps
 DECAY = 0.2
+_SPARSITY_WARMUP = 0.05  # of λ
 
 # The controller sets log λ = P e + I ∫e + J ∬e of the relative error e of L0. P answers at once, which damps
 # what I alone would overshoot, since L0 follows λ with a lag of about a hundred steps; J follows the slow
 # drift of L0 at equal λ that training brings. The integrals take no more than a bounded error, and J none while
 # it is large, as in the first steps, when L0 is high whatever λ is.
 _PROPORTIONAL = 1.0
-_INTEGRAL = 0.02
+_INTEGRAL = 0.04
 _DRIFT = _INTEGRAL**2 / 8
 _LARGEST_ERROR = 1.0
 _LARGEST_DRIFT_ERROR = 0.3
@@ -27,9 +28,14 @@ def learning_rate(step: int, n_steps: int, peak: float, warmup: float = WARMUP, 
     return peak * warm * left
 
 
-def default_learning_rate(d_sae: int) -> float:
-    """2e-4/√(F/2¹⁴) (the scaling of Gao et al. 2024, appendix A.3, as used by sparsify)."""
-    return 2e-4 / math.sqrt(d_sae / 2**14)
+def default_learning_rate(d_in: int, n_steps: int) -> float:
+    """4e-3 √(256/D) √(4000/steps), no more than 4e-3 √(256/D).
+
+    Measured (benchmarks/results/recipe_*): the best rate falls with the length of the run and, since weights of a row of
+    unit norm are of size 1/√D, with the width of the input; it hardly depends on the number of latents or the architecture.
+    Higher rates leave dead latents behind.
+    """
+    return 4e-3 * math.sqrt(256 / d_in) * min(1.0, math.sqrt(4000 / n_steps))
 
 
 class Sparsity:
@@ -49,13 +55,13 @@ class Sparsity:
 
     def coefficient(self, step: int, n_steps: int) -> Tensor:
         """λ at a step, rising linearly over the warm-up."""
-        return (self.log_coefficient.exp() * min(1.0, (step + 1) / max(1, WARMUP * n_steps))).float()
+        return (self.log_coefficient.exp() * min(1.0, (step + 1) / max(1, _SPARSITY_WARMUP * n_steps))).float()
 
     def observe(self, l0: Tensor, step: int, n_steps: int) -> None:
         """Take in a batch's mean L0. Nothing moves in the warm-up, when L0 is high whatever λ is."""
         l0 = l0.double()
         self.l0 = torch.where(self.l0.isnan(), l0, self.l0 + _SMOOTHING * (l0 - self.l0))
-        if self.target is None or step < WARMUP * n_steps:
+        if self.target is None or step < _SPARSITY_WARMUP * n_steps:
             return
         error = (self.l0.clamp(min=1e-3) / self.target).log().clamp(-_LARGEST_ERROR, _LARGEST_ERROR)
         change = (error - self.error).nan_to_num(0.0)  # the first time there is none
