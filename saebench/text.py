@@ -391,6 +391,10 @@ class TokenBytes(dict[int, bytes]):
         self[token] = self._read(token)
         return self[token]
 
+    def all(self) -> list[bytes]:
+        """The bytes of every token of the tokenizer, by id."""
+        return [self[token] for token in range(len(self._tokenizer))]
+
     def _read(self, token: int) -> bytes:
         piece = self._tokenizer.convert_ids_to_tokens(token) if 0 <= token < len(self._tokenizer) else None
         if piece is None:

@@ -634,3 +634,47 @@ def test_saes_of_different_stores_are_not_compared(index: FeatureIndex, store: S
         other.identity = other.identity | {"store": "0" * 32}
         with pytest.raises(ValueError, match=r"differ in store: \w{32} and 0{32}; index both on one"):
             compare(index, sae, other, sae)
+
+
+# ------------------------------------------------------------------------------------------ rules
+
+
+def test_a_planted_latent_is_explained_by_the_token_it_fires_on(store: Store, saved: Path, tmp_path: Path) -> None:
+    """A latent whose direction and bias pick out the vectors of one frequent token gets that token for its rule."""
+    shard = store.of_split("train")[0]
+    tokens, keep = shard.column("tokens"), shard.column("keep")
+    x_RD = shard.rows(HOOK).float()
+    ids, counts = np.unique(tokens[keep], return_counts=True)
+    token = int(ids[counts.argmax()])
+    there = torch.from_numpy((tokens == token) & keep)
+    # The direction that separates the token's rows from the others (linear discriminant).
+    centred = x_RD - x_RD.mean(0)
+    direction = torch.linalg.solve(
+        centred.T @ centred / len(x_RD) + 1e-3 * torch.eye(WIDTH), x_RD[there].mean(0) - x_RD[~there].mean(0)
+    )
+    scores = x_RD @ direction
+    sae = an_sae("relu", store)
+    with torch.no_grad():
+        sae.W_enc[:, 0] = direction
+        sae.b_enc[0] = -(scores[there].quantile(0.05)) + sae.b_dec @ direction
+    metadata = {"model_name": "m", "hook_name": HOOK, "context_size": CONTEXT, "saebench": {"store": str(store.folder)}}
+    save_sae(sae, tmp_path / "saes" / "planted", metadata)
+    path = build_index(IndexConfig(sae=tmp_path / "saes" / "planted", logits=False))
+    assert path
+    with open_feature_index(path) as index:
+        rule = index[0].rule
+        assert rule
+        assert rule.text == f'token is "{index.pieces(np.array([token]))[0]}"'
+        assert rule.by_token
+        assert rule.f1 > 0.4
+        assert rule.detection > 0.7
+        assert abs(rule.null - 0.5) < 0.1
+        held = index.holds(0, tokens[:200])
+        assert held is not None
+        assert np.array_equal(held, (tokens[:200] == token) & keep[:200])
+        assert index.explanations[0] == rule.text
+        dead = LATENTS - 1
+        assert index[dead].rule is None
+        assert index.holds(dead, tokens[:9]) is None
+        assert index.explanations[dead] == ""
+        assert index.columns["detection"][0] == pytest.approx(rule.detection)

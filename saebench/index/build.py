@@ -30,6 +30,7 @@ from saebench.index.evidence import (
     sample,
     summarise,
 )
+from saebench.index.explain import explain
 from saebench.index.schema import INDEX_SCHEMA, INDEX_VERSION, identity_of, open_index
 from saebench.models import choose_device, load_model, unembedding
 from saebench.runlog import Interrupt, interruptible, progress, provenance
@@ -60,7 +61,9 @@ class IndexConfig:
     tokens: Count = 10_000_000
     """training tokens to go over at most"""
     sample: Count = 100_000
-    """rows, and as many held-out ones, of which everything that fires is kept: for tokens, companions and rules"""
+    """rows, and as many held-out ones in whole contexts, of which everything that fires is kept: for tokens, companions and rules"""
+    rules: bool = True
+    """fit a rule of at most two literals to each latent, and score it on held-out rows"""
     logits: bool = True
     """load the model for its unembedding, to give each latent's direct effect on the logits"""
     workers: int | None = None
@@ -124,13 +127,13 @@ def build_index(config: IndexConfig) -> Path | None:
     with locked(path.parent):
         plan = _plan(config)
         identity = identity_of(config.sae, plan.store)
-        settings = {"tokens": config.tokens, "sample": config.sample, "logits": config.logits}
+        settings = {"tokens": config.tokens, "sample": config.sample, "logits": config.logits, "rules": config.rules}
         before = _before(path, {"identity": identity, "settings": settings})
         if before == "complete":
             log.info("%s is complete already", path)
             return path
         gathered, static = before or (_nothing(plan), _static(config, plan))
-        publish = _Publisher(path, plan, static, identity, settings)
+        publish = _Publisher(config, plan, static, identity, settings)
         total = sum(piece.n_rows for piece in plan.pieces)
         bar = progress(total, f"index {config.sae.name}", "row", _rows_done(plan, gathered))
         with interruptible() as interrupt, bar:
@@ -169,7 +172,7 @@ def _plan(config: IndexConfig) -> Plan:
         raise ValueError(f"{store.folder} has no training rows; harvest more tokens")
     if sum(shard.n_rows for shard in store.shards) >= MAX_ROWS:
         raise ValueError(f"{store.folder} has more than {MAX_ROWS} rows; an index holds no more")
-    below = {split: min(2**64 - 1, config.sample * 2**64 // max(n_rows, 1)) for split, n_rows in rows.items()}
+    below = {"train": min(2**64 - 1, config.sample * 2**64 // rows["train"]), "validation": 2**64 - 1}
     scale = 2.0 ** round(math.log2(store.statistics(hook)["median_norm"]))
     return Plan(sae, store, hook, scale, pieces, below)
 
@@ -246,9 +249,10 @@ class _Publisher:
     """Writes the file, now and then while there is more to come."""
 
     def __init__(
-        self, path: Path, plan: Plan, static: Groups, identity: dict[str, str], settings: dict[str, Any]
+        self, config: IndexConfig, plan: Plan, static: Groups, identity: dict[str, str], settings: dict[str, Any]
     ) -> None:
-        self.path, self.plan, self.static = path, plan, static
+        self.path, self.plan, self.static = config.path, plan, static
+        self.rules = config.rules
         self.attributes: dict[str, Any] = {
             "schema": INDEX_SCHEMA,
             "schema_version": INDEX_VERSION,
@@ -276,6 +280,8 @@ class _Publisher:
         tokens = _tokens(self.plan.store, samples["train"].rows)
         groups = self.static | derive(gathered.evidence, samples["train"], tokens, self.plan.scale, complete)
         groups |= {f"sample/{split}": part._asdict() for split, part in samples.items()}
+        if complete and self.rules:
+            groups |= explain(self.plan.store, samples, self.plan.sae.d_sae)
         if not complete:
             groups["state"] = vars(gathered.evidence) | {"done": gathered.done}
         n_rows = int(gathered.evidence.position_rows.sum())

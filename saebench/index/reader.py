@@ -11,7 +11,9 @@ from torch import Tensor
 
 from saebench.index.derive import FLAGS
 from saebench.index.evidence import Sample
+from saebench.index.rules import OPERATORS, holding
 from saebench.index.schema import check_identity, identity_of, open_index
+from saebench.labels import Stream, Vocabulary, label
 from saebench.store import Store, open_store
 from saebench.text import TokenBytes, show_bytes
 
@@ -25,6 +27,8 @@ COLUMNS = {
     "encoder_cosine": "decoder/encoder_cosine",
     "nearest_cosine": "decoder/cosines",
     "logit_std": "logits/std",
+    "rule_f1": "rules/f1",
+    "detection": "rules/detection",
     "flags": "latents/flags",
 }
 """Columns of the table over all latents, where the file has them; of a column with several values a latent, the first."""
@@ -42,6 +46,25 @@ class Ranked(NamedTuple):
 
     ids: np.ndarray
     values: np.ndarray
+
+
+class Rule(NamedTuple):
+    """What a latent fires on, fitted on training documents and scored on held-out ones; NaN where rows are too few.
+
+    Definitions stand with `saebench.index.rules.RULE`.
+    """
+
+    text: str
+    fit_f1: float
+    precision: float
+    recall: float
+    f1: float
+    token_f1: float
+    by_token: bool
+    detection: float
+    null: float
+    hard_negative: float
+    score_rows: int
 
 
 class Interval(NamedTuple):
@@ -82,6 +105,7 @@ class Latent:
     top_logits: Ranked
     bottom_logits: Ranked
     logit_histogram: tuple[np.ndarray, float, float]  # (counts in equal bins, lowest effect, highest)
+    rule: Rule | None
 
 
 class FeatureIndex:
@@ -162,6 +186,38 @@ class FeatureIndex:
                 float(np.sum(get("logits/low"))),
                 float(np.sum(get("logits/high"))),
             ),
+            rule=self._rule(latent),
+        )
+
+    def _rule(self, latent: int) -> Rule | None:
+        if "rules" not in self._file or self._file["rules/first"][latent] < 0:
+            return None
+        found = {name: self._file[f"rules/{name}"][latent] for name in Rule._fields}
+        return Rule(**{name: value.decode() if name == "text" else value.item() for name, value in found.items()})
+
+    @cached_property
+    def explanations(self) -> list[str]:
+        """The rule of every latent in words, empty where it has none; for the search."""
+        if "rules" not in self._file:
+            return [""] * self.d_sae
+        known = self._file["rules/first"][:] >= 0
+        texts = self._file["rules/text"].asstr()[:]
+        return [text if has else "" for text, has in zip(texts, known, strict=True)]
+
+    def holds(self, latent: int, tokens: np.ndarray) -> np.ndarray | None:
+        """`[n]` where the latent's rule holds on a text of its own, by token ids; None where it has no rule."""
+        if self._rule(latent) is None:
+            return None
+        first, operator, second = (int(self._file[f"rules/{name}"][latent]) for name in ("first", "operator", "second"))
+        keep = ~np.isin(tokens, self.store.tokenizer().all_special_ids)
+        places = np.arange(len(tokens))
+        held = label(Stream(tokens, np.zeros_like(places), places, keep), self._literals, {})
+        return holding(held.tocsc(), first, OPERATORS[operator], second)
+
+    @cached_property
+    def _literals(self) -> Vocabulary:
+        return Vocabulary(
+            self._bytes.all(), *(self._file[f"literals/{name}"][:] for name in ("tokens", "previous", "bigrams"))
         )
 
     def _row(self, latent: int) -> Any:
