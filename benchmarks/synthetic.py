@@ -49,7 +49,7 @@ PUBLISHED: list[dict[str, Any]] = [
     {"arch": "relu", "l0": 20, "f1": 0.578, "mcc": 0.583},
 ]
 
-DEAD_STEPS = 1000  # SAELens' window for its synthetic runs
+DEAD_SHARE = 1 / 20  # of the run, silent for which a latent counts as dead, as in `saebench train`
 SCALE_ROWS, EVAL_SEED = 65_536, 1_000_003
 
 
@@ -114,7 +114,7 @@ def main() -> None:
     mean_D = (x_BD.mean(0) * scale).cpu()
     control = untrained(args.width, args.l0, mean_D, x_BD * scale, args.seed)
     n_steps = args.samples // args.batch
-    members = [Member(spec(arch, args), mean_D, DEAD_STEPS, n_steps, args.device) for arch in args.arch]
+    members = [Member(spec(arch, args), mean_D, math.ceil(DEAD_SHARE * n_steps), n_steps, args.device) for arch in args.arch]
     common = {"size": args.size, "target_l0": args.l0, "samples": n_steps * args.batch, "seed": args.seed}
     show({**common, "generate_ms": milliseconds(data, args.batch, generator), "batch": args.batch})
     started = time.perf_counter()

@@ -71,9 +71,9 @@ def test_a_grid_has_every_architecture_at_every_sparsity(store: Store, tmp_path:
     assert [spec.name for spec in specs] == [
         "relu-l0-8", "relu-l0-16", "relu-l1-2", "topk-k4", "topk-k8", "topk-k16", "gated-l0-8", "gated-l0-16", "gated-l1-2",
     ]  # fmt: skip
-    assert specs[0].lr == pytest.approx(4e-3 * math.sqrt(256 / WIDTH))
+    assert specs[0].lr == pytest.approx(3e-3 * math.sqrt(256 / WIDTH))
     long = config(store, tmp_path, tokens=1_600_000, lr=())
-    assert grid(long, WIDTH)[0].lr == pytest.approx(2e-3 * math.sqrt(256 / WIDTH))  # 16,000 steps
+    assert grid(long, WIDTH)[0].lr == pytest.approx(1.5e-3 * math.sqrt(256 / WIDTH))  # 16,000 steps
     assert grid(config(store, tmp_path, d_sae=()), WIDTH)[0].d_sae == 8 * WIDTH
 
 

@@ -1,4 +1,4 @@
-"""The whole pipeline on the embedded default: harvest two layers, train six SAEs, evaluate, report."""
+"""The whole pipeline on the embedded default: harvest two layers, train six SAEs, evaluate and report, index one."""
 
 import time
 from collections.abc import Iterator
@@ -9,11 +9,13 @@ from typing import Any
 from saebench.evaluate import EvalConfig, evaluate, write_report
 from saebench.files import read_json, write_json
 from saebench.harvest import HarvestConfig, harvest
+from saebench.index import IndexConfig, build_index
 from saebench.text import TextConfig
 from saebench.train import TrainConfig, train
 
 STORE = Path("activations/demo")
 HOOK = "blocks.2.hook_resid_post"
+INDEXED = "topk-k48"
 
 
 def run_demo(out: Path) -> dict[str, Any] | None:
@@ -35,6 +37,10 @@ def run_demo(out: Path) -> dict[str, Any] | None:
         return None
     with _clock(out, "evaluate"):
         folders = evaluate(EvalConfig(run=out))
+    with _clock(out, "index"):
+        index = build_index(IndexConfig(sae=out / "saes" / INDEXED))
+    if index is None:
+        return None
     return write_report(out, folders, seconds=_seconds(out))
 
 

@@ -58,7 +58,7 @@ class TrainConfig:
     batch: Count = 4096
     """rows in a step"""
     lr: tuple[float, ...] = ()
-    """peak learning rate, one or several (default: 4e-3 √(256/d_in), less after 4,000 steps, as 1/√steps)"""
+    """peak learning rate, one or several (default: 3e-3 √(256/d_in), less after 4,000 steps, as 1/√steps)"""
     warmup: float = WARMUP
     """share of the steps in which the learning rate rises"""
     decay: float = DECAY

@@ -191,7 +191,7 @@ class Member:
 
     def _resamples_at(self, step: int) -> bool:
         """Every `dead_steps`, once λ is up and while there is time left to learn from it."""
-        due = (step + 1) % self.dead_steps == 0 and 0.1 * self.n_steps <= step <= 0.6 * self.n_steps
+        due = (step + 1) % self.dead_steps == 0 and 0.1 * self.n_steps <= step <= 0.8 * self.n_steps
         return due and not self.recipe.takes_k
 
     def _resample(self, x_BD: Tensor, error_B: Tensor, step: int) -> None:

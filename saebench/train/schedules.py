@@ -29,13 +29,13 @@ def learning_rate(step: int, n_steps: int, peak: float, warmup: float = WARMUP, 
 
 
 def default_learning_rate(d_in: int, n_steps: int) -> float:
-    """4e-3 √(256/D) √(4000/steps), no more than 4e-3 √(256/D).
+    """3e-3 √(256/D) √(4000/steps), no more than 3e-3 √(256/D).
 
     Measured (benchmarks/results/recipe_*): the best rate falls with the length of the run and, since weights of a row of
     unit norm are of size 1/√D, with the width of the input; it hardly depends on the number of latents or the architecture.
     Higher rates leave dead latents behind.
     """
-    return 4e-3 * math.sqrt(256 / d_in) * min(1.0, math.sqrt(4000 / n_steps))
+    return 3e-3 * math.sqrt(256 / d_in) * min(1.0, math.sqrt(4000 / n_steps))
 
 
 class Sparsity:
