@@ -114,7 +114,9 @@ def main() -> None:
     mean_D = (x_BD.mean(0) * scale).cpu()
     control = untrained(args.width, args.l0, mean_D, x_BD * scale, args.seed)
     n_steps = args.samples // args.batch
-    members = [Member(spec(arch, args), mean_D, math.ceil(DEAD_SHARE * n_steps), n_steps, args.device) for arch in args.arch]
+    members = [
+        Member(spec(arch, args), mean_D, math.ceil(DEAD_SHARE * n_steps), n_steps, args.device) for arch in args.arch
+    ]
     common = {"size": args.size, "target_l0": args.l0, "samples": n_steps * args.batch, "seed": args.seed}
     show({**common, "generate_ms": milliseconds(data, args.batch, generator), "batch": args.batch})
     started = time.perf_counter()
