@@ -11,6 +11,7 @@ import torch
 from conftest import CONTEXT, HOOK, WIDTH
 from scipy.stats import chisquare
 
+from saebench.evaluate.attribution import logit_of
 from saebench.index import FeatureIndex, IndexConfig, build, build_index, open_feature_index
 from saebench.index.compare import KINDS, compare
 from saebench.index.derive import companions, flags, intervals, token_counts
@@ -30,7 +31,7 @@ from saebench.index.evidence import (
 )
 from saebench.index.examples import show
 from saebench.index.search import features_for_text
-from saebench.models import capture, load_model, unembedding
+from saebench.models import capture, load_model, spliced_logits, unembedding
 from saebench.sae import SAE, GatedSAE, JumpReLUSAE, encode_sparse, initialise, new_sae, save_sae
 from saebench.store import Store, open_store
 
@@ -569,6 +570,35 @@ def test_features_of_a_text_are_those_the_sae_encodes(index: FeatureIndex, store
     assert {firing.latent for firing in rare} == {f.latent for f in found.firings if f.density <= 0.05}
 
 
+def test_attribution_ranks_by_effect_on_the_next_token(index: FeatureIndex, store: Store) -> None:
+    model = load_model(store.manifest["identity"]["model"]["id"], dtype="float32")
+    sae = an_sae("relu", store)
+    found = features_for_text(model, sae, index, TEXT, rank="attribution", limit=None)
+    with torch.no_grad():
+        logits_LV = model.bridge(torch.tensor(found.tokens)[None], return_type="logits")[0]
+    assert found.target == int(logits_LV[-1].argmax())
+    effects = [abs(firing.effect) for firing in found.firings]
+    assert effects == sorted(effects, reverse=True)
+    # The first in rank, all its firings taken off a little: the logit falls in proportion to the effect.
+    first = found.firings[0]
+    x_LD = capture(model, torch.tensor(found.tokens)[None], [HOOK])[HOOK][0].clone()
+    share, metric = 0.01, logit_of(found.target)
+    less_LD = x_LD.clone()
+    less_LD[first.positions] -= share * torch.tensor(first.values)[:, None] * sae.W_dec[first.latent].detach()
+    with torch.no_grad():
+        ends = [
+            float(
+                metric(spliced_logits(model, torch.tensor(found.tokens)[None], HOOK, lambda value, to=to: to[None])[0])
+            )
+            for to in (x_LD, less_LD)
+        ]
+    assert ends[0] - ends[1] == pytest.approx(share * first.effect, rel=0.1, abs=1e-4)
+    here = features_for_text(model, sae, index, TEXT, rank="attribution", position=3, limit=None)
+    assert here.target == here.tokens[4]
+    assert all(firing.positions.tolist() == [3] for firing in here.firings)
+    assert features_for_text(model, sae, index, TEXT, rank="attribution", target=7).target == 7
+
+
 def test_quantiles_are_those_of_the_firings(index: FeatureIndex, everything: Everything) -> None:
     for latent in (3, 20, 40):
         strengths = np.sort(everything.acts[:, latent])
@@ -587,6 +617,8 @@ def test_texts_that_cannot_be_searched_are_named(index: FeatureIndex, store: Sto
         features_for_text(model, sae, index, TEXT * 20)
     with pytest.raises(ValueError, match="position is 99; the text has tokens 0 to"):
         features_for_text(model, sae, index, TEXT, position=99)
+    with pytest.raises(ValueError, match="target is -1; the model's tokens are 0 to"):
+        features_for_text(model, sae, index, TEXT, rank="attribution", target=-1)
 
 
 # ------------------------------------------------------------------------------------------- compare

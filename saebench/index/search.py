@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
+from saebench.evaluate.attribution import attribute, logit_of
 from saebench.index.reader import FeatureIndex
 from saebench.models import LanguageModel, capture
 from saebench.sae import SAE, encode_sparse
@@ -25,10 +26,17 @@ class Firing(NamedTuple):
     """share of its firings in the index that its strongest here reaches or exceeds"""
     density: float
     """share of the index's rows on which it fires"""
+    effects: np.ndarray | None = None
+    """of each value on the target's logit less the mean logit, where ranked by attribution"""
 
     @property
     def peak(self) -> float:
         return float(self.values.max())
+
+    @property
+    def effect(self) -> float:
+        """The sum of its effects."""
+        return 0.0 if self.effects is None else float(self.effects.sum())
 
 
 class TextFeatures(NamedTuple):
@@ -38,6 +46,8 @@ class TextFeatures(NamedTuple):
     pieces: list[str]
     firings: list[Firing]
     """ranked, the first first"""
+    target: int | None = None
+    """the token whose logit was attributed"""
 
 
 def features_for_text(
@@ -48,37 +58,76 @@ def features_for_text(
     *,
     rank: Ranking = "activation",
     position: int | None = None,
+    target: int | None = None,
     max_density: float = 1.0,
     limit: int | None = 50,
 ) -> TextFeatures:
-    """The latents that fire on a text, ranked by their strongest activation or by its quantile in the index.
+    """The latents that fire on a text, ranked by their strongest activation, by its quantile in the index, or by attribution.
 
     Firings are looked for on all tokens but special ones, or at one `position` alone. A density above `max_density` leaves a
-    latent out. Raises ValueError for a text of no tokens or of more than the model takes, and a position not in it.
+    latent out. Attribution (gradient × activation) is to the logit, less the mean logit, of the token `target` after
+    `position` or after the text; without a `target`, of the token that follows in the text, or that the model holds most likely.
+    Raises ValueError for a text of no tokens or of more than the model takes, a position not in it, and a `target` that the
+    vocabulary lacks.
     """
-    tokens = tokenize(model, text)
+    tokens = np.array(tokenize(model, text))
     if position is not None and not 0 <= position < len(tokens):
         raise ValueError(f"position is {position}; the text has tokens 0 to {len(tokens) - 1}")
-    with torch.no_grad():
-        x_LD = capture(model, torch.tensor(tokens, device=model.device)[None], [index.hook])[index.hook][0]
-        code, values = encode_sparse(sae, x_LD.to(sae.W_dec.device, torch.float32))
+    effects = None
+    if rank == "attribution":
+        target = _target(model, tokens, position, target)
+        metric = logit_of(target, -1 if position is None else position)
+        rows, latents, acts, effects, *_ = attribute(model, sae, index.hook, tokens, metric)
+    else:
+        target = None
+        rows, latents, acts = _firings(model, sae, index.hook, tokens)
+    density = index.columns["density"]
     special = np.isin(tokens, list(encoder_of(model.tokenizer).special))
-    rows, latents, acts = (part.cpu().numpy() for part in (code.rows, code.latents, values))
-    wanted = ~special[rows] & (index.columns["density"][latents] <= max_density)
+    wanted = ~special[rows] & (density[latents] <= max_density)
     if position is not None:
         wanted &= rows == position
-    rows, latents, acts = rows[wanted], latents[wanted], acts[wanted]
-    order = np.argsort(latents, kind="stable")
+    order = np.flatnonzero(wanted)[np.argsort(latents[wanted], kind="stable")]
     ids, starts = np.unique(latents[order], return_index=True)
     groups = np.split(order, starts[1:]) if len(ids) else []
     quantiles = index.quantiles(ids, np.array([acts[group].max() for group in groups], np.float32))
-    density = index.columns["density"]
     firings = [
-        Firing(int(latent), rows[group], acts[group], float(quantile), float(density[latent]))
+        Firing(
+            int(latent), rows[group], acts[group], float(quantile), float(density[latent]),
+            None if effects is None else effects[group],
+        )
         for latent, group, quantile in zip(ids, groups, quantiles, strict=True)
-    ]
-    key = {"activation": lambda firing: -firing.peak, "quantile": lambda firing: (-firing.quantile, -firing.peak)}[rank]
-    return TextFeatures(np.array(tokens), index.pieces(np.array(tokens)), sorted(firings, key=key)[:limit])
+    ]  # fmt: skip
+    firings.sort(key=_KEYS[rank])
+    return TextFeatures(tokens, index.pieces(tokens), firings[:limit], target)
+
+
+_KEYS = {
+    "activation": lambda firing: -firing.peak,
+    "quantile": lambda firing: (-firing.quantile, -firing.peak),
+    "attribution": lambda firing: -abs(firing.effect),
+}
+
+
+def _firings(
+    model: LanguageModel, sae: SAE, hook: str, tokens: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    with torch.no_grad():
+        x_LD = capture(model, torch.tensor(tokens, device=model.device)[None], [hook])[hook][0]
+        code, values = encode_sparse(sae, x_LD.to(sae.W_dec.device, torch.float32))
+    return code.rows.cpu().numpy(), code.latents.cpu().numpy(), values.cpu().numpy()
+
+
+def _target(model: LanguageModel, tokens: np.ndarray, position: int | None, target: int | None) -> int:
+    """The token whose logit after `position` is attributed."""
+    with torch.no_grad():
+        logits_LV = model.bridge(torch.tensor(tokens, device=model.device)[None], return_type="logits")[0]
+    if target is not None:
+        if not 0 <= target < logits_LV.shape[1]:
+            raise ValueError(f"target is {target}; the model's tokens are 0 to {logits_LV.shape[1] - 1}")
+        return target
+    if position is not None and position + 1 < len(tokens):
+        return int(tokens[position + 1])
+    return int(logits_LV[-1].argmax())
 
 
 def tokenize(model: LanguageModel, text: str) -> list[int]:

@@ -1,0 +1,98 @@
+"""Attribution to latents: sums, and agreement with what ablation does."""
+
+import numpy as np
+import pytest
+import torch
+
+from saebench.evaluate.attribution import ablation_effects, attribute, logit_of
+from saebench.models import LanguageModel, capture, load_model
+from saebench.sae import SAE, initialise, new_sae
+from saebench.sae.architectures import normalized
+
+HOOK = "blocks.2.hook_resid_post"
+TEXT = "import os\n\ndef main(path, name):\n    for line in open(path):\n        print(line)\n    return"
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return load_model("embedded", device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def tokens(model: LanguageModel) -> np.ndarray:
+    return np.array([model.tokenizer.bos_token_id, *model.tokenizer(TEXT, add_special_tokens=False)["input_ids"]])
+
+
+@pytest.fixture(scope="module", params=["none", "layer_norm", "constant_norm_rescale"])
+def sae(request: pytest.FixtureRequest, model: LanguageModel, tokens: np.ndarray) -> SAE:
+    """Random decoder rows fitted to the text's own vectors, so that the error is a part and not the whole."""
+    made = new_sae("topk", 256, 512, k=24, normalize=request.param)
+    x_LD = vectors(model, tokens)
+    initialise(made, normalized(x_LD, request.param)[0].mean(0), torch.Generator().manual_seed(0))
+    return made
+
+
+def vectors(model: LanguageModel, tokens: np.ndarray) -> torch.Tensor:
+    return capture(model, torch.from_numpy(tokens)[None], [HOOK])[HOOK][0].clone()
+
+
+def logits(model: LanguageModel, tokens: np.ndarray, x_LD: torch.Tensor) -> torch.Tensor:
+    with model.bridge.hooks(fwd_hooks=[(HOOK, lambda value, hook: x_LD[None])]):
+        return model.bridge(torch.from_numpy(tokens)[None], return_type="logits")[0]
+
+
+@pytest.mark.parametrize("steps", [1, 12])
+def test_effects_and_errors_sum_to_the_difference(
+    model: LanguageModel, sae: SAE, tokens: np.ndarray, steps: int
+) -> None:
+    target = int(model.tokenizer(" line", add_special_tokens=False)["input_ids"][0])
+    metric = logit_of(target)
+    got = attribute(model, sae, HOOK, tokens, metric, steps=steps)
+    x_LD = vectors(model, tokens)
+    # At x₀ the decoder bias stands at every position, brought back to the size of the row where the SAE rescales.
+    _, scale, shift = normalized(x_LD, sae.normalize)
+    base_LD = (sae.b_dec * scale + shift).expand_as(x_LD).detach()
+    with torch.no_grad():
+        assert got.metric == pytest.approx(float(metric(logits(model, tokens, x_LD))), rel=1e-4)
+        assert got.baseline == pytest.approx(float(metric(logits(model, tokens, base_LD))), rel=1e-4)
+    if steps == 1:
+        leaf = x_LD.requires_grad_(True)
+        metric(logits(model, tokens, leaf)).backward()
+        assert leaf.grad is not None
+        expected = float((leaf.grad * (x_LD - base_LD)).sum().detach())
+        assert got.total == pytest.approx(expected, rel=1e-3, abs=1e-3)
+    else:
+        assert got.total == pytest.approx(got.metric - got.baseline, rel=0.05)
+    assert np.abs(got.errors).sum() > 0
+    assert len(got.errors) == len(tokens)
+
+
+def test_a_small_activation_is_attributed_what_its_ablation_takes_away(
+    model: LanguageModel, sae: SAE, tokens: np.ndarray
+) -> None:
+    """To first order the two are one: shown where the latent's part is made small against its row."""
+    metric = logit_of(5, position=-1)
+    got = attribute(model, sae, HOOK, tokens, metric)
+    alone = [latent for latent in np.unique(got.latents) if (got.latents == latent).sum() == 1]
+    effects = {latent: float(got.effects[got.latents == latent].sum()) for latent in alone}
+    chosen = sorted(effects, key=lambda latent: -abs(effects[latent]))[:8]
+    changes = [-float(metric(ablation_effects(model, sae, HOOK, tokens, int(latent))[0])) for latent in chosen]
+    assert np.corrcoef(changes, [effects[latent] for latent in chosen])[0, 1] > 0.8
+
+
+def test_ablating_a_latent_that_does_not_fire_changes_nothing(
+    model: LanguageModel, sae: SAE, tokens: np.ndarray
+) -> None:
+    got = attribute(model, sae, HOOK, tokens, logit_of(5))
+    silent = next(latent for latent in range(sae.d_sae) if latent not in got.latents)
+    logits, loss = ablation_effects(model, sae, HOOK, tokens, silent)
+    assert logits.abs().max() == 0
+    assert loss[:-1].abs().max() == 0
+    assert loss[-1].isnan()
+
+
+def test_nonsense_is_refused(model: LanguageModel, sae: SAE, tokens: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="steps is 0; expected 1"):
+        attribute(model, sae, HOOK, tokens, logit_of(5), steps=0)
+    with pytest.raises(ValueError, match=r"latent is 512; the SAE has 0 to 511"):
+        ablation_effects(model, sae, HOOK, tokens, 512)
