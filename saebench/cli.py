@@ -13,6 +13,7 @@ from saebench.demo.demo import run_demo
 from saebench.evaluate import EvalConfig, equal_l0_table, evaluate, table, write_report
 from saebench.harvest import HarvestConfig, harvest
 from saebench.index import IndexConfig, build_index
+from saebench.index.export import ExportConfig, export
 from saebench.runlog import progress
 from saebench.store import open_store
 from saebench.store.reader import describe
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     command("train", _train, "train a grid of SAEs on a store", TrainConfig)
     command("eval", _eval, "evaluate the SAEs of a run on held-out documents, and report", EvalConfig)
     command("index", _index, "gather every latent's evidence in one pass over a store", IndexConfig)
+    command("export", _export, "write latents of an index as a page, or in others' forms", ExportConfig)
     demo = command("demo", _demo, "the whole pipeline on the embedded model and corpus")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run directory (default: runs/demo)")
     store = commands.add_parser("store", help="look into an activation store, or check it").add_subparsers(
@@ -116,6 +118,11 @@ def _index(arguments: argparse.Namespace) -> int:
     if path is None:
         return INTERRUPTED
     print(path)
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    print("\n".join(map(str, export(from_arguments(ExportConfig, arguments)))))
     return 0
 
 

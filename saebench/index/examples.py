@@ -24,29 +24,42 @@ def show(
     index: FeatureIndex, sae: SAE, latent: int, examples: Sequence[Example], around: int | None = 16
 ) -> list[Shown]:
     """Examples of a latent within `around` tokens of their rows (None: their whole contexts)."""
-    contexts = [index.context_of(example.row, around) for example in examples]
-    return [Shown(*pair) for pair in zip(contexts, activations(index, sae, latent, contexts), strict=True)]
+    return show_all(index, sae, [(latent, example) for example in examples], around)
 
 
-def activations(index: FeatureIndex, sae: SAE, latent: int, contexts: Sequence[Context]) -> list[np.ndarray]:
-    """A latent's activation on each token of some contexts."""
-    found: list[np.ndarray] = []
-    pending: list[Context] = []
-    for number, context in enumerate(contexts):
-        pending.append(context)
-        if sum(len(each.rows) for each in pending) >= _ROWS or number == len(contexts) - 1:
-            found += _activations(index, sae, latent, pending)
-            pending = []
-    return found
+def show_all(
+    index: FeatureIndex, sae: SAE, examples: Sequence[tuple[int, Example]], around: int | None = 16
+) -> list[Shown]:
+    """Examples of many latents, each a (latent, example); every row that they need is encoded once."""
+    contexts = [index.context_of(example.row, around) for _, example in examples]
+    lengths = np.array([len(context.rows) for context in contexts], np.int64)
+    rows_N = np.concatenate([np.arange(context.rows.start, context.rows.stop) for context in contexts] or [[]])
+    latents_N = np.repeat(np.array([latent for latent, _ in examples], np.int64), lengths)
+    values_N = _activations(index, sae, rows_N.astype(np.int64), latents_N)
+    parts = np.split(values_N, lengths.cumsum()[:-1])
+    return [Shown(*pair) for pair in zip(contexts, parts, strict=False)]
 
 
 @torch.no_grad()
-def _activations(index: FeatureIndex, sae: SAE, latent: int, contexts: Sequence[Context]) -> list[np.ndarray]:
-    rows, keep = zip(*(index.vectors(context.rows) for context in contexts), strict=True)
-    x_RD = torch.cat(rows).to(sae.W_dec.device, torch.float32)
-    code, values = encode_sparse(sae, x_RD)
-    mine = code.latents == latent
-    acts_R = torch.zeros(len(x_RD))
-    acts_R[code.rows[mine].long().cpu()] = values[mine].cpu()
-    acts_R *= torch.from_numpy(np.concatenate(keep))
-    return [part.numpy() for part in acts_R.split([len(context.rows) for context in contexts])]
+def _activations(index: FeatureIndex, sae: SAE, rows_N: np.ndarray, latents_N: np.ndarray) -> np.ndarray:
+    """`[N]` the activation of a latent on a row, for N such pairs."""
+    unique, place_N = np.unique(rows_N, return_inverse=True)
+    order = np.argsort(place_N, kind="stable")
+    sorted_N = place_N[order]
+    found_N = np.zeros(len(rows_N), np.float32)
+    for first in range(0, len(unique), _ROWS):
+        block = unique[first : first + _ROWS]
+        mine = order[slice(*np.searchsorted(sorted_N, [first, first + len(block)]))]
+        ends = np.flatnonzero((np.diff(block) != 1) | (np.diff(block // index.context) != 0)) + 1
+        runs = [range(int(run[0]), int(run[-1]) + 1) for run in np.split(block, ends)]
+        rows, keep = zip(*(index.vectors(run) for run in runs), strict=True)
+        code, values = encode_sparse(sae, torch.cat(rows).to(sae.W_dec.device, torch.float32))
+        keys = code.rows.cpu().numpy().astype(np.int64) * sae.d_sae + code.latents.cpu().numpy()
+        by_key = np.argsort(keys)
+        wanted = (place_N[mine] - first) * sae.d_sae + latents_N[mine]
+        at = np.searchsorted(keys[by_key], wanted)
+        at = by_key[np.minimum(at, len(keys) - 1)] if len(keys) else np.zeros(0, np.int64)
+        if len(at):
+            fires = (keys[at] == wanted) & np.concatenate(keep)[place_N[mine] - first]
+            found_N[mine] = np.where(fires, values.cpu().numpy()[at], 0)
+    return found_N

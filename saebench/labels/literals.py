@@ -17,7 +17,7 @@ from scipy import sparse
 from saebench.labels import syntax
 
 _WHITE = np.frombuffer(b" \t\n\r\f\v", dtype=np.uint8)
-_POSITIONS = (2, 4, 8, 16, 32, 64, 128, 256)
+_POSITIONS = (2, 4, 8, 16, 32, 64, 128)
 _INDENTS = (0, 4, 8, 12, 16)  # columns; a tab counts as four
 # Of a token's text, from its first to its last character.
 _CLASSES = {

@@ -1,0 +1,196 @@
+"""Latents as HTML without scripts: a page to share, and the parts that the app shows too."""
+
+import html
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from saebench.index.examples import Shown
+from saebench.index.notes import Note
+from saebench.index.reader import FeatureIndex, Interval, Latent, Ranked, Rule
+from saebench.view import svg, tokens
+from saebench.view.tokens import number, text_html
+
+FIGURES = {
+    "density": "density",
+    "fires": "firings",
+    "max": "maximum",
+    "mean": "mean of firings",
+    "decoder_norm": "decoder norm",
+    "encoder_cosine": "encoder · decoder",
+    "detection": "rule: detection",
+    "rule_f1": "rule: F1",
+}
+"""Labels of a latent's figures, in the order in which every page has them."""
+
+
+class Evidence(NamedTuple):
+    """A latent with its note and its examples: the strongest, and those of its intervals of strength."""
+
+    latent: Latent
+    note: Note
+    top: list[Shown]
+    intervals: list[list[Shown]]
+
+
+def latents_page(name: str, index: FeatureIndex, found: Iterable[Evidence]) -> str:
+    """A self-contained page of latents of the SAE called `name`."""
+    sections, contents = [], []
+    for evidence in found:
+        latent = evidence.latent
+        contents.append(f'<li><a href="#latent-{latent.latent}">{latent.latent}</a> {_title(evidence)}</li>')
+        sections.append(_section(evidence, index))
+    identity = index.store.manifest["identity"]
+    about = (
+        f"{html.escape(identity['model']['id'])}, {html.escape(index.hook)}, {index.d_sae:,} latents, over {index.n_rows:,} tokens "
+        f"of {html.escape(str(identity['text']['dataset']))}. Activations are in the model's own units; logit effects are those "
+        "of a unit of activation on the direct path, at the final norm's scale of 1."
+    )
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)}: latents</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}{tokens.CSS}{svg.CSS}</style></head>
+<body class="sb-page"><main><h1>{html.escape(name)}</h1><p>{about}</p><nav aria-label="latents"><ol class="contents">{"".join(contents)}</ol></nav>
+{"".join(sections)}</main></body></html>
+"""
+
+
+def figures_html(latent: Latent) -> str:
+    """The header row: every figure with its label, then the flags."""
+    cells = [
+        f"<div><dt>{label}</dt><dd>{_figure(name, latent.figures[name])}</dd></div>"
+        for name, label in FIGURES.items()
+        if name in latent.figures and not np.isnan(latent.figures[name])
+    ]
+    cells += [f'<div><dt>flag</dt><dd class="flag">{flag.replace("_", " ")}</dd></div>' for flag in latent.flags]
+    return f'<dl class="figures">{"".join(cells)}</dl>'
+
+
+def rule_html(rule: Rule | None) -> str:
+    """The rule in words, with its held-out scores."""
+    if rule is None:
+        return '<p class="rule">No rule: too few firings.</p>'
+    scores = {
+        "detection": rule.detection, "null": rule.null, "hard negatives": rule.hard_negative, "precision": rule.precision,
+        "recall": rule.recall, "F1": rule.f1,
+    }  # fmt: skip
+    shown = ", ".join(f"{name} {value:.2f}" for name, value in scores.items() if not np.isnan(value))
+    return f'<p class="rule"><b>{html.escape(_visible(rule.text))}</b><br><small>on {rule.score_rows:,} held-out tokens: {shown}</small></p>'
+
+
+def activations_svg(latent: Latent, edges: np.ndarray) -> str:
+    """The histogram of firings over quarter octaves of strength."""
+    filled = np.flatnonzero(latent.histogram)
+    if not len(filled):
+        return ""
+    places = range(int(filled[0]), int(filled[-1]) + 1)
+    labels = [
+        f"{number(float(edges[place]))} to {number(float(edges[place + 1]))}: {latent.histogram[place]:,} firings"
+        for place in places
+    ]
+    return svg.bars([float(latent.histogram[place]) for place in places], labels, "firings by strength")
+
+
+def logits_svg(latent: Latent) -> str:
+    """The histogram of the latent's direct effects on all tokens' logits."""
+    counts, low, high = latent.logit_histogram
+    if not len(counts):
+        return ""
+    edges = np.linspace(low, high, len(counts) + 1)
+    labels = [
+        f"{number(lower)} to {number(upper)}: {count:,} tokens"
+        for lower, upper, count in zip(edges.tolist(), edges[1:].tolist(), counts, strict=False)
+    ]
+    heights = [float(np.log1p(count)) for count in counts]
+    return svg.bars(heights, labels, "tokens by effect on their logit, log scale", down=(edges[1:] <= 0).tolist())
+
+
+def ranked_html(index: FeatureIndex, ranked: Ranked, size: int = 10) -> str:
+    """Tokens, each with its figure."""
+    pieces = index.pieces(ranked.ids[:size])
+    style = number if np.issubdtype(ranked.values.dtype, np.floating) else "{:,}".format
+    rows = (
+        f"<tr><td><code>{html.escape(_spaced(piece))}</code></td><td>{style(value)}</td></tr>"
+        for piece, value in zip(pieces, ranked.values.tolist(), strict=False)
+    )
+    return f"<table>{''.join(rows)}</table>"
+
+
+def examples_html(index: FeatureIndex, shown: Sequence[Shown], maximum: float) -> str:
+    """Examples under each other, with the document that each comes from."""
+    parts = []
+    for context, values in shown:
+        document = html.escape(index.documents.get(context.doc_id, str(context.doc_id)))
+        parts.append(
+            f'<figure class="example">{text_html(context.pieces, values.tolist(), maximum, peak=context.peak)}'
+            f"<figcaption>{document}</figcaption></figure>"
+        )
+    return "".join(parts)
+
+
+def interval_title(interval: Interval, fires: float) -> str:
+    """`0.5 to 1.2 · 31% of firings`."""
+    return f"{number(interval.lower)} to {number(interval.upper)} · {interval.fires / max(fires, 1):.1%} of firings"
+
+
+def _section(evidence: Evidence, index: FeatureIndex) -> str:
+    latent, maximum = evidence.latent, evidence.latent.figures["max"]
+    groups = "".join(
+        f"<details><summary>{interval_title(interval, latent.figures['fires'])}</summary>{examples_html(index, group, maximum)}</details>"
+        for interval, group in zip(reversed(latent.intervals), reversed(evidence.intervals), strict=True)
+    )
+    logits = (
+        f"<div><h3>Logits up</h3>{ranked_html(index, latent.top_logits)}</div>"
+        f"<div><h3>Logits down</h3>{ranked_html(index, latent.bottom_logits)}</div>"
+        if len(latent.top_logits.ids)
+        else ""
+    )
+    note = "".join(f"<p>{html.escape(part)}</p>" for part in (evidence.note.label, evidence.note.text) if part)
+    return f"""<section id="latent-{latent.latent}"><h2>Latent {latent.latent}</h2>{note}{rule_html(latent.rule)}{figures_html(latent)}
+<div class="columns"><div><h3>Firings by strength</h3>{activations_svg(latent, index.bin_edges)}
+<h3>Effects on logits</h3>{logits_svg(latent)}</div>
+<div><h3>Fires on</h3>{ranked_html(index, latent.tokens)}</div>{logits}</div>
+<h3>Strongest firings, one of a context</h3>{examples_html(index, evidence.top, maximum)}
+<h3>Firings by interval of strength</h3>{groups}</section>"""
+
+
+def _title(evidence: Evidence) -> str:
+    rule = evidence.latent.rule
+    return html.escape(evidence.note.label or ("" if rule is None else _visible(rule.text)))
+
+
+def _figure(name: str, value: float) -> str:
+    if name == "density":
+        return f"{value:.3%}"
+    return f"{value:,.0f}" if name == "fires" else number(value)
+
+
+def _visible(text: str) -> str:
+    """Control characters as pictures."""
+    return text.translate(_PICTURES)
+
+
+def _spaced(piece: str) -> str:
+    """A token alone: its spaces too as pictures."""
+    return _visible(piece).replace(" ", "\u00b7")
+
+
+_PICTURES = {code: chr(0x2400 + code) for code in range(32)} | {127: "\u2421"}
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0; background: var(--sb-paper); color: var(--sb-ink); }
+main { max-width: 1100px; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin: 0 0 .25rem; } h3 { font-size: .85rem; margin: 1rem 0 .3rem; color: var(--sb-faint); }
+section { border-top: 1px solid var(--sb-rule); padding-top: 1.5rem; margin-top: 2rem; }
+a { color: inherit; } a:focus-visible, summary:focus-visible { outline: 2px solid var(--sb-line); outline-offset: 2px; }
+.contents { columns: 2 20rem; padding-left: 0; list-style: none; font-size: .85rem; }
+.contents a { display: inline-block; min-width: 3.5rem; font-variant-numeric: tabular-nums; }
+.rule { margin: .25rem 0; } small, figcaption { color: var(--sb-faint); font-size: .8rem; }
+.figures { display: flex; flex-wrap: wrap; gap: .5rem 1.75rem; margin: .75rem 0; }
+.figures dt { font-size: .75rem; color: var(--sb-faint); } .figures dd { margin: 0; font-variant-numeric: tabular-nums; }
+.columns { display: grid; grid-template-columns: 2fr 1fr 1fr 1fr; gap: 0 2rem; }
+@media (max-width: 760px) { .columns { grid-template-columns: 1fr 1fr; } }
+table { border-collapse: collapse; width: 100%; font-size: .85rem; } td { padding: .05rem 0; }
+td:last-child { text-align: right; font-variant-numeric: tabular-nums; } code { white-space: pre; }
+.example { margin: 0; padding: .4rem 0; border-top: 1px solid var(--sb-rule); } figcaption { margin-top: .15rem; }
+summary { cursor: pointer; padding: .3rem 0; font-size: .9rem; }
+"""
