@@ -23,7 +23,7 @@ import torch
 
 from saebench.config import parse_count
 from saebench.harvest import HarvestConfig, harvest
-from saebench.index import IndexConfig, open_feature_index
+from saebench.index import open_feature_index
 from saebench.index.examples import show
 from saebench.models import model_path
 from saebench.sae import initialise, load_sae, new_sae, read_config, save_sae
@@ -133,7 +133,12 @@ def main() -> None:
         command += ["--tokens", contexts, "--features", str(line["latents"]), "--out", out]
         _, peak, output = measured(command)
         took = json.loads(output.splitlines()[-1])["seconds"]
-        theirs = {"package": "sae-dashboard", "tokens": tokens.size, "latents": line["latents"], "seconds": round(took, 1)}
+        theirs = {
+            "package": "sae-dashboard",
+            "tokens": tokens.size,
+            "latents": line["latents"],
+            "seconds": round(took, 1),
+        }
         theirs |= {"peak_mb": round(peak), "times_as_long": round(took / seconds, 1)}
         theirs |= {"times_as_long_with_harvest": round(took / (seconds + harvest_s), 1)}
         print(json.dumps(theirs), flush=True)

@@ -191,11 +191,14 @@ class Member:
 
     def _resamples_at(self, step: int) -> bool:
         """Every `dead_steps`, once λ is up and while there is time left to learn from it."""
-        due = (step + 1) % self.dead_steps == 0 and 0.1 * self.n_steps <= step <= 0.8 * self.n_steps
+        due = (step + 1) % self.dead_steps == 0 and 0.1 * self.n_steps <= step <= 0.9 * self.n_steps
         return due and not self.recipe.takes_k
 
     def _resample(self, x_BD: Tensor, error_B: Tensor, step: int) -> None:
-        """Point dead latents at badly reconstructed inputs (Bricken et al. 2023, "Neuron resampling")."""
+        """Point dead latents at badly reconstructed inputs (Bricken et al. 2023, "Neuron resampling").
+
+        Other than there, the bias lets them fire on what is at least half as far along as their input, and not on half of all.
+        """
         dead = (self.silent_steps >= self.dead_steps).nonzero().flatten()
         if len(dead) == 0 or len(dead) == self.spec.d_sae or self.diverged is not None:
             return
@@ -204,13 +207,19 @@ class Member:
         generator = torch.Generator(device=x_BD.device).manual_seed(self.spec.seed * 1_000_003 + step)
         weights_B = error_B.double().pow(2).nan_to_num(0.0, 0.0).clamp(min=1e-30)
         rows = torch.multinomial(weights_B, len(dead), replacement=True, generator=generator)
-        directions = torch.nn.functional.normalize(x_BD[rows] - sae.b_dec, dim=1)
+        offsets = x_BD[rows] - sae.b_dec
+        directions = torch.nn.functional.normalize(offsets, dim=1)
+        encoder_norm = _ENCODER_SHARE * self.parameters["W_enc"][alive].norm(dim=1).mean()
+        biases = () if "threshold" in self.parameters else ("b_enc", "b_gate", "b_mag")
         for name, parameter in self.parameters.items():
             if name == "b_dec":
                 continue
-            if name in ("W_enc", "W_dec"):
-                share = _ENCODER_SHARE if name == "W_enc" else 1.0
-                parameter[dead] = directions * (share * parameter[alive].norm(dim=1).mean())
+            if name == "W_enc":
+                parameter[dead] = directions * encoder_norm
+            elif name == "W_dec":
+                parameter[dead] = directions * parameter[alive].norm(dim=1).mean()
+            elif name in biases:
+                parameter[dead] = -0.5 * encoder_norm * offsets.norm(dim=1)
             else:
                 parameter[dead] = bandwidth(sae.d_in) if name == "threshold" else 0.0
             # With no second moment Adam's next step would be many times lr, and undo the direction.
