@@ -17,6 +17,7 @@ from torch import Tensor
 from saebench.store.reader import Shard, Store
 
 Item = TypeVar("Item")
+_STRETCH = 1 << 13  # rows of blocks that are read at once, where they touch
 
 
 class Cursor(NamedTuple):
@@ -62,28 +63,38 @@ def _buffers(store: Store, hook: str, seed: int, memory: int, start: Cursor) -> 
         for chosen in np.array_split(order, n_buffers)[index:]:
             rng = np.random.default_rng([seed, epoch, index, 1])
             # Reads go forward through the files; the permutation undoes their order.
-            yield epoch, index, _permuted([blocks[i] for i in np.sort(chosen)], hook, rng)
+            yield epoch, index, _permuted(_stretches([blocks[i] for i in np.sort(chosen)]), hook, rng)
             index += 1
         epoch, index = epoch + 1, 0
 
 
-def _permuted(blocks: list[tuple[Shard, int]], hook: str, rng: np.random.Generator) -> Tensor:
-    keeps = [
-        np.array(shard.column("keep", first, min(first + shard.block_rows, shard.n_rows))) for shard, first in blocks
-    ]
+def _stretches(blocks: list[tuple[Shard, int]]) -> list[tuple[Shard, int, int]]:
+    """(shard, first row, row after the last) of blocks in order, those that touch joined: one read costs as much as another."""
+    found: list[tuple[Shard, int, int]] = []
+    for shard, first in blocks:
+        end = min(first + shard.block_rows, shard.n_rows)
+        if found and found[-1][0] is shard and found[-1][2] == first and end - found[-1][1] <= _STRETCH:
+            found[-1] = (shard, found[-1][1], end)
+        else:
+            found.append((shard, first, end))
+    return found
+
+
+def _permuted(stretches: list[tuple[Shard, int, int]], hook: str, rng: np.random.Generator) -> Tensor:
+    keeps = [np.array(shard.column("keep", first, end)) for shard, first, end in stretches]
     ends = np.cumsum([keep.sum() for keep in keeps])
     places = torch.from_numpy(rng.permutation(int(ends[-1])))
-    sample = blocks[0][0].rows(hook, 0, 1)
+    sample = stretches[0][0].rows(hook, 0, 1)
     buffer = torch.empty(len(places), sample.shape[1], dtype=sample.dtype)
-    for (shard, first), keep, end in zip(blocks, keeps, ends, strict=True):
+    for (shard, first, _), keep, end in zip(stretches, keeps, ends, strict=True):
         rows = shard.rows(hook, first, first + len(keep))
         buffer[places[end - keep.sum() : end]] = rows[torch.from_numpy(keep)]
     finite = torch.isfinite(buffer).all(1)
     if not finite.all():
-        # The buffer's rows came in the order of `places`: find the first bad one's block.
+        # The buffer's rows came in the order of `places`: find the first bad one's stretch.
         bad = int((~finite)[places].nonzero()[0])
         which = int(np.searchsorted(ends, bad, side="right"))
-        (shard, first), keep = blocks[which], keeps[which]
+        (shard, first, _), keep = stretches[which], keeps[which]
         row = first + int(np.flatnonzero(keep)[bad - (ends[which] - keep.sum())])
         raise ValueError(f"row {row} of {shard.path} at {hook} is not finite; harvest again with a wider --dtype")
     return buffer
