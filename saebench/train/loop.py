@@ -70,7 +70,7 @@ class TrainConfig:
     seed: tuple[int, ...] = (0,)
     """fixes initialisation, one SAE for each; the first also fixes the order of the data"""
     dtype: Precision = "float32"
-    """of the encoder's product: tf32 and bfloat16 for GPUs that have them; weights stay float32"""
+    """of the encoder's product: tf32 and bfloat16 for GPUs that have them; weights stay float32 (on the demo bfloat16 changed FVU by at most 0.0004)"""
     device: str | None = None
     """cuda or cpu (default: cuda where it is at hand)"""
 
