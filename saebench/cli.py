@@ -15,6 +15,8 @@ from saebench.harvest import HarvestConfig, harvest
 from saebench.index import IndexConfig, build_index
 from saebench.index.export import ExportConfig, export
 from saebench.runlog import progress
+from saebench.steer import Generation
+from saebench.steer.run import SteerConfig, rank, steer, sweep
 from saebench.store import open_store
 from saebench.store.reader import describe
 from saebench.text import TextConfig
@@ -74,6 +76,10 @@ def _parser() -> argparse.ArgumentParser:
     command("eval", _eval, "evaluate the SAEs of a run on held-out documents, and report", EvalConfig)
     command("index", _index, "gather every latent's evidence in one pass over a store", IndexConfig)
     command("export", _export, "write latents of an index as a page, or in others' forms", ExportConfig)
+    steering = command("steer", _steer, "generate with latents turned up, down or off, beside controls", SteerConfig)
+    steering.add_argument(
+        "action", nargs="?", choices=("rank",), help="rank: list the latents that are best to steer with"
+    )
     demo = command("demo", _demo, "the whole pipeline on the embedded model and corpus")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run directory (default: runs/demo)")
     store = commands.add_parser("store", help="look into an activation store, or check it").add_subparsers(
@@ -126,6 +132,62 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _steer(arguments: argparse.Namespace) -> int:
+    config = from_arguments(SteerConfig, arguments)
+    if arguments.action == "rank":
+        _print_ranking(config)
+    elif config.sweep:
+        _print_sweep(config)
+    else:
+        print(show_texts(config.prompt, steer(config)))
+    return 0
+
+
+def _print_ranking(config: SteerConfig) -> None:
+    bench, scores, latents = rank(config)
+    assert bench.index
+    tops = bench.index.top_logits
+    assert tops is not None
+    rows = [["latent", "output", "input", "top logits", "rule"]]
+    for latent in latents:
+        tokens = " ".join(map(repr, bench.index.pieces(tops[latent, :5])))
+        figures = (f"{scores.output[latent]:.3f}", f"{scores.input[latent]:.3f}")
+        rows.append([str(latent), *figures, tokens, bench.index.explanations[latent]])
+    print(format_table(rows, left=(0, 3, 4)))
+
+
+def show_texts(prompt: str, made: Generation) -> str:
+    """The texts of a generation under a heading for each arm."""
+    lines: list[str] = []
+    for arm in dict.fromkeys(text.arm for text in made.texts):
+        texts = made.of(arm)
+        kl = sum(float(text.kl.mean()) for text in texts) / len(texts)
+        surprise = sum(text.cross_entropy for text in texts) / len(texts)
+        lines.append(f"\n=== {arm}: cross-entropy {surprise:.2f}, KL {kl:.2f} nats per token")
+        for text in texts:
+            apart = "" if text.diverges is None else f" (differs from token {text.diverges} on)"
+            lines += [f"--- {text.sample + 1}{apart}", prompt + text.text]
+    seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in made.seconds.items())
+    return "\n".join([*lines, "", f"took {seconds}"])
+
+
+def _print_sweep(config: SteerConfig) -> None:
+    found = sweep(config)
+    names = ("concept", "fluency", "score", "rule", "top_tokens", "logits", "kl", "cross_entropy", "repetition")
+    rows = [["arm", "strength", "of the norm", *names]]
+    for dose in found.doses:
+        norm = "–" if dose.norm is None else f"{dose.norm:.2f}"
+        figures = ("–" if (value := getattr(dose, name)) is None else f"{value:.3f}" for name in names)
+        best = dose is found.best
+        rows.append([dose.arm + " *" * best, f"{dose.strength:.2f}", norm, *figures])
+    print(format_table(rows))
+    print("* best: the harmonic mean of concept and fluency")
+    for arm, text in found.samples.items():
+        print(f"\n=== {arm}\n{text}")
+    if config.out is not None:
+        print(f"\n{config.out} and {config.out.with_suffix('.html')}")
+
+
 def _show(summary: dict[str, Any], run: Path) -> None:
     print(format_table(table(summary["saes"])))
     if summary["equal_l0"]:
@@ -163,14 +225,14 @@ def _store_verify(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def format_table(rows: list[list[str]]) -> str:
-    """Columns aligned: the first to the left, figures to the right."""
+def format_table(rows: list[list[str]], left: Sequence[int] = (0,)) -> str:
+    """Columns aligned: those of `left` to the left, figures to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
+            cell.ljust(width) if i in left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
+        ).rstrip()
         for row in rows
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

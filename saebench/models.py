@@ -199,6 +199,32 @@ def spliced_logits(
         return model.bridge(tokens, return_type="logits")
 
 
+@torch.inference_mode()
+def next_logits(
+    model: LanguageModel,
+    tokens: Int[Tensor, "B L"],
+    *,
+    cache: Any = None,
+    padding: Int[Tensor, " B"] | None = None,
+    keep: int = 1,
+    use_cache: bool = True,
+) -> tuple[Float[Tensor, "B keep V"], Any]:
+    """(logits after the last `keep` tokens, KV cache) of texts of which `cache` holds the beginning.
+
+    `padding` counts the columns before each text's first token, cached ones included.
+    """
+    seen = 0 if cache is None else cache.get_seq_length()
+    extra = {}
+    if padding is not None:
+        columns = torch.arange(seen + tokens.shape[1], device=tokens.device)
+        places = columns - padding[:, None]
+        extra = {"attention_mask": (places >= 0).long(), "position_ids": places[:, seen:].clamp(min=0)}
+    output = model.bridge.original_model(
+        tokens, past_key_values=cache, use_cache=use_cache, logits_to_keep=keep, **extra
+    )
+    return output.logits, output.past_key_values
+
+
 # ------------------------------------------------------- many replacements for the same contexts
 
 

@@ -701,12 +701,14 @@ def test_a_planted_latent_is_explained_by_the_token_it_fires_on(store: Store, sa
         assert rule.f1 > 0.4
         assert rule.detection > 0.7
         assert abs(rule.null - 0.5) < 0.1
-        held = index.holds(0, tokens[:200])
+        held = index.holds(0, [tokens[:200], tokens[200:250], tokens[:0]])
         assert held is not None
-        assert np.array_equal(held, (tokens[:200] == token) & keep[:200])
+        assert np.array_equal(held[0], (tokens[:200] == token) & keep[:200])
+        assert np.array_equal(held[1], (tokens[200:250] == token) & keep[200:250])
+        assert held[2].shape == (0,)
         assert index.explanations[0] == rule.text
         dead = LATENTS - 1
         assert index[dead].rule is None
-        assert index.holds(dead, tokens[:9]) is None
+        assert index.holds(dead, [tokens[:9]]) is None
         assert index.explanations[dead] == ""
         assert index.columns["detection"][0] == pytest.approx(rule.detection)

@@ -1,6 +1,7 @@
 """Read a feature index: any latent at random, columns for the table, contexts cut from the store."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -196,6 +197,11 @@ class FeatureIndex:
         return Rule(**{name: value.decode() if name == "text" else value.item() for name, value in found.items()})
 
     @cached_property
+    def top_logits(self) -> np.ndarray | None:
+        """`[d_sae, 20]` ids of the tokens whose logits each latent raises most, −1 for none; None without logits."""
+        return self._file["logits/top_ids"][:] if "logits/top_ids" in self._file else None
+
+    @cached_property
     def explanations(self) -> list[str]:
         """The rule of every latent in words, empty where it has none; for the search."""
         if "rules" not in self._file:
@@ -204,15 +210,17 @@ class FeatureIndex:
         texts = self._file["rules/text"].asstr()[:]
         return [text if has else "" for text, has in zip(texts, known, strict=True)]
 
-    def holds(self, latent: int, tokens: np.ndarray) -> np.ndarray | None:
-        """`[n]` where the latent's rule holds on a text of its own, by token ids; None where it has no rule."""
+    def holds(self, latent: int, texts: Sequence[np.ndarray]) -> list[np.ndarray] | None:
+        """`[n]` where the latent's rule holds on each of some texts, by token ids; None where it has no rule."""
         if self._rule(latent) is None:
             return None
         first, operator, second = (int(self._file[f"rules/{name}"][latent]) for name in ("first", "operator", "second"))
+        lengths = [len(tokens) for tokens in texts]
+        tokens = np.concatenate([np.zeros(0, np.int64), *texts])
+        places = np.concatenate([np.zeros(0, np.int64), *map(np.arange, lengths)])
         keep = ~np.isin(tokens, self.store.tokenizer().all_special_ids)
-        places = np.arange(len(tokens))
-        held = label(Stream(tokens, np.zeros_like(places), places, keep), self._literals, {})
-        return holding(held.tocsc(), first, OPERATORS[operator], second)
+        held = label(Stream(tokens, np.repeat(np.arange(len(texts)), lengths), places, keep), self._literals, {})
+        return np.split(holding(held.tocsc(), first, OPERATORS[operator], second), np.cumsum(lengths)[:-1])
 
     @cached_property
     def _literals(self) -> Vocabulary:

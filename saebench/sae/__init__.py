@@ -11,7 +11,7 @@ from saebench.sae.architectures import (
     new_sae,
     topk_relu,
 )
-from saebench.sae.encode import encode_sparse
+from saebench.sae.encode import encode_sparse, latent_encoder
 from saebench.sae.io import fold, load_sae, read_config, save_sae, update_metadata
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "encode_sparse",
     "fold",
     "initialise",
+    "latent_encoder",
     "load_sae",
     "new_sae",
     "read_config",

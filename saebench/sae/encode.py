@@ -1,10 +1,12 @@
 """What an SAE makes of rows, as a sparse code: for whoever reads activations and not gradients."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saebench.sae.architectures import SAE, GatedSAE, JumpReLUSAE, ReLUSAE, TopKSAE, normalized
+from saebench.sae.architectures import SAE, GatedSAE, JumpReLUSAE, ReLUSAE, TopKSAE, new_sae, normalized
 from saebench.sae.sparse import Encoder, SparseCode, select
 
 
@@ -27,3 +29,30 @@ def encode_sparse(sae: SAE, x_RD: Float[Tensor, "R D"]) -> tuple[SparseCode, Flo
         return select(code, values, values > 0)
     code, values = encoder.above()
     return select(code, values, values > code.at(sae.threshold)) if isinstance(sae, JumpReLUSAE) else (code, values)
+
+
+@torch.no_grad()
+def latent_encoder(sae: SAE, latents: Sequence[int]) -> Callable[[Float[Tensor, "R D"]], Float[Tensor, "R G"]]:
+    """The encoder of some latents alone: rows to their activations, in the order given.
+
+    At the price of those latents' columns of W_enc; for TopK, whose latents compete, of all. Raises ValueError for a latent
+    that the SAE does not have.
+    """
+    if wrong := [latent for latent in latents if not 0 <= latent < sae.d_sae]:
+        raise ValueError(f"latent is {wrong[0]}; the SAE has 0 to {sae.d_sae - 1}")
+    picked = torch.tensor(latents, device=sae.W_enc.device, dtype=torch.long)
+    if isinstance(sae, TopKSAE):
+
+        def among_all(x_RD: Tensor) -> Tensor:
+            code, values = encode_sparse(sae, x_RD)
+            acts_RG = x_RD.new_zeros(len(x_RD), len(picked))
+            entries, columns = (code.latents[:, None] == picked).nonzero(as_tuple=True)
+            acts_RG[code.rows[entries].long(), columns] = values[entries]
+            return acts_RG
+
+        return torch.no_grad()(among_all)
+    part = new_sae(sae.architecture, sae.d_in, len(picked), normalize=sae.normalize).to(sae.W_enc.device)
+    for name, parameter in sae.named_parameters():
+        axis = {"b_dec": None, "W_enc": 1}.get(name, 0)
+        part.get_parameter(name).copy_(parameter if axis is None else parameter.index_select(axis, picked))
+    return torch.no_grad()(part.encode)

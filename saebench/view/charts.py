@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 # Colour-blind safe (Okabe and Ito 2008); the marker says the same without colour.
 STYLE = {
@@ -109,3 +110,33 @@ def training_curves(
         )  # fmt: skip
     figure.update_yaxes(_LOG if log_scale else {"rangemode": "tozero"})
     return _layout(figure, f"{label} during training", "rows trained on", label)
+
+
+def dose_response(response: Mapping[str, Any]) -> go.Figure:
+    """What a latent's direction does at each strength, beside a random direction in grey: `DoseResponse.to_json`."""
+    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08, row_heights=[0.55, 0.45])
+    unsteered = response["doses"][0]
+    known = all(dose["norm"] is not None for dose in response["doses"])
+    lines = (
+        (1, "score", "harmonic mean", "solid", "diamond"), (1, "concept", "concept", "dash", "circle"),
+        (1, "fluency", "fluency", "dot", "square"), (2, "kl", "KL to the clean model", "solid", "circle"),
+        (2, "cross_entropy", "cross-entropy of the text", "dash", "square"),
+    )  # fmt: skip
+    for arm, colour in (("steered", STYLE["topk"][0]), ("random", CONTROL)):
+        doses = [unsteered, *(dose for dose in response["doses"] if dose["arm"] == arm)]
+        x = [dose["norm"] if known else dose["strength"] for dose in doses]
+        for row, name, label, dash, symbol in lines:
+            figure.add_scatter(
+                x=x, y=[dose[name] for dose in doses], name=label if arm == "steered" else f"{label}, random direction",
+                mode="lines+markers", line={"color": colour, "dash": dash}, marker={"color": colour, "symbol": symbol},
+                row=row, col=1,
+            )  # fmt: skip
+    best = next(dose for dose in response["doses"] if dose["arm"] == "steered" and dose["strength"] == response["best"])
+    figure.add_vline(
+        x=best["norm"] if known else best["strength"], line={"color": CONTROL, "dash": "dash"}, annotation_text="best"
+    )
+    unit = "strength, of the median norm" if known else "strength, raw"
+    figure = _layout(figure, f"Latent {response['latent']}, {response['mode']}", "", "share")
+    figure.update_xaxes(title=unit, row=2, col=1)
+    figure.update_yaxes(title="nats per token", row=2, col=1)
+    return figure.update_layout(height=620)

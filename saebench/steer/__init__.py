@@ -1,0 +1,19 @@
+"""Steering: interventions on latents, generation under them with controls, and what they do at which strength."""
+
+from saebench.steer.generate import Generation, Sampling, Text, arms_of, generate, stream
+from saebench.steer.interventions import Intervention, Units, Where, mask_of, steered, units_of
+
+__all__ = [
+    "Generation",
+    "Intervention",
+    "Sampling",
+    "Text",
+    "Units",
+    "Where",
+    "arms_of",
+    "generate",
+    "mask_of",
+    "steered",
+    "stream",
+    "units_of",
+]

@@ -1,0 +1,183 @@
+"""Steering from the command line: what belongs together is opened, and one thing done with it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+import numpy as np
+
+from saebench.config import Count
+from saebench.files import write_json
+from saebench.index import FeatureIndex, IndexConfig, open_feature_index
+from saebench.models import LanguageModel, load_model
+from saebench.sae import SAE, load_sae, read_config
+from saebench.steer.dose import DoseConfig, DoseResponse, dose_response
+from saebench.steer.generate import Generation, Sampling, arms_of, generate
+from saebench.steer.interventions import Intervention, Mode, units_of
+from saebench.steer.scores import Scores, read_scores, score
+from saebench.text import encoder_of
+from saebench.view import charts
+
+
+@dataclass(frozen=True)
+class Bench:
+    """An SAE with its model, and its index where there is one."""
+
+    model: LanguageModel
+    sae: SAE
+    hook: str
+    index: FeatureIndex | None
+
+    def intervention(self, latent: int, strength: str | int | float = "0.5n", mode: Mode = "add") -> Intervention:
+        """An intervention at a strength written `12`, `6x` or `0.5n` (see `Units`); for `scale` a plain factor."""
+        raw = float(strength) if mode == "scale" else units_of(self.sae, latent, self.index).raw(strength)
+        return Intervention(sae=self.sae, hook=self.hook, latent=latent, mode=mode, strength=raw)
+
+
+def open_bench(
+    sae: Path | str, *, index: Path | None = None, store: Path | None = None, device: str | None = None
+) -> Bench:
+    """Open an SAE directory with the model it was trained on and its index (default: index/NAME.h5 beside saes/).
+
+    Raises ValueError where one of them cannot be loaded, or the model is not the one whose vectors were indexed.
+    """
+    sae = Path(sae)
+    metadata = read_config(sae).get("metadata", {})
+    path = index or IndexConfig(sae=sae).path
+    opened = open_feature_index(path, sae=sae, store=store) if index is not None or path.exists() else None
+    name = opened.store.manifest["identity"]["model"]["id"] if opened else metadata.get("model_name")
+    hook = opened.hook if opened else metadata.get("hook_name")
+    if name is None or hook is None:
+        raise ValueError(f"{sae} does not say of which model and hook it is; index it with --store")
+    model = load_model(name, device=device)
+    if opened and model.weights_hash != opened.identity["model"]:
+        raise ValueError(
+            f"model {name!r} is not the one that was indexed: its weights hash to {model.weights_hash}, {path} says {opened.identity['model']}"
+        )
+    return Bench(model, load_sae(sae, device=str(model.device)), hook, opened)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteerConfig:
+    """Which latents to steer with, how far, and what to write."""
+
+    sae: Path
+    """SAE directory"""
+    latent: tuple[Count, ...] = ()
+    """numbers of latents, steered with together (for `rank`: among which; default: all)"""
+    strength: tuple[str, ...] = ("0.5n",)
+    """one for all or one for each latent: 12 (raw), 6x (times its maximum in the index) or 0.5n (of the median norm)"""
+    mode: Mode = "add"
+    """add: x + c d; clamp: the latent set to c; scale: the latent times c; ablate: set to 0; orthogonal: x's part along d replaced by c d"""
+    prompt: str = ""
+    """text to continue"""
+    n: Count = 3
+    """texts in each arm"""
+    max_new_tokens: Count = 48
+    """tokens of each"""
+    temperature: float = 1.0
+    """0 takes the most likely token"""
+    top_p: float = 1.0
+    """draw from the fewest tokens whose probabilities reach this sum"""
+    repetition_penalty: float = 1.0
+    """above 1 makes tokens already in the text less likely"""
+    seed: int = 0
+    """of the noise, the same in every arm"""
+    controls: bool = True
+    """also a random direction of the same norm, and the negative strength"""
+    sweep: bool = False
+    """the dose-response of one latent instead: from weak to strong, with a random direction beside it"""
+    out: Path | None = None
+    """file for the results as JSON; of --sweep also a figure beside it (.html)"""
+    top: Count = 20
+    """how many latents `rank` lists"""
+    index: Path | None = None
+    """index file (default: index/NAME.h5 beside the folder saes/ that holds the SAE)"""
+    store: Path | None = None
+    """activation store (default: the one that was indexed)"""
+    device: str | None = None
+    """cuda, mps or cpu (default: the first at hand)"""
+
+    def __post_init__(self) -> None:
+        if len(self.strength) not in (1, len(self.latent)):
+            raise ValueError(
+                f"{len(self.strength)} strengths for {len(self.latent)} latents; give one for all or one for each"
+            )
+
+    def open(self) -> Bench:
+        return open_bench(self.sae, index=self.index, store=self.store, device=self.device)
+
+
+def steer(config: SteerConfig) -> Generation:
+    """Continue the prompt with and without steering, and under the controls. Writes `config.out`, where it is named.
+
+    Raises ValueError without a latent, and as `open_bench`, `Units.raw` and `generate` do.
+    """
+    _some(config)
+    bench = config.open()
+    strengths = config.strength * (len(config.latent) if len(config.strength) == 1 else 1)
+    interventions = [
+        bench.intervention(latent, strength, config.mode)
+        for latent, strength in zip(config.latent, strengths, strict=True)
+    ]
+    sampling = Sampling(
+        max_new_tokens=config.max_new_tokens, n_samples=config.n, seed=config.seed, temperature=config.temperature,
+        top_p=config.top_p, repetition_penalty=config.repetition_penalty,
+    )  # fmt: skip
+    arms = arms_of(interventions, controls=config.controls, seed=config.seed)
+    made = generate(bench.model, config.prompt, arms, sampling)
+    if config.out is not None:
+        texts = [
+            {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in text._asdict().items()}
+            for text in made.texts
+        ]
+        write_json(config.out, {"prompt": made.prompts[0], "texts": texts, "seconds": made.seconds})
+    return made
+
+
+def sweep(config: SteerConfig) -> DoseResponse:
+    """The dose-response of one latent. Writes `config.out` and a figure beside it, where it is named.
+
+    Raises ValueError for any number of latents but one, an SAE without an index, and as `dose_response` does.
+    """
+    _some(config)
+    bench, latent = config.open(), max(config.latent)
+    if len(config.latent) > 1 or bench.index is None:
+        raise ValueError("--sweep is of one latent of an indexed SAE; run `saebench index` first, or name one latent")
+    units = units_of(bench.sae, latent, bench.index)
+    start = Intervention(sae=bench.sae, hook=bench.hook, latent=latent, mode=config.mode)
+    strengths = config.strength if len(config.strength) > 1 else DoseConfig().strengths
+    for strength in strengths:
+        units.raw(strength)
+    doses = DoseConfig(strengths=strengths, seed=config.seed, max_new_tokens=config.max_new_tokens)
+    prompts = None if not config.prompt else [_ids(bench.model, config.prompt)]
+    found = dose_response(bench.model, start, bench.index, doses, prompts=prompts)
+    if config.out is not None:
+        write_json(config.out, found.to_json())
+        charts.dose_response(found.to_json()).write_html(config.out.with_suffix(".html"), include_plotlyjs=True)
+    return found
+
+
+def rank(config: SteerConfig) -> tuple[Bench, Scores, np.ndarray]:
+    """(what was opened, scores, the latents of highest output score first). Scores are measured once and kept beside the index.
+
+    Raises ValueError for an SAE without an index, and as `score` does.
+    """
+    bench = config.open()
+    if bench.index is None:
+        raise ValueError(f"{config.sae} has no index; run `saebench index --sae {config.sae}` first")
+    scores = read_scores(bench.index) or score(bench.model, bench.sae, bench.index)
+    among = np.array(config.latent or range(bench.sae.d_sae))
+    if wrong := [latent for latent in config.latent if latent >= bench.sae.d_sae]:
+        raise ValueError(f"latent is {wrong[0]}; the SAE has 0 to {bench.sae.d_sae - 1}")
+    return bench, scores, among[np.argsort(-scores.output[among], kind="stable")][: config.top]
+
+
+def _some(config: SteerConfig) -> None:
+    if not config.latent:
+        raise ValueError(
+            "no latent was named; choose with --latent N (`saebench steer rank --sae SAE` lists good ones)"
+        )
+
+
+def _ids(model: LanguageModel, prompt: str) -> np.ndarray:
+    encoder = encoder_of(model.tokenizer)
+    return np.array([encoder.bos, *encoder.encode([prompt])[0]])

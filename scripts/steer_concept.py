@@ -1,0 +1,62 @@
+"""Find a latent for a concept in an SAE of the demo, and steer with it: one command after `make demo`.
+
+    python scripts/steer_concept.py "raise" [--prompt "def main("]
+
+The concept is looked for in the rules of the index ('in docstring', 'raise', 'class name', …). Of the latents whose rule
+names it, the one of the highest output score times the rule's held-out F1 is taken, at the strength that its dose-response
+marks as best. Printed are texts unsteered, steered, with a random direction of the same norm, and with the negative strength.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from saebench.cli import show_texts
+from saebench.steer import Sampling, arms_of, generate
+from saebench.steer.dose import DoseConfig, dose_response
+from saebench.steer.run import SteerConfig, rank
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("concept")
+    parser.add_argument("--sae", type=Path, default=Path("runs/demo/saes/topk-k48"))
+    parser.add_argument("--prompt", default="def main(")
+    parser.add_argument("--n", type=int, default=3)
+    args = parser.parse_args()
+    try:
+        bench, scores, _ = rank(SteerConfig(sae=args.sae))
+    except ValueError as error:
+        print(f"{error} (the demo's SAE and index come from `make demo`)", file=sys.stderr)
+        return 2
+    index = bench.index
+    assert index
+    named = [latent for latent, rule in enumerate(index.explanations) if args.concept.lower() in rule.lower()]
+    if not named:
+        print(
+            f"no rule in {index.path} names {args.concept!r}; try raise, docstring, decorator or comment",
+            file=sys.stderr,
+        )
+        return 2
+    worth = scores.output * np.nan_to_num(scores.input)
+    latent = max(named, key=lambda latent: worth[latent])
+    start = bench.intervention(latent, 0)
+    best = dose_response(bench.model, start, index, DoseConfig()).best
+    print(
+        f"{len(named)} latents have a rule that names {args.concept!r}; taken is {latent}: {index.explanations[latent]}"
+    )
+    print(
+        f"output score {scores.output[latent]:.3f}, rule's F1 {scores.input[latent]:.2f}, top logits {index.pieces(index[latent].top_logits.ids[:8])}"
+    )
+    print(f"best strength {best.norm:.2f} of the median norm: the rule holds in {best.rule:.0%} of texts")
+    arms = arms_of([dataclasses.replace(start, strength=best.strength)])
+    made = generate(bench.model, args.prompt, arms, Sampling(n_samples=args.n, max_new_tokens=48))
+    print(show_texts(args.prompt, made))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
