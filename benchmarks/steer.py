@@ -54,7 +54,7 @@ def measured(
     arms = arms_of([bench.intervention(latent, best.strength)], seed=doses.seed + 1)
     del arms["negative"]
     sampling = Sampling(max_new_tokens=doses.max_new_tokens, n_samples=n_samples, seed=doses.seed + 1)
-    made = generate(bench.model, prompts, arms, sampling)
+    made = generate(bench.model, prompts, arms, sampling, measure="clean")
     count = len(prompts) * n_samples
     counts = {arm: hits(bench, latent, prompts, made.of(arm)) for arm in arms}
     surprise = {arm: float(np.mean([text.cross_entropy for text in made.of(arm)])) for arm in arms}

@@ -140,7 +140,7 @@ class FeatureIndex:
     @cached_property
     def columns(self) -> dict[str, np.ndarray]:
         """The table: `[d_sae]` arrays by the names of COLUMNS, read once."""
-        found = {name: self._file[path] for name, path in COLUMNS.items() if path in self._file}
+        found = {name: self._data[path] for name, path in COLUMNS.items() if path in self._data}
         return {name: data[:] if data.ndim == 1 else data[:, 0] for name, data in found.items()}
 
     def flagged(self, flag: str) -> np.ndarray:
@@ -162,7 +162,7 @@ class FeatureIndex:
             figures={
                 name: float(np.ravel(get(path))[0])
                 for name, path in COLUMNS.items()
-                if path in self._file and name != "flags"
+                if path in self._data and name != "flags"
             },
             flags=tuple(flag for bit, flag in enumerate(FLAGS) if flags >> bit & 1),
             histogram=get("histogram/counts"),
@@ -176,7 +176,7 @@ class FeatureIndex:
             ],
             random=_examples(get("random/rows"), get("random/values")),
             tokens=_ranked(get("tokens/ids"), get("tokens/counts")),
-            positions=get("positions/counts") / np.maximum(self._file["positions/rows"][:], 1),
+            positions=get("positions/counts") / np.maximum(self._data["positions/rows"][:], 1),
             neighbours=_ranked(get("decoder/ids"), get("decoder/cosines")),
             pmi=_ranked(get("companions/pmi_ids"), get("companions/pmi")),
             jaccard=_ranked(get("companions/jaccard_ids"), get("companions/jaccard")),
@@ -191,30 +191,30 @@ class FeatureIndex:
         )
 
     def _rule(self, latent: int) -> Rule | None:
-        if "rules" not in self._file or self._file["rules/first"][latent] < 0:
+        if "rules/first" not in self._data or self._data["rules/first"][latent] < 0:
             return None
-        found = {name: self._file[f"rules/{name}"][latent] for name in Rule._fields}
+        found = {name: self._data[f"rules/{name}"][latent] for name in Rule._fields}
         return Rule(**{name: value.decode() if name == "text" else value.item() for name, value in found.items()})
 
     @cached_property
     def top_logits(self) -> np.ndarray | None:
         """`[d_sae, 20]` ids of the tokens whose logits each latent raises most, −1 for none; None without logits."""
-        return self._file["logits/top_ids"][:] if "logits/top_ids" in self._file else None
+        return self._data["logits/top_ids"][:] if "logits/top_ids" in self._data else None
 
     @cached_property
     def explanations(self) -> list[str]:
         """The rule of every latent in words, empty where it has none; for the search."""
-        if "rules" not in self._file:
+        if "rules/first" not in self._data:
             return [""] * self.d_sae
-        known = self._file["rules/first"][:] >= 0
-        texts = self._file["rules/text"].asstr()[:]
+        known = self._data["rules/first"][:] >= 0
+        texts = self._data["rules/text"].asstr()[:]
         return [text if has else "" for text, has in zip(texts, known, strict=True)]
 
     def holds(self, latent: int, texts: Sequence[np.ndarray]) -> list[np.ndarray] | None:
         """`[n]` where the latent's rule holds on each of some texts, by token ids; None where it has no rule."""
         if self._rule(latent) is None:
             return None
-        first, operator, second = (int(self._file[f"rules/{name}"][latent]) for name in ("first", "operator", "second"))
+        first, operator, second = (int(self._data[f"rules/{name}"][latent]) for name in ("first", "operator", "second"))
         lengths = [len(tokens) for tokens in texts]
         tokens = np.concatenate([np.zeros(0, np.int64), *texts])
         places = np.concatenate([np.zeros(0, np.int64), *map(np.arange, lengths)])
@@ -225,12 +225,19 @@ class FeatureIndex:
     @cached_property
     def _literals(self) -> Vocabulary:
         return Vocabulary(
-            self._bytes.all(), *(self._file[f"literals/{name}"][:] for name in ("tokens", "previous", "bigrams"))
+            self._bytes.all(), *(self._data[f"literals/{name}"][:] for name in ("tokens", "previous", "bigrams"))
         )
+
+    @cached_property
+    def _data(self) -> dict[str, Any]:
+        """Every column by its path: h5py takes longer to find one than to read a row of it."""
+        found: dict[str, Any] = {}
+        self._file.visititems(lambda path, column: found.update({path: column}))
+        return found
 
     def _row(self, latent: int) -> Any:
         def get(path: str) -> Any:
-            return self._file[path][latent] if path in self._file else np.zeros(0)
+            return self._data[path][latent] if path in self._data else np.zeros(0)
 
         return get
 
@@ -246,11 +253,11 @@ class FeatureIndex:
 
     @cached_property
     def _histogram(self) -> np.ndarray:
-        return self._file["histogram/counts"][:]
+        return self._data["histogram/counts"][:]
 
     def sample(self, split: str) -> Sample:
         """All firings on the rows chosen by their hash, of the training or the validation split."""
-        return Sample(**{name: column[:] for name, column in self._file[f"sample/{split}"].items()})
+        return Sample(**{name: self._data[f"sample/{split}/{name}"][:] for name in Sample._fields})
 
     # ------------------------------------------------------------------------------------ contexts
 

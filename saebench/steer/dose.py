@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saebench.index import FeatureIndex
@@ -45,6 +45,8 @@ class DoseConfig:
     """of each text"""
     held_out: int = 8
     """held-out contexts on which the change of the next-token distribution is measured"""
+    held_out_tokens: int = 64
+    """of each, BOS included"""
     seed: int = 0
     """of the choice of prompts, of the noise and of the random direction"""
 
@@ -120,27 +122,33 @@ def dose_response(
     top = top_tokens(index)[intervention.latent]
     if prompts is None:
         prompts = held_out(index.store, config.prompts, config.prompt_tokens, config.seed)
-    contexts = held_out(index.store, config.held_out, index.context, config.seed)
+    contexts = held_out(index.store, config.held_out, min(config.held_out_tokens, index.context), config.seed)
+    ids = torch.tensor(np.stack(contexts), device=model.device).long()
     arms: dict[tuple[str, float], list[Intervention]] = {(UNSTEERED, 0.0): []}
     for strength in sorted(map(units.raw, config.strengths), key=abs):
         one = dataclasses.replace(intervention, strength=strength)
         arms["steered", strength] = [one]
         arms["random", strength] = [dataclasses.replace(one, random=config.seed)]
     texts = _generate(model, arms, prompts, config)
-    clean = [_logits(model, [], context) for context in contexts]
+    clean = _logits(model, [], ids)
     doses: list[Dose] = []
     for (arm, strength), interventions in arms.items():
-        changed = [_change(model, interventions, *pair, top) for pair in zip(contexts, clean, strict=True)]
+        changed = _change(model, interventions, ids, clean, top)
         written = _written(index, intervention.latent, top, prompts, texts[arm, strength])
         base = doses[0] if doses else None
-        doses.append(_dose(arm, strength, units.all(strength)["norm"], np.mean(changed, 0).tolist(), written, base))
+        doses.append(_dose(arm, strength, units.all(strength)["norm"], changed, written, base))
     best = DoseResponse(intervention.latent, intervention.mode, doses, {}).best
     samples = {UNSTEERED: texts[UNSTEERED, 0.0][0].text, "steered": texts["steered", best.strength][0].text}
     return DoseResponse(intervention.latent, intervention.mode, doses, samples)
 
 
 def _dose(
-    arm: str, strength: float, norm: float | None, changed: list[float], written: dict[str, Any], base: Dose | None
+    arm: str,
+    strength: float,
+    norm: float | None,
+    changed: tuple[float, float],
+    written: dict[str, Any],
+    base: Dose | None,
 ) -> Dose:
     now = written["top_tokens"] if written["rule"] is None else written["rule"]
     concept, fluency = 0.0, 1.0
@@ -165,7 +173,7 @@ def _generate(
     rest = list(names)[1:]
     for start in range(0, len(rest), size):
         part = {name: arms[names[name]] for name in rest[start : start + size]}
-        made = generate(model, prompts, part, sampling)
+        made = generate(model, prompts, part, sampling, measure="clean")
         found[UNSTEERED, 0.0] = made.of(UNSTEERED)
         found |= {names[name]: made.of(name) for name in part}
     return found
@@ -211,23 +219,26 @@ def tokenizes(text: str) -> bool:
         return False
 
 
-def _logits(model: LanguageModel, interventions: Sequence[Intervention], tokens: np.ndarray) -> Tensor:
-    ids = torch.as_tensor(tokens, device=model.device)[None]
+def _logits(model: LanguageModel, interventions: Sequence[Intervention], ids: Tensor) -> Float[Tensor, "B L V"]:
     with steered(model, interventions):
-        return next_logits(model, ids, keep=len(tokens), use_cache=False)[0][0].float()
+        return next_logits(model, ids, keep=ids.shape[1], use_cache=False)[0].float()
 
 
 def _change(
-    model: LanguageModel, interventions: Sequence[Intervention], tokens: np.ndarray, clean_LV: Tensor, top: np.ndarray
+    model: LanguageModel,
+    interventions: Sequence[Intervention],
+    ids: Tensor,
+    clean: Float[Tensor, "B L V"],
+    top: np.ndarray,
 ) -> tuple[float, float]:
-    """(change of the top tokens' mean logit less that of all, mean KL(clean ‖ steered)) on one context."""
+    """(change of the top tokens' mean logit less that of all, mean KL(clean ‖ steered)) on held-out contexts."""
     if not interventions:
         return 0.0, 0.0
-    own_LV = _logits(model, interventions, tokens)
-    change_LV = own_LV - clean_LV
-    concept = change_LV[:, torch.as_tensor(top, device=change_LV.device)].mean() - change_LV.mean()
-    clean_LV = clean_LV.log_softmax(-1)
-    return float(concept), float((clean_LV.exp() * (clean_LV - own_LV.log_softmax(-1))).sum(-1).mean())
+    own = _logits(model, interventions, ids)
+    change = own - clean
+    concept = change[..., torch.as_tensor(top, device=change.device)].mean() - change.mean()
+    clean = clean.log_softmax(-1)
+    return float(concept), float((clean.exp() * (clean - own.log_softmax(-1))).sum(-1).mean())
 
 
 def top_tokens(index: FeatureIndex) -> Int[np.ndarray, "F k"]:

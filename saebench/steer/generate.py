@@ -8,7 +8,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -112,15 +112,15 @@ def generate(
     arms: Arms | Sequence[Intervention],
     sampling: Sampling = Sampling(),
     *,
-    measure: bool = True,
+    measure: Literal["kl", "clean", "none"] = "kl",
     truncate: bool = False,
     cancelled: Callable[[], bool] = lambda: False,
     lock: Any = None,
 ) -> Generation:
     """Continue prompts under each arm's interventions (`arms_of`), and without any.
 
-    A prompt is a text, or token ids that begin with BOS. All arms see the same noise, so that texts part only where the distributions do. With `measure`, one pass afterwards over
-    the finished texts gives log-probabilities and KL. `cancelled` is asked after each token; what there is then is returned.
+    A prompt is a text, or token ids that begin with BOS. All arms see the same noise, so that texts part only where the distributions do. A pass over the finished texts afterwards
+    gives log-probabilities in the model as it is, another one those under the arm and KL (not with `measure` `clean` or `none`). `cancelled` is asked after each token; what there is then is returned.
     The interventions are on the model only during a forward pass, under `lock` where one is given. Raises ValueError for
     an empty prompt and for one that does not fit into the context with `max_new_tokens`, unless `truncate` allows cutting
     its beginning (after BOS), and as `Editor` does.
@@ -140,7 +140,7 @@ def generate(
     generated_RT = np.stack(steps, 1)
     seconds["generate"] = time.perf_counter() - start
     start = time.perf_counter()
-    measured = batch.measure(generated_RT) if measure else None
+    measured = None if measure == "none" else batch.measure(generated_RT, kl=measure == "kl")
     seconds["measure"] = time.perf_counter() - start
     return Generation(batch.pieces, list(batch.texts(generated_RT, measured)), seconds)
 
@@ -188,7 +188,7 @@ class _Batch:
                 self.prompts[number] = [ids[0], *ids[-(room - 1) :]]
         self.pieces = [[model.tokenizer.decode([token]) for token in ids] for ids in self.prompts]
         self.columns = max(map(len, self.prompts))
-        self.end = model.tokenizer.eos_token_id
+        self.end, self.n_tokens = model.tokenizer.eos_token_id, len(model.tokenizer)
         self.editor = Editor(model, list(arms.values()), self._arm_of_row(1))
 
     def _arm_of_row(self, n_samples: int) -> list[int]:
@@ -223,12 +223,12 @@ class _Batch:
             for prompt in range(len(self.prompts))
             for sample in range(n)
         ]
-        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        ended, tokens = torch.zeros(len(ids), dtype=torch.bool, device=ids.device), ids[:, -1]
         for step in range(settings.max_new_tokens):
             if step:
                 with self.lock, self._place(editor, self.columns + step - 1, padding).attached():
                     logits, cache = next_logits(self.model, tokens[:, None], cache=cache, padding=padding)
-            tokens = self._draw(logits[:, -1].float(), noise, seen)
+            tokens = self._draw(logits[:, -1].float().clone(), noise, seen)
             yield torch.where(ended, -1, tokens).cpu().numpy()
             if self.end is not None:
                 ended |= tokens == self.end
@@ -240,6 +240,7 @@ class _Batch:
     ) -> Int[Tensor, " R"]:
         """The next tokens, by the Gumbel trick: argmax of logits / temperature + noise is a draw from their softmax."""
         settings = self.sampling
+        logits_RV[:, self.n_tokens :] = -torch.inf  # rows of the embedding that are no token of the tokenizer
         if seen is not None:
             logits_RV = seen.penalised(logits_RV, settings.repetition_penalty)
         if settings.temperature > 0:
@@ -253,10 +254,11 @@ class _Batch:
             seen.add(tokens)
         return tokens
 
-    def measure(self, generated_RT: Int[np.ndarray, "R T"]) -> Float[np.ndarray, "3 R T"]:
+    def measure(self, generated_RT: Int[np.ndarray, "R T"], kl: bool) -> Float[np.ndarray, "3 R T"]:
         """(log-probability under the arm, without interventions, KL(clean ‖ steered)), NaN after the end of a text.
 
         One teacher-forced pass over the texts with and one without interventions; rows of an arm without any need one.
+        Without `kl` only the second row is filled.
         """
         ids, padding = self._start(self.sampling.n_samples)
         generated = torch.from_numpy(generated_RT).to(ids.device)
@@ -267,14 +269,15 @@ class _Batch:
         for arm, interventions in enumerate(self.arms.values()):
             for rows in torch.from_numpy(np.flatnonzero(arm_of_row == arm)).split(size):
                 of_rows = None if padding is None else padding[rows]
-                clean, own = self._log_softmax(full[rows], of_rows, [], generated_RT.shape[1]), None
+                target = generated[rows].clamp(min=0)[..., None]
+                clean = own = self._log_softmax(full[rows], of_rows, [], generated_RT.shape[1])
+                found[1, rows.numpy()] = clean.gather(-1, target)[..., 0].cpu().numpy()
+                if not kl:
+                    continue
                 if any(not one.changes_nothing for one in interventions):
                     own = self._log_softmax(full[rows], of_rows, interventions, generated_RT.shape[1])
-                target = generated[rows].clamp(min=0)[..., None]
-                clean_logp = clean.gather(-1, target)[..., 0]
-                logp = clean_logp if own is None else own.gather(-1, target)[..., 0]
-                kl = torch.zeros_like(logp) if own is None else (clean.exp() * (clean - own)).sum(-1)
-                found[:, rows.numpy()] = torch.stack([logp, clean_logp, kl]).cpu().numpy()
+                found[0, rows.numpy()] = own.gather(-1, target)[..., 0].cpu().numpy()
+                found[2, rows.numpy()] = (clean.exp() * (clean - own)).sum(-1).cpu().numpy()
         found[:, generated_RT < 0] = np.nan
         return found
 

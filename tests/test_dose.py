@@ -1,0 +1,286 @@
+"""Dose-response and scores on an SAE with one planted latent: it fires on a token, and its direction brings that token."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import CONTEXT, HOOK, WIDTH
+
+from saebench.cli import main
+from saebench.index import FeatureIndex, IndexConfig, build_index
+from saebench.models import LanguageModel, load_model
+from saebench.sae import initialise, new_sae, save_sae
+from saebench.steer import Sampling, arms_of, generate, steered
+from saebench.steer.dose import (
+    Dose,
+    DoseConfig,
+    DoseResponse,
+    dose_response,
+    held_out,
+    repetition,
+    tokenizes,
+    top_tokens,
+)
+from saebench.steer.run import Bench, SteerConfig, open_bench, rank, steer, sweep
+from saebench.steer.scores import ScoreConfig, read_scores, score, scores_path
+from saebench.store import Store
+from saebench.text import encoder_of
+from saebench.view import charts
+
+LATENTS, PLANTED = 24, 5
+DOSES = DoseConfig(
+    strengths=("0.5n", "2n", "8n"), prompts=6, prompt_tokens=6, n_samples=4, max_new_tokens=6, held_out=3
+)
+
+
+@pytest.fixture(scope="module")
+def token(store: Store) -> int:
+    """The most frequent token."""
+    tokens = np.concatenate([shard.column("tokens") for shard in store.of_split("train")])
+    return int(np.bincount(tokens[tokens > 0]).argmax())
+
+
+@pytest.fixture(scope="module")
+def folder(store: Store, token: int, tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Path:
+    shards = store.of_split("train")
+    keep = np.concatenate([shard.column("keep") for shard in shards])
+    x_RD = torch.cat([shard.rows(HOOK) for shard in shards])[torch.from_numpy(keep)]
+    there = torch.from_numpy(np.concatenate([shard.column("tokens") for shard in shards])[keep] == token)
+    covariance = torch.cov(x_RD.T) + 1e-3 * torch.eye(WIDTH)
+    direction = torch.linalg.solve(covariance, x_RD[there].mean(0) - x_RD[~there].mean(0))
+    sae = new_sae("relu", WIDTH, LATENTS)
+    initialise(sae, x_RD.mean(0), torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+        sae.W_enc[:, PLANTED] = direction
+        sae.b_enc[PLANTED] = sae.b_dec @ direction - (x_RD[there] @ direction).quantile(0.1)
+        unembedding = load_model(str(checkpoints["llama"]), device="cpu", dtype="float32").bridge.W_U[:, token]
+        sae.W_dec[PLANTED] = unembedding / unembedding.norm()
+    path = tmp_path_factory.mktemp("planted") / "saes" / "planted"
+    metadata = {"model_name": "m", "hook_name": HOOK, "context_size": CONTEXT, "saebench": {"store": str(store.folder)}}
+    save_sae(sae, path, metadata)
+    build_index(IndexConfig(sae=path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def bench(folder: Path) -> Bench:
+    return open_bench(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def index(bench: Bench) -> FeatureIndex:
+    assert bench.index
+    return bench.index
+
+
+@pytest.fixture(scope="module")
+def model(bench: Bench) -> LanguageModel:
+    return bench.model
+
+
+@pytest.fixture(scope="module")
+def response(bench: Bench, index: FeatureIndex) -> DoseResponse:
+    return dose_response(bench.model, bench.intervention(PLANTED, 0), index, DOSES)
+
+
+def test_a_direction_that_brings_its_token_is_found_to(response: DoseResponse, index: FeatureIndex, token: int) -> None:
+    rule = index[PLANTED].rule
+    assert rule
+    assert "token is" in rule.text
+    unsteered, *doses = response.doses
+    assert (unsteered.arm, unsteered.kl, unsteered.logits, unsteered.concept) == ("unsteered", 0, 0, 0)
+    assert [dose.arm for dose in doses] == ["steered", "random"] * 3
+    strong, random = doses[4], doses[5]
+    assert strong.norm == pytest.approx(8, rel=1e-5)
+    assert strong.rule is not None
+    assert strong.rule > 0.9
+    assert unsteered.rule is not None
+    assert strong.concept == pytest.approx((strong.rule - unsteered.rule) / (1 - unsteered.rule))
+    assert strong.logits > 10 * abs(random.logits)
+    assert random.rule is not None
+    assert random.rule < 0.7
+    assert doses[0].kl < doses[2].kl < doses[4].kl
+    assert all(0 <= dose.score <= 1 and 0 <= dose.fluency <= 1 for dose in response.doses)
+    assert response.best.score == max(dose.score for dose in doses if dose.arm == "steered")
+    assert set(response.samples) == {"unsteered", "steered"}
+
+
+def test_figures_of_a_dose_are_those_of_its_texts(
+    response: DoseResponse, bench: Bench, index: FeatureIndex, model: LanguageModel
+) -> None:
+    """The same texts again, and every figure by hand."""
+    dose = response.doses[3]
+    prompts = held_out(index.store, 6, 6, 0)
+    made = generate(
+        model, prompts, arms_of([bench.intervention(PLANTED, dose.strength)]), Sampling(max_new_tokens=6, n_samples=4)
+    )
+    texts = made.of("steered")
+    assert dose.cross_entropy == pytest.approx(-np.concatenate([text.clean_logp for text in texts]).mean(), rel=1e-4)
+    top = top_tokens(index)[PLANTED].tolist()
+    assert dose.top_tokens == np.mean([any(token in top for token in text.tokens.tolist()) for text in texts])
+    assert dose.repetition == pytest.approx(np.mean([repetition(text.tokens) for text in texts]))
+    ids = torch.tensor(np.stack(held_out(index.store, 3, CONTEXT, 0))).long()
+    with torch.inference_mode():
+        clean = model.bridge(ids, return_type="logits")
+        with steered(model, [bench.intervention(PLANTED, dose.strength)]):
+            own = model.bridge(ids, return_type="logits")
+    change = own - clean
+    assert dose.logits == pytest.approx(float(change[..., top].mean() - change.mean()), rel=1e-3)
+    clean, own = clean.log_softmax(-1), own.log_softmax(-1)
+    assert dose.kl == pytest.approx(float((clean.exp() * (clean - own)).sum(-1).mean()), rel=1e-3)
+
+
+def test_the_best_dose_is_that_of_the_highest_harmonic_mean() -> None:
+    def dose(strength: float, concept: float, fluency: float, arm: str = "steered") -> Dose:
+        return Dose(arm, strength, None, 0.0, 0.0, 0.0, 0.0, 0.0, None, 0.0, concept, fluency)
+
+    doses = [
+        dose(0.0, 0.0, 1.0, "unsteered"),
+        dose(1.0, 0.2, 1.0),
+        dose(2.0, 0.6, 0.6),
+        dose(3.0, 1.0, 0.3),
+        dose(9.0, 1.0, 1.0, "random"),
+    ]
+    response = DoseResponse(0, "add", doses, {})
+    assert response.best.strength == 2.0
+    assert response.best.score == pytest.approx(0.6)
+    assert response.to_json()["best"] == 2.0
+    assert len(charts.dose_response(response.to_json()).data) == 10
+
+
+def test_output_scores_are_the_gain_of_the_top_tokens_when_clamped(
+    bench: Bench, index: FeatureIndex, model: LanguageModel
+) -> None:
+    config = ScoreConfig(strength=2.0, prompts=4, prompt_tokens=8)
+    found = score(model, bench.sae, index, config)
+    assert int(found.output.argmax()) == PLANTED
+    assert found.input[PLANTED] == index.columns["rule_f1"][PLANTED]
+    prompts = torch.tensor(np.stack(held_out(index.store, 4, 8, 0))).long()
+    for latent in (PLANTED, 11):
+        one = bench.intervention(latent, "2n", "clamp")
+        with torch.inference_mode():
+            before = model.bridge(prompts, return_type="logits")[:, -1].softmax(-1)
+            with steered(model, [one]):
+                after = model.bridge(prompts, return_type="logits")[:, -1].softmax(-1)
+        gain = (after - before)[:, top_tokens(index)[latent]].sum(-1)
+        assert found.output[latent] == pytest.approx(float(gain.mean()), abs=1e-5)
+        assert found.rising[latent] == float((gain > 0).float().mean())
+    again = read_scores(index)
+    assert again is not None
+    np.testing.assert_array_equal(again.output, found.output)
+
+
+def test_scores_of_another_index_are_not_read(bench: Bench, index: FeatureIndex, model: LanguageModel) -> None:
+    score(model, bench.sae, index, ScoreConfig(prompts=2))
+    with h5py.File(scores_path(index), "r+") as file:
+        file.attrs["identity"] = json.dumps({**index.identity, "sae": "0"})
+    assert read_scores(index) is None
+
+
+def test_held_out_prompts_are_chosen_by_the_seed(store: Store) -> None:
+    few, more = held_out(store, 3, 5, 1), held_out(store, 9, 5, 1)
+    assert all((a == b).all() for a, b in zip(few, more, strict=False))
+    bos = encoder_of(store.tokenizer()).bos
+    assert all(prompt[0] == bos and len(prompt) == 5 for prompt in more)
+    assert not all((a == b).all() for a, b in zip(few, held_out(store, 3, 5, 2), strict=True))
+    with pytest.raises(
+        ValueError, match=r"10000 held-out prompts of 5 tokens were asked for; .* has \d+ contexts of 16"
+    ):
+        held_out(store, 10_000, 5, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("x = (1,\n     2", True), ("def f(a):\n    return a\n  brok", True), ("    if a:\n        b\n", True),
+        ("'''open\ntext\n", True), ("a = 'unclosed\nb\n", False), ("a = 1 $ 2\n", False), ("if a:\n        b\n    c\n", False), ("", True),
+    ],
+)  # fmt: skip
+def test_what_tokenizes(text: str, want: bool) -> None:
+    assert tokenizes(text) is want
+
+
+def test_repetition_by_hand() -> None:
+    assert repetition(np.array([1, 2, 3, 4, 1, 2, 3, 4])) == pytest.approx(1 / 5)
+    assert repetition(np.array([1, 1])) == 0
+
+
+def test_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], token: int) -> None:
+    out = tmp_path / "texts.json"
+    common = ["steer", "--sae", str(folder), "--device", "cpu", "--latent", str(PLANTED)]
+    assert (
+        main(
+            [
+                *common,
+                "--strength",
+                "40n",
+                "--prompt",
+                "the cat",
+                "--n",
+                "2",
+                "--max-new-tokens",
+                "5",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
+    shown = capsys.readouterr().out
+    assert [line.split(":")[0] for line in shown.splitlines() if line.startswith("===")] == [
+        "=== unsteered", "=== steered", "=== random", "=== negative",
+    ]  # fmt: skip
+    texts = json.loads(out.read_text())["texts"]
+    assert len(texts) == 8
+    assert all(text["tokens"].count(token) >= 4 for text in texts if text["arm"] == "steered")
+    assert all(text["tokens"].count(token) <= 2 for text in texts if text["arm"] != "steered")
+    assert (
+        main([*common, "--sweep", "--strength", "1n,8n", "--max-new-tokens", "4", "--out", str(tmp_path / "dose.json")])
+        == 0
+    )
+    assert "steered *" in capsys.readouterr().out
+    assert json.loads((tmp_path / "dose.json").read_text())["latent"] == PLANTED
+    assert (tmp_path / "dose.html").read_text().startswith("<html>")
+    assert main(["steer", "rank", "--sae", str(folder), "--device", "cpu", "--top", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert lines[2].split()[0] == str(PLANTED)
+
+
+def test_bad_input_says_what_is_wrong(folder: Path, store: Store, tmp_path: Path) -> None:
+    def settings(**values: object) -> SteerConfig:
+        return SteerConfig(**{"sae": folder, "device": "cpu", "max_new_tokens": 4, **values})  # type: ignore[arg-type]
+
+    with pytest.raises(ValueError, match=r"no latent was named; choose with --latent"):
+        steer(settings())
+    with pytest.raises(ValueError, match="2 strengths for 1 latents"):
+        settings(latent=(1,), strength=("1", "2"))
+    with pytest.raises(ValueError, match="latent is 24; the SAE has 0 to 23"):
+        steer(settings(latent=(24,)))
+    with pytest.raises(ValueError, match="latent is 99; the SAE has 0 to 23"):
+        rank(settings(latent=(99,)))
+    with pytest.raises(ValueError, match="strength 'nan' is not known"):
+        steer(settings(latent=(1,), strength=("nan",)))
+    with pytest.raises(ValueError, match="--sweep is of one latent"):
+        sweep(settings(latent=(1, 2)))
+    bare = tmp_path / "saes" / "bare"
+    metadata = {"model_name": store.manifest["identity"]["model"]["id"], "hook_name": HOOK, "context_size": CONTEXT}
+    save_sae(new_sae("relu", WIDTH, 8), bare, metadata)
+    with pytest.raises(ValueError, match="the median norm is not known without an index"):
+        steer(settings(sae=bare, latent=(1,)))
+    with pytest.raises(ValueError, match="has no index; run `saebench index"):
+        rank(settings(sae=bare))
+    made = steer(settings(sae=bare, latent=(1,), strength=("2",), prompt="the cat", n=1))  # raw needs none
+    assert [text.arm for text in made.texts] == ["unsteered", "steered", "random", "negative"]
+
+
+def test_a_model_that_changed_since_is_refused(folder: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = dataclasses.replace(bench.model, weights_hash="0")
+    monkeypatch.setattr("saebench.steer.run.load_model", lambda name, device: changed)
+    with pytest.raises(ValueError, match="is not the one that was indexed: its weights hash to 0"):
+        open_bench(folder, device="cpu")
