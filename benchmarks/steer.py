@@ -2,14 +2,16 @@
 
     python benchmarks/steer.py --sae runs/demo/saes/topk-k48 [--latents 24] [--speed-only]
 
-Latents with the highest output scores, among those whose rule has an F1 of at least 0.5 on held-out documents and that are
-not dense, each at the strength that its dose-response marks as best, continue prompts that neither chose. Counted is in how
+Latents are chosen in two steps: the --pool of highest output score among those that are not dense and whose rule has an F1 of
+at least 0.3 on held-out documents; of these the ones of the best dose-response at two strengths. Each at the strength that
+its full dose-response marks as best continues prompts, with a seed, that chose neither latent nor strength. Counted is in how
 many of the texts the latent's rule holds at a generated token, beside the unsteered texts and those under a random direction
 of the same norm: odds ratios with ½ added to each cell and 95% intervals (Woolf 1955; Haldane's correction).
 A prompt's texts count as independent. Prints a Markdown table, then the speed of steered generation as a JSON line.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import statistics
@@ -19,13 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from saebench.steer.dose import DoseConfig, dose_response, held_out
 from saebench.steer.generate import UNSTEERED, Sampling, Text, arms_of, generate
-from saebench.steer.interventions import Intervention
 from saebench.steer.run import Bench, SteerConfig, rank
 
 PROMPT = "def main("
+COLUMNS = (
+    "latent", "rule", "output score", "strength, of the norm",
+    "texts in which the rule holds: unsteered / random / steered", "odds ratio against unsteered", "against random",
+    "cross-entropy, nats: random / steered",
+)  # fmt: skip
 
 
 def odds_ratio(hits: int, other: int, count: int) -> tuple[float, float, float]:
@@ -44,13 +51,23 @@ def hits(bench: Bench, latent: int, prompts: Sequence[np.ndarray], texts: Sequen
     return sum(bool(mask[len(prompts[text.prompt]) :].any()) for mask, text in zip(held, texts, strict=True))
 
 
+def screened(bench: Bench, pool: Sequence[int], doses: DoseConfig) -> list[int]:
+    """The pool by the score of its better one of two strengths, best first."""
+    assert bench.index
+    short = dataclasses.replace(doses, strengths=("0.5n", "1n"), n_samples=2, held_out=1)
+    scores = [
+        dose_response(bench.model, bench.intervention(latent, 0), bench.index, short).best.score
+        for latent in tqdm(pool, desc="screen", unit="latent")
+    ]
+    return [pool[place] for place in np.argsort(-np.array(scores), kind="stable")]
+
+
 def measured(
     bench: Bench, latent: int, doses: DoseConfig, prompts: Sequence[np.ndarray], n_samples: int
 ) -> dict[str, Any]:
     """The figures of one latent, on prompts and with a seed that did not choose its strength."""
     assert bench.index
-    start = Intervention(sae=bench.sae, hook=bench.hook, latent=latent)
-    best = dose_response(bench.model, start, bench.index, doses).best
+    best = dose_response(bench.model, bench.intervention(latent, 0), bench.index, doses).best
     arms = arms_of([bench.intervention(latent, best.strength)], seed=doses.seed + 1)
     del arms["negative"]
     sampling = Sampling(max_new_tokens=doses.max_new_tokens, n_samples=n_samples, seed=doses.seed + 1)
@@ -100,6 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sae", type=Path, default=Path("runs/demo/saes/topk-k48"))
     parser.add_argument("--latents", type=int, default=24)
+    parser.add_argument("--pool", type=int, default=120)
     parser.add_argument("--prompts", type=int, default=16, help="that test, of 4 texts each in each arm")
     parser.add_argument("--max-new-tokens", type=int, default=DoseConfig().max_new_tokens)
     parser.add_argument("--speed-only", action="store_true")
@@ -111,12 +129,12 @@ def main() -> None:
     if not args.speed_only:
         doses = DoseConfig(max_new_tokens=args.max_new_tokens)
         prompts = held_out(index.store, doses.prompts + args.prompts, doses.prompt_tokens, doses.seed)[doses.prompts :]
-        good = (scores.input >= 0.5) & ~index.flagged("dense")
-        chosen = [int(latent) for latent in order if good[latent]][: args.latents]
-        print(
-            "| latent | rule | output score | strength, of the norm | texts of 64 in which the rule holds: unsteered / random / steered | odds ratio against unsteered | against random | cross-entropy, nats: random / steered |"
-        )
-        print("|" + "---|" * 8)
+        good = (scores.input >= 0.3) & ~index.flagged("dense")
+        pool = [int(latent) for latent in order if good[latent]][: args.pool]
+        chosen = screened(bench, pool, doses)[: args.latents]
+        print(f"{good.sum()} latents have a rule of F1 0.3 and are not dense; {len(pool)} of them screened.\n")
+        print("| " + " | ".join(COLUMNS) + " |")
+        print("|" + "---|" * len(COLUMNS))
         passed = 0
         for latent in chosen:
             found = measured(bench, latent, doses, prompts, 4)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from saebench.config import add_arguments, from_arguments
-from saebench.demo.demo import run_demo
+from saebench.demo.demo import INDEXED, run_demo
 from saebench.evaluate import EvalConfig, equal_l0_table, evaluate, table, write_report
 from saebench.harvest import HarvestConfig, harvest
 from saebench.index import IndexConfig, build_index
@@ -201,9 +201,7 @@ def _demo(arguments: argparse.Namespace) -> int:
         return INTERRUPTED
     _show(summary, arguments.out)
     print("took " + ", ".join(f"{stage} {value:.0f} s" for stage, value in summary["seconds"].items()))
-    print(
-        "next: saebench train --store activations/demo --hook blocks.2.hook_resid_post --arch topk --k 32 --tokens 2M --out runs/mine"
-    )
+    print(f"next: saebench steer rank --sae {arguments.out}/saes/{INDEXED}")
     return 0
 
 

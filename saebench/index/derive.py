@@ -27,7 +27,7 @@ MAX_PAIRS = 10**9  # firings of two latents on one row that are counted; rows be
 DENSE = 0.1
 SHARE = 0.9  # of firings on one token, or in a twentieth of the positions, for a flag
 MIN_FIRINGS = 20  # in the sample, for those flags
-_CELLS = 2**22  # counted at once
+_CELLS = 2**20  # pairs of latents or of firings held at once
 FLAGS = ("dead", "dense", "single_token", "position_bound")
 
 

@@ -85,6 +85,17 @@ class Vocabulary:
             *syntax.NAMES,
         ]
 
+    @cached_property
+    def by_token(self) -> Any:
+        """Literals that are of a token alone, `[V + 1, T + classes]`; the last row is of what has no text."""
+        flags = _vocabulary_flags(self.texts)
+        return sparse.hstack([_one_hot(np.arange(len(self.texts) + 1), self.tokens), flags], format="csr")
+
+    @cached_property
+    def word_edges(self) -> tuple[np.ndarray, np.ndarray]:
+        """`[V + 1]` whether each token begins, and ends, inside a word."""
+        return _word_edges(self.texts)
+
 
 def choose_literals(
     stream: Stream, texts: Sequence[bytes], tokens: int = 1500, previous: int = 600, bigrams: int = 600, least: int = 20
@@ -130,9 +141,7 @@ def label(stream: Stream, vocabulary: Vocabulary, documents: Mapping[int, str]) 
     size = len(vocabulary.texts)
     current, before, pair = _with_previous(stream, size)
     keys = vocabulary.bigrams @ np.array([size, 1])
-    flags = _vocabulary_flags(vocabulary.texts)
-    by_token: Any = sparse.hstack([_one_hot(np.arange(size + 1), vocabulary.tokens), flags], format="csr")
-    starts_word, ends_word = _word_edges(vocabulary.texts)
+    starts_word, ends_word = vocabulary.word_edges
     line = np.zeros((len(current), len(_LINE)), dtype=bool)
     line[:, 1] = starts_word[current] & ends_word[before]
     line[:, 2 : 2 + len(_POSITIONS)] = stream.position[:, None] < np.array(_POSITIONS)
@@ -146,7 +155,12 @@ def label(stream: Stream, vocabulary: Vocabulary, documents: Mapping[int, str]) 
     line[~stream.keep] = False
     rows, ids = (np.concatenate(part) for part in zip(*found, strict=True))
     in_source = sparse.coo_array((np.ones(len(rows), bool), (rows, ids)), shape=(len(current), len(syntax.NAMES)))
-    parts = [by_token[current], _one_hot(before, vocabulary.previous), _one_hot(pair, keys), sparse.csr_array(line)]
+    parts = [
+        vocabulary.by_token[current],
+        _one_hot(before, vocabulary.previous),
+        _one_hot(pair, keys),
+        sparse.csr_array(line),
+    ]
     return sparse.csr_array(sparse.hstack([*parts, in_source.tocsr()], format="csr"))
 
 

@@ -1,6 +1,7 @@
 """Read a store: memory-mapped columns, every block checked against its checksum as it is read."""
 
 import functools
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def open_shard(path: Path) -> Any:
 
 
 class Shard:
-    """One file of a store. Columns are memory-mapped; `rows` reads and verifies."""
+    """One file of a store, memory-mapped; what is read is verified."""
 
     def __init__(self, folder: Path, entry: dict[str, Any], manifest: dict[str, Any]) -> None:
         self.path = folder / entry["file"]
@@ -62,8 +63,8 @@ class Shard:
         self._layout = {**{name: (kind, (self.n_rows,)) for name, kind in PROVENANCE.items()}, **vectors}
 
     @functools.cached_property
-    def _opened(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Memory maps and block checksums of every column, vouched for by the manifest's digest."""
+    def _opened(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], mmap.mmap]:
+        """Mapped columns, their block checksums, vouched for by the manifest's digest, and the map."""
         if not self.path.exists():
             raise ValueError(f"{self.path} is missing; restore it or harvest again")
         size = self.path.stat().st_size
@@ -73,6 +74,8 @@ class Shard:
             )
         columns: dict[str, np.ndarray] = {}
         try:
+            with self.path.open("rb") as raw:
+                mapped = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
             with open_shard(self.path) as file:
                 checksums = {name: file[f"checksums/{name}"][:] for name in self._layout}
                 for name, (kind, shape) in self._layout.items():
@@ -80,12 +83,13 @@ class Shard:
                     # Checksums cover the data; what the header says of them is checked here.
                     if (dataset.dtype, dataset.shape) != (kind, shape):
                         raise ValueError(f"{name} is {dataset.dtype} {dataset.shape}, expected {kind} {shape}")
-                    columns[name] = np.memmap(self.path, dataset.dtype, "r", dataset.id.get_offset(), dataset.shape)
+                    offset = dataset.id.get_offset()
+                    columns[name] = np.ndarray(dataset.shape, dataset.dtype, mapped, offset)
         except (OSError, KeyError, TypeError, RuntimeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(f"{self.path} cannot be read as HDF5 ({error}): {self._remedy()}") from error
         if digest(checksums) != self._entry["digest"]:
             raise ValueError(f"{self.path} is not the shard that the manifest describes: {self._remedy()}")
-        return columns, checksums
+        return columns, checksums, mapped
 
     def check(self) -> None:
         """Raises ValueError unless the file is there, whole, and the one that the manifest describes."""
@@ -103,10 +107,19 @@ class Shard:
         """Rows `start` to `stop` at `hook`, `[n, d_in]` in the store's dtype, verified."""
         raw = self._verified(activations_path(hook), start, self.n_rows if stop is None else stop)
         tensor = torch.from_numpy(np.array(raw))
+        self._let_go(raw)
         return tensor.view(torch.bfloat16) if raw.dtype == np.uint16 else tensor
 
+    def _let_go(self, rows: np.ndarray) -> None:
+        """Unmap the pages of rows that were copied, so that a pass over a store does not come to hold all of it."""
+        mapped = self._opened[2]
+        first = rows.ctypes.data - np.frombuffer(mapped, np.uint8).ctypes.data
+        start, end = -(-first // mmap.PAGESIZE), (first + rows.nbytes) // mmap.PAGESIZE
+        if end > start:
+            mapped.madvise(mmap.MADV_DONTNEED, start * mmap.PAGESIZE, (end - start) * mmap.PAGESIZE)
+
     def _verified(self, name: str, start: int, stop: int) -> np.ndarray:
-        columns, checksums = self._opened
+        columns, checksums, _ = self._opened
         first, last = start // self.block_rows, -(-stop // self.block_rows)
         blocks = columns[name][first * self.block_rows : last * self.block_rows]
         bad = np.flatnonzero(block_checksums(blocks, self.block_rows) != checksums[name][first:last])
