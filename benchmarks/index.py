@@ -33,16 +33,25 @@ from saebench.text import TextConfig
 DASHBOARD = Path(__file__).with_name("dashboards.py")
 
 
+# A process begins with the peak of the one that it is forked from, so a small one starts it and reports on it.
+_STARTER = """
+import json, resource, subprocess, sys, time
+started = time.perf_counter()
+status = subprocess.call(sys.argv[1:])
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+print("\\n" + json.dumps([status, time.perf_counter() - started, peak / 1024]))
+"""
+
+
 def measured(command: list[str | Path]) -> tuple[float, float, str]:
     """(seconds, peak resident memory in 2²⁰ bytes, output) of a process."""
-    started = time.perf_counter()
-    process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
+    starter = [sys.executable, "-c", _STARTER, *(str(part) for part in command)]
+    output = subprocess.run(starter, stdout=subprocess.PIPE, text=True, check=True).stdout
+    output, _, last = output.rstrip().rpartition("\n")
+    status, seconds, peak = json.loads(last)
     if status:
-        raise RuntimeError(f"{command} ended with {os.waitstatus_to_exitcode(status)}")
-    return time.perf_counter() - started, usage.ru_maxrss / 1024, output
+        raise RuntimeError(f"{command} ended with {status}")
+    return seconds, peak, output.rstrip()
 
 
 def synthetic(folder: Path, store: Store, hook: str, n_latents: int, metadata: dict[str, Any]) -> None:

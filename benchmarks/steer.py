@@ -95,7 +95,7 @@ def passes(found: dict[str, Any]) -> bool:
     return all(ratio >= 3 and low > 1.5 for ratio, low, _ in found["against"].values())
 
 
-def speed(bench: Bench, latent: int, repeats: int = 7) -> dict[str, Any]:
+def speed(bench: Bench, latent: int, repeats: int = 15) -> dict[str, Any]:
     """Medians over alternating runs of one text: first token and tokens a second, steered over unsteered."""
     found: dict[str, list[float]] = {}
     for name in [UNSTEERED, "steered"] * (repeats + 1):

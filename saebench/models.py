@@ -8,7 +8,8 @@ B contexts in the batch, L positions, D d_model, V vocabulary.
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -184,6 +185,8 @@ def capture(
     return captured
 
 
+Edit = Callable[[Tensor], Tensor | None]
+"""The new value of a hook, or None for the old one."""
 Replace = Callable[[Float[Tensor, "B L D"]], Float[Tensor, "B L D"]]
 
 
@@ -197,6 +200,28 @@ def spliced_logits(
     """
     with model.bridge.hooks(fwd_hooks=[(hook, lambda value, hook: replace(value))]):
         return model.bridge(tokens, return_type="logits")
+
+
+def edits(model: LanguageModel, functions: Mapping[str, Edit]) -> Callable[[], AbstractContextManager[None]]:
+    """A context manager, to be had many times, under which the vectors at each hook go through its function.
+
+    Finds the hooks once: the bridge's own `hooks` looks through all of them every time, which a pass over one token notices.
+    """
+    known = model.bridge.hook_dict if functions else {}
+    points = {name: known[name] for name in functions}
+
+    @contextlib.contextmanager
+    def attached() -> Iterator[None]:
+        handles: list[Any] = []
+        try:
+            for name, function in functions.items():
+                handles.append(points[name].register_forward_hook(lambda _, args, value, f=function: f(value)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return attached
 
 
 @torch.inference_mode()

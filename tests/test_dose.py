@@ -101,7 +101,7 @@ def test_a_direction_that_brings_its_token_is_found_to(response: DoseResponse, i
     assert strong.rule is not None
     assert strong.rule > 0.9
     assert unsteered.rule is not None
-    assert strong.concept == pytest.approx((strong.rule - unsteered.rule) / (1 - unsteered.rule))
+    assert strong.concept == pytest.approx(strong.rule - unsteered.rule)
     assert strong.logits > 10 * abs(random.logits)
     assert random.rule is not None
     assert random.rule < 0.7

@@ -75,6 +75,7 @@ def test_modes_equal_the_arithmetic_on_captured_vectors(model: LanguageModel, ar
         return torch.cat([value[:, :1], edited[None, 1:]], 1)  # BOS as it was
 
     with steered(model, [Intervention(sae=sae, hook=HOOK, latent=LATENT, mode=mode, strength=2.5)]):
+        logits_with(model, ids_of(model, PROMPTS[0]))  # two passes in one block do not mix
         got = logits_with(model, ids)
     near(got, logits_with(model, ids, change))
     assert not torch.equal(got, logits_with(model, ids))

@@ -75,7 +75,7 @@ class Dose(NamedTuple):
     tokenizes: float
     """share of texts that `tokenize` reads as Python to the end of their last whole line"""
     concept: float
-    """how far `rule` (or else `top_tokens`) has come from its share without steering to 1"""
+    """by how much `rule` (or else `top_tokens`) exceeds its share without steering; 0 where it does not"""
     fluency: float
     """e to the minus rise in cross-entropy, at most 1"""
 
@@ -154,7 +154,7 @@ def _dose(
     concept, fluency = 0.0, 1.0
     if base is not None:
         before = base.top_tokens if base.rule is None else base.rule
-        concept = max(0.0, now - before) / max(1 - before, 1e-9)
+        concept = max(0.0, now - before)
         fluency = math.exp(min(0.0, base.cross_entropy - written["cross_entropy"]))
     return Dose(arm, strength, norm, changed[0], changed[1], **written, concept=concept, fluency=fluency)
 

@@ -216,7 +216,7 @@ class _Batch:
             cache.batch_repeat_interleave(n)
             logits = logits.repeat_interleave(n, 0)
         ids, padding = self._start(n)
-        editor = Editor(self.model, list(self.arms.values()), self._arm_of_row(n))
+        editor = self.editor if n == 1 else Editor(self.model, list(self.arms.values()), self._arm_of_row(n))
         seen = _Seen(ids, padding, logits.shape[-1]) if settings.repetition_penalty != 1 else None
         noise = [
             np.random.Generator(np.random.Philox(key=[settings.seed % 2**63, prompt * 2**32 + sample]))

@@ -29,7 +29,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saebench.index import FeatureIndex
-from saebench.models import LanguageModel, check_hook
+from saebench.models import Edit, LanguageModel, check_hook, edits
 from saebench.sae import SAE, latent_encoder
 from saebench.sae.architectures import normalized
 from saebench.text import encoder_of
@@ -192,9 +192,9 @@ class Editor:
         """columns that are prompt, padding included; None where all are"""
         self.padding: Tensor | None = None
         """`[B]` columns of padding before each row's text"""
-        self._bos = encoder_of(model.tokenizer).bos
         self._ids: Tensor | None = None
-        self._groups: dict[str, list[_Group]] = {}
+        self._bos = encoder_of(model.tokenizer).bos
+        groups: dict[str, list[_Group]] = {}
         for number, arm in enumerate(arms):
             rows = None if arm_of_row is None else [row for row, its in enumerate(arm_of_row) if its == number]
             hooks = list(dict.fromkeys(one.hook for one in arm))
@@ -203,24 +203,21 @@ class Editor:
                 for one in mine:
                     _check(model, one)
                 if mine and rows != []:
-                    self._groups.setdefault(hook, []).append(_Group(mine, rows, model.device))
+                    groups.setdefault(hook, []).append(_Group(mine, rows, model.device))
+        functions: dict[str, Edit] = {hook: functools.partial(self._edit, its) for hook, its in groups.items()}
+        self._attached = edits(model, {"embed.hook_in": self._see, **functions} if functions else {})
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
         """The hooks are on the model within the block, and off it after, whatever happens."""
-        if not self._groups:
-            yield
-            return
-        hooks: list[tuple[str, Any]] = [("embed.hook_in", self._see)]
-        hooks += [(name, functools.partial(self._edit, groups)) for name, groups in self._groups.items()]
-        with self.model.bridge.hooks(fwd_hooks=hooks):
+        with self._attached():
             yield
 
-    def _see(self, ids: Tensor, hook: Any) -> None:
+    def _see(self, ids: Tensor) -> None:
         self._ids = ids
 
     @torch.no_grad()
-    def _edit(self, groups: "list[_Group]", value: Float[Tensor, "B L D"], hook: Any) -> Float[Tensor, "B L D"]:
+    def _edit(self, groups: "list[_Group]", value: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
         value = value.clone()
         for group in groups:
             masks = [self._mask(one, group, value.shape[0], value.shape[1]) for one in group.interventions]
