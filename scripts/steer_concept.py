@@ -2,9 +2,9 @@
 
     python scripts/steer_concept.py "raise" [--prompt "def main("]
 
-The concept is looked for in the rules of the index ('in docstring', 'raise', 'class name', …). Of the latents whose rule
-names it, the one of the highest output score times the rule's held-out F1 is taken, at the strength that its dose-response
-marks as best. Printed are texts unsteered, steered, with a random direction of the same norm, and with the negative strength.
+The concept is looked for in the rules of the index ('all capitals', 'number', 'raise', …). Of the latents whose rule names
+it, those of the highest output score times the rule's held-out F1 are tried at several strengths, and the one of the best
+dose-response is taken, at the strength marked as best. Printed are texts unsteered, steered, with a random direction of the same norm, and with the negative strength.
 """
 
 import argparse
@@ -13,11 +13,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from saebench.cli import show_texts
 from saebench.steer import Sampling, arms_of, generate
-from saebench.steer.dose import DoseConfig, dose_response
+from saebench.steer.dose import dose_response
 from saebench.steer.run import SteerConfig, rank
+
+TRIED = 6
 
 
 def main() -> int:
@@ -42,9 +45,10 @@ def main() -> int:
         )
         return 2
     worth = scores.output * np.nan_to_num(scores.input)
-    latent = max(named, key=lambda latent: worth[latent])
-    start = bench.intervention(latent, 0)
-    best = dose_response(bench.model, start, index, DoseConfig()).best
+    tried = sorted(named, key=lambda latent: -worth[latent])[:TRIED]
+    doses = {latent: dose_response(bench.model, bench.intervention(latent, 0), index).best for latent in tqdm(tried)}
+    latent = max(tried, key=lambda latent: doses[latent].score)
+    start, best = bench.intervention(latent, 0), doses[latent]
     print(
         f"{len(named)} latents have a rule that names {args.concept!r}; taken is {latent}: {index.explanations[latent]}"
     )

@@ -259,10 +259,17 @@ def test_bad_input_says_what_is_wrong(folder: Path, store: Store, tmp_path: Path
         steer(settings(latent=(24,)))
     with pytest.raises(ValueError, match="latent is 99; the SAE has 0 to 23"):
         rank(settings(latent=(99,)))
+    assert steer(settings(latent=(1,), mode="ablate", n=1)).of("steered")
     with pytest.raises(ValueError, match="strength 'nan' is not known"):
         steer(settings(latent=(1,), strength=("nan",)))
     with pytest.raises(ValueError, match="--sweep is of one latent"):
         sweep(settings(latent=(1, 2)))
+    with pytest.raises(ValueError, match="ablate has no strength to vary"):
+        sweep(settings(latent=(1,), mode="ablate"))
+    with pytest.raises(ValueError, match="strength '0.5n' has a unit; what scale takes is a factor"):
+        steer(settings(latent=(1,), mode="scale"))
+    scaled = sweep(settings(latent=(PLANTED,), mode="scale"))
+    assert sorted({dose.strength for dose in scaled.doses if dose.arm == "steered"}) == [0, 2, 4, 8, 16]
     bare = tmp_path / "saes" / "bare"
     metadata = {"model_name": store.manifest["identity"]["model"]["id"], "hook_name": HOOK, "context_size": CONTEXT}
     save_sae(new_sae("relu", WIDTH, 8), bare, metadata)

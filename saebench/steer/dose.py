@@ -24,6 +24,8 @@ from saebench.steer.interventions import Intervention, steered, units_of
 from saebench.store import Store
 
 STRENGTHS = ("0.1n", "0.2n", "0.35n", "0.5n", "0.75n", "1n", "1.5n")
+FACTORS = ("0", "2", "4", "8", "16")
+"""the same for `scale`"""
 TOP_TOKENS = 10
 """how many of the latent's top logit tokens stand for it"""
 _ROWS = 256  # rows of a batch of generation
@@ -34,7 +36,7 @@ class DoseConfig:
     """What a dose-response measures on."""
 
     strengths: tuple[str, ...] = STRENGTHS
-    """12 (raw), 6x (times the latent's maximum) or 0.5n (of the median norm)"""
+    """12 (raw; the factor of `scale`), 6x (times the latent's maximum) or 0.5n (of the median norm)"""
     prompts: int = 8
     """beginnings of held-out contexts that are continued"""
     prompt_tokens: int = 16
@@ -115,9 +117,11 @@ def dose_response(
 ) -> DoseResponse:
     """Steer with an intervention at each of `config.strengths`, and with a random direction, and measure.
 
-    Prompts are beginnings of held-out contexts of the index's store unless given. The strengths of `ablate` are all the same
-    one. Raises ValueError for a strength that cannot be read, an index without logits, and as `generate` does.
+    Prompts are beginnings of held-out contexts of the index's store unless given. Raises ValueError
+    for `ablate`, which has no strength, a strength that cannot be read, an index without logits, and as `generate` does.
     """
+    if intervention.mode == "ablate":
+        raise ValueError("ablate has no strength to vary; choose add, clamp, scale or orthogonal")
     units = units_of(intervention.sae, intervention.latent, index)
     top = top_tokens(index)[intervention.latent]
     if prompts is None:
@@ -125,7 +129,7 @@ def dose_response(
     contexts = held_out(index.store, config.held_out, min(config.held_out_tokens, index.context), config.seed)
     ids = torch.tensor(np.stack(contexts), device=model.device).long()
     arms: dict[tuple[str, float], list[Intervention]] = {(UNSTEERED, 0.0): []}
-    for strength in sorted(map(units.raw, config.strengths), key=abs):
+    for strength in sorted((units.raw(text, intervention.mode) for text in config.strengths), key=abs):
         one = dataclasses.replace(intervention, strength=strength)
         arms["steered", strength] = [one]
         arms["random", strength] = [dataclasses.replace(one, random=config.seed)]
@@ -136,7 +140,8 @@ def dose_response(
         changed = _change(model, interventions, ids, clean, top)
         written = _written(index, intervention.latent, top, prompts, texts[arm, strength])
         base = doses[0] if doses else None
-        doses.append(_dose(arm, strength, units.all(strength)["norm"], changed, written, base))
+        norm = None if intervention.mode == "scale" else units.all(strength)["norm"]
+        doses.append(_dose(arm, strength, norm, changed, written, base))
     best = DoseResponse(intervention.latent, intervention.mode, doses, {}).best
     samples = {UNSTEERED: texts[UNSTEERED, 0.0][0].text, "steered": texts["steered", best.strength][0].text}
     return DoseResponse(intervention.latent, intervention.mode, doses, samples)

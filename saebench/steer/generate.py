@@ -119,11 +119,12 @@ def generate(
 ) -> Generation:
     """Continue prompts under each arm's interventions (`arms_of`), and without any.
 
-    A prompt is a text, or token ids that begin with BOS. All arms see the same noise, so that texts part only where the distributions do. A pass over the finished texts afterwards
-    gives log-probabilities in the model as it is, another one those under the arm and KL (not with `measure` `clean` or `none`). `cancelled` is asked after each token; what there is then is returned.
-    The interventions are on the model only during a forward pass, under `lock` where one is given. Raises ValueError for
-    an empty prompt and for one that does not fit into the context with `max_new_tokens`, unless `truncate` allows cutting
-    its beginning (after BOS), and as `Editor` does.
+    A prompt is a text, or token ids that begin with BOS. All arms see the same noise, so that texts part only where the
+    distributions do. With `measure` `clean` one pass over the finished texts gives each token's log-probability in the model as
+    it is, with `kl` another one that under the arm, and KL. `cancelled` is asked after each token; what there is then is
+    returned. The interventions are on the model only during a forward pass, under `lock` where one is given. Raises ValueError
+    when there is no prompt and for one that does not fit into the context with `max_new_tokens`, unless `truncate` allows
+    cutting its beginning (after BOS), and as `Editor` does.
     """
     if not isinstance(arms, Mapping):
         arms = arms_of(arms, controls=False)

@@ -113,10 +113,10 @@ class Units:
     median_norm: float | None = None
     """of the vectors at the hook"""
 
-    def raw(self, strength: str | int | float) -> float:
+    def raw(self, strength: str | int | float, mode: Mode = "add") -> float:
         """The strength that is written `12`, `6x` (times the maximum) or `0.5n` (a vector of so many median norms).
 
-        Raises ValueError for anything else, and for a unit that is not known here.
+        For `scale` it is a factor and has no unit. Raises ValueError for anything else, and for a unit that is not known here.
         """
         match = _STRENGTH.fullmatch(str(strength).strip())
         if match is None:
@@ -126,6 +126,8 @@ class Units:
         value, unit = float(match[1]), match[2].lower()
         if not unit:
             return value
+        if mode == "scale":
+            raise ValueError(f"strength {strength!r} has a unit; what scale takes is a factor, such as 2")
         return value * self._in(unit)
 
     def all(self, raw: float) -> dict[str, float | None]:

@@ -10,7 +10,7 @@ from saebench.files import write_json
 from saebench.index import FeatureIndex, IndexConfig, open_feature_index
 from saebench.models import LanguageModel, load_model
 from saebench.sae import SAE, load_sae, read_config
-from saebench.steer.dose import DoseConfig, DoseResponse, dose_response
+from saebench.steer.dose import FACTORS, STRENGTHS, DoseConfig, DoseResponse, dose_response
 from saebench.steer.generate import Generation, Sampling, arms_of, generate
 from saebench.steer.interventions import Intervention, Mode, units_of
 from saebench.steer.scores import Scores, read_scores, score
@@ -29,7 +29,7 @@ class Bench:
 
     def intervention(self, latent: int, strength: str | int | float = "0.5n", mode: Mode = "add") -> Intervention:
         """An intervention at a strength written `12`, `6x` or `0.5n` (see `Units`); for `scale` a plain factor."""
-        raw = float(strength) if mode == "scale" else units_of(self.sae, latent, self.index).raw(strength)
+        raw = 0.0 if mode == "ablate" else units_of(self.sae, latent, self.index).raw(strength, mode)
         return Intervention(sae=self.sae, hook=self.hook, latent=latent, mode=mode, strength=raw)
 
 
@@ -98,7 +98,7 @@ class SteerConfig:
     """cuda, mps or cpu (default: the first at hand)"""
 
     def __post_init__(self) -> None:
-        if len(self.strength) not in (1, len(self.latent)):
+        if not self.sweep and len(self.strength) not in (1, len(self.latent)):
             raise ValueError(
                 f"{len(self.strength)} strengths for {len(self.latent)} latents; give one for all or one for each"
             )
@@ -143,11 +143,9 @@ def sweep(config: SteerConfig) -> DoseResponse:
     bench, latent = config.open(), max(config.latent)
     if len(config.latent) > 1 or bench.index is None:
         raise ValueError("--sweep is of one latent of an indexed SAE; run `saebench index` first, or name one latent")
-    units = units_of(bench.sae, latent, bench.index)
     start = Intervention(sae=bench.sae, hook=bench.hook, latent=latent, mode=config.mode)
-    strengths = config.strength if len(config.strength) > 1 else DoseConfig().strengths
-    for strength in strengths:
-        units.raw(strength)
+    usual = FACTORS if config.mode == "scale" else STRENGTHS
+    strengths = usual if config.strength == ("0.5n",) else config.strength
     doses = DoseConfig(strengths=strengths, seed=config.seed, max_new_tokens=config.max_new_tokens)
     prompts = None if not config.prompt else [_ids(bench.model, config.prompt)]
     found = dose_response(bench.model, start, bench.index, doses, prompts=prompts)
