@@ -21,6 +21,7 @@ from saebench.steer.dose import (
     DoseResponse,
     dose_response,
     held_out,
+    parses,
     repetition,
     tokenizes,
     top_tokens,
@@ -138,7 +139,7 @@ def test_figures_of_a_dose_are_those_of_its_texts(
 
 def test_the_best_dose_is_that_of_the_highest_harmonic_mean() -> None:
     def dose(strength: float, concept: float, fluency: float, arm: str = "steered") -> Dose:
-        return Dose(arm, strength, None, 0.0, 0.0, 0.0, 0.0, 0.0, None, 0.0, concept, fluency)
+        return Dose(arm, strength, None, 0.0, 0.0, 0.0, 0.0, 0.0, None, 0.0, 0.0, concept, fluency)
 
     doses = [
         dose(0.0, 0.0, 1.0, "unsteered"),
@@ -204,6 +205,17 @@ def test_held_out_prompts_are_chosen_by_the_seed(store: Store) -> None:
 )  # fmt: skip
 def test_what_tokenizes(text: str, want: bool) -> None:
     assert tokenizes(text) is want
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("x = (1,\n     2\n", True), ("def f(a):\n    return a\n  brok", True), ("    if a:\n        b\n", True), ("", True),
+        ("x = = 1\n", False), ("return a b\n", False), ("s = '\\d'\n", True), ("a = 'nul \0'\n", False), ("if a:\n", True),
+    ],
+)  # fmt: skip
+def test_what_parses(text: str, want: bool) -> None:
+    assert parses(text) is want
 
 
 def test_repetition_by_hand() -> None:

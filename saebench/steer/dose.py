@@ -3,11 +3,13 @@
 Legend: P prompts, L positions, V vocabulary.
 """
 
+import codeop
 import dataclasses
 import io
 import math
 import textwrap
 import tokenize
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -76,6 +78,8 @@ class Dose(NamedTuple):
     """share of texts in which the latent's rule holds at a generated token; None where it has none"""
     tokenizes: float
     """share of texts that `tokenize` reads as Python to the end of their last whole line"""
+    parses: float
+    """share of those lines that parse as Python, or could with more lines; prompts begin anywhere, so compare with unsteered"""
     concept: float
     """by how much `rule` (or else `top_tokens`) exceeds its share without steering; 0 where it does not"""
     fluency: float
@@ -189,6 +193,7 @@ def _written(
 ) -> dict[str, Any]:
     """What can be said of generated texts, by the names of `Dose`."""
     whole = [np.concatenate([prompts[text.prompt], text.tokens]) for text in texts]
+    read = ["".join(index.pieces(tokens[1:])) for tokens in whole]
     held = index.holds(latent, whole)
     rule = None
     if held is not None:
@@ -200,7 +205,8 @@ def _written(
         "repetition": float(np.mean([repetition(text.tokens) for text in texts])),
         "top_tokens": float(np.mean([np.isin(text.tokens, top).any() for text in texts])),
         "rule": rule,
-        "tokenizes": float(np.mean([tokenizes("".join(index.pieces(tokens[1:]))) for tokens in whole])),
+        "tokenizes": float(np.mean([tokenizes(text) for text in read])),
+        "parses": float(np.mean([parses(text) for text in read])),
     }
 
 
@@ -215,13 +221,30 @@ def tokenizes(text: str) -> bool:
 
     A string or bracket left open at the end is no error.
     """
-    whole = textwrap.dedent(text[: text.rfind("\n") + 1])
     try:
-        return all(kind != tokenize.ERRORTOKEN for kind, *_ in tokenize.generate_tokens(io.StringIO(whole).readline))
+        return all(
+            kind != tokenize.ERRORTOKEN
+            for kind, *_ in tokenize.generate_tokens(io.StringIO(_whole_lines(text)).readline)
+        )
     except tokenize.TokenError as error:
         return str(error.args[0]).startswith("EOF in")
     except SyntaxError:
         return False
+
+
+def parses(text: str) -> bool:
+    """Whether text, but for a last line that is not whole and an indent common to all lines, begins a Python module."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes in strings
+            codeop.compile_command(_whole_lines(text), symbol="exec")
+    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+def _whole_lines(text: str) -> str:
+    return textwrap.dedent(text[: text.rfind("\n") + 1])
 
 
 def _logits(model: LanguageModel, interventions: Sequence[Intervention], ids: Tensor) -> Float[Tensor, "B L V"]:
