@@ -252,6 +252,8 @@ def test_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert len(texts) == 8
     counts = {arm: sum(text["tokens"].count(token) for text in texts if text["arm"] == arm) for arm in ARMS}
     assert counts["steered"] >= 2 + max(counts[arm] for arm in ARMS if arm != "steered"), counts
+    assert main([*common, "--strength", "40n", "--positions", "generated", "--n", "1", "--max-new-tokens", "3"]) == 0
+    assert "(differs from token 0 on)" not in capsys.readouterr().out  # it is predicted from the prompt alone
     assert main(["steer", "rank", "--sae", str(folder), "--device", "cpu", "--top", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5

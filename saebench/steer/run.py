@@ -1,7 +1,9 @@
 """Steering from the command line: what belongs together is opened, and one thing done with it."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -68,6 +70,8 @@ class SteerConfig:
     """one for all or one for each latent: 12 (raw), 6x (times its maximum in the index) or 0.5n (of the median norm)"""
     mode: Mode = "add"
     """add: x + c d; clamp: the latent set to c; scale: the latent times c; ablate: set to 0; orthogonal: x's part along d replaced by c d"""
+    positions: Literal["all", "prompt", "generated"] = "all"
+    """where; BOS is left alone, and `generated` begins with the first generated token's own vector"""
     prompt: str = ""
     """text to continue"""
     n: Count = 3
@@ -116,7 +120,7 @@ def steer(config: SteerConfig) -> Generation:
     bench = config.open()
     strengths = config.strength * (len(config.latent) if len(config.strength) == 1 else 1)
     interventions = [
-        bench.intervention(latent, strength, config.mode)
+        dataclasses.replace(bench.intervention(latent, strength, config.mode), positions=config.positions)
         for latent, strength in zip(config.latent, strengths, strict=True)
     ]
     sampling = Sampling(
@@ -143,7 +147,7 @@ def sweep(config: SteerConfig) -> DoseResponse:
     bench, latent = config.open(), max(config.latent)
     if len(config.latent) > 1 or bench.index is None:
         raise ValueError("--sweep is of one latent of an indexed SAE; run `saebench index` first, or name one latent")
-    start = Intervention(sae=bench.sae, hook=bench.hook, latent=latent, mode=config.mode)
+    start = Intervention(sae=bench.sae, hook=bench.hook, latent=latent, mode=config.mode, positions=config.positions)
     usual = FACTORS if config.mode == "scale" else STRENGTHS
     strengths = usual if config.strength == ("0.5n",) else config.strength
     doses = DoseConfig(strengths=strengths, seed=config.seed, max_new_tokens=config.max_new_tokens)
