@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +98,7 @@ def test_the_readmes_commands_parse(capsys: pytest.CaptureFixture) -> None:
     assert len(commands) >= 5
     for command in commands:
         with pytest.raises(SystemExit) as stopped:
-            main([*command.split(), "--help"])
+            main([*shlex.split(command), "--help"])
         assert stopped.value.code == 0
         options = set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
         assert set(re.findall(r"--[a-z0-9-]+", command)) <= options
