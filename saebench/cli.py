@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from saebench.browse.serve import AppConfig, serve
 from saebench.config import add_arguments, from_arguments
 from saebench.demo.demo import INDEXED, run_demo
 from saebench.evaluate import EvalConfig, equal_l0_table, evaluate, table, write_report
@@ -79,6 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     steering = command("steer", _steer, "generate with latents turned up, down or off, beside controls", SteerConfig)
     steering.add_argument(
         "action", nargs="?", choices=("rank",), help="rank: list the latents that are best to steer with"
+    )
+    app = command("app", _app, "browse latents and steer with them in a browser", AppConfig)
+    app.add_argument(
+        "run", type=Path, nargs="?", default=Path("runs"), help="a run, or a folder of runs (default: runs)"
     )
     demo = command("demo", _demo, "the whole pipeline on the embedded model and corpus")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run directory (default: runs/demo)")
@@ -193,6 +198,10 @@ def _show(summary: dict[str, Any], run: Path) -> None:
     if summary["equal_l0"]:
         print("\n" + format_table(equal_l0_table(summary["equal_l0"])) + "\n")
     print(f"report: {run / 'report.html'}")
+
+
+def _app(arguments: argparse.Namespace) -> int:
+    return serve(from_arguments(AppConfig, arguments), arguments.run)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

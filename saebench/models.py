@@ -120,6 +120,16 @@ def load_model(
     )
 
 
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model alone. Raises ValueError where it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model_path(name))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"the tokenizer of model {name!r} cannot be loaded: {_first_line(error)}") from error
+
+
 def _first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import platform
 import signal
 import sys
@@ -22,8 +23,11 @@ log = logging.getLogger(__name__)
 
 
 def progress(total: int, description: str, unit: str = "tok", initial: int = 0) -> "tqdm[Any]":
-    """A bar on stderr with rate and time left; quiet where stderr is not a terminal but for a note every 20 s."""
-    interval = 0.2 if sys.stderr.isatty() else 20.0
+    """A bar on stderr with rate and time left; where stderr is not a terminal a note now and then.
+
+    Every 20 s, or every SAEBENCH_PROGRESS_SECONDS of the environment, for a program that reads them.
+    """
+    interval = 0.2 if sys.stderr.isatty() else float(os.environ.get("SAEBENCH_PROGRESS_SECONDS", "20"))
     return tqdm(
         total=total, initial=initial, desc=description, unit=unit, unit_scale=True, mininterval=interval,
         maxinterval=interval, dynamic_ncols=sys.stderr.isatty(), smoothing=0.1,

@@ -101,3 +101,11 @@ def store(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]
 
 
 HOOK = "blocks.1.hook_resid_post"
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) -> Path:
+    """A run that the app can show."""
+    from workbench import make_run
+
+    return make_run(tmp_path_factory.mktemp("workbench"), checkpoints["llama"])

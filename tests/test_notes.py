@@ -27,6 +27,25 @@ def test_two_writers_keep_each_others_notes(tmp_path: Path) -> None:
     assert [note.label for _, note in Notes(path, "abc", 10).items()] == ["a", "b"]
 
 
+def test_an_open_file_of_notes_shows_what_others_write_since(tmp_path: Path) -> None:
+    path = tmp_path / "n.json"
+    one, two = Notes(path, "abc", 10), Notes(path, "abc", 10)
+    two.write(2, Note("b"))
+    assert one[2] == Note("b")
+
+
+def test_of_two_who_edit_one_note_the_second_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "n.json"
+    one, two = Notes(path, "abc", 10), Notes(path, "abc", 10)
+    one.write(1, Note("mine"), seen=Note())
+    with pytest.raises(ValueError, match="latent 1 was noted by someone else meanwhile, as 'mine'; yours is not saved"):
+        two.write(1, Note("theirs"), seen=Note())
+    assert two[1] == Note("mine")
+    two.write(1, Note("theirs"), seen=Note("mine"))
+    one.write(1, Note("theirs"), seen=Note("mine"))  # the same words twice are no quarrel
+    assert one[1] == Note("theirs")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

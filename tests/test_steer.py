@@ -275,8 +275,8 @@ def test_streaming_stops_and_leaves_the_model_clean(llama: LanguageModel) -> Non
     assert torch.equal(logits_with(llama, ids), clean)  # between two tokens
     whole = generate(llama, PROMPTS[0], arms_of([strong]), settings, measure="none")
     assert [text.tokens[0] for text in whole.texts] == first.ravel().tolist()
-    asked = iter([False, False, True])
-    part = generate(llama, PROMPTS[0], [strong], settings, cancelled=lambda: next(asked))
+    asked = iter([True, True, False])
+    part = generate(llama, PROMPTS[0], [strong], settings, on_step=lambda tokens: next(asked))
     assert max(len(text.tokens) for text in part.texts) == 3
     assert torch.equal(logits_with(llama, ids), clean)
 

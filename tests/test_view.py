@@ -47,7 +47,7 @@ def test_strength_is_told_by_colour_weight_and_number() -> None:
     assert made.count("tabindex") == 2
     assert made.count("sb-badge") == 1
     assert "border-bottom" in CSS
-    assert "prefers-color-scheme: dark" in CSS
+    assert "light-dark(" in CSS
     with pytest.raises(ValueError, match="shorter"):
         text_html(["a", "b"], [1.0], 1.0)
 

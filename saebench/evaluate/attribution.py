@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saebench.models import LanguageModel, capture
-from saebench.sae import SAE, encode_sparse
+from saebench.sae import SAE, encode_sparse, latent_encoder
 from saebench.sae.architectures import normalized
 
 Metric = Callable[[Float[Tensor, "L V"]], Float[Tensor, ""]]
@@ -67,7 +67,7 @@ def attribute(
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; expected 1 (gradient × activation) or more (integrated gradients)")
-    ids = torch.as_tensor(tokens, device=model.device)[None]
+    ids = torch.as_tensor(tokens, device=model.device).long()[None]
     x_LD = capture(model, ids, [hook])[hook][0].float().clone()
     with torch.no_grad():
         code, values = encode_sparse(sae, x_LD)
@@ -103,15 +103,12 @@ def ablation_effects(
     The SAE's error and all other latents are kept: f d is taken off wherever the latent fires. Raises ValueError for a
     latent that the SAE does not have.
     """
-    if not 0 <= latent < sae.d_sae:
-        raise ValueError(f"latent is {latent}; the SAE has 0 to {sae.d_sae - 1}")
-    ids = torch.as_tensor(tokens, device=model.device)[None]
+    encode = latent_encoder(sae, [latent])
+    ids = torch.as_tensor(tokens, device=model.device).long()[None]
     x_LD = capture(model, ids, [hook])[hook][0].float().clone()
     with torch.no_grad():
-        code, values = encode_sparse(sae, x_LD)
-        mine = code.latents == latent
         _, scale, _ = normalized(x_LD, sae.normalize)
-        acts_L = torch.zeros_like(x_LD[:, 0]).index_put_((code.rows[mine].long(),), values[mine])
+        acts_L = encode(x_LD)[:, 0]
         off_LD = acts_L[:, None] * sae.W_dec[latent] * scale
         clean, without = (_logits(model, ids, hook, rows) for rows in (x_LD, x_LD - off_LD))
         loss = torch.full_like(acts_L, torch.nan)

@@ -43,7 +43,7 @@ Groups = dict[str, dict[str, np.ndarray]]
 
 log = logging.getLogger(__name__)
 
-UNIT_ROWS = 8192
+UNIT_ROWS = 2048
 SNAPSHOT_SECONDS = 30.0
 SNAPSHOT_SHARE = 0.05  # of the time may go into writing them
 
@@ -276,7 +276,9 @@ class _Publisher:
 
     def __call__(self, gathered: Gathered) -> None:
         complete = bool(gathered.done.all())
-        samples = {split: Sample.joined(parts) for split, parts in gathered.samples.items()}
+        for split, parts in gathered.samples.items():
+            gathered.samples[split] = [Sample.joined(parts)]
+        samples = {split: joined for split, (joined,) in gathered.samples.items()}
         tokens = _tokens(self.plan.store, samples["train"].rows)
         groups = self.static | derive(gathered.evidence, samples["train"], tokens, self.plan.scale, complete)
         groups |= {f"sample/{split}": part._asdict() for split, part in samples.items()}

@@ -4,8 +4,10 @@ Legend: F latents, P buckets of positions, R sampled rows, M firings on them.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+from scipy import sparse
 
 from saebench.index.evidence import (
     N_BINS,
@@ -27,7 +29,7 @@ MAX_PAIRS = 10**9  # firings of two latents on one row that are counted; rows be
 DENSE = 0.1
 SHARE = 0.9  # of firings on one token, or in a twentieth of the positions, for a flag
 MIN_FIRINGS = 20  # in the sample, for those flags
-_CELLS = 2**20  # pairs of latents or of firings held at once
+_CELLS = 2**20  # pairs of latents held at once
 FLAGS = ("dead", "dense", "single_token", "position_bound")
 
 
@@ -156,24 +158,20 @@ def together(
     For each block of latents of `left`: (first, how many, cells `i * d_right + j` that occur, how often).
     """
     assert np.array_equal(left.rows, right.rows)
-    rows = np.repeat(np.arange(len(left.rows)), np.diff(left.offsets))
-    sizes = np.diff(right.offsets)
-    order = np.argsort(left.latents, kind="stable")
-    by_latent = np.searchsorted(left.latents[order], np.arange(d_left + 1))
+    by_latent, by_row = firing(left, d_left).T.tocsr(), firing(right, d_right)
     step = max(1, _CELLS // d_right)
     for first in range(0, d_left, step):
-        last = min(first + step, d_left)
-        counts = np.zeros((last - first) * d_right, np.int64)
-        entries = order[by_latent[first] : by_latent[last]]
-        n_parts = 1 + int(sizes[rows[entries]].sum()) // _CELLS
-        for mine in np.array_split(entries, n_parts):
-            size = sizes[rows[mine]]
-            within = np.arange(size.sum()) - np.repeat(size.cumsum() - size, size)
-            partners = right.latents[np.repeat(right.offsets[rows[mine]], size) + within]
-            cells = np.repeat((left.latents[mine].astype(np.int64) - first) * d_right, size) + partners
-            counts += np.bincount(cells, minlength=len(counts))
-        cells = np.flatnonzero(counts)
-        yield first, last - first, cells, counts[cells]
+        block = by_latent[first : first + step]
+        counts = block @ by_row
+        counts.sort_indices()
+        rows = np.repeat(np.arange(block.shape[0]), np.diff(counts.indptr))
+        yield first, block.shape[0], rows * d_right + counts.indices, counts.data.astype(np.int64)
+
+
+def firing(sample: Sample, d_sae: int) -> Any:
+    """Which latents fire on which rows: ones in a CSR matrix `[R, F]`."""
+    shape = (len(sample.rows), d_sae)
+    return sparse.csr_array((np.ones(len(sample.latents), np.int32), sample.latents, sample.offsets), shape=shape)
 
 
 def flags(

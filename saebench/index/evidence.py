@@ -63,6 +63,8 @@ class Sample(NamedTuple):
 
     def take(self, chosen: np.ndarray) -> "Sample":
         """The rows that a mask `[R]` names."""
+        if chosen.all():
+            return self
         counts = np.diff(self.offsets)[chosen]
         entries = np.repeat(chosen, np.diff(self.offsets))
         return Sample(self.rows[chosen], _offsets(counts), self.latents[entries], self.values[entries])
@@ -70,6 +72,8 @@ class Sample(NamedTuple):
     @classmethod
     def joined(cls, parts: "list[Sample]") -> "Sample":
         """One sample of parts that lie in different stretches of the store, whatever their order."""
+        if len(parts) == 1:
+            return parts[0]
         parts = sorted((part for part in parts if len(part.rows)), key=lambda part: part.rows[0])
         if not parts:
             return cls(np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 from scipy import sparse
 
+from saebench.index.derive import firing
 from saebench.index.evidence import Sample
 from saebench.index.rules import RULE, Rows, describe, fit_rules
 from saebench.labels import Stream, Vocabulary, choose_literals, label
@@ -69,7 +70,6 @@ def _rows(store: Store, split: str, sample: Sample, d_sae: int, vocabulary: Voca
                 tokens.append(stream.tokens[wanted])
                 positions.append(stream.position[wanted])
                 bar.update(int(high - low))
-    firing = sparse.csr_array(
-        (np.ones(len(sample.latents), np.int8), sample.latents, sample.offsets), shape=(len(sample.rows), d_sae)
+    return Rows(
+        firing(sample, d_sae), sparse.vstack(literals, format="csr"), np.concatenate(tokens), np.concatenate(positions)
     )
-    return Rows(firing, sparse.vstack(literals, format="csr"), np.concatenate(tokens), np.concatenate(positions))

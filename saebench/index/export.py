@@ -27,7 +27,7 @@ TEXT_LIMIT = 512  # characters of an explanation, by Neuronpedia
 TOKEN_LIMIT = 1024  # tokens of an activation, by Neuronpedia
 LOGIT_LIMIT = 20  # tokens of topLogits and bottomLogits, by Neuronpedia
 ON_A_PAGE = 500
-_ENCODED = 2048  # latents whose examples are encoded together, each row once
+_ENCODED = 256  # latents whose examples are encoded together, each row once
 _COLUMNS = 3  # neurons and features in SAEDashboard's tables
 
 Format = Literal["html", "neuronpedia", "saedashboard"]

@@ -23,25 +23,44 @@ class Notes:
     def __init__(self, path: Path, sae_hash: str, d_sae: int) -> None:
         """`path` is `index/NAME.notes.json`. Raises ValueError when it is not a file of notes on this SAE."""
         self.path, self.sae_hash, self.d_sae = path, sae_hash, d_sae
+        self._written = self._when()
         self._of = self._read()
 
     def __getitem__(self, latent: int) -> Note:
-        return self._of.get(latent, Note())
+        return self._now().get(latent, Note())
 
     def items(self) -> list[tuple[int, Note]]:
-        return sorted(self._of.items())
+        return sorted(self._now().items())
 
-    def write(self, latent: int, note: Note) -> None:
-        """Set a latent's note; an empty one takes it away. Others' changes to other latents are kept."""
+    def write(self, latent: int, note: Note, *, seen: Note | None = None) -> None:
+        """Set a latent's note; an empty one takes it away. Others' changes to other latents are kept.
+
+        `seen` is the note that the writer had before them. Raises ValueError, and writes nothing, where another has
+        changed it since.
+        """
         if not 0 <= latent < self.d_sae:
             raise ValueError(f"latent is {latent}; expected 0 to {self.d_sae - 1}")
         with locked(self.path.parent):
-            self._of = self._read()
-            self._of[latent] = note
-            self._of = {key: value for key, value in self._of.items() if value != Note()}
-            latents = {str(key): value._asdict() for key, value in self._of.items()}
+            found = self._read()
+            there = found.get(latent, Note())
+            if seen is not None and there not in (seen, note):
+                raise ValueError(
+                    f"latent {latent} was noted by someone else meanwhile, as {there.label or there.text or 'nothing'!r}; "
+                    "yours is not saved: reload, and write it again if you still want to"
+                )
+            found[latent] = note
+            latents = {str(key): value._asdict() for key, value in sorted(found.items()) if value != Note()}
             header = {"schema": _SCHEMA, "schema_version": _VERSION, "sae": self.sae_hash}
             write_json(self.path, header | {"latents": latents})
+
+    def _now(self) -> dict[int, Note]:
+        """What the file holds, read again where it has changed."""
+        if (when := self._when()) != self._written:
+            self._of, self._written = self._read(), when
+        return self._of
+
+    def _when(self) -> int:
+        return self.path.stat().st_mtime_ns if self.path.exists() else 0
 
     def _read(self) -> dict[int, Note]:
         if not self.path.exists():

@@ -8,7 +8,7 @@ import numpy as np
 
 from saebench.index.examples import Shown
 from saebench.index.notes import Note
-from saebench.index.reader import FeatureIndex, Interval, Latent, Ranked, Rule
+from saebench.index.reader import Context, FeatureIndex, Interval, Latent, Ranked, Rule
 from saebench.view import svg, tokens
 from saebench.view.tokens import number, text_html
 
@@ -48,7 +48,7 @@ def latents_page(name: str, index: FeatureIndex, found: Iterable[Evidence]) -> s
         "of a unit of activation on the direct path, at the final norm's scale of 1."
     )
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)}: latents</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}{tokens.CSS}{svg.CSS}</style></head>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}{PARTS_CSS}{tokens.CSS}{svg.CSS}</style></head>
 <body class="sb-page"><main><h1>{html.escape(name)}</h1><p>{about}</p><nav aria-label="latents"><ol class="contents">{"".join(contents)}</ol></nav>
 {"".join(sections)}</main></body></html>
 """
@@ -57,7 +57,7 @@ def latents_page(name: str, index: FeatureIndex, found: Iterable[Evidence]) -> s
 def figures_html(latent: Latent) -> str:
     """The header row: every figure with its label, then the flags."""
     cells = [
-        f"<div><dt>{label}</dt><dd>{_figure(name, latent.figures[name])}</dd></div>"
+        f"<div><dt>{label}</dt><dd>{figure(name, latent.figures[name])}</dd></div>"
         for name, label in FIGURES.items()
         if name in latent.figures and not np.isnan(latent.figures[name])
     ]
@@ -74,11 +74,11 @@ def rule_html(rule: Rule | None) -> str:
         "recall": rule.recall, "F1": rule.f1,
     }  # fmt: skip
     shown = ", ".join(f"{name} {value:.2f}" for name, value in scores.items() if not np.isnan(value))
-    return f'<p class="rule"><b>{html.escape(_visible(rule.text))}</b><br><small>on {rule.score_rows:,} held-out tokens: {shown}</small></p>'
+    return f'<p class="rule"><b>{html.escape(visible(rule.text))}</b><br><small>on {rule.score_rows:,} held-out tokens: {shown}</small></p>'
 
 
-def activations_svg(latent: Latent, edges: np.ndarray) -> str:
-    """The histogram of firings over quarter octaves of strength."""
+def activations_svg(latent: Latent, edges: np.ndarray, marked: Sequence[float] = ()) -> str:
+    """The histogram of firings over quarter octaves of strength, with some activations marked on it."""
     filled = np.flatnonzero(latent.histogram)
     if not len(filled):
         return ""
@@ -87,7 +87,11 @@ def activations_svg(latent: Latent, edges: np.ndarray) -> str:
         f"{number(float(edges[place]))} to {number(float(edges[place + 1]))}: {latent.histogram[place]:,} firings"
         for place in places
     ]
-    return svg.bars([float(latent.histogram[place]) for place in places], labels, "firings by strength")
+    marks = {
+        int(np.clip(np.searchsorted(edges, value, "right") - 1 - filled[0], 0, len(places) - 1)): number(value)
+        for value in marked
+    }
+    return svg.bars([float(latent.histogram[place]) for place in places], labels, "firings by strength", marks=marks)
 
 
 def logits_svg(latent: Latent) -> str:
@@ -112,7 +116,7 @@ def ranked_html(index: FeatureIndex, ranked: Ranked, size: int = 10) -> str:
         f"<tr><td><code>{html.escape(_spaced(piece))}</code></td><td>{style(value)}</td></tr>"
         for piece, value in zip(pieces, ranked.values.tolist(), strict=False)
     )
-    return f"<table>{''.join(rows)}</table>"
+    return f'<table class="ranked">{"".join(rows)}</table>'
 
 
 def examples_html(index: FeatureIndex, shown: Sequence[Shown], maximum: float) -> str:
@@ -125,6 +129,29 @@ def examples_html(index: FeatureIndex, shown: Sequence[Shown], maximum: float) -
             f"<figcaption>{document}</figcaption></figure>"
         )
     return "".join(parts)
+
+
+def effects_html(index: FeatureIndex, context: Context, logits: np.ndarray, loss: np.ndarray) -> str:
+    """What an ablation does on a context: tokens by how much worse they are predicted, and the logits after the peak.
+
+    `logits` `[n, V]` and `loss` `[n]` are those of `ablation_effects`.
+    """
+    worse = np.concatenate([[0.0], np.nan_to_num(loss[:-1])])
+    most = max(float(np.abs(worse).max()), 1e-9)
+    spans = "".join(
+        tokens.token_html(
+            piece, abs(value) if abs(value) > 1e-3 else 0.0, most, title=f"loss {value:+.3f} nats", peak=False
+        )
+        for piece, value in zip(context.pieces, worse.tolist(), strict=True)
+    )
+    effects = logits[context.peak]
+    order = np.argsort(effects)
+    lists = "".join(
+        f"<div><h3>{name}</h3>{ranked_html(index, Ranked(ids, effects[ids]))}</div>"
+        for name, ids in (("Logits that fall", order[:10]), ("Logits that rise", order[::-1][:10]))
+    )
+    total = f"<p><small>loss {float(np.nansum(loss)):+.3f} nats over the context</small></p>"
+    return f'<div class="sb-text sb-change">{spans}</div>{total}<div class="columns">{lists}</div>'
 
 
 def interval_title(interval: Interval, fires: float) -> str:
@@ -155,42 +182,49 @@ def _section(evidence: Evidence, index: FeatureIndex) -> str:
 
 def _title(evidence: Evidence) -> str:
     rule = evidence.latent.rule
-    return html.escape(evidence.note.label or ("" if rule is None else _visible(rule.text)))
+    return html.escape(evidence.note.label or ("" if rule is None else visible(rule.text)))
 
 
-def _figure(name: str, value: float) -> str:
+def figure(name: str, value: float) -> str:
+    """A figure of a latent as every page writes it."""
     if name == "density":
         return f"{value:.3%}"
     return f"{value:,.0f}" if name == "fires" else number(value)
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """Control characters as pictures."""
     return text.translate(_PICTURES)
 
 
 def _spaced(piece: str) -> str:
     """A token alone: its spaces too as pictures."""
-    return _visible(piece).replace(" ", "\u00b7")
+    return visible(piece).replace(" ", "\u00b7")
 
 
-_PICTURES = {code: chr(0x2400 + code) for code in range(32)} | {127: "\u2421"}
+_PICTURES = {code: chr(0x2400 + code) for code in range(32)} | {127: "\u2421", ord("\n"): "\u21b5", ord("\t"): "\u2192"}
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0; background: var(--sb-paper); color: var(--sb-ink); }
-main { max-width: 1100px; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin: 0 0 .25rem; } h3 { font-size: .85rem; margin: 1rem 0 .3rem; color: var(--sb-faint); }
-section { border-top: 1px solid var(--sb-rule); padding-top: 1.5rem; margin-top: 2rem; }
-a { color: inherit; } a:focus-visible, summary:focus-visible { outline: 2px solid var(--sb-line); outline-offset: 2px; }
-.contents { columns: 2 20rem; padding-left: 0; list-style: none; font-size: .85rem; }
-.contents a { display: inline-block; min-width: 3.5rem; font-variant-numeric: tabular-nums; }
+PARTS_CSS = """
+h3 { font-size: .85rem; font-weight: 600; margin: 1rem 0 .3rem; color: var(--sb-faint); } a { color: inherit; }
+a:focus-visible, summary:focus-visible { outline: 2px solid var(--sb-line); outline-offset: 2px; }
 .rule { margin: .25rem 0; } small, figcaption { color: var(--sb-faint); font-size: .8rem; }
 .figures { display: flex; flex-wrap: wrap; gap: .5rem 1.75rem; margin: .75rem 0; }
 .figures dt { font-size: .75rem; color: var(--sb-faint); } .figures dd { margin: 0; font-variant-numeric: tabular-nums; }
 .columns { display: grid; grid-template-columns: 2fr 1fr 1fr 1fr; gap: 0 2rem; }
 @media (max-width: 760px) { .columns { grid-template-columns: 1fr 1fr; } }
-table { border-collapse: collapse; width: 100%; font-size: .85rem; } td { padding: .05rem 0; }
-td:last-child { text-align: right; font-variant-numeric: tabular-nums; } code { white-space: pre; }
+.ranked { border-collapse: collapse; width: 100%; font-size: .85rem; } .ranked td { padding: .05rem 0; }
+.ranked td:last-child { text-align: right; font-variant-numeric: tabular-nums; } code { white-space: pre; }
 .example { margin: 0; padding: .4rem 0; border-top: 1px solid var(--sb-rule); } figcaption { margin-top: .15rem; }
 summary { cursor: pointer; padding: .3rem 0; font-size: .9rem; }
+"""
+"""The look of the parts, for every page that shows them."""
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0; background: var(--sb-paper); color: var(--sb-ink); }
+main { max-width: 1100px; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin: 0 0 .25rem; }
+section { border-top: 1px solid var(--sb-rule); padding-top: 1.5rem; margin-top: 2rem; }
+.contents { columns: 2 20rem; padding-left: 0; list-style: none; font-size: .85rem; }
+.contents a { display: inline-block; min-width: 3.5rem; font-variant-numeric: tabular-nums; }
 """

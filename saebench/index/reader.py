@@ -15,7 +15,10 @@ from saebench.index.evidence import Sample
 from saebench.index.rules import OPERATORS, holding
 from saebench.index.schema import check_identity, identity_of, open_index
 from saebench.labels import Stream, Vocabulary, label
+from saebench.models import load_tokenizer
+from saebench.sae import read_config
 from saebench.store import Store, open_store
+from saebench.store.schema import MANIFEST
 from saebench.text import TokenBytes, show_bytes
 
 COLUMNS = {
@@ -112,8 +115,9 @@ class Latent:
 class FeatureIndex:
     """An index file, with the store whose rows it points to. Close it, or use it in a `with` statement."""
 
-    def __init__(self, path: Path, store: Store) -> None:
-        self.path, self.store = path, store
+    def __init__(self, path: Path, store: Store | None, model: str | None = None) -> None:
+        """Without a store there are no contexts and examples; the tokenizer is then that of `model`."""
+        self.path, self._store, self._model = path, store, model
         self._file = open_index(path)
         attributes = self._file.attrs
         self.d_sae, self.n_rows = int(attributes["d_sae"]), int(attributes["n_rows"])
@@ -124,7 +128,24 @@ class FeatureIndex:
         self.bin_edges: np.ndarray = attributes["bin_edges"]
         self.position_edges: np.ndarray = attributes["position_edges"]
         self.identity: dict[str, str] = json.loads(attributes["identity"])
-        self._first_rows = np.cumsum([0, *(shard.n_rows for shard in store.shards)])
+
+    @property
+    def store(self) -> Store:
+        """Raises ValueError where the index was opened without one."""
+        if self._store is None:
+            raise ValueError(
+                f"the store {self._file.attrs['store']} is gone, and with it the texts that {self.path} points to; "
+                "bring it back, or harvest and index again"
+            )
+        return self._store
+
+    @property
+    def has_store(self) -> bool:
+        return self._store is not None
+
+    @cached_property
+    def _first_rows(self) -> np.ndarray:
+        return np.cumsum([0, *(shard.n_rows for shard in self.store.shards)])
 
     def __enter__(self) -> "FeatureIndex":
         return self
@@ -202,6 +223,16 @@ class FeatureIndex:
         return self._data["logits/top_ids"][:] if "logits/top_ids" in self._data else None
 
     @cached_property
+    def top_tokens(self) -> np.ndarray:
+        """`[d_sae, 50]` ids of the tokens on which each latent fires most, −1 for none."""
+        return self._data["tokens/ids"][:]
+
+    @cached_property
+    def histograms(self) -> np.ndarray:
+        """`[d_sae, N_BINS]` firings of each latent by strength, in `bin_edges`."""
+        return self._data["histogram/counts"][:]
+
+    @cached_property
     def explanations(self) -> list[str]:
         """The rule of every latent in words, empty where it has none; for the search."""
         if "rules/first" not in self._data:
@@ -218,7 +249,7 @@ class FeatureIndex:
         lengths = [len(tokens) for tokens in texts]
         tokens = np.concatenate([np.zeros(0, np.int64), *texts])
         places = np.concatenate([np.zeros(0, np.int64), *map(np.arange, lengths)])
-        keep = ~np.isin(tokens, self.store.tokenizer().all_special_ids)
+        keep = ~np.isin(tokens, self._tokenizer.all_special_ids)
         held = label(Stream(tokens, np.repeat(np.arange(len(texts)), lengths), places, keep), self._literals, {})
         return np.split(holding(held.tocsc(), first, OPERATORS[operator], second), np.cumsum(lengths)[:-1])
 
@@ -243,17 +274,13 @@ class FeatureIndex:
 
     def quantiles(self, latents: np.ndarray, values: np.ndarray) -> np.ndarray:
         """Share of each latent's firings that are no stronger than a value, to the precision of a bin of strength."""
-        counts = self._histogram[latents]
+        counts = self.histograms[latents]
         place = np.searchsorted(self.bin_edges, values, "right") - 1
         below = np.take_along_axis(np.pad(counts.cumsum(1), ((0, 0), (1, 0))), place[:, None], 1)[:, 0]
         lower, upper = self.bin_edges[place], np.minimum(self.bin_edges[place + 1], self.columns["max"][latents])
         within = np.clip((values - lower) / np.maximum(upper - lower, 1e-30), 0, 1)
         inside = np.take_along_axis(counts, place[:, None], 1)[:, 0]
         return (below + within * inside) / np.maximum(counts.sum(1), 1)
-
-    @cached_property
-    def _histogram(self) -> np.ndarray:
-        return self._data["histogram/counts"][:]
 
     def sample(self, split: str) -> Sample:
         """All firings on the rows chosen by their hash, of the training or the validation split."""
@@ -287,7 +314,13 @@ class FeatureIndex:
 
     @cached_property
     def _bytes(self) -> TokenBytes:
-        return TokenBytes(self.store.tokenizer())
+        return TokenBytes(self._tokenizer)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        if self._store is None and self._model is not None:
+            return load_tokenizer(self._model)
+        return self.store.tokenizer()
 
     @cached_property
     def documents(self) -> dict[int, str]:
@@ -296,21 +329,21 @@ class FeatureIndex:
 
 
 def open_feature_index(
-    path: Path | str, *, sae: Path | str | None = None, store: Path | str | None = None
+    path: Path | str, *, sae: Path | str | None = None, store: Path | str | None = None, need_store: bool = True
 ) -> FeatureIndex:
-    """Open an index with its store (default: where it was built).
+    """Open an index with its store (default: where it was built), or unless `need_store` without one that is gone.
 
     Raises ValueError when the file is none of this version's, or was made from another SAE, store, tokenizer or model
     than those given.
     """
     path = Path(path)
     with open_index(path) as file:
-        folder = store or file.attrs["store"]
+        folder = Path(store or file.attrs["store"])
         identity = json.loads(file.attrs["identity"])
-    opened = open_store(folder)
-    sae = sae or path.parent.parent / "saes" / path.stem
-    check_identity(path, identity, identity_of(Path(sae), opened))
-    return FeatureIndex(path, opened)
+    sae = Path(sae or path.parent.parent / "saes" / path.stem)
+    opened = open_store(folder) if need_store or (folder / MANIFEST).exists() else None
+    check_identity(path, identity, identity_of(sae, opened))
+    return FeatureIndex(path, opened, read_config(sae).get("metadata", {}).get("model_name"))
 
 
 def _examples(rows: np.ndarray, values: np.ndarray) -> list[Example]:

@@ -14,11 +14,13 @@ INDEX_SCHEMA = "saebench-index"
 INDEX_VERSION = 1
 
 
-def identity_of(sae: Path, store: Store) -> dict[str, str]:
-    """Hashes of what an index is made from."""
+def identity_of(sae: Path, store: Store | None) -> dict[str, str]:
+    """Hashes of what an index is made from, as far as it is there."""
+    own = {"sae": hash_files([sae / WEIGHTS])}
+    if store is None:
+        return own
     made = store.manifest["identity"]
-    return {
-        "sae": hash_files([sae / WEIGHTS]),
+    return own | {
         "store": hash_files([store.folder / MANIFEST]),
         "tokenizer": made["tokenizer"]["files"],
         "model": made["model"]["weights"],

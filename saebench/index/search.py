@@ -8,7 +8,7 @@ import torch
 from saebench.evaluate.attribution import attribute, logit_of
 from saebench.index.reader import FeatureIndex
 from saebench.models import LanguageModel, capture
-from saebench.sae import SAE, encode_sparse
+from saebench.sae import SAE, encode_sparse, latent_encoder
 from saebench.text import encoder_of
 
 Ranking = Literal["activation", "quantile", "attribution"]
@@ -99,6 +99,16 @@ def features_for_text(
     ]  # fmt: skip
     firings.sort(key=_KEYS[rank])
     return TextFeatures(tokens, index.pieces(tokens), firings[:limit], target)
+
+
+def activations_on(model: LanguageModel, sae: SAE, hook: str, text: str, latent: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens of a text, BOS first, and one latent's activation on each, 0 on special ones). Raises ValueError as `features_for_text`."""
+    tokens = np.array(tokenize(model, text))
+    with torch.no_grad():
+        x_LD = capture(model, torch.tensor(tokens, device=model.device)[None], [hook])[hook][0]
+        values = latent_encoder(sae, [latent])(x_LD.to(sae.W_dec.device, torch.float32))[:, 0].cpu().numpy()
+    special = np.isin(tokens, list(encoder_of(model.tokenizer).special))
+    return tokens, np.where(special, 0.0, values)
 
 
 _KEYS = {

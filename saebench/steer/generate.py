@@ -114,15 +114,15 @@ def generate(
     *,
     measure: Literal["kl", "clean", "none"] = "kl",
     truncate: bool = False,
-    cancelled: Callable[[], bool] = lambda: False,
+    on_step: Callable[[Int[np.ndarray, "A P S"]], bool] = lambda tokens: True,
     lock: Any = None,
 ) -> Generation:
     """Continue prompts under each arm's interventions (`arms_of`), and without any.
 
     A prompt is a text, or token ids that begin with BOS. All arms see the same noise, so that texts part only where the
     distributions do. With `measure` `clean` one pass over the finished texts gives each token's log-probability in the model as
-    it is, with `kl` another one that under the arm, and KL. `cancelled` is asked after each token; what there is then is
-    returned. The interventions are on the model only during a forward pass, under `lock` where one is given. Raises ValueError
+    it is, with `kl` another one that under the arm, and KL. `on_step` is given each step's tokens, as `stream` yields them, and
+    ends the texts there by returning False. The interventions are on the model only during a forward pass, under `lock` where one is given. Raises ValueError
     when there is no prompt and for one that does not fit into the context with `max_new_tokens`, unless `truncate` allows
     cutting its beginning (after BOS), and as `Editor` does.
     """
@@ -136,7 +136,7 @@ def generate(
     for tokens_R in batch.steps():
         steps.append(tokens_R)
         seconds.setdefault("first_token", time.perf_counter() - start)
-        if cancelled():
+        if not on_step(batch.by_arm(tokens_R)):
             break
     generated_RT = np.stack(steps, 1)
     seconds["generate"] = time.perf_counter() - start
@@ -160,7 +160,7 @@ def stream(
     Between steps the model is as it was: whoever stops asking leaves nothing behind.
     """
     batch = _Batch(model, prompts, arms, sampling, truncate, lock)
-    return (tokens_R.reshape(len(arms), len(batch.prompts), sampling.n_samples) for tokens_R in batch.steps())
+    return (batch.by_arm(tokens_R) for tokens_R in batch.steps())
 
 
 class _Batch:
@@ -202,6 +202,9 @@ class _Batch:
         lengths = torch.tensor([len(ids) for ids in self.prompts], device=self.model.device)
         padding = (self.columns - lengths).repeat_interleave(n_samples).repeat(len(self.arms))
         return ids, padding if bool(padding.any()) else None
+
+    def by_arm(self, tokens_R: Int[np.ndarray, " R"]) -> Int[np.ndarray, "A P S"]:
+        return tokens_R.reshape(len(self.arms), len(self.prompts), self.sampling.n_samples)
 
     def _place(self, editor: Editor, column: int, padding: Tensor | None) -> Editor:
         editor.first_column, editor.prompt_columns, editor.padding = column, self.columns, padding

@@ -150,13 +150,14 @@ class Units:
 
 
 def units_of(sae: SAE, latent: int, index: FeatureIndex | None = None) -> Units:
-    """The units of a latent; without an index only the raw one."""
+    """The units of a latent; without an index only the raw one, without its store not that of the norm."""
     if not 0 <= latent < sae.d_sae:
         raise ValueError(f"latent is {latent}; the SAE has 0 to {sae.d_sae - 1}")
     norm = float(sae.W_dec[latent].norm())
     if index is None:
         return Units(norm)
-    return Units(norm, float(index.columns["max"][latent]), float(index.store.statistics(index.hook)["median_norm"]))
+    median = float(index.store.statistics(index.hook)["median_norm"]) if index.has_store else None
+    return Units(norm, float(index.columns["max"][latent]), median)
 
 
 # ------------------------------------------------------------------------------------------ hooks

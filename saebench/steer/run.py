@@ -10,13 +10,13 @@ import numpy as np
 from saebench.config import Count
 from saebench.files import write_json
 from saebench.index import FeatureIndex, IndexConfig, open_feature_index
+from saebench.index.search import tokenize
 from saebench.models import LanguageModel, load_model
 from saebench.sae import SAE, load_sae, read_config
 from saebench.steer.dose import FACTORS, STRENGTHS, DoseConfig, DoseResponse, dose_response
 from saebench.steer.generate import Generation, Sampling, arms_of, generate
 from saebench.steer.interventions import Intervention, Mode, units_of
 from saebench.steer.scores import Scores, read_scores, score
-from saebench.text import encoder_of
 from saebench.view import charts
 
 
@@ -151,7 +151,7 @@ def sweep(config: SteerConfig) -> DoseResponse:
     usual = FACTORS if config.mode == "scale" else STRENGTHS
     strengths = usual if config.strength == ("0.5n",) else config.strength
     doses = DoseConfig(strengths=strengths, seed=config.seed, max_new_tokens=config.max_new_tokens)
-    prompts = None if not config.prompt else [_ids(bench.model, config.prompt)]
+    prompts = None if not config.prompt else [np.array(tokenize(bench.model, config.prompt))]
     found = dose_response(bench.model, start, bench.index, doses, prompts=prompts)
     if config.out is not None:
         write_json(config.out, found.to_json())
@@ -179,8 +179,3 @@ def _some(config: SteerConfig) -> None:
         raise ValueError(
             "no latent was named; choose with --latent N (`saebench steer rank --sae SAE` lists good ones)"
         )
-
-
-def _ids(model: LanguageModel, prompt: str) -> np.ndarray:
-    encoder = encoder_of(model.tokenizer)
-    return np.array([encoder.bos, *encoder.encode([prompt])[0]])

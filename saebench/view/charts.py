@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
@@ -58,7 +59,7 @@ def pareto(
                 "array": [h - v for h, v in zip(high, values, strict=True)],
                 "arrayminus": [v - lo for lo, v in zip(low, values, strict=True)],
             },
-            text=[_hover(s) for s in points], hovertemplate="%{text}<extra></extra>",
+            text=[_hover(s) for s in points], customdata=[s["name"] for s in points], hovertemplate="%{text}<extra></extra>",
         )  # fmt: skip
     for (name, description), dash in zip((baselines or {}).items(), ("dot", "dash", "dashdot"), strict=False):
         points = sorted(saes, key=lambda s: s["l0"])
@@ -140,3 +141,23 @@ def dose_response(response: Mapping[str, Any]) -> go.Figure:
     figure.update_xaxes(title=unit, row=2, col=1)
     figure.update_yaxes(title="nats per token", row=2, col=1)
     return figure.update_layout(height=620)
+
+
+def densities(left: np.ndarray, right: np.ndarray, cosines: np.ndarray, names: tuple[str, str]) -> go.Figure:
+    """Density of latents of one SAE against that of their nearest in another, by cosine of the decoder rows."""
+    order = np.argsort(cosines)
+    figure = go.Figure(
+        go.Scattergl(
+            x=left[order], y=right[order], mode="markers", customdata=order,
+            marker={"color": cosines[order], "colorscale": "Oranges", "cmin": 0, "cmax": 1, "size": 6,
+                    "line": {"width": 0.5, "color": CONTROL}, "colorbar": {"title": "cosine"}},
+            hovertemplate="latent %{customdata}<br>density %{x:.3%} and %{y:.3%}<br>cosine %{marker.color:.2f}<extra></extra>",
+        )
+    )  # fmt: skip
+    figure = _layout(
+        figure, "Latents and their nearest", f"density in {names[0]}", f"density of the nearest in {names[1]}"
+    )
+    axis = {"type": "log", "tickformat": ".0e", "dtick": 1}
+    figure.update_xaxes(axis)
+    figure.update_yaxes(axis)
+    return figure

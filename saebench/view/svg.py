@@ -1,18 +1,26 @@
 """Small bar charts as SVG, for pages that carry no script: one hue for activations, two for changes."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 CSS = """
-.sb-bars { --sb-bar: #d97706; --sb-down: #2563eb; width: 100%; max-width: 340px; height: 64px; display: block; }
+.sb-bars { --sb-bar: light-dark(#d97706, #f59e0b); --sb-down: light-dark(#2563eb, #7da2ff); width: 100%; max-width: 340px; height: 64px; display: block; }
 .sb-bars rect { fill: var(--sb-bar); } .sb-bars rect.down { fill: var(--sb-down); }
+.sb-bars rect.mark { fill: var(--sb-ink); }
 .sb-bars line { stroke: currentColor; stroke-opacity: .35; }
 """
 _HEIGHT = 48.0
 
 
-def bars(heights: Sequence[float], labels: Sequence[str], name: str, *, down: Sequence[bool] | None = None) -> str:
-    """Bars of equal width, each with its label on hover; `down` marks those in the second hue."""
+def bars(
+    heights: Sequence[float],
+    labels: Sequence[str],
+    name: str,
+    *,
+    down: Sequence[bool] | None = None,
+    marks: Mapping[int, str] | None = None,
+) -> str:
+    """Bars of equal width, each with its label on hover; `down` tells those in the second hue, `marks` names places among them."""
     tallest = max(max(heights, default=0.0), 1e-30)
     parts = []
     for place, (height, label) in enumerate(zip(heights, labels, strict=True)):
@@ -22,7 +30,11 @@ def bars(heights: Sequence[float], labels: Sequence[str], name: str, *, down: Se
             f'<rect{kind} x="{place * 10}" y="{_HEIGHT - size:.2f}" width="9" height="{size:.2f}">'
             f"<title>{html.escape(label)}</title></rect>"
         )
-    width = max(len(parts) * 10, 10)
+    for place, label in (marks or {}).items():
+        parts.append(
+            f'<rect class="mark" x="{place * 10 + 3}" y="0" width="3" height="{_HEIGHT}"><title>{html.escape(label)}</title></rect>'
+        )
+    width = max(len(heights) * 10, 10)
     return (
         f'<svg class="sb-bars" viewBox="0 0 {width} {_HEIGHT + 1}" preserveAspectRatio="none" role="img" '
         f'aria-label="{html.escape(name, quote=True)}">{"".join(parts)}'

@@ -8,39 +8,53 @@ import html
 from collections.abc import Sequence
 
 CSS = """
+.sb-text, .sb-page { color-scheme: inherit; --sb-ink: light-dark(#1c2024, #eceef1); --sb-faint: light-dark(#5b6370, #a3acb8);
+  --sb-hue: light-dark(#e87722, #b45309); --sb-line: light-dark(#a84b06, #fbbf24); --sb-change: light-dark(#1d4ed8, #93b4ff);
+  --sb-paper: light-dark(#ffffff, #14171a); --sb-rule: light-dark(#d9dce1, #343a41); --sb-tint: light-dark(#f5f1ea, #20252b);
+  --sb-bar: light-dark(#d97706, #f59e0b); }
 .sb-text { font: 13px/1.9 ui-monospace, "Cascadia Mono", "DejaVu Sans Mono", Menlo, Consolas, monospace;
   white-space: pre-wrap; overflow-wrap: anywhere; direction: ltr; color: var(--sb-ink); margin: 0; }
-.sb-text, .sb-page { --sb-ink: #1c2024; --sb-faint: #6b7280; --sb-hue: 232, 119, 34; --sb-line: #b45309;
-  --sb-paper: #ffffff; --sb-rule: #d9dce1; }
-@media (prefers-color-scheme: dark) { .sb-text, .sb-page { --sb-ink: #eceef1; --sb-faint: #9aa3af; --sb-hue: 180, 83, 9;
-  --sb-line: #fbbf24; --sb-paper: #14171a; --sb-rule: #343a41; } }
 .sb-t { unicode-bidi: isolate; position: relative; border-radius: 2px; }
-.sb-on { background: rgba(var(--sb-hue), calc(0.12 + 0.6 * var(--a))); padding: 1px 0;
+.sb-on { background: color-mix(in srgb, var(--sb-hue) calc(12% + 60% * var(--a)), transparent); padding: 1px 0;
   border-bottom: calc(1px + 3px * var(--a)) solid var(--sb-line); }
-.sb-on:focus { outline: 2px solid var(--sb-line); outline-offset: 1px; }
-.sb-on:hover::after, .sb-on:focus::after { content: attr(data-v); position: absolute; left: 0; top: 1.6em; z-index: 2;
+.sb-change .sb-on { background: color-mix(in srgb, var(--sb-change) calc(6% + 40% * var(--a)), transparent);
+  border-bottom-color: var(--sb-change); }
+.sb-t[data-pick] { cursor: pointer; } .sb-t.chosen { outline: 2px solid var(--sb-ink); outline-offset: 1px; }
+.sb-t:focus-visible { outline: 2px solid var(--sb-line); outline-offset: 1px; }
+.sb-t[data-v]:hover::after, .sb-t[data-v]:focus::after { content: attr(data-v); position: absolute; left: 0; top: 1.6em; z-index: 2;
   background: var(--sb-ink); color: var(--sb-paper); font-size: 11px; line-height: 1.5; padding: 1px 6px; border-radius: 3px;
   white-space: nowrap; }
-.sb-space { color: var(--sb-faint); }
+.sb-space:not(.sb-on) { color: var(--sb-faint); }
+.sb-apart::before { content: "\\25C6"; color: var(--sb-change); font-size: 10px; padding-right: 2px; }
 .sb-badge { font-size: 10px; font-weight: 600; vertical-align: super; color: var(--sb-line); padding-left: 1px; }
 """
 _CONTROL = {code: chr(0x2400 + code) for code in range(32)} | {127: "\u2421"}  # pictures of control characters
 _CONTROL |= {ord("\n"): "\u21b5\n", ord("\t"): "\u2192\t"}
 
 
-def token_html(piece: str, value: float, maximum: float, *, peak: bool = False) -> str:
-    """One token; `value` / `maximum` is its strength, and 0 or less leaves it plain."""
+def token_html(
+    piece: str, value: float, maximum: float, *, peak: bool = False, pick: str = "", title: str = "", kind: str = ""
+) -> str:
+    """One token; `value` / `maximum` is its strength, and 0 or less leaves it plain.
+
+    `pick` is what a click on it picks, `title` is shown in place of the value, `kind` is a further class.
+    """
     shown = piece.replace(" ", "\u00b7") if piece and not piece.strip(" ") else piece
     text = html.escape(shown.translate(_CONTROL))
-    space = " sb-space" if not piece.strip() else ""
-    if value <= 0:
-        return f'<span class="sb-t{space}">{text}</span>'
+    on = value > 0
+    classes = " ".join(["sb-t", *(["sb-on"] if on else []), *([] if piece.strip() else ["sb-space"]), *kind.split()])
+    said = html.escape(title or (number(value) if on else ""), quote=True)
     strength = min(1.0, value / maximum) if maximum > 0 else 1.0
-    badge = f'<span class="sb-badge">{number(value)}</span>' if peak else ""
-    return (
-        f'<span class="sb-t sb-on" tabindex="0" style="--a:{strength:.3f}" data-v="{number(value)}" '
-        f'aria-label="{html.escape(shown.strip() or "white space", quote=True)}: {number(value)}">{text}</span>{badge}'
-    )
+    attributes = f' style="--a:{strength:.3f}"' if on else ""
+    if said:
+        name = html.escape(shown.strip() or "white space", quote=True)
+        attributes += f' data-v="{said}" aria-label="{name}: {said}"'
+    if pick:
+        attributes += f' data-pick="{html.escape(pick, quote=True)}" role="button"'
+    if said or pick:
+        attributes += ' tabindex="0"'
+    badge = f'<span class="sb-badge">{number(value)}</span>' if peak and on else ""
+    return f'<span class="{classes}"{attributes}>{text}</span>{badge}'
 
 
 def text_html(pieces: Sequence[str], values: Sequence[float], maximum: float, *, peak: int | None = None) -> str:

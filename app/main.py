@@ -1,0 +1,48 @@
+"""The workbench: `saebench app`, or `streamlit run app/main.py`."""
+
+from pathlib import Path
+
+import streamlit as st
+import torch
+from shell import chosen_run, chosen_sae, jobs, root, runs, watch_jobs
+
+from saebench.browse.runs import saes_of
+
+st.set_page_config(
+    page_title="saebench", page_icon=Path(__file__).parent / "icon.png", layout="wide", initial_sidebar_state="auto"
+)
+# Every click runs in a new thread, and a pool of threads for it alone takes longer to begin than the few rows it encodes.
+torch.set_num_threads(1)
+st.html("<style>.stMainBlockContainer { padding-top: 2.75rem; padding-bottom: 4rem; } h1 { padding-top: 0; }</style>")
+PAGES = [
+    st.Page("views/overview.py", title="Overview", icon=":material/insights:", default=True),
+    st.Page("views/features.py", title="Features", icon=":material/table_rows:"),
+    st.Page("views/prompt.py", title="Prompt", icon=":material/short_text:"),
+    st.Page("views/steering.py", title="Steering", icon=":material/tune:"),
+    st.Page("views/compare.py", title="Compare", icon=":material/compare_arrows:"),
+]
+page = st.navigation(PAGES)
+
+with st.sidebar:
+    names = list(runs())
+    if names:
+        st.selectbox("Run", names, key="run", bind="query-params")
+        run = chosen_run()
+        assert run is not None
+        found, broken = saes_of(run)
+        if found:
+            default = chosen_sae()
+            options = list(found)
+            st.selectbox(
+                "SAE", options, index=options.index(default.name) if default else 0, key="sae", bind="query-params",
+                help="Those with an index can be browsed and steered with",
+            )  # fmt: skip
+        for name, why in broken.items():
+            st.warning(f"{name} cannot be read: {why}")
+    else:
+        st.caption(f"No run under `{root()}` yet.")
+    if jobs().all():
+        st.divider()
+        watch_jobs()
+
+page.run()

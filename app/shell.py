@@ -1,0 +1,223 @@
+"""What every page needs: things opened once and shared, HTML that can be clicked, links, errors."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import streamlit as st
+from streamlit.components import v2
+
+from saebench.browse.jobs import Jobs
+from saebench.browse.runs import Trained, runs_under, saes_of
+from saebench.browse.table import LatentTable
+from saebench.index import FeatureIndex, open_feature_index
+from saebench.index.notes import Notes
+from saebench.index.page import PARTS_CSS
+from saebench.models import LanguageModel, load_model
+from saebench.sae import SAE, load_sae
+from saebench.sae.io import WEIGHTS
+from saebench.steer.run import Bench
+from saebench.steer.scores import read_scores
+from saebench.view import grid, svg, tokens
+
+ROOT = "SAEBENCH_APP_ROOT"
+"""Environment variable with the folder of runs, or the run, that the server shows."""
+
+# ------------------------------------------------------------------------------------------- opened once
+
+
+class Shared(NamedTuple):
+    """A model, and the lock under which its passes run."""
+
+    model: LanguageModel
+    lock: Any
+
+
+@st.cache_resource(show_spinner=False)
+def jobs() -> Jobs:
+    return Jobs()
+
+
+@st.cache_resource(show_spinner="Loading the model", max_entries=2)
+def _model(name: str) -> Shared:
+    return Shared(load_model(name), threading.Lock())
+
+
+@st.cache_resource(show_spinner=False, max_entries=8)
+def _sae(folder: str, _changed: int) -> SAE:
+    return load_sae(folder)
+
+
+@st.cache_resource(show_spinner="Opening the index", max_entries=8)
+def _index(path: str, sae: str, changed: int, store_there: bool) -> FeatureIndex:
+    return open_feature_index(path, sae=sae, need_store=False)
+
+
+@st.cache_resource(show_spinner=False, max_entries=8)
+def _table(path: str, sae: str, changed: int, store_there: bool, scored: int) -> LatentTable:
+    index = _index(path, sae, changed, store_there)
+    notes = Notes(index.path.with_suffix(".notes.json"), index.identity["sae"], index.d_sae)
+    return LatentTable(index, notes, read_scores(index))
+
+
+def _changed(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def table_of(sae: Trained) -> LatentTable:
+    """Raises ValueError where there is no index, or one of another SAE or store."""
+    store_there = sae.store is not None and (sae.store / "manifest.json").exists()
+    scores = _changed(sae.index_path.with_suffix(".scores.h5"))
+    return _table(str(sae.index_path), str(sae.folder), _changed(sae.index_path), store_there, scores)
+
+
+def weights_of(sae: Trained) -> SAE:
+    return _sae(str(sae.folder), _changed(sae.folder / WEIGHTS))
+
+
+def model_of(sae: Trained) -> Shared:
+    """Raises ValueError where the model cannot be loaded."""
+    if sae.model is None:
+        raise ValueError(f"{sae.folder} does not say of which model it is (metadata.model_name in cfg.json)")
+    return _model(sae.model)
+
+
+def bench_of(sae: Trained, index: FeatureIndex | None) -> tuple[Bench, Any]:
+    """(what steering needs, the model's lock). Raises ValueError where the model is not the one that was indexed."""
+    shared = model_of(sae)
+    if index is not None and shared.model.weights_hash != index.identity["model"]:
+        raise ValueError(f"model {sae.model!r} has changed since {index.path} was made from it; index again")
+    return Bench(shared.model, weights_of(sae).to(shared.model.device), sae.hook, index), shared.lock
+
+
+# ------------------------------------------------------------------------------------------- where we are
+
+
+def root() -> Path:
+    return Path(os.environ.get(ROOT, "runs"))
+
+
+def runs() -> dict[str, Path]:
+    return runs_under(root())
+
+
+def chosen_run() -> Path | None:
+    """The run that the URL names, or the first."""
+    found = runs()
+    return found.get(st.session_state.get("run", ""), next(iter(found.values()), None))
+
+
+def chosen_sae() -> Trained | None:
+    """The SAE that the sidebar and the URL name, or the one that has come furthest."""
+    run = chosen_run()
+    if run is None:
+        return None
+    found, _ = saes_of(run)
+    return found.get(st.session_state.get("sae", "")) or max(
+        found.values(), key=lambda sae: (sae.share_indexed, -len(sae.next_commands())), default=None
+    )
+
+
+def go(page: str, **parameters: str | int) -> None:
+    """Open another page. Run and SAE stay: what changes the SAE sets `st.session_state.sae` in a callback."""
+    st.switch_page(f"views/{page}.py", query_params={name: str(value) for name, value in parameters.items()})
+
+
+# ------------------------------------------------------------------------------------------- HTML
+
+_SCRIPT = """
+export default function ({ parentElement, data, setTriggerValue }) {
+  let root = parentElement.querySelector('.sb-app');
+  if (!root) { root = document.createElement('div'); root.className = 'sb-app sb-page'; parentElement.appendChild(root); }
+  root.send = setTriggerValue;
+  if (root.shown !== data.html) { root.innerHTML = data.html; root.shown = data.html; }
+  if (root.listens) return;
+  root.listens = true;
+  const pick = (event) => {
+    const found = event.target.closest('[data-pick]');
+    if (!found || event.ctrlKey || event.metaKey || event.shiftKey || event.button > 0) return;
+    event.preventDefault();
+    root.send('pick', found.dataset.pick);
+  };
+  root.addEventListener('click', pick);
+  root.addEventListener('keydown', (event) => {
+    if (event.key !== 'Enter' && event.key !== ' ') return;
+    if (event.target.matches('a, button, summary')) return;
+    pick(event);
+  });
+}
+"""
+_CSS = (
+    tokens.CSS + svg.CSS + grid.CSS + PARTS_CSS
+    + ".sb-app { color: var(--sb-ink); background: transparent; font: 15px/1.5 system-ui, sans-serif; }"
+)  # fmt: skip
+_panel = v2.component("saebench.panel", css=_CSS, js=_SCRIPT)
+
+
+def clickable(body: str, key: str, on_pick: Callable[[str], None] | None = None) -> None:
+    """Escaped HTML; `on_pick` is told the `data-pick` of what is clicked, before the page is drawn again."""
+
+    def picked() -> None:
+        value = st.session_state[key].get("pick")
+        if value and on_pick:
+            on_pick(value)
+
+    _panel(data={"html": body}, key=key, on_pick_change=picked)
+
+
+# ------------------------------------------------------------------------------------------- errors, long work
+
+
+@contextlib.contextmanager
+def said() -> Iterator[None]:
+    """What a person can mend is said in place; the rest of the page goes on."""
+    try:
+        yield
+    except ValueError as error:
+        st.error(str(error), icon=":material/error:")
+    except OSError as error:
+        st.error(f"{error}. Look whether the file is there and may be read.", icon=":material/error:")
+
+
+def missing(sae: Trained) -> None:
+    """Buttons for what an SAE has not yet, each with the command that does the same."""
+    for label, arguments in sae.next_commands().items():
+        offer(label, arguments, sae.run)
+
+
+def offer(label: str, arguments: list[str], folder: Path) -> None:
+    """A button that begins a command, or the bar of the one that runs."""
+    command = "saebench " + " ".join(arguments)
+    job = jobs().get(arguments)
+    if job is not None and job.running:
+        st.caption(f"`{command}` is running: see the sidebar")
+    elif st.button(label, key=f"offer {command}", help=f"Runs `{command}`; browsing goes on meanwhile"):
+        jobs().start(arguments, folder)
+        st.rerun()
+    else:
+        st.caption(f"or in a terminal: `{command}`")
+
+
+@st.fragment(run_every=1.0)
+def watch_jobs() -> None:
+    """The commands that were begun here, with their progress; the page is drawn again when one ends."""
+    for job in jobs().all():
+        key = " ".join(job.arguments)
+        was = st.session_state.setdefault(f"job {key}", job.running)
+        st.caption(f"`{job.title}`")
+        if job.running:
+            bar = job.progress
+            st.progress(bar[1] if bar else 0.0, text=f"{bar[0]}: {bar[2]}" if bar else job.message or "starting")
+            if st.button("Stop", key=f"stop {key}", help="What is done is kept; the same command goes on from there"):
+                job.stop()
+        else:
+            (st.success if job.succeeded else st.warning)(job.message or "ended", icon=None)
+            if st.button("Dismiss", key=f"dismiss {key}"):
+                jobs().forget(job)
+                st.rerun(scope="fragment")
+        st.session_state[f"job {key}"] = job.running
+        if was and not job.running:
+            st.rerun()

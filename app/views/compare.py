@@ -1,0 +1,141 @@
+"""Two SAEs of one hook: what both have, what one has split, and what one has alone."""
+
+import html
+from typing import NamedTuple
+
+import numpy as np
+import streamlit as st
+from shell import chosen_run, chosen_sae, clickable, go, said, table_of, weights_of
+
+from saebench.browse.runs import Trained, saes_of
+from saebench.browse.table import LatentTable
+from saebench.index.compare import KINDS, Side, compare
+from saebench.index.examples import show
+from saebench.index.page import examples_html, visible
+from saebench.view import charts, grid
+
+MEANINGS = {
+    "matched": "each other's nearest, cosine at least 0.7",
+    "split": "nearest to two or more latents of the other",
+    "related": "a latent of the other is near, but the two are no pair",
+    "alone": "no latent of the other at cosine 0.5 or more: missing there",
+    "dead": "never fires",
+}
+SHOWN = 100
+
+
+class Pair(NamedTuple):
+    here: Trained
+    other: Trained
+    table: LatentTable
+    other_table: LatentTable
+
+
+@st.cache_data(show_spinner="Comparing", max_entries=8)
+def compared(_pair: Pair, names: tuple[str, str], hashes: tuple[str, str]) -> tuple[Side, Side]:
+    return compare(_pair.table.index, weights_of(_pair.here), _pair.other_table.index, weights_of(_pair.other))
+
+
+def choose(found: dict[str, Trained]) -> Pair | None:
+    here = chosen_sae()
+    indexed = {name: sae for name, sae in found.items() if sae.share_indexed == 1}
+    others = [name for name in indexed if here and name != here.name and indexed[name].hook == here.hook]
+    if here is None or here.name not in indexed or not others:
+        st.info(
+            "Two indexed SAEs of one hook are needed, the first chosen in the sidebar. Index another with `saebench index --sae …`, "
+            "or from the overview."
+        )
+        return None
+    name = st.selectbox(f"{here.name} against", others, key="other", bind="query-params")
+    return Pair(here, indexed[name], table_of(here), table_of(indexed[name]))
+
+
+def counts(pair: Pair, sides: tuple[Side, Side]) -> None:
+    columns = [
+        grid.Column("", "kind", text=True),
+        *(grid.Column("", sae.name) for sae in (pair.here, pair.other)),
+        grid.Column("", "", text=True),
+    ]
+    rows = [
+        grid.Row([kind, *(f"{int((side.kinds == KINDS.index(kind)).sum()):,}" for side in sides), f'<span style="white-space:normal">{MEANINGS[kind]}</span>'])
+        for kind in KINDS
+    ]  # fmt: skip
+    clickable(grid.grid_html(columns, rows, "kinds of latents"), "kinds")
+
+
+def pairs(pair: Pair, side: Side, kind: str) -> None:
+    latents = np.flatnonzero(side.kinds == KINDS.index(kind))
+    latents = latents[np.argsort(side.cosines[latents] * (1 if kind == "alone" else -1), kind="stable")]
+    if not len(latents):
+        st.info(f"No latent of {pair.here.name} is {kind}.")
+        return
+
+    def picked(value: str) -> None:
+        kind_, _, name = value.partition(":")
+        if kind_ == "pair":
+            st.query_params["pair"] = name
+        else:
+            st.session_state.leave = int(name)
+            st.session_state.sae = (pair.here if kind_ == "here" else pair.other).name
+
+    given = st.query_params.get("pair", "")
+    chosen = int(given) if given.isdecimal() and int(given[:9]) < len(side.kinds) else int(latents[0])
+    columns = [
+        grid.Column("", pair.here.name), grid.Column("", "label or rule", text=True), grid.Column("", "cosine"),
+        grid.Column("", pair.other.name), grid.Column("", "label or rule", text=True), grid.Column("", "Jaccard", "of the rows on which both fire, with the latent that does so most"),
+    ]  # fmt: skip
+    rows = []
+    for latent in latents[:SHOWN].tolist():
+        nearest = int(side.nearest[latent])
+        rows.append(
+            grid.Row([
+                grid.link(str(latent), f"here:{latent}", {"latent": latent}), name_of(pair.table, latent), f"{side.cosines[latent]:.2f}",
+                grid.link(str(nearest), f"other:{nearest}", {"latent": nearest}), name_of(pair.other_table, nearest),
+                f"{side.jaccard[latent]:.2f}",
+            ], f"pair:{latent}", latent == chosen)
+        )  # fmt: skip
+    st.caption(
+        f"{len(latents):,} latents, the first {min(SHOWN, len(latents))} of them. A row shows examples of both below."
+    )
+    clickable(grid.grid_html(columns, rows, "pairs"), "pairs", picked)
+    if (leave := st.session_state.pop("leave", None)) is not None:
+        go("features", latent=leave)
+    beside(pair, chosen, int(side.nearest[chosen]))
+
+
+def name_of(table: LatentTable, latent: int) -> str:
+    return html.escape(table.notes[latent].label or visible(table.index.explanations[latent]))
+
+
+def beside(pair: Pair, latent: int, nearest: int) -> None:
+    for column, sae, table, one in zip(
+        st.columns(2), (pair.here, pair.other), (pair.table, pair.other_table), (latent, nearest), strict=True
+    ):
+        with column, said():
+            found = table.index[one]
+            body = examples_html(
+                table.index, show(table.index, weights_of(sae), one, found.top[:8], 12), found.figures["max"]
+            )
+            clickable(
+                f"<h3>{html.escape(sae.name)}, latent {one}: {name_of(table, one)}</h3>{body}", f"side {sae.name}"
+            )
+
+
+st.title("Compare")
+run = chosen_run()
+found = saes_of(run)[0] if run else {}
+with said():
+    if pair := choose(found):
+        hashes = (pair.table.index.identity["sae"], pair.other_table.index.identity["sae"])
+        sides = compared(pair, (pair.here.name, pair.other.name), hashes)
+        left, right = st.columns([3, 2], gap="large")
+        with left:
+            counts(pair, sides)
+            kind = (
+                st.segmented_control("Show", KINDS[1:], default="matched", key="kind", bind="query-params") or "matched"
+            )
+        with right:
+            density = pair.table.columns["density"], pair.other_table.columns["density"][sides[0].nearest]
+            figure = charts.densities(*density, sides[0].cosines, (pair.here.name, pair.other.name))
+            st.plotly_chart(figure, key="densities", config={"displaylogo": False})
+        pairs(pair, sides[0], kind)

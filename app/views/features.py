@@ -1,0 +1,145 @@
+"""All latents of an SAE, sorted, filtered and searched; or one of them."""
+
+import html
+from typing import Any
+
+import numpy as np
+import streamlit as st
+from latent import show_latent
+from shell import chosen_sae, clickable, missing, said, table_of
+
+from saebench.browse.table import HEADINGS, MAX_SIZE, LatentTable, Query
+from saebench.index.derive import FLAGS
+from saebench.index.page import figure, visible
+from saebench.view import grid
+
+FLAG_NAMES = {flag: flag.replace("_", " ") for flag in (*FLAGS, "labelled")}
+DENSITIES = {"any": 1.0, "at most 10%": 0.1, "at most 1%": 0.01, "at most 0.1%": 0.001, "at most 0.01%": 0.0001}
+SIZES = (25, 50, 100, 250, MAX_SIZE)
+
+
+def query_of(table: LatentTable) -> Query:
+    """What the URL and the widgets ask for; absurd values as if they were not there."""
+    state = st.session_state
+    sort, _, way = st.query_params.get("sort", "latent").partition(".")
+    page = st.query_params.get("page", "1")
+    return Query(
+        text=state.get("q") or "",
+        sort=sort if sort in table.sortable else "latent",
+        descending=way == "desc",
+        most_density=DENSITIES[state.get("density") or "any"],
+        least_rule=float(state.get("rule") or 0.0),
+        having=tuple(state.get("having") or ()),
+        without=tuple(state.get("without") or ()),
+        page=max(0, int(page[:9]) - 1) if page.isdecimal() else 0,
+        size=state.get("size") or 50,
+    )
+
+
+def filters() -> None:
+    bound: dict[str, Any] = {"bind": "query-params", "on_change": lambda: st.query_params.pop("page", None)}
+    columns = st.columns([3, 1.4, 1.4, 2, 2, 1])
+    columns[0].text_input(
+        "Search", key="q", placeholder="label, rule, token or number", live=True, persist_state="page", **bound
+    )
+    columns[1].selectbox("Density", list(DENSITIES), key="density", persist_state="page", **bound)
+    columns[2].number_input(
+        "Rule at least", 0.0, 1.0, 0.0, 0.05, key="rule", persist_state="page",
+        help="Balanced accuracy of the rule on held-out documents; chance is 0.5", **bound,
+    )  # fmt: skip
+    for column, key, label in ((columns[3], "having", "Only"), (columns[4], "without", "Without")):
+        column.multiselect(
+            label, list(FLAG_NAMES), format_func=FLAG_NAMES.__getitem__, key=key, persist_state="page",
+            placeholder="flags", **bound,
+        )  # fmt: skip
+    columns[5].selectbox("Rows", SIZES, index=1, key="size", persist_state="page", **bound)
+
+
+def row(table: LatentTable, latent: int, bins: slice) -> grid.Row:
+    note = table.notes[latent]
+    rule = table.index.explanations[latent]
+    label = f"<b>{html.escape(note.label)}</b>" if note.label else html.escape(visible(rule))
+    flags = "".join(
+        grid.tag(name) for flag, name in FLAG_NAMES.items() if flag in FLAGS and table.index.flagged(flag)[latent]
+    )
+    cells = [
+        grid.link(str(latent), f"latent:{latent}", {"latent": latent, "sae": st.session_state.get("sae") or ""}),
+        grid.spark(table.index.histograms[latent, bins].tolist()),
+        f"{label} {''.join(map(grid.tag, note.tags))}",
+        *(number(name, float(table.columns[name][latent])) for name in table.sortable),
+        flags,
+    ]
+    return grid.Row(cells, f"latent:{latent}")
+
+
+def number(name: str, value: float) -> str:
+    return "–" if np.isnan(value) else figure(name, value)
+
+
+@st.fragment
+def rows(table: LatentTable) -> None:
+    if st.session_state.get("latent") is not None:
+        st.rerun()
+    filters()
+    query = query_of(table)
+
+    def picked(value: str) -> None:
+        kind, _, name = value.partition(":")
+        if kind == "latent":
+            st.session_state.latent = int(name)
+            return
+        st.query_params.pop("page", None)
+        first = name != "latent"  # figures begin with the largest
+        descending = first if name != query.sort else not query.descending
+        st.query_params["sort"] = f"{name}.desc" if descending else name
+
+    found = table.find(query)
+    if not found.total:
+        st.info("No latent is like that: clear the search, or widen the filters.")
+        return
+    used = np.flatnonzero(table.index.histograms[found.latents].sum(0))
+    bins = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1)
+    columns = [
+        grid.Column("latent", "latent"), grid.Column("", "strength", "histogram of its activations, log scale"),
+        grid.Column("", "label or rule", text=True),
+        *(grid.Column(name, *HEADINGS[name]) for name in table.sortable), grid.Column("", "flags", text=True),
+    ]  # fmt: skip
+    body = [row(table, int(latent), bins) for latent in found.latents]
+    clickable(grid.grid_html(columns, body, "latents", sort=(query.sort, query.descending)), "latents", picked)
+    pages = -(-found.total // query.size)
+    left, middle, right, _ = st.columns([1, 3, 1, 5], vertical_alignment="center")
+    if left.button("Previous page", disabled=found.page == 0, width="stretch"):
+        st.query_params["page"] = str(found.page)
+        st.rerun(scope="fragment")
+    middle.caption(f"{found.total:,} of {table.index.d_sae:,} latents, page {found.page + 1} of {pages}")
+    if right.button("Next page", disabled=found.page + 1 >= pages, width="stretch"):
+        st.query_params["page"] = str(found.page + 2)
+        st.rerun(scope="fragment")
+
+
+sae = chosen_sae()
+if sae is None:
+    st.info("There is no SAE to browse yet: see the overview.")
+    st.stop()
+if sae.share_indexed == 0:
+    st.title(sae.name)
+    st.write("Its latents are not indexed yet. An index is one pass over the activation store.")
+    missing(sae)
+    st.stop()
+with said():
+    table = table_of(sae)
+    index = table.index
+    title, box = st.columns([5, 1], vertical_alignment="bottom")
+    box.number_input(
+        "Latent", 0, index.d_sae - 1, None, 1, key="latent", bind="query-params", placeholder=f"0 to {index.d_sae - 1}"
+    )
+    chosen = st.session_state.get("latent")
+    if not index.complete:
+        st.info(f"Indexed so far: {index.share_done:.0%} of the rows. Figures change until it is complete.")
+    if not index.has_store:
+        st.warning("Its store is gone: labels, statistics and logits are shown, examples cannot be.")
+    if chosen is None:
+        title.title(sae.name)
+        rows(table)
+    else:
+        show_latent(sae, table, int(chosen), query_of(table), title)

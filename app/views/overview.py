@@ -1,0 +1,143 @@
+"""What there is: a run's SAEs with their figures, the Pareto plot, how they were trained, and what is missing."""
+
+import html
+import time
+from pathlib import Path
+from typing import Any
+
+import streamlit as st
+from shell import chosen_run, chosen_sae, clickable, go, missing, offer, root, said
+
+from saebench.browse.runs import Trained, saes_of
+from saebench.evaluate.report import BASELINES
+from saebench.store import open_store
+from saebench.store.reader import describe
+from saebench.view import charts, grid
+
+COLUMNS = {
+    "name": ("SAE", ""),
+    "architecture": ("architecture", ""),
+    "hook": ("hook", ""),
+    "d_sae": ("latents", ",d"),
+    "l0": ("L0", ".1f"),
+    "fvu": ("FVU", ".4f"),
+    "delta_ce": ("ΔCE (nats)", ".4f"),
+    "loss_recovered_zero": ("loss recovered", ".4f"),
+    "dead_fraction": ("dead", ".1%"),
+    "dense_fraction_10": ("dense", ".1%"),
+}
+METRICS = {"Loss recovered": "loss_recovered_zero", "FVU": "fvu", "ΔCE": "delta_ce"}
+CURVES = {"FVU": "fvu", "L0": "l0", "Living latents": "alive", "λ": "lambda"}
+FIRST = 0.6  # seconds in which a browser shows the table, before it is kept busy loading the charts' library
+TEXT = ("name", "architecture", "hook")
+
+
+def no_run() -> None:
+    st.title("No run yet")
+    st.write(
+        f"A run is a folder under `{root()}` with trained SAEs. The demo makes one from the embedded model and corpus, "
+        "in about ten minutes on two cores:"
+    )
+    offer("Run the demo", ["demo", "--out", str(root() / "demo")], root())
+    st.write(
+        "For your own model, see the commands `saebench harvest`, `saebench train`, `saebench eval` and `saebench index`."
+    )
+
+
+def table(saes: dict[str, Trained]) -> None:
+    sort, _, way = st.query_params.get("sort", "name").partition(".")
+    sort = sort if sort in COLUMNS else "name"
+
+    def picked(value: str) -> None:
+        kind, _, name = value.partition(":")
+        if kind == "sort":
+            st.query_params["sort"] = name if name != sort or way == "desc" else f"{name}.desc"
+        else:
+            st.session_state.sae, st.session_state.opened = name, True
+
+    figures = sorted(
+        (sae.figures for sae in saes.values()),
+        key=lambda of: (of.get(sort) is None, of.get(sort, 0)),
+    )
+    if way == "desc":
+        known = [of for of in figures if of.get(sort) is not None]
+        figures = [*reversed(known), *(of for of in figures if of.get(sort) is None)]
+    columns = [grid.Column(name, heading, text=name in TEXT) for name, (heading, _) in COLUMNS.items()]
+    rows = []
+    for of in figures:
+        sae = saes[of["name"]]
+        cells = [grid.link(sae.name, f"open:{sae.name}", {"sae": sae.name})]
+        for name, (_, style) in list(COLUMNS.items())[1:]:
+            value = of.get(name)
+            cells.append("–" if value is None else html.escape(format(value, style)))
+        share = sae.share_indexed
+        cells.append("yes" if share == 1 else "–" if share == 0 else f"{share:.0%} so far")
+        rows.append(grid.Row(cells, f"open:{sae.name}"))
+    clickable(
+        grid.grid_html([*columns, grid.Column("", "index")], rows, "SAEs", sort=(sort, way == "desc")), "saes", picked
+    )
+    if st.session_state.pop("opened", False):
+        go("features")
+
+
+def open_point(chart: Any, saes: dict[str, Trained]) -> None:
+    """What a click on a point does: its SAE is chosen, and opened when the page is drawn."""
+    points = chart["selection"]["points"]
+    if points and points[0].get("customdata") in saes:
+        st.session_state.sae, st.session_state.opened = points[0]["customdata"], True
+
+
+def plots(saes: dict[str, Trained]) -> None:
+    measured = [sae.figures for sae in saes.values() if sae.evaluated]
+    if not measured:
+        st.info("Nothing is measured yet: `saebench eval` gives L0, FVU, ΔCE and loss recovered on held-out documents.")
+        return
+    if st.session_state.setdefault("first look", True):
+        st.session_state["first look"] = False
+        time.sleep(FIRST)
+    left, right = st.columns(2)
+    with left:
+        label = st.segmented_control(
+            "Against L0", list(METRICS), default="Loss recovered", key="metric", bind="query-params"
+        )
+        metric = METRICS[label or "Loss recovered"]
+        figure = charts.pareto(measured, metric, label or "", baselines=BASELINES if metric == "fvu" else None)
+        st.plotly_chart(
+            figure, key=f"pareto {metric}", selection_mode="points", config={"displaylogo": False},
+            on_select=lambda: open_point(st.session_state[f"pareto {metric}"], saes),
+        )  # fmt: skip
+        st.caption("Bars: 95%, bootstrap over documents. A point opens its SAE.")
+    with right:
+        curve = st.segmented_control("During training", list(CURVES), default="FVU", key="curve", bind="query-params")
+        logs = {name: sae.log for name, sae in saes.items() if sae.log}
+        kinds = {name: sae.figures["architecture"] for name, sae in saes.items()}
+        name = CURVES[curve or "FVU"]
+        figure = charts.training_curves(logs, name, curve or "FVU", kinds, log_scale=name != "alive")
+        st.plotly_chart(figure, key=f"curve {name}", config={"displaylogo": False})
+
+
+def stores(saes: dict[str, Trained]) -> None:
+    for folder in sorted({str(sae.store) for sae in saes.values() if sae.store}):
+        with said():
+            st.code(describe(open_store(Path(folder))), language=None)
+
+
+run = chosen_run()
+if run is None:
+    no_run()
+    st.stop()
+st.title(run.name)
+found, _ = saes_of(run)
+if not found:
+    st.info(f"`{run}` has no SAE yet: train some with `saebench train --store STORE --out {run}`.")
+    st.stop()
+with said():
+    table(found)
+    sae = chosen_sae()
+    if sae and sae.next_commands():
+        with st.container(border=True):
+            st.markdown(f"**Next for {sae.name}**")
+            missing(sae)
+    plots(found)
+    st.subheader("Activation stores")
+    stores(found)

@@ -1,0 +1,131 @@
+"""A text, its tokens, and the latents that fire on it."""
+
+import html
+
+import numpy as np
+import streamlit as st
+from shell import chosen_sae, clickable, go, missing, model_of, said, table_of, weights_of
+
+from saebench.browse.runs import Trained
+from saebench.browse.table import LatentTable
+from saebench.index.page import visible
+from saebench.index.search import TextFeatures, features_for_text
+from saebench.view import grid
+from saebench.view.tokens import number, token_html
+
+RANKS = {"Activation": "activation", "Quantile": "quantile", "Attribution": "attribution"}
+MEANINGS = {
+    "Activation": "the strongest activation on the text",
+    "Quantile": "the share of the latent's own firings that are no stronger: what is unusual for it",
+    "Attribution": "gradient × activation, on the logit of the token that follows",
+}
+DENSITIES = {"any": 1.0, "at most 10%": 0.1, "at most 1%": 0.01, "at most 0.1%": 0.001}
+
+
+def settings() -> None:
+    with st.form("prompt", border=False):
+        st.text_area("Text", key="text", bind="query-params", height=110, placeholder="def add(a, b):")
+        st.form_submit_button("See what fires", type="primary")
+    left, middle, right = st.columns([3, 2, 2], vertical_alignment="bottom")
+    rank = left.segmented_control("Rank by", list(RANKS), default="Activation", key="rank", bind="query-params")
+    middle.selectbox("Density", list(DENSITIES), key="density", bind="query-params")
+    right.selectbox("Latents", [25, 50, 100, 250], key="limit", bind="query-params")
+    st.caption(f"Ranked by {MEANINGS[rank or 'Activation']}.")
+
+
+def search(sae: Trained, table: LatentTable, text: str, position: int | None) -> TextFeatures:
+    """Raises ValueError for a text that does not fit, and for a position beyond it."""
+    shared, state = model_of(sae), st.session_state
+    with shared.lock:
+        return features_for_text(
+            shared.model, weights_of(sae), table.index, text, rank=RANKS[state.get("rank") or "Activation"],  # type: ignore[arg-type]
+            position=position, max_density=DENSITIES[state.get("density") or "any"], limit=state.get("limit") or 25,
+        )  # fmt: skip
+
+
+def tokens_html(found: TextFeatures, position: int | None, focus: int | None) -> str:
+    """The text; a token is picked by a click, and a chosen latent's activations are shown on it."""
+    values = np.zeros(len(found.tokens))
+    for firing in found.firings:
+        if focus is None:
+            values[firing.positions] += 1
+        elif firing.latent == focus:
+            values[firing.positions] = firing.values
+    spans = [
+        token_html(
+            piece, float(value), float(values.max()), pick=f"at:{place}", kind="chosen" if place == position else "",
+            title=f"{value:.0f} of these latents" if focus is None else number(float(value)),
+        )
+        for place, (piece, value) in enumerate(zip(found.pieces, values, strict=True))
+    ]  # fmt: skip
+    return f'<div class="sb-text">{"".join(spans)}</div>'
+
+
+def firings_html(table: LatentTable, found: TextFeatures, focus: int | None) -> str:
+    columns = [
+        grid.Column("", "latent"), grid.Column("", "label or rule", text=True), grid.Column("", "peak at", text=True),
+        grid.Column("", "peak"), grid.Column("", "quantile", "share of its firings that are no stronger"),
+        grid.Column("", "density"), *([grid.Column("", "effect", "on the logit, in all")] if found.target is not None else []),
+        grid.Column("", "tokens"), grid.Column("", ""),
+    ]  # fmt: skip
+    rows = []
+    for firing in found.firings:
+        peak = found.pieces[int(firing.positions[firing.values.argmax()])]
+        name = table.notes[firing.latent].label or visible(table.index.explanations[firing.latent])
+        cells = [
+            grid.link(str(firing.latent), f"latent:{firing.latent}", {"latent": firing.latent}), html.escape(name),
+            f"<code>{html.escape(visible(peak).replace(' ', '·'))}</code>", number(firing.peak), f"{firing.quantile:.1%}",
+            f"{firing.density:.2%}", *([f"{firing.effect:+.3f}"] if found.target is not None else []),
+            str(len(firing.positions)), grid.link("steer", f"steer:{firing.latent}", {"latent": firing.latent}),
+        ]  # fmt: skip
+        rows.append(grid.Row(cells, f"focus:{firing.latent}", firing.latent == focus))
+    return grid.grid_html(columns, rows, "latents that fire")
+
+
+@st.fragment
+def results(sae: Trained, table: LatentTable) -> None:
+    settings()
+    text = st.session_state.get("text") or ""
+    if not text.strip():
+        st.info("Type or paste a text. Each of its tokens can then be picked to see its latents alone.")
+        return
+    given = {name: st.query_params.get(name, "") for name in ("at", "focus")}
+    position, focus = (int(value) if value.isdecimal() and len(value) < 9 else None for value in given.values())
+
+    def picked(value: str) -> None:
+        kind, _, name = value.partition(":")
+        if kind in ("latent", "steer"):
+            st.session_state.leave = (kind, int(name))
+        elif st.query_params.get(kind) == name:
+            del st.query_params[kind]
+        else:
+            st.query_params[kind] = name
+
+    with said():
+        found = search(sae, table, text, position)
+        clickable(tokens_html(found, position, focus), "tokens", picked)
+        if position is not None:
+            st.caption(f"Only token {position}: pick it again for the whole text.")
+        if found.target is not None:
+            st.caption(f"Attributed to the logit of `{table.index.pieces(np.array([found.target]))[0]}`.")
+        if found.firings:
+            clickable(firings_html(table, found, focus), "firings", picked)
+            st.caption("A row shows its latent on the text; its number opens it.")
+        else:
+            st.info("No latent fires here: widen the density, or pick another token.")
+    if leave := st.session_state.pop("leave", None):
+        kind, latent = leave
+        if kind == "latent":
+            go("features", latent=latent)
+        go("steering", turns=f"{latent}:add:0.5n", prompt=text)
+
+
+st.title("Prompt")
+sae = chosen_sae()
+if sae is None or sae.share_indexed == 0:
+    st.info("Ranking needs an index: make one, or choose an SAE that has one in the sidebar.")
+    if sae is not None:
+        missing(sae)
+    st.stop()
+with said():
+    results(sae, table_of(sae))

@@ -1,0 +1,181 @@
+"""How fast the app answers, measured in a real browser.
+
+    python benchmarks/app.py RUN [--latent N] [--large RUN]
+
+RUN holds an indexed SAE whose model is at hand; the run of --large one with 65,536 latents. Times are taken in the page, from the
+click to the change that it brings, medians of several. Prints one JSON line for each figure.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from saebench.browse.serve import AppConfig, command
+
+CHROMIUM = {
+    "executable_path": "/usr/bin/chromium",
+    "args": ["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+}
+# Click the first match of one selector, and resolve when a predicate on the page holds.
+CLICK = """([selector, predicate]) => new Promise((resolve, reject) => {
+  const deep = (root, found) => { root.querySelectorAll('*').forEach((e) => { if (e.shadowRoot) { found.push(e.shadowRoot); deep(e.shadowRoot, found); } }); return found; };
+  const roots = () => [document, ...deep(document, [])];
+  const find = (css) => { for (const root of roots()) { const e = root.querySelector(css); if (e) return e; } return null; };
+  const holds = new Function('find', `return ${predicate}`);
+  const target = find(selector) || [...document.querySelectorAll('button')].find((b) => b.innerText.startsWith(selector));
+  if (!target) { reject(new Error('nothing to click: ' + selector)); return; }
+  const start = performance.now();
+  target.click();
+  const look = () => { if (holds(find)) resolve(performance.now() - start); else if (performance.now() - start > 60000) reject(new Error('timeout: ' + predicate)); else setTimeout(look, 4); };
+  look();
+})"""
+
+
+@contextmanager
+def served(run: Path) -> Iterator[str]:
+    """The app on a run, at the address given."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "SAEBENCH_APP_ROOT": str(run)}
+    server = subprocess.Popen(
+        command(AppConfig(port=port, browser=False)),
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(300):
+            with socket.socket() as probe:
+                if probe.connect_ex(("localhost", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield f"http://localhost:{port}"
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def report(what: str, milliseconds: list[float], **more: Any) -> None:
+    line = {
+        "what": what,
+        "median_ms": round(statistics.median(milliseconds)),
+        "worst_ms": round(max(milliseconds)),
+        **more,
+    }
+    print(json.dumps(line), flush=True)
+
+
+def opened(browser: Browser, address: str, selector: str) -> tuple[Page, float]:
+    page = browser.new_page(viewport={"width": 1440, "height": 1000})
+    start = time.perf_counter()
+    page.goto(address)
+    page.locator(selector).first.wait_for(timeout=120_000)
+    return page, (time.perf_counter() - start) * 1000
+
+
+def first_page(browser: Browser, address: str, times: int) -> None:
+    found = []
+    for n in range(times + 1):
+        page, milliseconds = opened(browser, address, "tr[data-pick]")
+        found += [milliseconds] if n else []  # the first warms the server
+        page.close()
+    report("first page, from a warm server", found)
+
+
+def latents(browser: Browser, address: str, times: int) -> None:
+    page, _ = opened(browser, f"{address}/features", "tr[data-pick]")
+    opening, following = [], []
+    for n in range(times):
+        page.wait_for_timeout(800)
+        row = f"tr[data-pick='latent:{n}']"
+        ready = "find('.example') && (find('h1') || {}).innerText === 'Latent %d'"
+        opening.append(page.evaluate(CLICK, [row, ready % n]))
+        page.wait_for_timeout(800)
+        following.append(page.evaluate(CLICK, ["Next", f"(find('h1') || {{}}).innerText === 'Latent {n + 1}'"]))
+        page.wait_for_timeout(800)
+        page.evaluate(CLICK, ["All latents", "find('tr[data-pick]') && !find('.example')"])
+    page.close()
+    report("open a latent, to its examples", opening[1:])
+    report("next latent, to its heading", following[1:])
+
+
+def table(browser: Browser, address: str, times: int, what: str) -> None:
+    page, _ = opened(browser, f"{address}/features", "tr[data-pick]")
+    sorting = []
+    for n in range(times + 1):
+        name = ("max", "density", "mean")[n % 3]
+        page.wait_for_timeout(600)
+        ready = f"find('th[aria-sort] button') && find('th[aria-sort] button').dataset.pick === 'sort:{name}'"
+        sorting.append(page.evaluate(CLICK, [f"button[data-pick='sort:{name}']", ready]))
+    report(f"sort {what}", sorting[1:])
+    filtering = []
+    box = page.get_by_role("textbox", name="Search")
+    for text in ("token", "class", "string", "zz1", "name")[: times + 1]:
+        before = page.locator("[data-testid='stMainBlockContainer']").inner_text()
+        box.fill(text)
+        start = time.perf_counter()
+        box.press("Enter")
+        while page.locator("[data-testid='stMainBlockContainer']").inner_text() == before:
+            time.sleep(0.005)
+        filtering.append((time.perf_counter() - start) * 1000)
+        page.wait_for_timeout(800)
+    report(f"search {what}", filtering[1:])
+    page.close()
+
+
+def steering(browser: Browser, address: str, latent: int, times: int) -> None:
+    page, _ = opened(browser, f"{address}/steering?turns={latent}:add:0.5n&prompt=def+", "text=Of the norm")
+    found, whole = [], []
+    for _ in range(times + 1):
+        page.wait_for_timeout(1500)
+        start = time.perf_counter()
+        found.append(
+            page.evaluate(
+                CLICK,
+                [
+                    "Generate",
+                    "find('.sb-arm .sb-t') && [...document.querySelectorAll('button')].find((b) => b.innerText.startsWith('Generate')).disabled",
+                ],
+            )
+        )
+        page.locator("text=first token").wait_for(timeout=120_000)
+        whole.append((time.perf_counter() - start) * 1000)
+    page.close()
+    report("first steered token", found[1:])
+    report("48 tokens in four arms, with KL", whole[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--latent", type=int, default=100)
+    parser.add_argument("--large", type=Path)
+    parser.add_argument("--times", type=int, default=5)
+    arguments = parser.parse_args()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(**CHROMIUM)  # type: ignore[arg-type]
+        with served(arguments.run) as address:
+            first_page(browser, address, arguments.times)
+            latents(browser, address, arguments.times + 1)
+            table(browser, address, 4, "2,048 latents")
+            steering(browser, address, arguments.latent, arguments.times)
+        if arguments.large:
+            with served(arguments.large) as address:
+                table(browser, address, 4, "65,536 latents")
+        browser.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""Steering settings that can be named, saved, put into a URL and written as Python."""
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from saebench.config import to_json
+from saebench.files import read_json, write_json
+from saebench.steer import Intervention, Sampling
+from saebench.steer.interventions import Mode
+from saebench.steer.run import Bench
+
+MODES: tuple[Mode, ...] = get_args(Mode)
+_SCHEMA = "saebench-recipe"
+_TURN = re.compile(r"(?P<latent>[0-9]{1,9})(:(?P<mode>[a-z]+)(:(?P<strength>[^:]+))?)?")
+_NAME = re.compile(r"[\w][\w .-]{0,59}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One latent, turned."""
+
+    latent: int
+    mode: Mode = "add"
+    strength: str = "0.5n"
+    """12 (raw), 6x (times its maximum) or 0.5n (of the median norm); a factor for `scale`, nothing for `ablate`"""
+
+    def __str__(self) -> str:
+        return f"{self.latent}:{self.mode}" + ("" if self.mode == "ablate" else f":{self.strength}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides what is generated."""
+
+    turns: tuple[Turn, ...] = ()
+    prompt: str = ""
+    positions: Literal["all", "prompt", "generated"] = "all"
+    n: int = 1
+    max_new_tokens: int = 48
+    temperature: float = 1.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+    def sampling(self) -> Sampling:
+        """Raises ValueError for settings that make no sense."""
+        return Sampling(
+            max_new_tokens=self.max_new_tokens, n_samples=self.n, seed=self.seed, temperature=self.temperature,
+            top_p=self.top_p, repetition_penalty=self.repetition_penalty,
+        )  # fmt: skip
+
+    def interventions(self, bench: Bench) -> list[Intervention]:
+        """Raises ValueError without a latent, and for a latent or strength that is not known."""
+        if not self.turns:
+            raise ValueError("no latent is chosen; add one, or open one from any page and steer with it")
+        return [
+            dataclasses.replace(bench.intervention(turn.latent, turn.strength, turn.mode), positions=self.positions)
+            for turn in self.turns
+        ]
+
+    def python(self, sae: Path) -> str:
+        """The same generation as a script."""
+        turns = "\n".join(
+            f"    replace(bench.intervention({turn.latent}, {turn.strength!r}, {turn.mode!r}), positions={self.positions!r}),"
+            for turn in self.turns
+        )
+        return f"""from dataclasses import replace
+from saebench.steer import Sampling, arms_of, generate, open_bench
+
+bench = open_bench({str(sae)!r})
+arms = arms_of([
+{turns}
+], seed={self.seed})
+sampling = Sampling(max_new_tokens={self.max_new_tokens}, n_samples={self.n}, seed={self.seed}, temperature={self.temperature},
+                    top_p={self.top_p}, repetition_penalty={self.repetition_penalty})
+for text in generate(bench.model, {self.prompt!r}, arms, sampling).texts:
+    print(f"--- {{text.arm}}: {{text.text}}")
+"""
+
+
+def parse_turns(text: str) -> tuple[Turn, ...]:
+    """Turns written `12:add:0.5n,40:ablate`. Raises ValueError for anything else."""
+    turns = []
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        match = _TURN.fullmatch(part)
+        if match is None or (match["mode"] or "add") not in MODES:
+            raise ValueError(f"{part!r} is no intervention; expected LATENT:MODE:STRENGTH such as 12:add:0.5n")
+        mode: Any = match["mode"] or "add"
+        strength = match["strength"] or ("2" if mode == "scale" else "0.5n")
+        turns.append(Turn(latent=int(match["latent"]), mode=mode, strength=strength))
+    return tuple(turns)
+
+
+def format_turns(turns: tuple[Turn, ...]) -> str:
+    return ",".join(map(str, turns))
+
+
+def save_recipe(run: Path, name: str, sae: str, recipe: Recipe) -> Path:
+    """Write `recipes/NAME.json` of a run. Raises ValueError for a name that is no file's."""
+    path = _path(run, name)
+    body = {**to_json(recipe), "turns": format_turns(recipe.turns)}
+    write_json(path, {"schema": _SCHEMA, "schema_version": 1, "sae": sae, **body})
+    return path
+
+
+def recipes_of(run: Path, sae: str) -> list[str]:
+    """Names of the recipes that were saved for an SAE of a run."""
+    found = []
+    for path in sorted((run / "recipes").glob("*.json")):
+        try:
+            if read_json(path).get("sae") == sae:
+                found.append(path.stem)
+        except (ValueError, AttributeError):
+            continue  # load_recipe says what is wrong with it
+    return found
+
+
+def load_recipe(run: Path, name: str) -> Recipe:
+    """Raises ValueError for a file that is no recipe."""
+    path = _path(run, name)
+    if not path.exists():
+        raise ValueError(f"{path} is not there")
+    content: Any = read_json(path)
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    if not isinstance(content, dict) or content.get("schema") != _SCHEMA or not fields <= set(content):
+        raise ValueError(f"{path} is no recipe; delete it, or save it again")
+    recipe = Recipe(**{name: content[name] for name in fields - {"turns"}}, turns=parse_turns(str(content["turns"])))
+    recipe.sampling()
+    return recipe
+
+
+def _path(run: Path, name: str) -> Path:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"recipe {name!r} cannot be a file; use letters, digits, spaces, dots and dashes, at most 60")
+    return run / "recipes" / f"{name}.json"

@@ -1,0 +1,129 @@
+"""What is on disk: runs, their SAEs, and how far each has come."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from saebench.evaluate.evaluate import EVALUATION
+from saebench.evaluate.report import summarise
+from saebench.index import IndexConfig
+from saebench.index.schema import open_index
+from saebench.runlog import read_metrics
+from saebench.sae import read_config
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An SAE of a run. What is on disk is looked at when it is asked for, once."""
+
+    run: Path
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def index_path(self) -> Path:
+        return IndexConfig(sae=self.folder).path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """`cfg.json`. Raises ValueError where it cannot be read."""
+        return read_config(self.folder)
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        return self.config.get("metadata", {})
+
+    @property
+    def hook(self) -> str:
+        return self.metadata.get("hook_name", "")
+
+    @property
+    def model(self) -> str | None:
+        """Name or path of the model whose vectors it was trained on."""
+        return self.metadata.get("model_name")
+
+    @property
+    def store(self) -> Path | None:
+        """The store it was trained on, whether or not it is still there."""
+        folder = self.metadata.get("saebench", {}).get("store")
+        return None if folder is None else Path(folder)
+
+    @cached_property
+    def figures(self) -> dict[str, Any]:
+        """Its entry in `summary.json`, as far as it was evaluated."""
+        if (self.folder / EVALUATION).exists():
+            return summarise([self.folder])[0]
+        config = self.config
+        known = {"name": self.name, "architecture": config["architecture"], "hook": self.hook}
+        return known | {"d_in": config["d_in"], "d_sae": config["d_sae"]}
+
+    @property
+    def evaluated(self) -> bool:
+        return "fvu" in self.figures
+
+    @cached_property
+    def log(self) -> list[dict[str, Any]]:
+        """Lines of the training log; none for an SAE that others trained."""
+        path = self.folder / "metrics.jsonl"
+        return read_metrics(path) if path.exists() else []
+
+    @cached_property
+    def share_indexed(self) -> float:
+        """0 without an index, 1 with a whole one, between them while it is built."""
+        if not self.index_path.exists():
+            return 0.0
+        with open_index(self.index_path) as file:
+            return 1.0 if file.attrs["complete"] else min(0.999, float(file.attrs["share_done"]))
+
+    def python(self, latent: int) -> str:
+        """How to get at all that the page of a latent shows, from Python."""
+        return f"""from saebench.index import open_feature_index
+from saebench.index.examples import show
+from saebench.sae import load_sae
+
+sae = load_sae({str(self.folder)!r})
+index = open_feature_index({str(self.index_path)!r})
+latent = index[{latent}]
+for context, values in show(index, sae, {latent}, latent.top):
+    print("".join(context.pieces), values.max())
+"""
+
+    def next_commands(self) -> dict[str, list[str]]:
+        """What is missing, and the arguments of `saebench` that make it."""
+        missing: dict[str, list[str]] = {}
+        if not self.evaluated:
+            missing["Evaluate"] = ["eval", "--run", str(self.run)]
+        if self.share_indexed < 1:
+            missing["Index" if self.share_indexed == 0 else "Go on indexing"] = ["index", "--sae", str(self.folder)]
+        elif not self.index_path.with_suffix(".scores.h5").exists():
+            missing["Score for steering"] = ["steer", "rank", "--sae", str(self.folder)]
+        return missing
+
+
+def runs_under(root: Path) -> dict[str, Path]:
+    """Runs by name: `root` itself where it holds SAEs, else the folders in it that do."""
+    if (root / "saes").is_dir():
+        return {root.name: root}
+    if not root.is_dir():
+        return {}
+    return {folder.name: folder for folder in sorted(root.iterdir()) if (folder / "saes").is_dir()}
+
+
+def saes_of(run: Path) -> tuple[dict[str, Trained], dict[str, str]]:
+    """(a run's SAEs by name, and what is wrong with those that cannot be read)."""
+    found: dict[str, Trained] = {}
+    broken: dict[str, str] = {}
+    for folder in sorted((run / "saes").iterdir()):
+        if not (folder / "cfg.json").exists():
+            continue
+        sae = Trained(run, folder)
+        try:
+            _ = sae.figures["architecture"], sae.hook, sae.share_indexed
+            found[folder.name] = sae
+        except (ValueError, KeyError, OSError) as error:
+            broken[folder.name] = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
+    return found, broken

@@ -1,0 +1,153 @@
+"""All latents of an SAE as one table: sorted, filtered and searched in memory, a page at a time."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from saebench.index import FeatureIndex
+from saebench.index.derive import FLAGS
+from saebench.index.notes import Note, Notes
+from saebench.steer.scores import Scores
+
+HEADINGS = {
+    "density": ("density", "share of tokens on which it fires"),
+    "max": ("max", "its strongest activation, in units of the residual stream"),
+    "mean": ("mean", "mean of its non-zero activations"),
+    "decoder_norm": ("‖d‖", "norm of its decoder row"),
+    "encoder_cosine": ("enc·dec", "cosine of its encoder and decoder rows"),
+    "nearest_cosine": ("nearest", "cosine of the nearest other decoder row"),
+    "logit_std": ("logits σ", "standard deviation of its direct effects on all logits"),
+    "detection": ("rule", "balanced accuracy of its rule in telling windows in which it fires, on held-out documents; chance is 0.5"),
+    "input": ("input", "F1 of its rule on held-out tokens"),
+    "output": ("output", "probability that its top logit tokens gain when it is clamped: how well it steers"),
+}  # fmt: skip
+"""Columns that can be sorted by, with what they mean, in the order of every page."""
+MAX_SIZE = 1000
+_SEARCHED_TOKENS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """Which latents, in which order."""
+
+    text: str = ""
+    """words that must all occur in label, tags, note, rule or top tokens; a number finds the latent itself"""
+    sort: str = "latent"
+    """`latent`, or a name of HEADINGS"""
+    descending: bool = False
+    least_density: float = 0.0
+    most_density: float = 1.0
+    least_rule: float = 0.0
+    """detection of the rule"""
+    having: tuple[str, ...] = ()
+    """flags, any of which a latent must have; `labelled` counts as one"""
+    without: tuple[str, ...] = ()
+    """flags that it must not have"""
+    page: int = 0
+    size: int = 50
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.size <= MAX_SIZE:
+            raise ValueError(f"size is {self.size}; expected 1 to {MAX_SIZE} rows")
+
+
+class Found(NamedTuple):
+    """A page of the table."""
+
+    latents: np.ndarray
+    total: int
+    """latents that match, on all pages"""
+    page: int
+    """the page asked for, or the last there is"""
+
+
+class LatentTable:
+    """The columns of an index with the scores and notes beside it."""
+
+    def __init__(self, index: FeatureIndex, notes: Notes, scores: Scores | None = None) -> None:
+        self.index, self.notes = index, notes
+        self.columns = dict(index.columns)
+        if scores is not None:
+            self.columns |= {"input": scores.input, "output": scores.output}
+        elif "rule_f1" in self.columns:
+            self.columns["input"] = self.columns["rule_f1"]
+
+    @property
+    def sortable(self) -> dict[str, tuple[str, str]]:
+        return {name: heading for name, heading in HEADINGS.items() if name in self.columns}
+
+    def order(self, query: Query) -> np.ndarray:
+        """Every latent that matches, ties in order of their numbers, latents without the figure last.
+
+        Raises ValueError for a column or flag that is not there.
+        """
+        chosen = np.flatnonzero(self._matches(query))
+        if query.sort == "latent":
+            return chosen[::-1] if query.descending else chosen
+        if query.sort not in self.sortable:
+            raise ValueError(f"sort is {query.sort!r}; expected latent, {', '.join(self.sortable)}")
+        values = self.columns[query.sort][chosen].astype(np.float64)
+        return chosen[np.argsort(-values if query.descending else values, kind="stable")]
+
+    def find(self, query: Query) -> Found:
+        """A page of them."""
+        order = self.order(query)
+        page = max(0, min(query.page, (len(order) - 1) // query.size))
+        return Found(order[page * query.size : (page + 1) * query.size], len(order), page)
+
+    def beside(self, query: Query, latent: int) -> tuple[int | None, int | None]:
+        """The latents before and after one in the order of a query; by number where it does not match the query."""
+        order = self.order(query)
+        places = np.flatnonzero(order == latent)
+        if not len(places):
+            return (latent - 1 if latent > 0 else None), (latent + 1 if latent + 1 < self.index.d_sae else None)
+        place = int(places[0])
+        return (
+            int(order[place - 1]) if place > 0 else None,
+            int(order[place + 1]) if place + 1 < len(order) else None,
+        )
+
+    def _matches(self, query: Query) -> np.ndarray:
+        density = self.columns["density"]
+        chosen = (density >= query.least_density) & (density <= query.most_density)
+        if query.least_rule > 0 and "detection" in self.columns:
+            chosen &= self.columns["detection"] >= query.least_rule
+        if query.having:
+            chosen &= np.logical_or.reduce([self._flagged(flag) for flag in query.having])
+        for flag in query.without:
+            chosen &= ~self._flagged(flag)
+        if words := query.text.lower().split():
+            noted = {latent: _words(note) for latent, note in self.notes.items()}
+            for latent in np.flatnonzero(chosen):
+                text = f"{self._texts[latent]} {noted.get(int(latent), '')}"
+                chosen[latent] = all(word in text for word in words)
+        return chosen
+
+    def _flagged(self, flag: str) -> np.ndarray:
+        if flag == "labelled":
+            labelled = np.zeros(self.index.d_sae, bool)
+            labelled[[latent for latent, _ in self.notes.items()]] = True
+            return labelled
+        if flag not in FLAGS:
+            raise ValueError(f"flag is {flag!r}; expected labelled, {', '.join(FLAGS)}")
+        return self.index.flagged(flag)
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        """What the search looks at of each latent, but for notes."""
+        tops = self.index.top_logits
+        fires_on = self.index.top_tokens[:, :_SEARCHED_TOKENS]
+        known = {int(token) for part in (tops, fires_on) if part is not None for token in np.unique(part) if token >= 0}
+        ids = np.array(sorted(known), np.int64)
+        pieces = dict(zip(ids.tolist(), (piece.lower() for piece in self.index.pieces(ids)), strict=True))
+        rows = fires_on if tops is None else np.concatenate([fires_on, tops[:, :_SEARCHED_TOKENS]], 1)
+        return [
+            f"{latent} {rule.lower()} {' '.join(pieces[token] for token in row if token >= 0)}"
+            for latent, (rule, row) in enumerate(zip(self.index.explanations, rows.tolist(), strict=True))
+        ]
+
+
+def _words(note: Note) -> str:
+    return " ".join((note.label, *note.tags, note.text)).lower()

@@ -1,0 +1,33 @@
+"""Generated texts of one arm as HTML."""
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+from saebench.view.tokens import number, token_html
+
+FULL = 2.0
+"""nats of KL at which a token's colour is full"""
+
+
+def arm_html(arm: str, about: str, texts: Sequence[Sequence[str]], measured: Sequence[Any] = ()) -> str:
+    """Texts under each other, by their tokens. `measured` are their `Text`s, once there are: KL as colour, divergence as a mark."""
+    parts = []
+    for sample, pieces in enumerate(texts):
+        text = measured[sample] if sample < len(measured) else None
+        spans = []
+        for place, piece in enumerate(pieces):
+            kl = float(text.kl[place]) if text is not None and place < len(text.kl) else 0.0
+            apart = text is not None and text.diverges == place and arm != "unsteered"
+            title = f"KL {kl:.3f} nats" if kl > 0 else ""
+            spans.append(
+                token_html(piece, kl if kl > 0.005 else 0.0, FULL, title=title, kind="sb-apart" if apart else "")
+            )
+        parts.append(f'<div class="sb-text sb-change sb-arm">{"".join(spans)}</div>')
+    figures = ""
+    if measured and all(len(text.kl) for text in measured):
+        kl = sum(float(text.kl.mean()) for text in measured) / len(measured)
+        loss = sum(text.cross_entropy for text in measured) / len(measured)
+        figures = f"<small>cross-entropy {number(loss)} nats per token"
+        figures += f", KL {number(kl)}</small>" if arm != "unsteered" else "</small>"
+    return f"<h3>{html.escape(arm)}</h3><small>{html.escape(about)}</small>{''.join(parts)}{figures}"

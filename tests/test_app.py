@@ -1,0 +1,197 @@
+"""The app's pages, run without a browser: their logic, and what they say of what is missing."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import h5py
+import pytest
+from streamlit.testing.v1 import AppTest
+
+from saebench.browse.serve import app_script
+from saebench.files import hash_files, read_json, write_json
+from saebench.index.notes import Note, Notes
+
+SAE = "topk-k4"
+
+
+@pytest.fixture
+def opened(run: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Opens a page on the run, or on another root."""
+    monkeypatch.syspath_prepend(str(app_script().parent))
+    monkeypatch.chdir(run.parent)
+
+    def open_page(page: str, /, root: Path = run, **parameters: str) -> AppTest:
+        monkeypatch.setenv("SAEBENCH_APP_ROOT", str(root))
+        app = AppTest.from_file(str(app_script()), default_timeout=60)
+        app.query_params.update(parameters)
+        app.switch_page(f"views/{page}.py")
+        return app.run()
+
+    return open_page
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    """A run of one's own to break."""
+    return Path(shutil.copytree(run, tmp_path / "copied"))
+
+
+def said(app: AppTest) -> str:
+    """All that a page says in words."""
+    parts = [*app.title, *app.error, *app.warning, *app.info, *app.caption, *app.markdown, *app.subheader]
+    return "\n".join(str(part.value) for part in parts)
+
+
+@pytest.mark.parametrize("page", ["overview", "features", "prompt", "steering", "compare"])
+def test_every_page_opens_without_an_error(opened: Any, page: str) -> None:
+    app = opened(page)
+    assert not app.exception
+    assert not app.error
+
+
+def test_what_a_page_is_about_stands_at_its_head(opened: Any) -> None:
+    heads = {
+        page: opened(page, **more).title[0].value
+        for page, more in (
+            ("overview", {}), ("features", {"sae": SAE}), ("features", {"sae": "topk-k2", "latent": "7"}), ("prompt", {}),
+        )
+    }  # fmt: skip
+    assert heads == {"overview": "tiny", "features": "Latent 7", "prompt": "Prompt"}
+    assert opened("features", sae=SAE).title[0].value == SAE
+
+
+def test_without_a_run_the_overview_says_how_to_make_one(opened: Any, tmp_path: Path) -> None:
+    app = opened("overview", root=tmp_path / "nothing")
+    assert app.title[0].value == "No run yet"
+    assert "saebench demo --out" in said(app)
+    for page in ("features", "prompt", "steering", "compare"):
+        other = opened(page, root=tmp_path / "nothing")
+        assert not other.exception
+        assert other.info or other.warning
+
+
+def test_an_sae_without_an_index_is_told_how_to_get_one(opened: Any) -> None:
+    for page in ("features", "prompt"):
+        app = opened(page, sae="relu-l0-4")
+        assert not app.exception
+        assert "saebench index --sae" in said(app)
+    assert "strengths can only be given raw" in said(opened("steering", sae="relu-l0-4", turns="3:add:12"))
+
+
+def test_an_index_being_built_is_shown_as_far_as_it_is(opened: Any, copy: Path) -> None:
+    with h5py.File(copy / "index" / f"{SAE}.h5", "r+") as file:
+        file.attrs["complete"], file.attrs["share_done"] = False, 0.4
+    app = opened("features", root=copy, sae=SAE)
+    assert not app.exception
+    assert "Indexed so far: 40%" in said(app)
+    assert "saebench index --sae" in said(opened("overview", root=copy, sae=SAE))
+
+
+def test_a_model_that_cannot_be_loaded_leaves_browsing_as_it_is(opened: Any, copy: Path) -> None:
+    config = read_json(copy / "saes" / SAE / "cfg.json")
+    config["metadata"]["model_name"] = "./no-such-model"
+    write_json(copy / "saes" / SAE / "cfg.json", config)
+    assert not opened("features", root=copy, sae=SAE, latent="3").error
+    app = opened("steering", root=copy, sae=SAE, turns="3:add:0.5n")
+    assert not app.exception
+    assert "model './no-such-model' is not a directory" in app.error[0].value
+
+
+def test_of_a_store_that_is_gone_figures_and_logits_still_show(opened: Any, run: Path, tmp_path: Path) -> None:
+    whole = Path(shutil.copytree(run.parent.parent, tmp_path / "moved"))
+    config = read_json(whole / "runs" / "tiny" / "saes" / SAE / "cfg.json")
+    with h5py.File(whole / "runs" / "tiny" / "index" / f"{SAE}.h5", "r+") as file:
+        file.attrs["store"] = str(whole / "store")
+    config["metadata"]["saebench"]["store"] = str(whole / "store")
+    write_json(whole / "runs" / "tiny" / "saes" / SAE / "cfg.json", config)
+    assert not opened("features", root=whole / "runs", sae=SAE, latent="3").warning
+    shutil.rmtree(whole / "store")
+    app = opened("features", root=whole / "runs", sae=SAE, latent="3")
+    assert not app.exception
+    assert not app.error
+    assert "Its store is gone" in app.warning[0].value
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"latent": "99999999"}, {"latent": "-1"}, {"latent": "<script>"}, {"sort": "nonsense.desc"}, {"page": "9" * 30},
+        {"page": "-3"}, {"size": "7"}, {"sae": "../../etc"}, {"run": "../.."}, {"having": "nonsense"}, {"rule": "nan"},
+    ],
+)  # fmt: skip
+def test_absurd_parameters_are_as_if_they_were_not_there(opened: Any, parameters: dict[str, str]) -> None:
+    app = opened("features", **parameters)
+    assert not app.exception
+    assert not app.error
+    assert app.title[0].value in ("topk-k2", SAE)
+
+
+@pytest.mark.parametrize("turns", ["x", "1:push:2", "1:add:2:3", "99999:add:0.5n", "1:add:much"])
+def test_interventions_that_cannot_be_read_are_named(opened: Any, turns: str) -> None:
+    app = opened("steering", sae=SAE, turns=turns)
+    assert not app.exception
+    assert "expected" in app.error[0].value or "the SAE has 0 to 47" in app.error[0].value
+
+
+def test_a_prompt_longer_than_the_context_is_told_so(opened: Any) -> None:
+    app = opened("prompt", sae=SAE, text="cat dog " * 200)
+    assert not app.exception
+    assert "the model takes at most 64" in app.error[0].value
+
+
+def test_a_text_is_ranked_and_a_token_chosen(opened: Any) -> None:
+    app = opened("prompt", sae=SAE, text="the red cat sees", rank="Attribution", at="2")
+    assert not app.error
+    assert "Only token 2" in said(app)
+    assert "Attributed to the logit of" in said(app)
+
+
+def test_a_note_is_written_and_a_second_writer_told(opened: Any, copy: Path) -> None:
+    app = opened("features", root=copy, sae=SAE, latent="3")
+    notes = Notes(
+        copy / "index" / f"{SAE}.notes.json", hash_files([copy / "saes" / SAE / "sae_weights.safetensors"]), 48
+    )
+    fields = {field.label: field for field in app.text_input}
+    fields["Label"].input("cats")
+    fields["Tags"].input("animal, short")
+    next(button for button in app.button if button.label == "Save").click()
+    app.run()
+    assert not app.exception
+    assert notes[3] == Note("cats", ("animal", "short"))
+    assert app.title[0].value == "Latent 3: cats"
+    notes.write(3, Note("dogs"))
+    {field.label: field for field in app.text_input}["Label"].input("birds")
+    next(button for button in app.button if button.label == "Save").click()
+    app.run()
+    assert "noted by someone else meanwhile, as 'dogs'" in app.error[0].value
+    assert notes[3] == Note("dogs")
+
+
+def test_a_broken_sae_is_named_and_the_others_stay(opened: Any, copy: Path) -> None:
+    (copy / "saes" / "topk-k2" / "cfg.json").write_text("{")
+    app = opened("overview", root=copy)
+    assert not app.exception
+    assert "topk-k2 cannot be read" in said(app)
+    assert app.title[0].value == "copied"
+
+
+def test_notes_edited_into_nonsense_are_named(opened: Any, copy: Path) -> None:
+    (copy / "index" / f"{SAE}.notes.json").write_text("[]")
+    app = opened("features", root=copy, sae=SAE)
+    assert not app.exception
+    assert "is not a file of notes" in app.error[0].value
+
+
+def test_another_sae_under_the_name_of_the_indexed_one_is_refused(opened: Any, copy: Path) -> None:
+    shutil.copy(copy / "saes" / "topk-k2" / "sae_weights.safetensors", copy / "saes" / SAE / "sae_weights.safetensors")
+    app = opened("features", root=copy, sae=SAE)
+    assert "was made from another sae" in app.error[0].value
+
+
+def test_the_script_is_found_and_starts_offline() -> None:
+    config = (app_script().parent / ".streamlit" / "config.toml").read_text()
+    assert "gatherUsageStats = false" in config
+    assert 'address = "localhost"' in config
+    assert os.access(app_script(), os.R_OK)

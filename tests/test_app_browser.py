@@ -1,0 +1,295 @@
+"""The app in a real browser: what is clicked, typed, steered and shared."""
+
+import re
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from saebench.browse.serve import AppConfig, command
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+from playwright.sync_api import Browser, Page, expect  # noqa: E402
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+SAE = "topk-k4"
+
+
+@pytest.fixture(scope="module")
+def address(run: Path) -> Iterator[str]:
+    """A server on the run."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    import os
+
+    environment = {**os.environ, "SAEBENCH_APP_ROOT": str(run), "OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen(
+        command(AppConfig(port=port, browser=False)),
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        for _ in range(600):
+            with socket.socket() as probe:
+                if probe.connect_ex(("localhost", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield f"http://localhost:{port}"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        )
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page that fails the test when anything but the server is asked for something, or a script raises."""
+    opened = browser.new_page(viewport={"width": 1400, "height": 1000})
+    opened.set_default_timeout(20_000)
+    expect.set_options(timeout=20_000)
+    wrong: list[str] = []
+    opened.on("pageerror", lambda error: wrong.append(f"script: {error}"))
+    opened.on(
+        "request",
+        lambda request: (
+            wrong.append(request.url) if "//localhost" not in request.url and request.url.startswith("http") else None
+        ),
+    )
+    yield opened
+    assert opened.locator("[data-testid=stException]").all_inner_texts() == []
+    assert not wrong
+    assert opened.title() != "broken"
+    opened.close()
+
+
+def settled(page: Page) -> None:
+    """The script has run."""
+    page.wait_for_timeout(150)
+    page.locator('[data-testid="stApp"][data-test-script-state="notRunning"]').wait_for()
+    page.wait_for_timeout(150)
+
+
+def test_each_page_opens_from_the_menu(page: Page, address: str) -> None:
+    page.goto(address)
+    expect(page.get_by_role("heading", name="tiny")).to_be_visible()
+    expect(page.locator("table[aria-label=SAEs] tbody tr")).to_have_count(3)
+    for name, heading in (
+        ("Features", "topk-k"),
+        ("Prompt", "Prompt"),
+        ("Steering", "Steering"),
+        ("Compare", "Compare"),
+    ):
+        page.get_by_role("link", name=name).click()
+        expect(page.get_by_role("heading", name=re.compile(heading)).first).to_be_visible()
+        settled(page)
+        assert page.locator("[data-testid=stException]").count() == 0
+
+
+def test_sort_filter_open_and_follow_a_neighbour(page: Page, address: str) -> None:
+    page.goto(f"{address}/features?sae={SAE}")
+    rows = page.locator("table[aria-label=latents] tbody tr")
+    expect(rows).to_have_count(48)
+    page.locator("button[data-pick='sort:max']").click()
+    expect(page.locator("th[aria-sort=descending]")).to_contain_text("max")
+    settled(page)
+    column = page.locator("table[aria-label=latents] tbody td:nth-child(5)").all_inner_texts()
+    figures = [float(text.replace(",", "")) for text in column]
+    assert figures == sorted(figures, reverse=True)
+    page.get_by_role("textbox", name="Search").fill("7")
+    page.get_by_role("textbox", name="Search").press("Enter")
+    settled(page)
+    expect(rows).not_to_have_count(48)
+    assert "q=7" in page.url
+    assert "sort=max.desc" in page.url
+    first = rows.first.locator("a").inner_text()
+    rows.first.locator("td").nth(2).click()
+    expect(page.get_by_role("heading", name=f"Latent {first}")).to_be_visible()
+    settled(page)
+    assert f"latent={first}" in page.url
+    link = page.locator("table[aria-label=latents] tbody a").first
+    other = link.inner_text()
+    link.click()
+    expect(page.get_by_role("heading", name=re.compile(f"^Latent {other}"))).to_be_visible()
+    page.keyboard.press("j")
+    settled(page)
+    expect(page.get_by_role("heading", name=re.compile(f"^Latent {other}$"))).to_have_count(0)
+
+
+def test_contexts_switch_and_hostile_text_shows_as_text(page: Page, address: str) -> None:
+    page.goto(f"{address}/features?sae={SAE}&latent=3")
+    expect(page.locator(".example").first).to_be_visible()
+    few = len(page.locator(".example .sb-text").first.inner_text())
+    page.get_by_role("radio", name="full").click()
+    settled(page)
+    assert "around=full" in page.url
+    whole = page.locator(".example .sb-text")
+    assert len(whole.first.inner_text()) >= few
+    seen = ""
+    for latent in range(0, 48, 6):
+        page.goto(f"{address}/features?sae={SAE}&latent={latent}&around=full&group=Random")
+        expect(page.locator("h1")).to_contain_text(f"Latent {latent}")
+        settled(page)
+        seen += "".join(whole.all_inner_texts())
+    for text in ("<scr", "javascript:", "**", "\u2400"):  # contexts are 16 tokens long
+        assert text in seen, text
+    assert page.locator(".example script, .example img, .example b").count() == 0
+    focusable = page.locator(".example .sb-on").first
+    if focusable.count():
+        focusable.focus()
+        assert focusable.get_attribute("data-v")
+
+
+def test_own_lines_show_where_the_latent_fires(page: Page, address: str) -> None:
+    page.goto(f"{address}/features?sae={SAE}&latent=3")
+    page.get_by_role("textbox", name="Lines, each by itself").fill("the red cat\n<b>blue</b> dog")
+    page.get_by_role("button", name="See where it fires").click()
+    expect(page.get_by_text("of 2 lines")).to_be_visible()
+    page.get_by_role("button", name="Measure").click()
+    expect(page.get_by_text("nats over the context")).to_be_visible()
+
+
+def test_a_prompts_tokens_and_latents_lead_on(page: Page, address: str) -> None:
+    page.goto(f"{address}/prompt?sae={SAE}")
+    page.get_by_role("textbox", name="Text").fill("the cat sees a <i>dog</i>")
+    page.get_by_role("button", name="See what fires").click()
+    tokens = page.locator(".sb-text [data-pick^='at:']")
+    expect(tokens.nth(3)).to_be_visible()
+    tokens.nth(3).focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("Only token 3")).to_be_visible()
+    assert "at=3" in page.url
+    settled(page)
+    steer = page.locator("a[data-pick^='steer:']").first
+    latent = (steer.get_attribute("data-pick") or "").split(":")[1]
+    steer.click()
+    expect(page.get_by_role("heading", name="Steering")).to_be_visible()
+    settled(page)
+    assert f"turns={latent}%3Aadd" in page.url or f"turns={latent}:add" in page.url
+    expect(page.get_by_role("textbox", name="Prompt")).to_have_value("the cat sees a <i>dog</i>")
+
+
+def test_steer_stop_and_reload_from_the_copied_url(page: Page, browser: Browser, address: str) -> None:
+    page.goto(f"{address}/steering?sae={SAE}&turns=3:add:4n&prompt=the+cat&max_new_tokens=20")
+    page.get_by_role("button", name="Generate").click()
+    expect(page.get_by_text("the first token that differs")).to_be_visible()
+    expect(page.locator(".sb-arm")).to_have_count(4)
+    assert page.locator(".sb-apart").count() >= 1
+    raw = page.get_by_role("spinbutton", name="Raw").input_value()
+    page.get_by_role("spinbutton", name="Of the norm").fill("2")
+    page.get_by_role("spinbutton", name="Of the norm").press("Enter")
+    settled(page)
+    assert float(page.get_by_role("spinbutton", name="Raw").input_value()) == pytest.approx(float(raw) / 2, rel=1e-3)
+    page.get_by_role("spinbutton", name="Seed").fill("5")
+    page.get_by_role("spinbutton", name="Seed").press("Enter")
+    settled(page)
+    copied = page.url
+    other = browser.new_context().new_page()
+    other.goto(copied)
+    expect(other.get_by_role("spinbutton", name="Of the norm")).to_have_value("2")
+    expect(other.get_by_role("spinbutton", name="Seed")).to_have_value("5")
+    expect(other.get_by_role("textbox", name="Prompt")).to_have_value("the cat")
+    other.close()
+
+
+def test_stopping_keeps_what_there_is(page: Page, address: str) -> None:
+    page.goto(f"{address}/steering?sae={SAE}&turns=3:add:1n&prompt=a&max_new_tokens=60&n=8")
+    page.get_by_role("button", name="Generate").click()
+    stop = page.get_by_role("button", name="Stop")
+    if stop.is_enabled():
+        stop.click()
+    expect(page.get_by_text("the first token that differs")).to_be_visible()
+    expect(page.get_by_role("button", name="Generate")).to_be_enabled()
+
+
+def test_two_sessions_at_once_do_not_mix(browser: Browser, address: str) -> None:
+    def texts(strengths: list[str]) -> list[list[str]]:
+        pages = []
+        for strength in strengths:
+            one = browser.new_context().new_page()
+            one.goto(
+                f"{address}/steering?sae={SAE}&turns=3:add:{strength}&prompt=the+cat&max_new_tokens=24&temperature=0.0"
+            )
+            one.get_by_role("button", name="Generate").wait_for()
+            settled(one)
+            pages.append(one)
+        for one in pages:
+            one.get_by_role("button", name="Generate").click()
+        found = []
+        for one in pages:
+            expect(one.get_by_text("the first token that differs")).to_be_visible(timeout=60_000)
+            found.append(one.locator(".sb-arm").all_inner_texts())
+            one.close()
+        return found
+
+    together = texts(["6n", "1n"])
+    assert together == [*texts(["6n"]), *texts(["1n"])]
+    assert together[0][0] == together[1][0]  # unsteered
+    assert together[0][1] != together[1][1]
+
+
+def test_two_saes_are_compared(page: Page, address: str) -> None:
+    page.goto(f"{address}/compare?sae={SAE}")
+    expect(page.locator("table[aria-label='kinds of latents'] tbody tr")).to_have_count(5)
+    page.get_by_role("radio", name="alone").click()
+    settled(page)
+    assert "kind=alone" in page.url
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("dark", 1400), ("light", 800), ("dark", 800)])
+def test_dark_and_narrow_pages_are_whole(browser: Browser, address: str, scheme: str, width: int) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    for view in (
+        "",
+        f"features?sae={SAE}",
+        f"features?sae={SAE}&latent=3",
+        "prompt?text=the+cat",
+        "steering?turns=3:add:1n",
+        "compare",
+    ):
+        page.goto(f"{address}/{view}")
+        page.locator("h1").first.wait_for()
+        settled(page)
+        assert page.locator("[data-testid=stException]").count() == 0
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), view
+        contrast = page.evaluate(_CONTRAST)
+        assert contrast["worst"] >= 4.5, (view, contrast)
+    page.close()
+
+
+# Of all text in the panels: the smallest contrast between its colour and the first opaque background behind it.
+_CONTRAST = """() => {
+  const parse = (c) => { const m = c.match(/[\\d.]+/g).map(Number); const unit = c.startsWith('color(') ? 255 : 1;
+    return { rgb: m.slice(0, 3).map((v) => v * unit), a: m.length > 3 ? m[3] : 1 }; };
+  const mix = (top, under) => ({ rgb: top.rgb.map((v, i) => v * top.a + under.rgb[i] * (1 - top.a)), a: 1 });
+  const light = (rgb) => { const [r, g, b] = rgb.map((v) => { v /= 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const behind = (e) => { const layers = []; for (let n = e; n; n = n.parentElement || (n.getRootNode() && n.getRootNode().host)) {
+      const c = parse(getComputedStyle(n).backgroundColor); layers.push(c); if (c.a === 1) break; }
+    let colour = { rgb: [255, 255, 255], a: 1 }; for (const layer of layers.reverse()) colour = mix(layer, colour); return colour; };
+  let worst = 99, where = '';
+  const visit = (root) => root.querySelectorAll('*').forEach((e) => {
+    if (e.shadowRoot) visit(e.shadowRoot);
+    if (!e.closest('.sb-app') || ![...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim())) return;
+    const back = behind(e), front = mix(parse(getComputedStyle(e).color), back);
+    const [a, b] = [light(front.rgb), light(back.rgb)]; const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < worst) { worst = ratio; where = e.className + ': ' + e.textContent.slice(0, 20); }
+  });
+  visit(document);
+  return { worst, where };
+}"""
