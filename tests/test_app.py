@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ def opened(run: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Opens a page on the run, or on another root."""
     monkeypatch.syspath_prepend(str(app_script().parent))
     monkeypatch.chdir(run.parent)
+    # Streamlit puts the app in the place of the main module, which a process spawned by a later test would run.
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
 
     def open_page(page: str, /, root: Path = run, **parameters: str) -> AppTest:
         monkeypatch.setenv("SAEBENCH_APP_ROOT", str(root))
