@@ -185,9 +185,11 @@ class Store:
 
     def tokenizer(self) -> Any:
         """The tokenizer copied beside the store."""
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-        return AutoTokenizer.from_pretrained(self.folder / TOKENIZER)
+        # AutoTokenizer imports the code of the model that the tokenizer belongs to, ten times what is needed here.
+        whole = (self.folder / TOKENIZER / "tokenizer.json").exists()
+        return (PreTrainedTokenizerFast if whole else AutoTokenizer).from_pretrained(self.folder / TOKENIZER)
 
     def verify_beside(self) -> None:
         """Check what lies beside the shards. Raises ValueError naming the part that is not as it was written."""
