@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo check test bench
+.PHONY: install demo app check test bench
 
 install: .venv/installed
 
@@ -14,6 +14,10 @@ install: .venv/installed
 
 demo: install
 	$(BIN)/saebench demo
+
+app: install
+	test -d runs/demo/index || $(MAKE) demo
+	$(BIN)/saebench app runs
 
 check: install
 	$(BIN)/ruff check .

@@ -1,32 +1,29 @@
-"""One latent: its figures, its evidence, its neighbours, and what one can try on it."""
+"""One latent: its figures, its evidence, its neighbours, and your note."""
 
 import html
 from typing import Any
 
 import numpy as np
 import streamlit as st
-from shell import clickable, go, model_of, said, weights_of
+from shell import clickable, go, said, weights_of
+from trials import ablation, own_text
 
 from saebench.browse.runs import Trained
 from saebench.browse.table import LatentTable, Query
-from saebench.evaluate.attribution import ablation_effects
 from saebench.index.examples import show, show_all
 from saebench.index.notes import Note
 from saebench.index.page import (
     activations_svg,
-    effects_html,
     examples_html,
     figures_html,
     interval_title,
     logits_svg,
     ranked_html,
     rule_html,
-    visible,
 )
 from saebench.index.reader import Latent, Ranked
-from saebench.index.search import activations_on
 from saebench.view import grid
-from saebench.view.tokens import number, text_html
+from saebench.view.tokens import number
 
 AROUND = {"±5": 5, "±16": 16, "full": None}
 GROUPS = ("Strongest", "Intervals", "Random")
@@ -40,6 +37,7 @@ def show_latent(sae: Trained, table: LatentTable, number_: int, query: Query, ti
     with title:
         st.title(f"Latent {number_}" + (f": {note.label}" if note.label else ""))
     steps(table, number_, query)
+    scores = {name: float(table.columns[name][number_]) for name in ("output",) if name in table.columns}
     tops = (
         f"<div><h3>Logits up</h3>{ranked_html(index, latent.top_logits)}</div>"
         f"<div><h3>Logits down</h3>{ranked_html(index, latent.bottom_logits)}</div>"
@@ -47,7 +45,7 @@ def show_latent(sae: Trained, table: LatentTable, number_: int, query: Query, ti
         else ""
     )
     clickable(
-        f"""{rule_html(latent.rule)}{figures_html(latent)}
+        f"""{rule_html(latent.rule)}{figures_html(latent, scores)}
 <div class="columns"><div><h3>Firings by strength</h3>{activations_svg(latent, index.bin_edges)}
 <h3>Direct effects on logits</h3>{logits_svg(latent)}</div>
 <div><h3>Fires on</h3>{ranked_html(index, latent.tokens)}</div>{tops}</div>""",
@@ -71,17 +69,17 @@ def steps(table: LatentTable, latent: int, query: Query) -> None:
     def open_latent(number_: int | None) -> None:
         st.session_state.latent = number_
 
-    columns = st.columns([1, 1, 1, 1, 1, 3])
     chance = int(np.random.default_rng().integers(table.index.d_sae))
-    for column, label, to, key, off in (
-        (columns[0], "All latents", None, "A", False),
-        (columns[1], "Previous", before, "K", before is None),
-        (columns[2], "Next", after, "J", after is None),
-        (columns[3], "Random", chance, "X", False),
-    ):
-        column.button(label, on_click=open_latent, args=(to,), shortcut=key, disabled=off, width="stretch")
-    if columns[4].button("Steer with it", width="stretch", type="primary"):
-        go("steering", turns=f"{latent}:add:0.5n")
+    with st.container(horizontal=True):
+        for label, to, key, off in (
+            ("All latents", None, "A", False),
+            ("Previous", before, "K", before is None),
+            ("Next", after, "J", after is None),
+            ("Random", chance, "X", False),
+        ):
+            st.button(label, on_click=open_latent, args=(to,), shortcut=key, disabled=off)
+        if st.button("Steer with it", type="primary"):
+            go("steering", turns=f"{latent}:add:0.5n")
 
 
 @st.fragment
@@ -135,8 +133,11 @@ def links(table: LatentTable, ranked: Ranked, size: int = 8) -> str:
         return "<small>none</small>"
     rows = []
     for other, value in zip(ranked.ids[:size].tolist(), ranked.values[:size].tolist(), strict=True):
-        name = table.notes[other].label or visible(table.index.explanations[other])
-        cells = [grid.link(str(other), f"latent:{other}", {"latent": other}), html.escape(name), number(value)]
+        cells = [
+            grid.link(str(other), f"latent:{other}", {"latent": other}),
+            html.escape(table.name(other)),
+            number(value),
+        ]
         rows.append(grid.Row(cells, f"latent:{other}"))
     columns = [grid.Column("", "latent"), grid.Column("", "label or rule", text=True), grid.Column("", "")]
     return grid.grid_html(columns, rows, "latents")
@@ -159,48 +160,3 @@ def note_form(table: LatentTable, latent: int, note: Note) -> None:
                 table.notes.write(latent, written, seen=seen)
                 state.seen = written
                 st.rerun()
-
-
-@st.fragment
-def own_text(sae: Trained, table: LatentTable, latent: Latent) -> None:
-    st.subheader("Try your own text")
-    with st.form("own text", border=False):
-        text = st.text_area("Lines, each by itself", key="try", bind="query-params", height=100)
-        st.form_submit_button("See where it fires")
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
-        return
-    with said():
-        shared = model_of(sae)
-        peaks, body = [], []
-        with shared.lock:
-            found = [activations_on(shared.model, weights_of(sae), sae.hook, line, latent.latent) for line in lines]
-        for tokens, values in found:
-            peak = int(values.argmax())
-            peaks.append(float(values[peak]))
-            pieces = table.index.pieces(tokens)
-            body.append(
-                f'<div class="example">{text_html(pieces, values.tolist(), latent.figures["max"], peak=peak if values[peak] > 0 else None)}</div>'
-            )
-        fired = [peak for peak in peaks if peak > 0]
-        histogram = activations_svg(latent, table.index.bin_edges, fired)
-        clickable(
-            f"{''.join(body)}{histogram}<small>{len(fired)} of {len(lines)} lines; the peak of each is marked</small>",
-            "own",
-        )
-
-
-@st.fragment
-def ablation(sae: Trained, table: LatentTable, latent: Latent) -> None:
-    st.subheader("Ablation")
-    if not latent.top or not table.index.has_store:
-        return
-    st.caption("What the model loses on the strongest example when the latent is set to 0 there, all else kept.")
-    if not st.button("Measure"):
-        return
-    with said():
-        shared = model_of(sae)
-        context = table.index.context_of(latent.top[0].row)
-        with shared.lock:
-            logits, loss = ablation_effects(shared.model, weights_of(sae), sae.hook, context.tokens, latent.latent)
-        clickable(effects_html(table.index, context, logits.numpy(), loss.numpy()), "ablation")

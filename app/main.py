@@ -8,12 +8,12 @@ from shell import chosen_run, chosen_sae, jobs, root, runs, watch_jobs
 
 from saebench.browse.runs import saes_of
 
-st.set_page_config(
-    page_title="saebench", page_icon=Path(__file__).parent / "icon.png", layout="wide", initial_sidebar_state="auto"
-)
+SIDEBAR = 230  # pixels
+HERE = Path(__file__).parent
+st.set_page_config(page_title="saebench", page_icon=HERE / "icon.png", layout="wide", initial_sidebar_state=SIDEBAR)
 # Every click runs in a new thread, and a pool of threads for it alone takes longer to begin than the few rows it encodes.
 torch.set_num_threads(1)
-st.html("<style>.stMainBlockContainer { padding-top: 2.75rem; padding-bottom: 4rem; } h1 { padding-top: 0; }</style>")
+st.html(HERE / "look.css")
 PAGES = [
     st.Page("views/overview.py", title="Overview", icon=":material/insights:", default=True),
     st.Page("views/features.py", title="Features", icon=":material/table_rows:"),

@@ -21,7 +21,7 @@ from saebench.sae import SAE, load_sae
 from saebench.sae.io import WEIGHTS
 from saebench.steer.run import Bench
 from saebench.steer.scores import read_scores
-from saebench.view import grid, svg, tokens
+from saebench.view import arms, grid, svg, tokens
 
 ROOT = "SAEBENCH_APP_ROOT"
 """Environment variable with the folder of runs, or the run, that the server shows."""
@@ -151,7 +151,7 @@ export default function ({ parentElement, data, setTriggerValue }) {
 }
 """
 _CSS = (
-    tokens.CSS + svg.CSS + grid.CSS + PARTS_CSS
+    tokens.CSS + svg.CSS + grid.CSS + arms.CSS + PARTS_CSS
     + ".sb-app { color: var(--sb-ink); background: transparent; font: 15px/1.5 system-ui, sans-serif; }"
 )  # fmt: skip
 _panel = v2.component("saebench.panel", css=_CSS, js=_SCRIPT)

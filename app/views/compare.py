@@ -5,23 +5,31 @@ from typing import NamedTuple
 
 import numpy as np
 import streamlit as st
-from shell import chosen_run, chosen_sae, clickable, go, said, table_of, weights_of
+from shell import chosen_run, chosen_sae, clickable, go, offer, said, table_of, weights_of
 
 from saebench.browse.runs import Trained, saes_of
 from saebench.browse.table import LatentTable
 from saebench.index.compare import KINDS, Side, compare
 from saebench.index.examples import show
-from saebench.index.page import examples_html, visible
+from saebench.index.page import examples_html
 from saebench.view import charts, grid
 
 MEANINGS = {
-    "matched": "each other's nearest, cosine at least 0.7",
+    "matched": "each other's nearest, at a cosine of 0.7 or more",
     "split": "nearest to two or more latents of the other",
-    "related": "a latent of the other is near, but the two are no pair",
-    "alone": "no latent of the other at cosine 0.5 or more: missing there",
+    "related": "near a latent of the other, but no pair",
+    "alone": "no latent of the other at a cosine of 0.5 or more: new here, missing there",
     "dead": "never fires",
 }
 SHOWN = 100
+# Which latents are listed: of which SAE (0: the chosen one), and of which kind.
+VIEWS = {
+    "Matched": (0, "matched"),
+    "Split": (0, "split"),
+    "Related": (0, "related"),
+    "New": (0, "alone"),
+    "Missing": (1, "alone"),
+}
 
 
 class Pair(NamedTuple):
@@ -41,10 +49,10 @@ def choose(found: dict[str, Trained]) -> Pair | None:
     indexed = {name: sae for name, sae in found.items() if sae.share_indexed == 1}
     others = [name for name in indexed if here and name != here.name and indexed[name].hook == here.hook]
     if here is None or here.name not in indexed or not others:
-        st.info(
-            "Two indexed SAEs of one hook are needed, the first chosen in the sidebar. Index another with `saebench index --sae …`, "
-            "or from the overview."
-        )
+        st.info("Two indexed SAEs of one hook are needed, the first of them chosen in the sidebar.")
+        for sae in found.values():
+            if here and sae.hook == here.hook and sae.share_indexed < 1:
+                offer(f"Index {sae.name}", sae.index_command, sae.run)
         return None
     name = st.selectbox(f"{here.name} against", others, key="other", bind="query-params")
     return Pair(here, indexed[name], table_of(here), table_of(indexed[name]))
@@ -64,6 +72,7 @@ def counts(pair: Pair, sides: tuple[Side, Side]) -> None:
 
 
 def pairs(pair: Pair, side: Side, kind: str) -> None:
+    """Latents of `pair.here` of a kind, each with its nearest, and examples of one pair."""
     latents = np.flatnonzero(side.kinds == KINDS.index(kind))
     latents = latents[np.argsort(side.cosines[latents] * (1 if kind == "alone" else -1), kind="stable")]
     if not len(latents):
@@ -89,8 +98,9 @@ def pairs(pair: Pair, side: Side, kind: str) -> None:
         nearest = int(side.nearest[latent])
         rows.append(
             grid.Row([
-                grid.link(str(latent), f"here:{latent}", {"latent": latent}), name_of(pair.table, latent), f"{side.cosines[latent]:.2f}",
-                grid.link(str(nearest), f"other:{nearest}", {"latent": nearest}), name_of(pair.other_table, nearest),
+                grid.link(str(latent), f"here:{latent}", {"latent": latent}), html.escape(pair.table.name(latent)),
+                f"{side.cosines[latent]:.2f}",
+                grid.link(str(nearest), f"other:{nearest}", {"latent": nearest}), html.escape(pair.other_table.name(nearest)),
                 f"{side.jaccard[latent]:.2f}",
             ], f"pair:{latent}", latent == chosen)
         )  # fmt: skip
@@ -103,10 +113,6 @@ def pairs(pair: Pair, side: Side, kind: str) -> None:
     beside(pair, chosen, int(side.nearest[chosen]))
 
 
-def name_of(table: LatentTable, latent: int) -> str:
-    return html.escape(table.notes[latent].label or visible(table.index.explanations[latent]))
-
-
 def beside(pair: Pair, latent: int, nearest: int) -> None:
     for column, sae, table, one in zip(
         st.columns(2), (pair.here, pair.other), (pair.table, pair.other_table), (latent, nearest), strict=True
@@ -117,7 +123,7 @@ def beside(pair: Pair, latent: int, nearest: int) -> None:
                 table.index, show(table.index, weights_of(sae), one, found.top[:8], 12), found.figures["max"]
             )
             clickable(
-                f"<h3>{html.escape(sae.name)}, latent {one}: {name_of(table, one)}</h3>{body}", f"side {sae.name}"
+                f"<h3>{html.escape(f'{sae.name}, latent {one}: {table.name(one)}')}</h3>{body}", f"side {sae.name}"
             )
 
 
@@ -128,14 +134,13 @@ with said():
     if pair := choose(found):
         hashes = (pair.table.index.identity["sae"], pair.other_table.index.identity["sae"])
         sides = compared(pair, (pair.here.name, pair.other.name), hashes)
-        left, right = st.columns([3, 2], gap="large")
+        left, right = st.columns(2, gap="large")
         with left:
             counts(pair, sides)
-            kind = (
-                st.segmented_control("Show", KINDS[1:], default="matched", key="kind", bind="query-params") or "matched"
-            )
+            view = st.segmented_control("Show", list(VIEWS), default="Matched", key="kind", bind="query-params")
         with right:
             density = pair.table.columns["density"], pair.other_table.columns["density"][sides[0].nearest]
             figure = charts.densities(*density, sides[0].cosines, (pair.here.name, pair.other.name))
             st.plotly_chart(figure, key="densities", config={"displaylogo": False})
-        pairs(pair, sides[0], kind)
+        which, kind = VIEWS[view or "Matched"]
+        pairs(pair if which == 0 else Pair(pair.other, pair.here, pair.other_table, pair.table), sides[which], kind)

@@ -10,7 +10,7 @@ from shell import chosen_sae, clickable, missing, said, table_of
 
 from saebench.browse.table import HEADINGS, MAX_SIZE, LatentTable, Query
 from saebench.index.derive import FLAGS
-from saebench.index.page import figure, visible
+from saebench.index.page import figure
 from saebench.view import grid
 
 FLAG_NAMES = {flag: flag.replace("_", " ") for flag in (*FLAGS, "labelled")}
@@ -57,8 +57,7 @@ def filters() -> None:
 
 def row(table: LatentTable, latent: int, bins: slice) -> grid.Row:
     note = table.notes[latent]
-    rule = table.index.explanations[latent]
-    label = f"<b>{html.escape(note.label)}</b>" if note.label else html.escape(visible(rule))
+    label = f"<b>{html.escape(note.label)}</b>" if note.label else html.escape(table.name(latent))
     flags = "".join(
         grid.tag(name) for flag, name in FLAG_NAMES.items() if flag in FLAGS and table.index.flagged(flag)[latent]
     )
@@ -129,7 +128,7 @@ if sae.share_indexed == 0:
 with said():
     table = table_of(sae)
     index = table.index
-    title, box = st.columns([5, 1], vertical_alignment="bottom")
+    title, box = st.columns([4, 1], vertical_alignment="bottom")
     box.number_input(
         "Latent", 0, index.d_sae - 1, None, 1, key="latent", bind="query-params", placeholder=f"0 to {index.d_sae - 1}"
     )

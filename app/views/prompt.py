@@ -71,9 +71,8 @@ def firings_html(table: LatentTable, found: TextFeatures, focus: int | None) -> 
     rows = []
     for firing in found.firings:
         peak = found.pieces[int(firing.positions[firing.values.argmax()])]
-        name = table.notes[firing.latent].label or visible(table.index.explanations[firing.latent])
         cells = [
-            grid.link(str(firing.latent), f"latent:{firing.latent}", {"latent": firing.latent}), html.escape(name),
+            grid.link(str(firing.latent), f"latent:{firing.latent}", {"latent": firing.latent}), html.escape(table.name(firing.latent)),
             f"<code>{html.escape(visible(peak).replace(' ', '·'))}</code>", number(firing.peak), f"{firing.quantile:.1%}",
             f"{firing.density:.2%}", *([f"{firing.effect:+.3f}"] if found.target is not None else []),
             str(len(firing.positions)), grid.link("steer", f"steer:{firing.latent}", {"latent": firing.latent}),

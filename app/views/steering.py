@@ -5,32 +5,18 @@ from typing import Any, get_args
 
 import streamlit as st
 from shell import bench_of, chosen_sae, clickable, offer, said, table_of
-from strength import strength_inputs
+from turns import another, set_turns, turn_row
 
-from saebench.browse.recipes import (
-    MODES,
-    Recipe,
-    Turn,
-    format_turns,
-    load_recipe,
-    parse_turns,
-    recipes_of,
-    save_recipe,
-)
+from saebench.browse.recipes import Recipe, Turn, load_recipe, parse_turns, recipes_of, save_recipe
 from saebench.browse.runs import Trained
+from saebench.browse.table import LatentTable
 from saebench.files import read_json
-from saebench.index import FeatureIndex
 from saebench.steer import arms_of
 from saebench.steer.live import Live
 from saebench.steer.run import Bench
 from saebench.view import charts
 from saebench.view.arms import arm_html
 
-MEANINGS = {
-    "add": "adds the direction at this strength", "clamp": "sets the activation to this value",
-    "scale": "multiplies the activation", "ablate": "sets the activation to 0",
-    "orthogonal": "replaces what lies along the direction",
-}  # fmt: skip
 POSITIONS = get_args(Recipe.__annotations__["positions"])
 ARMS = {
     "unsteered": "the model as it is", "steered": "with the interventions",
@@ -45,81 +31,54 @@ def recipe_now() -> Recipe:
     return Recipe(turns=parse_turns(st.query_params.get("turns", "")), **plain)
 
 
-def set_turns(turns: tuple[Turn, ...]) -> None:
-    st.query_params["turns"] = format_turns(turns)
-
-
-def turn_rows(bench: Bench, turns: tuple[Turn, ...], index: FeatureIndex | None) -> None:
-    """A row of widgets for each intervention, and one to add another."""
-    for number, turn in enumerate(turns):
-        columns = st.columns([2.2, 1.6, 4.2, 0.8], vertical_alignment="bottom")
-
-        def change(at: int = number, **values: Any) -> None:
-            now = list(turns)
-            now[at] = dataclasses.replace(now[at], **values)
-            set_turns(tuple(now))
-
-        name = index.explanations[turn.latent] if index and turn.latent < index.d_sae else ""
-        columns[0].markdown(f"**Latent {turn.latent}**")
-        columns[0].caption(name or "no rule")
-        key = f"mode {number} {turn.latent}"
-        columns[1].selectbox(
-            "Mode", MODES, index=MODES.index(turn.mode), key=key, help="; ".join(f"{k}: {v}" for k, v in MEANINGS.items()),
-            on_change=lambda key=key, change=change, turn=turn: change(
-                mode=st.session_state[key],
-                strength="2" if st.session_state[key] == "scale" else "0.5n" if turn.mode == "scale" else turn.strength,
-            ),
-        )  # fmt: skip
-        with columns[2]:
-            strength_inputs(bench, turn, f"{number} {turn.latent}", lambda text, change=change: change(strength=text))
-        columns[3].button(
-            "Remove", key=f"remove {number}", on_click=lambda at=number: set_turns(turns[:at] + turns[at + 1 :])
-        )
-    left, right, _ = st.columns([2, 1.3, 5], vertical_alignment="bottom")
-    added = left.number_input("Add a latent", 0, bench.sae.d_sae - 1, None, key="added", placeholder="number")
-    if right.button("Add", disabled=added is None) and added is not None:
-        set_turns((*turns, Turn(latent=int(added))))
-        st.rerun(scope="fragment")
-
-
 def sampling_inputs(longest: int) -> None:
     bound: dict[str, Any] = {"bind": "query-params", "persist_state": "page"}
     st.text_area("Prompt", key="prompt", height=80, placeholder="def add(a, b):", **bound)
-    columns = st.columns([2, 1, 1, 1, 1, 1.2, 1])
+    columns = st.columns([1.8, 1, 1, 1.1, 1, 1.3, 1])
     columns[0].selectbox("Positions", POSITIONS, key="positions", help="BOS is always left alone", **bound)
     columns[1].number_input("Tokens", 1, longest, min(48, longest), key="max_new_tokens", **bound)
     columns[2].number_input("Texts", 1, 8, 1, key="n", **bound)
     columns[3].number_input("Temperature", 0.0, 5.0, 1.0, 0.1, key="temperature", **bound)
     columns[4].number_input("Top p", 0.05, 1.0, 1.0, 0.05, key="top_p", **bound)
-    columns[5].number_input("Repetition penalty", 0.5, 3.0, 1.0, 0.05, key="repetition_penalty", **bound)
+    columns[5].number_input(
+        "Repetition",
+        0.5,
+        3.0,
+        1.0,
+        0.05,
+        key="repetition_penalty",
+        help="penalty: above 1 tokens already in the text are less likely",
+        **bound,
+    )
     columns[6].number_input("Seed", 0, 2**31, 0, key="seed", **bound)
 
 
 @st.fragment
-def settings(sae: Trained, bench: Bench, lock: Any, index: FeatureIndex | None) -> None:
+def settings(sae: Trained, bench: Bench, lock: Any, table: LatentTable | None) -> None:
     sampling_inputs(bench.model.max_context - 2)
     with said():
         turns = parse_turns(st.query_params.get("turns", ""))
-        turn_rows(bench, turns, index)
+        for place, turn in enumerate(turns):
+            turn_row(bench, turns, place, table.name(turn.latent) if table and turn.latent < table.index.d_sae else "")
+        another(bench, turns, table)
         recipe = recipe_now()
         live: Live | None = st.session_state.get("live")
         running = live is not None and not live.done
-        begin, stop, recipes, code, _ = st.columns([2, 1, 1, 1.4, 3])
-        off = running or not turns
-        if begin.button("Generate", type="primary", disabled=off, shortcut="Mod+Enter", width="stretch"):
+        buttons = st.container(horizontal=True)
+        if buttons.button("Generate", type="primary", disabled=running or not turns, shortcut="Mod+Enter"):
             arms = arms_of(recipe.interventions(bench), seed=recipe.seed)
             st.session_state.live = Live(bench.model, recipe.prompt, arms, recipe.sampling(), lock)
             st.rerun()
-        if stop.button("Stop", disabled=not running, width="stretch") and live is not None:
+        if buttons.button("Stop", disabled=not running) and live is not None:
             live.stop()
             live.wait(10)
             st.rerun()
-        if not turns:
-            st.info("Choose a latent by its number, or open one from Features or Prompt and steer with it.")
-        with code.popover("Copy as Python"):
-            st.code(recipe.python(sae.folder), language="python")
-        with recipes.popover("Recipes"):
+        with buttons.popover("Recipes"):
             keep(sae, recipe)
+        with buttons.popover("Copy as Python"):
+            st.code(recipe.python(sae.folder), language="python")
+        if not turns:
+            st.info("Choose a latent above, or open one from Features or Prompt and steer with it.")
 
 
 def keep(sae: Trained, recipe: Recipe) -> None:
@@ -203,11 +162,12 @@ if sae is None:
     st.info("There is no SAE to steer with yet: see the overview.")
     st.stop()
 with said():
-    index = table_of(sae).index if sae.share_indexed > 0 else None
+    table = table_of(sae) if sae.share_indexed > 0 else None
+    index = table.index if table else None
     if index is None:
         st.info("Without an index strengths can only be given raw; make one from the overview.")
     bench, lock = bench_of(sae, index)
-    settings(sae, bench, lock, index)
+    settings(sae, bench, lock, table)
     texts()
     if index is not None and index.has_store:
         dose(sae, parse_turns(st.query_params.get("turns", "")))

@@ -92,13 +92,18 @@ for context, values in show(index, sae, {latent}, latent.top):
     print("".join(context.pieces), values.max())
 """
 
+    @property
+    def index_command(self) -> list[str]:
+        """Arguments of `saebench` that make its index, or go on with it."""
+        return ["index", "--sae", str(self.folder)]
+
     def next_commands(self) -> dict[str, list[str]]:
         """What is missing, and the arguments of `saebench` that make it."""
         missing: dict[str, list[str]] = {}
         if not self.evaluated:
             missing["Evaluate"] = ["eval", "--run", str(self.run)]
         if self.share_indexed < 1:
-            missing["Index" if self.share_indexed == 0 else "Go on indexing"] = ["index", "--sae", str(self.folder)]
+            missing["Index" if self.share_indexed == 0 else "Go on indexing"] = self.index_command
         elif not self.index_path.with_suffix(".scores.h5").exists():
             missing["Score for steering"] = ["steer", "rank", "--sae", str(self.folder)]
         return missing

@@ -9,19 +9,20 @@ import numpy as np
 from saebench.index import FeatureIndex
 from saebench.index.derive import FLAGS
 from saebench.index.notes import Note, Notes
+from saebench.index.page import visible
 from saebench.steer.scores import Scores
 
 HEADINGS = {
     "density": ("density", "share of tokens on which it fires"),
     "max": ("max", "its strongest activation, in units of the residual stream"),
     "mean": ("mean", "mean of its non-zero activations"),
-    "decoder_norm": ("‖d‖", "norm of its decoder row"),
-    "encoder_cosine": ("enc·dec", "cosine of its encoder and decoder rows"),
-    "nearest_cosine": ("nearest", "cosine of the nearest other decoder row"),
-    "logit_std": ("logits σ", "standard deviation of its direct effects on all logits"),
     "detection": ("rule", "balanced accuracy of its rule in telling windows in which it fires, on held-out documents; chance is 0.5"),
     "input": ("input", "F1 of its rule on held-out tokens"),
     "output": ("output", "probability that its top logit tokens gain when it is clamped: how well it steers"),
+    "nearest_cosine": ("nearest", "cosine of the nearest other decoder row"),
+    "encoder_cosine": ("enc·dec", "cosine of its encoder and decoder rows"),
+    "logit_std": ("logits σ", "standard deviation of its direct effects on all logits"),
+    "decoder_norm": ("‖d‖", "norm of its decoder row"),
 }  # fmt: skip
 """Columns that can be sorted by, with what they mean, in the order of every page."""
 MAX_SIZE = 1000
@@ -73,6 +74,10 @@ class LatentTable:
             self.columns |= {"input": scores.input, "output": scores.output}
         elif "rule_f1" in self.columns:
             self.columns["input"] = self.columns["rule_f1"]
+
+    def name(self, latent: int) -> str:
+        """Your label of a latent, or else its rule; to be escaped."""
+        return self.notes[latent].label or visible(self.index.explanations[latent])
 
     @property
     def sortable(self) -> dict[str, tuple[str, str]]:

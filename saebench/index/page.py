@@ -1,7 +1,7 @@
 """Latents as HTML without scripts: a page to share, and the parts that the app shows too."""
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ FIGURES = {
     "encoder_cosine": "encoder · decoder",
     "detection": "rule: detection",
     "rule_f1": "rule: F1",
+    "output": "output score",
 }
 """Labels of a latent's figures, in the order in which every page has them."""
 
@@ -54,12 +55,13 @@ def latents_page(name: str, index: FeatureIndex, found: Iterable[Evidence]) -> s
 """
 
 
-def figures_html(latent: Latent) -> str:
-    """The header row: every figure with its label, then the flags."""
+def figures_html(latent: Latent, scores: Mapping[str, float] | None = None) -> str:
+    """The header row: every figure with its label, those of `scores` too, then the flags."""
+    figures = latent.figures | dict(scores or {})
     cells = [
-        f"<div><dt>{label}</dt><dd>{figure(name, latent.figures[name])}</dd></div>"
+        f"<div><dt>{label}</dt><dd>{figure(name, figures[name])}</dd></div>"
         for name, label in FIGURES.items()
-        if name in latent.figures and not np.isnan(latent.figures[name])
+        if name in figures and not np.isnan(figures[name])
     ]
     cells += [f'<div><dt>flag</dt><dd class="flag">{flag.replace("_", " ")}</dd></div>' for flag in latent.flags]
     return f'<dl class="figures">{"".join(cells)}</dl>'

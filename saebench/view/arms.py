@@ -6,6 +6,9 @@ from typing import Any
 
 from saebench.view.tokens import number, token_html
 
+CSS = """
+.sb-head { min-height: 4.4rem; } .sb-head h3 { margin: .25rem 0 0; } .sb-of-arm { border-top: 1px solid var(--sb-rule); padding: .35rem 0 .5rem; }
+"""
 FULL = 2.0
 """nats of KL at which a token's colour is full"""
 
@@ -23,11 +26,14 @@ def arm_html(arm: str, about: str, texts: Sequence[Sequence[str]], measured: Seq
             spans.append(
                 token_html(piece, kl if kl > 0.005 else 0.0, FULL, title=title, kind="sb-apart" if apart else "")
             )
-        parts.append(f'<div class="sb-text sb-change sb-arm">{"".join(spans)}</div>')
+        number_ = f"<small>{sample + 1}</small>" if len(texts) > 1 else ""
+        parts.append(
+            f'<div class="sb-of-arm">{number_}<div class="sb-text sb-change sb-arm">{"".join(spans)}</div></div>'
+        )
     figures = ""
     if measured and all(len(text.kl) for text in measured):
         kl = sum(float(text.kl.mean()) for text in measured) / len(measured)
         loss = sum(text.cross_entropy for text in measured) / len(measured)
         figures = f"<small>cross-entropy {number(loss)} nats per token"
         figures += f", KL {number(kl)}</small>" if arm != "unsteered" else "</small>"
-    return f"<h3>{html.escape(arm)}</h3><small>{html.escape(about)}</small>{''.join(parts)}{figures}"
+    return f'<div class="sb-head"><h3>{html.escape(arm)}</h3><small>{html.escape(about)}</small></div>{"".join(parts)}{figures}'

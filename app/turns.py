@@ -1,0 +1,114 @@
+"""The interventions of the steering bench: a row of widgets for each, and a search for another latent."""
+
+import dataclasses
+import html
+from collections.abc import Callable
+from typing import Any
+
+import streamlit as st
+from shell import clickable
+
+from saebench.browse.recipes import MODES, Turn, format_turns
+from saebench.browse.table import LatentTable, Query
+from saebench.steer import units_of
+from saebench.steer.run import Bench
+from saebench.view import grid
+from saebench.view.tokens import number
+
+MEANINGS = {
+    "add": "adds the direction at this strength", "clamp": "sets the activation to this value",
+    "scale": "multiplies the activation", "ablate": "sets the activation to 0",
+    "orthogonal": "replaces what lies along the direction",
+}  # fmt: skip
+UNITS = {"raw": ("Raw", "", "in units of the residual stream"), "max": ("× maximum", "x", "times its maximum in the index"),
+         "norm": ("Of the norm", "n", "‖Δ‖ over the median norm of the stream; published searches end near 0.5")}  # fmt: skip
+FOUND = 8  # latents that a search shows
+
+
+def set_turns(turns: tuple[Turn, ...]) -> None:
+    st.query_params["turns"] = format_turns(turns)
+
+
+def turn_row(bench: Bench, turns: tuple[Turn, ...], place: int, name: str) -> None:
+    """Mode and strength of one intervention."""
+    turn, key = turns[place], f"{place} {turns[place].latent}"
+
+    def change(**values: Any) -> None:
+        set_turns((*turns[:place], dataclasses.replace(turn, **values), *turns[place + 1 :]))
+
+    def change_mode() -> None:
+        mode = st.session_state[f"mode {key}"]
+        strength = "2" if mode == "scale" else "0.5n" if turn.mode == "scale" else turn.strength
+        change(mode=mode, strength=strength)
+
+    title, mode, strength, remove = st.columns([2.2, 1.4, 4.2, 1.1], vertical_alignment="bottom")
+    title.markdown(f"**Latent {turn.latent}**")
+    title.caption(name or "no rule")
+    meanings = "; ".join(f"{name}: {meaning}" for name, meaning in MEANINGS.items())
+    mode.selectbox("Mode", MODES, index=MODES.index(turn.mode), key=f"mode {key}", help=meanings, on_change=change_mode)
+    with strength:
+        strength_inputs(bench, turn, key, lambda text: change(strength=text))
+    remove.button(
+        "Remove", key=f"remove {key}", width="stretch", on_click=set_turns, args=(turns[:place] + turns[place + 1 :],)
+    )
+
+
+def strength_inputs(bench: Bench, turn: Turn, key: str, on_change: Callable[[str], None]) -> None:
+    """Widgets of which each sets the others; `on_change` is given the strength as it was typed. Raises ValueError as `Units`."""
+    if turn.mode == "ablate":
+        st.caption("set to 0")
+        return
+    if turn.mode == "scale":
+        shown: dict[str, tuple[float | None, str, str, str]] = {
+            "factor": (float(turn.strength), "Factor", "", "of the activation")
+        }
+    else:
+        units = units_of(bench.sae, turn.latent, bench.index)
+        values = units.all(units.raw(turn.strength, turn.mode))
+        shown = {unit: (values[unit], *described) for unit, described in UNITS.items()}
+    for column, (unit, (value, label, suffix, meaning)) in zip(st.columns(len(shown)), shown.items(), strict=True):
+        name = f"{unit} {key} {turn.strength}"  # another strength is another widget
+        column.number_input(
+            label, value=value, step=None if value is None else max(abs(value) / 10, 0.01), format="%.4g", key=name,
+            disabled=value is None, help=meaning,
+            on_change=lambda name=name, suffix=suffix: on_change(f"{st.session_state[name]:g}{suffix}"),
+        )  # fmt: skip
+
+
+def another(bench: Bench, turns: tuple[Turn, ...], table: LatentTable | None) -> None:
+    """A box for a number or words, and the latents that it finds."""
+    box, _ = st.columns([2, 1])
+    text = box.text_input(
+        "Add a latent", key="added", live=True,
+        placeholder="its number" if table is None else "its number, or words of its label, rule or tokens",
+    ).strip()  # fmt: skip
+    if not text:
+        return
+
+    def picked(value: str) -> None:
+        st.session_state.added = ""
+        set_turns((*turns, Turn(latent=int(value))))
+
+    named = [int(text)] if text.isdecimal() and len(text) < 9 and int(text) < bench.sae.d_sae else []
+    sort = "output" if table is not None and "output" in table.columns else "density"
+    query = Query(text=text, sort=sort, descending=True, size=FOUND)
+    found = [] if table is None else [latent for latent in table.find(query).latents.tolist() if latent not in named]
+    rows = [_row(latent, table) for latent in (named + found)[:FOUND]]
+    if not rows:
+        st.caption(f"No latent is like that; their numbers go from 0 to {bench.sae.d_sae - 1}.")
+        return
+    columns = [
+        grid.Column("", "latent"),
+        grid.Column("", "label or rule", text=True),
+        grid.Column("", "density"),
+        grid.Column("", "output score"),
+    ]
+    clickable(grid.grid_html(columns, rows, "found"), "found", picked)
+
+
+def _row(latent: int, table: LatentTable | None) -> grid.Row:
+    if table is None:
+        return grid.Row([grid.link(str(latent), str(latent), {"latent": latent}), "", "", ""], str(latent))
+    output = number(float(table.columns["output"][latent])) if "output" in table.columns else "–"
+    cells = [html.escape(table.name(latent)), f"{table.columns['density'][latent]:.2%}", output]
+    return grid.Row([grid.link(str(latent), str(latent), {"latent": latent}), *cells], str(latent))
