@@ -246,9 +246,35 @@ def test_two_sessions_at_once_do_not_mix(browser: Browser, address: str) -> None
 def test_two_saes_are_compared(page: Page, address: str) -> None:
     page.goto(f"{address}/compare?sae={SAE}")
     expect(page.locator("table[aria-label='kinds of latents'] tbody tr")).to_have_count(5)
-    page.get_by_role("radio", name="alone").click()
+    for name, kind, column in (("Related", "related", 1), ("New", "alone", 1), ("Missing", "alone", 2)):
+        page.get_by_role("radio", name=name).click()
+        settled(page)
+        assert f"kind={name}" in page.url
+        row = page.locator("table[aria-label='kinds of latents'] tbody tr", has_text=kind)
+        count = int(row.locator("td").nth(column).inner_text())
+        of = SAE if column == 1 else "topk-k2"
+        if count:
+            expect(page.get_by_text(re.compile(f"^{count} latents, the first"))).to_be_visible()
+            expect(page.locator("table[aria-label=pairs] thead th").first).to_have_text(of)
+        else:
+            expect(page.get_by_text(f"No latent of {of} is {kind}.")).to_be_visible()
+
+
+def test_a_latent_is_searched_for_and_steered_with(page: Page, address: str) -> None:
+    page.goto(f"{address}/steering?sae={SAE}&prompt=the")
+    expect(page.get_by_role("button", name="Generate")).to_be_disabled()
+    page.get_by_role("textbox", name="Add a latent").fill("17")
+    found = page.locator("table[aria-label=found] tbody tr")
+    expect(found.first.locator("a")).to_have_text("17")
+    found.first.locator("a").focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("Latent 17", exact=True)).to_be_visible()
     settled(page)
-    assert "kind=alone" in page.url
+    assert "17%3Aadd%3A0.5n" in page.url or "17:add:0.5n" in page.url
+    expect(page.get_by_role("textbox", name="Add a latent")).to_have_value("")
+    page.get_by_role("textbox", name="Add a latent").fill("token")
+    expect(found).not_to_have_count(0)
+    expect(page.get_by_role("button", name="Generate")).to_be_enabled()
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("dark", 1400), ("light", 800), ("dark", 800)])
@@ -272,7 +298,7 @@ def test_dark_and_narrow_pages_are_whole(browser: Browser, address: str, scheme:
     page.close()
 
 
-# Of all text in the panels: the smallest contrast between its colour and the first opaque background behind it.
+# Of all text in the panels, buttons, captions and charts' axes: the smallest contrast between its colour and the first opaque background behind it.
 _CONTRAST = """() => {
   const parse = (c) => { const m = c.match(/[\\d.]+/g).map(Number); const unit = c.startsWith('color(') ? 255 : 1;
     return { rgb: m.slice(0, 3).map((v) => v * unit), a: m.length > 3 ? m[3] : 1 }; };
@@ -285,8 +311,9 @@ _CONTRAST = """() => {
   let worst = 99, where = '';
   const visit = (root) => root.querySelectorAll('*').forEach((e) => {
     if (e.shadowRoot) visit(e.shadowRoot);
-    if (!e.closest('.sb-app') || ![...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim())) return;
-    const back = behind(e), front = mix(parse(getComputedStyle(e).color), back);
+    if (!e.closest('.sb-app, .xtick, .ytick, [data-testid=stCaptionContainer], button[data-testid^=stBaseButton]:enabled') || e.matches('title, [data-testid=stIconMaterial]') || ![...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim())) return;
+    const style = getComputedStyle(e);
+    const back = behind(e), front = mix(parse(e instanceof SVGElement ? style.fill : style.color), back);
     const [a, b] = [light(front.rgb), light(back.rgb)]; const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
     if (ratio < worst) { worst = ratio; where = e.className + ': ' + e.textContent.slice(0, 20); }
   });
