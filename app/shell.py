@@ -19,7 +19,7 @@ from saebench.index.page import PARTS_CSS
 from saebench.models import LanguageModel, load_model
 from saebench.sae import SAE, load_sae
 from saebench.sae.io import WEIGHTS
-from saebench.steer.run import Bench
+from saebench.steer import Bench
 from saebench.steer.scores import read_scores
 from saebench.view import arms, grid, svg, tokens
 

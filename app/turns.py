@@ -10,8 +10,7 @@ from shell import clickable
 
 from saebench.browse.recipes import MODES, Turn, format_turns
 from saebench.browse.table import LatentTable, Query
-from saebench.steer import units_of
-from saebench.steer.run import Bench
+from saebench.steer import Bench, units_of
 from saebench.view import grid
 from saebench.view.tokens import number
 

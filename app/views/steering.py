@@ -11,9 +11,8 @@ from saebench.browse.recipes import Recipe, Turn, load_recipe, parse_turns, reci
 from saebench.browse.runs import Trained
 from saebench.browse.table import LatentTable
 from saebench.files import read_json
-from saebench.steer import arms_of
+from saebench.steer import Bench, arms_of
 from saebench.steer.live import Live
-from saebench.steer.run import Bench
 from saebench.view import charts
 from saebench.view.arms import arm_html
 
@@ -71,7 +70,7 @@ def settings(sae: Trained, bench: Bench, lock: Any, table: LatentTable | None) -
             st.rerun()
         if buttons.button("Stop", disabled=not running) and live is not None:
             live.stop()
-            live.wait(10)
+            live.wait(10.0)
             st.rerun()
         with buttons.popover("Recipes"):
             keep(sae, recipe)

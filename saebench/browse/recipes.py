@@ -8,9 +8,8 @@ from typing import Any, Literal, get_args
 
 from saebench.config import to_json
 from saebench.files import read_json, write_json
-from saebench.steer import Intervention, Sampling
+from saebench.steer import Bench, Intervention, Sampling
 from saebench.steer.interventions import Mode
-from saebench.steer.run import Bench
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 _SCHEMA = "saebench-recipe"

@@ -2,8 +2,10 @@
 
 from saebench.steer.generate import Generation, Sampling, Text, arms_of, generate, stream
 from saebench.steer.interventions import Intervention, Units, Where, mask_of, steered, units_of
+from saebench.steer.run import Bench, open_bench
 
 __all__ = [
+    "Bench",
     "Generation",
     "Intervention",
     "Sampling",
@@ -13,6 +15,7 @@ __all__ = [
     "arms_of",
     "generate",
     "mask_of",
+    "open_bench",
     "steered",
     "stream",
     "units_of",

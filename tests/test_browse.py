@@ -1,0 +1,258 @@
+"""What the app is made of, without the app: the table, recipes, runs, commands begun from it, generation in a thread."""
+
+import contextlib
+import io
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from saebench.browse.jobs import Job, Jobs
+from saebench.browse.recipes import Recipe, Turn, format_turns, load_recipe, parse_turns, recipes_of, save_recipe
+from saebench.browse.runs import Trained, runs_under, saes_of
+from saebench.browse.serve import AppConfig, command, serve
+from saebench.browse.table import LatentTable, Query
+from saebench.index import open_feature_index
+from saebench.index.notes import Note, Notes
+from saebench.steer import Bench, arms_of, generate, open_bench
+from saebench.steer.live import Live
+from saebench.steer.scores import Scores
+
+SAE = "topk-k4"
+
+
+@pytest.fixture(scope="module")
+def trained(run: Path) -> Trained:
+    return Trained(run, run / "saes" / SAE)
+
+
+@pytest.fixture
+def table(trained: Trained, tmp_path: Path) -> Iterator[LatentTable]:
+    with open_feature_index(trained.index_path) as index:
+        rng = np.random.default_rng(0)
+        scores = Scores(*(rng.random(index.d_sae) for _ in Scores._fields))
+        scores.output[5] = np.nan
+        yield LatentTable(index, Notes(tmp_path / "notes.json", index.identity["sae"], index.d_sae), scores)
+
+
+@pytest.fixture(scope="module")
+def bench(trained: Trained) -> Bench:
+    return open_bench(trained.folder, device="cpu")
+
+
+# ------------------------------------------------------------------------------------------ the table
+
+
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("column", ["density", "max", "detection", "output"])
+def test_a_sort_is_numpys_with_missing_figures_last(table: LatentTable, column: str, descending: bool) -> None:
+    order = table.order(Query(sort=column, descending=descending))
+    values = table.columns[column][order]
+    known = values[~np.isnan(values)]
+    assert np.array_equal(known, np.sort(known)[::-1] if descending else np.sort(known))
+    assert np.isnan(values[len(known) :]).all()
+    assert sorted(order.tolist()) == list(range(table.index.d_sae))
+
+
+def test_pages_hold_every_latent_once_and_the_last_one_ends(table: LatentTable) -> None:
+    query = Query(sort="max", size=10)
+    pages = [table.find(Query(sort="max", size=10, page=page)) for page in range(5)]
+    assert np.concatenate([page.latents for page in pages]).tolist() == table.order(query).tolist()
+    assert table.find(Query(size=10, page=99)).page == 4
+    assert {page.total for page in pages} == {48}
+
+
+def test_words_are_looked_for_in_labels_rules_and_tokens(table: LatentTable) -> None:
+    table.notes.write(11, Note("A Cat", ("animal",), "fires on pets"))
+    assert table.order(Query(text="CAT pets")).tolist() == [11]
+    assert table.order(Query(having=("labelled",))).tolist() == [11]
+    assert 11 not in table.order(Query(without=("labelled",)))
+    assert table.name(11) == "A Cat"
+    token = next(int(i) for i in table.index.top_tokens[7] if i >= 0 and table.index.pieces(np.array([i]))[0].strip())
+    word = table.index.pieces(np.array([token]))[0].strip().lower()
+    assert 7 in table.order(Query(text=word))
+    assert not len(table.order(Query(text="no such word anywhere")))
+
+
+def test_filters_are_on_density_rule_and_flags(table: LatentTable) -> None:
+    density, rule = table.columns["density"], table.columns["detection"]
+    found = table.order(Query(most_density=0.05, least_rule=0.6))
+    assert found.tolist() == np.flatnonzero((density <= 0.05) & (rule >= 0.6)).tolist()
+    dead = table.index.flagged("dead")
+    assert table.order(Query(without=("dead",))).tolist() == np.flatnonzero(~dead).tolist()
+
+
+def test_neighbours_in_a_query_are_those_of_its_order(table: LatentTable) -> None:
+    query = Query(sort="max", descending=True)
+    order = table.order(query).tolist()
+    assert table.beside(query, order[0]) == (None, order[1])
+    assert table.beside(query, order[10]) == (order[9], order[11])
+    assert table.beside(query, order[-1]) == (order[-2], None)
+    assert table.beside(Query(text="no such word anywhere"), 7) == (6, 8)
+
+
+def test_columns_flags_and_sizes_that_are_not_there_are_named(table: LatentTable) -> None:
+    with pytest.raises(ValueError, match="sort is 'colour'; expected latent, density"):
+        table.order(Query(sort="colour"))
+    with pytest.raises(ValueError, match="flag is 'red'; expected labelled, dead"):
+        table.order(Query(having=("red",)))
+    with pytest.raises(ValueError, match="size is 5000; expected 1 to 1000 rows"):
+        Query(size=5000)
+
+
+# ------------------------------------------------------------------------------------------ recipes
+
+
+def test_turns_are_read_as_they_are_written() -> None:
+    turns = (Turn(latent=3), Turn(latent=40, mode="ablate"), Turn(latent=1, mode="scale", strength="-1.5"))
+    assert format_turns(turns) == "3:add:0.5n,40:ablate,1:scale:-1.5"
+    assert parse_turns(format_turns(turns)) == (turns[0], Turn(latent=40, mode="ablate"), turns[2])
+    assert parse_turns("7") == (Turn(latent=7),)
+    with pytest.raises(ValueError, match="'x:y' is no intervention; expected LATENT:MODE:STRENGTH such as 12:add:0.5n"):
+        parse_turns("3:add:1,x:y")
+
+
+def test_a_recipe_is_kept_with_its_run_and_sae(tmp_path: Path) -> None:
+    recipe = Recipe(turns=(Turn(latent=3, strength="2x"),), prompt="<b>", n=2, temperature=0.5, seed=9)
+    save_recipe(tmp_path, "loud cats", SAE, recipe)
+    assert load_recipe(tmp_path, "loud cats") == recipe
+    assert recipes_of(tmp_path, SAE) == ["loud cats"]
+    assert recipes_of(tmp_path, "another") == []
+
+
+@pytest.mark.parametrize("name", ["../out", "a/b", "", ".hidden", "x" * 61])
+def test_a_recipe_never_leaves_its_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="cannot be a file; use letters"):
+        save_recipe(tmp_path, name, SAE, Recipe())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("[]", "is no recipe"), ("{", "is not valid JSON"), ("{}", "is no recipe")]
+)
+def test_a_recipe_edited_into_nonsense_is_named(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.json").write_text(content)
+    with pytest.raises(ValueError, match=f"mine.json {message}"):
+        load_recipe(tmp_path, "mine")
+
+
+def test_what_is_copied_as_python_runs_and_says_the_same(trained: Trained, bench: Bench) -> None:
+    turns = (Turn(latent=3, strength="1n"), Turn(latent=5, mode="ablate"))
+    recipe = Recipe(turns=turns, prompt="the 'red'\ncat", max_new_tokens=6, positions="generated")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(recipe.python(trained.folder), {})
+        exec(trained.python(3), {})
+    arms = arms_of(recipe.interventions(bench), seed=0)
+    for text in generate(bench.model, recipe.prompt, arms, recipe.sampling()).texts:
+        assert f"--- {text.arm}: {text.text}" in printed.getvalue()
+    assert bench.index is not None
+    assert str(np.float32(bench.index[3].top[0].value)) in printed.getvalue()
+
+
+# ------------------------------------------------------------------------------------------ runs
+
+
+def test_runs_and_saes_are_found_where_they_are(run: Path, tmp_path: Path) -> None:
+    assert runs_under(run) == {"tiny": run} == runs_under(run.parent)
+    assert runs_under(tmp_path / "nothing") == {}
+    found, broken = saes_of(run)
+    assert (sorted(found), broken) == (["relu-l0-4", "topk-k2", SAE], {})
+    assert found[SAE].evaluated
+    assert found[SAE].figures["l0"] == 4.0
+    assert list(found["relu-l0-4"].next_commands()) == ["Index"]
+    assert list(found[SAE].next_commands()) == ["Score for steering"]
+
+
+# ------------------------------------------------------------------------------------------ long work
+
+
+@pytest.fixture
+def copied(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "copied"))
+
+
+def test_an_index_is_made_by_a_command_that_is_watched(copied: Path) -> None:
+    jobs, arguments = Jobs(), ["index", "--sae", str(copied / "saes" / "relu-l0-4")]
+    job = jobs.start(arguments, copied)
+    assert jobs.start(arguments, copied) is job  # the same work is not begun twice
+    assert job.wait(120.0) == 0
+    assert (job.running, job.succeeded) == (False, True)
+    assert job.progress is not None
+    assert job.progress[:2] == ("label validation rows", 1.0)
+    assert job.message == str(copied / "index" / "relu-l0-4.h5")
+    assert Trained(copied, copied / "saes" / "relu-l0-4").share_indexed == 1
+    jobs.forget(job)
+    assert jobs.all() == []
+
+
+def test_work_that_is_stopped_ends_and_one_that_fails_says_why(copied: Path, run: Path) -> None:
+    out = copied / "store"
+    job = Job(["harvest", "--model", "embedded", "--layers", "0", "--tokens", "2M", "--out", str(out)], copied / "log")
+    deadline = time.monotonic() + 100
+    while job.progress is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.stop()
+    assert job.wait(60.0) == 130
+    assert not job.succeeded
+    failed = Job(["index", "--sae", str(run / "saes" / "none")], copied / "log2")
+    assert failed.wait(60.0) == 2
+    assert "saebench: error: " in failed.message
+
+
+# ------------------------------------------------------------------------------------------ generation in a thread
+
+
+def test_a_generation_in_a_thread_is_the_one_that_is_called(bench: Bench) -> None:
+    recipe = Recipe(turns=(Turn(latent=3, strength="1n"),), prompt="the cat", max_new_tokens=8, n=2)
+    arms, lock = arms_of(recipe.interventions(bench)), threading.Lock()
+    live = Live(bench.model, recipe.prompt, arms, recipe.sampling(), lock)
+    assert live.wait(60.0)
+    assert live.result is not None
+    want = generate(bench.model, recipe.prompt, arms, recipe.sampling())
+    assert [text.text for text in live.result.texts] == [text.text for text in want.texts]
+    shown = "".join(live.pieces("steered", 1))
+    assert shown.removesuffix("<|endoftext|>") == want.of("steered")[1].text
+    assert not lock.locked()
+    broken = Live(bench.model, "cat " * 100, arms, recipe.sampling(), lock)
+    assert broken.wait(60.0)
+    assert "takes at most" in (broken.error or "")
+    assert not lock.locked()
+
+
+def test_a_generation_waits_for_the_model_and_stops_when_told(bench: Bench) -> None:
+    recipe = Recipe(turns=(Turn(latent=3, strength="1n"),), prompt="a", max_new_tokens=50)
+    lock = threading.Lock()
+    with lock:
+        live = Live(bench.model, recipe.prompt, arms_of(recipe.interventions(bench)), recipe.sampling(), lock)
+        live.stop()
+        assert not live.wait(0.2)
+        assert live.pieces("steered", 0) == []
+    assert live.wait(60.0)
+    assert live.result is not None
+    assert len(live.pieces("steered", 0)) == 1
+
+
+# ------------------------------------------------------------------------------------------ the server
+
+
+def test_the_server_listens_to_this_machine_and_imports_nothing_from_where_it_starts(tmp_path: Path) -> None:
+    line = command(AppConfig(port=8765, browser=False))
+    assert line[:4] == [sys.executable, "-P", "-m", "streamlit"]
+    assert "--server.address=localhost" in line
+    assert "--server.port=8765" in line
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file; expected a run, or a folder of runs"):
+        serve(AppConfig(), tmp_path / "file")
+    with pytest.raises(ValueError, match="port is 0; expected 1 to 65535"):
+        AppConfig(port=0)
+    shown = subprocess.run(
+        [sys.executable, "-m", "saebench.cli", "app", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--port" in shown.stdout
