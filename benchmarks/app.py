@@ -8,20 +8,15 @@ click to the change that it brings, medians of several. Prints one JSON line for
 
 import argparse
 import json
-import os
-import socket
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from saebench.browse.serve import AppConfig, command
+from saebench.browse.serve import served
 
 CHROMIUM = {
     "executable_path": "/usr/bin/chromium",
@@ -40,31 +35,6 @@ CLICK = """([selector, predicate]) => new Promise((resolve, reject) => {
   const look = () => { if (holds(find)) resolve(performance.now() - start); else if (performance.now() - start > 60000) reject(new Error('timeout: ' + predicate)); else setTimeout(look, 4); };
   look();
 })"""
-
-
-@contextmanager
-def served(run: Path) -> Iterator[str]:
-    """The app on a run, at the address given."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "SAEBENCH_APP_ROOT": str(run)}
-    server = subprocess.Popen(
-        command(AppConfig(port=port, browser=False)),
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        for _ in range(300):
-            with socket.socket() as probe:
-                if probe.connect_ex(("localhost", port)) == 0:
-                    break
-            time.sleep(0.1)
-        yield f"http://localhost:{port}"
-    finally:
-        server.terminate()
-        server.wait(20)
 
 
 def report(what: str, milliseconds: list[float], **more: Any) -> None:

@@ -5,14 +5,12 @@ python scripts/screenshots.py runs/demo [--out docs/screenshots] [--sae topk-k48
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-from app import served
+from saebench.browse.serve import served
 
 SIZE = {"width": 1280, "height": 960}
 

@@ -2,15 +2,12 @@
 
 import re
 import shutil
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from saebench.browse.serve import AppConfig, command
+from saebench.browse.serve import served
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 from playwright.sync_api import Browser, Page, expect  # noqa: E402
@@ -23,28 +20,8 @@ SAE = "topk-k4"
 @pytest.fixture(scope="module")
 def address(run: Path) -> Iterator[str]:
     """A server on the run."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    import os
-
-    environment = {**os.environ, "SAEBENCH_APP_ROOT": str(run), "OMP_NUM_THREADS": "1"}
-    server = subprocess.Popen(
-        command(AppConfig(port=port, browser=False)),
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        for _ in range(600):
-            with socket.socket() as probe:
-                if probe.connect_ex(("localhost", port)) == 0:
-                    break
-            time.sleep(0.1)
-        yield f"http://localhost:{port}"
-    finally:
-        server.terminate()
-        server.wait(30)
+    with served(run) as where:
+        yield where
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +218,18 @@ def test_two_sessions_at_once_do_not_mix(browser: Browser, address: str) -> None
     assert together == [*texts(["6n"]), *texts(["1n"])]
     assert together[0][0] == together[1][0]  # unsteered
     assert together[0][1] != together[1][1]
+
+
+def test_an_index_is_begun_from_the_app_and_can_be_browsed_when_it_is_done(
+    page: Page, run: Path, tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(run, tmp_path / "copied"))
+    with served(copied) as where:
+        page.goto(f"{where}/features?sae=relu-l0-4")
+        page.get_by_role("button", name="Index", exact=True).click()
+        expect(page.get_by_text("saebench index --sae").first).to_be_visible()
+        expect(page.locator("table[aria-label=latents] tbody tr")).to_have_count(48, timeout=120_000)
+        expect(page.get_by_role("button", name="Dismiss")).to_be_visible()
 
 
 def test_two_saes_are_compared(page: Page, address: str) -> None:

@@ -222,7 +222,7 @@ def test_a_generation_in_a_thread_is_the_one_that_is_called(bench: Bench) -> Non
     assert not lock.locked()
     broken = Live(bench.model, "cat " * 100, arms, recipe.sampling(), lock)
     assert broken.wait(60.0)
-    assert "takes at most" in (broken.error or "")
+    assert "a prompt has 102 tokens; with 8 new ones at most 56 fit" in (broken.error or "")
     assert not lock.locked()
 
 

@@ -1,10 +1,16 @@
 """Start the app's server."""
 
 import os
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+START_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +49,42 @@ def serve(config: AppConfig, root: Path) -> int:
     """Serve the app on a run, or a folder of runs, until it is interrupted; returns the exit status."""
     if root.exists() and not root.is_dir():
         raise ValueError(f"{root} is a file; expected a run, or a folder of runs")
-    environment = {**os.environ, "SAEBENCH_APP_ROOT": str(root), "STREAMLIT_BROWSER_GATHER_USAGE_STATS": "false"}
     try:
-        return subprocess.call(command(config), env=environment)
+        return subprocess.call(command(config), env=_environment(root))
     except KeyboardInterrupt:
         return 0
+
+
+@contextmanager
+def served(root: Path) -> Iterator[str]:
+    """The app in the background, at the address given; for what looks at it by itself. Raises RuntimeError where it does not start."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        command(AppConfig(port=port, browser=False)),
+        env=_environment(root),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while server.poll() is None and not _answers(port):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        if not _answers(port):
+            raise RuntimeError(f"the app's server did not start at port {port}; try `saebench app {root}`")
+        yield f"http://localhost:{port}"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("localhost", port)) == 0
+
+
+def _environment(root: Path) -> dict[str, str]:
+    return {**os.environ, "SAEBENCH_APP_ROOT": str(root), "STREAMLIT_BROWSER_GATHER_USAGE_STATS": "false"}
