@@ -1,8 +1,9 @@
 """How fast the app answers, measured in a real browser.
 
-    python benchmarks/app.py RUN [--latent N] [--large RUN]
+    python benchmarks/app.py RUN [--sae NAME] [--latent N] [--large]
 
-RUN holds an indexed SAE whose model is at hand; the run of --large one with 65,536 latents. Times are taken in the page, from the
+RUN holds an indexed SAE whose model is at hand. --large makes and indexes, the first time, an untrained one of 65,536 latents in
+RUN-65536 and times its table too. Times are taken in the page, from the
 click to the change that it brings, medians of several. Prints one JSON line for each figure.
 """
 
@@ -14,9 +15,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from index import synthetic
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from saebench.browse.serve import served
+from saebench.index import IndexConfig, build_index
+from saebench.sae import read_config
+from saebench.store import open_store
 
 CHROMIUM = {
     "executable_path": "/usr/bin/chromium",
@@ -127,13 +132,27 @@ def steering(browser: Browser, address: str, latent: int, times: int) -> None:
     report("48 tokens in four arms, with KL", whole[1:])
 
 
+def large_run(run: Path, name: str) -> Path:
+    """A run with an untrained SAE of 65,536 latents, indexed on few rows of the store that `name` was trained on."""
+    made = run.with_name(f"{run.name}-65536")
+    folder = made / "saes" / "untrained"
+    metadata = read_config(run / "saes" / name)["metadata"]
+    store = metadata.pop("saebench")["store"]
+    if not (folder / "cfg.json").exists():
+        synthetic(folder, open_store(store), metadata["hook_name"], 65_536, metadata)
+    build_index(IndexConfig(sae=folder, store=Path(store), tokens=65_536, sample=20_000))
+    return made
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("--latent", type=int, default=100)
-    parser.add_argument("--large", type=Path)
+    parser.add_argument("--sae", default="topk-k48")
+    parser.add_argument("--large", action="store_true")
     parser.add_argument("--times", type=int, default=5)
     arguments = parser.parse_args()
+    large = large_run(arguments.run, arguments.sae) if arguments.large else None
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(**CHROMIUM)  # type: ignore[arg-type]
         with served(arguments.run) as address:
@@ -141,8 +160,8 @@ def main() -> None:
             latents(browser, address, arguments.times + 1)
             table(browser, address, 4, "2,048 latents")
             steering(browser, address, arguments.latent, arguments.times)
-        if arguments.large:
-            with served(arguments.large) as address:
+        if large:
+            with served(large) as address:
                 table(browser, address, 4, "65,536 latents")
         browser.close()
 
