@@ -24,7 +24,7 @@ COLUMNS = {
     "delta_ce": ("ΔCE (nats)", ".4f"),
     "loss_recovered_zero": ("loss recovered", ".4f"),
     "dead_fraction": ("dead", ".1%"),
-    "dense_fraction_10": ("dense", ".1%"),
+    "dense_fraction": ("dense", ".1%"),
 }
 METRICS = {"Loss recovered": "loss_recovered_zero", "FVU": "fvu", "ΔCE": "delta_ce"}
 CURVES = {"FVU": "fvu", "L0": "l0", "Living latents": "alive", "λ": "lambda"}
