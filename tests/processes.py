@@ -80,7 +80,7 @@ def _main(
 ) -> None:
     import torch
 
-    import saebench.harvest
+    import saebench.harvest.pipeline
     import saebench.index.build
     import saebench.train.loop
     import saebench.train.member
@@ -100,12 +100,12 @@ def _main(
         saebench.index.build.UNIT_ROWS = unit_rows
         saebench.index.build.SNAPSHOT_SECONDS, saebench.index.build.SNAPSHOT_SHARE = 0.0, 1.0
     if slow:
-        capture, step = saebench.harvest.capture, saebench.train.member.Member.step
+        take, step = saebench.harvest.pipeline.Landing.take, saebench.train.member.Member.step
         encode_sparse = saebench.index.build.encode_sparse
 
-        def slow_capture(*args: object) -> object:
+        def slow_take(*args: object) -> None:
             time.sleep(slow)
-            return capture(*args)  # type: ignore[arg-type]
+            take(*args)  # type: ignore[arg-type]
 
         def slow_step(*args: object) -> None:
             time.sleep(slow)
@@ -116,7 +116,7 @@ def _main(
             return encode_sparse(*args)  # type: ignore[arg-type]
 
         saebench.index.build.encode_sparse = slow_encode  # type: ignore[assignment]
-        saebench.harvest.capture = slow_capture  # type: ignore[assignment]
+        saebench.harvest.pipeline.Landing.take = slow_take  # type: ignore[method-assign]
         saebench.train.member.Member.step = slow_step  # type: ignore[method-assign]
     status = cli.main(argv)
     sys.stderr.flush()
