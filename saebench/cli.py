@@ -109,7 +109,8 @@ def _harvest(arguments: argparse.Namespace) -> int:
     store = harvest(from_arguments(HarvestConfig, arguments), from_arguments(TextConfig, arguments))
     if store is None:
         return INTERRUPTED
-    print(describe(store))
+    if os.environ.get("RANK", "0") == "0":  # of several processes under torchrun, one says it
+        print(describe(store))
     return 0
 
 
