@@ -6,7 +6,8 @@
 Prints a JSON line per --layers. The harvest (text, forward, shards safe on disk) and the bare module (a copy of
 its own, in its default attention, without hooks or a KV cache, its layers after the deepest cut off, nothing kept) take turns on
 the same batches, --chunks times, so that other programs disturb both; figures are those of the median turn. Of more than one --layers, each takes its turn too.
-`write_stall_s` is how long the model waited for the writer, that of the last shard of each turn included.
+`cpu_ratio` is the ratio in seconds of CPU time, which a busy machine disturbs less and from which the writer's work is
+not hidden; `seconds_over_first` is what these layers took against the first --layers. `write_stall_s` is how long the model waited for the writer, that of the last shard of each turn included.
 
 With --peers, SAELens' cache runner (`CacheActivationsRunner`) caches one layer of the same checkpoint on the same contexts, in
 the same turns, in that virtual environment (`pip install torch==2.13.0 sae-lens`); benchmarks/caches.py is its side.
@@ -20,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,8 @@ def make_gpt2(folder: Path) -> None:
 def bare_forward(folder: Path, deepest: int, device: str) -> Callable[[torch.Tensor], None]:
     """The Hugging Face module up to and with block `deepest`."""
     dtype = getattr(torch, default_dtype(device))
-    base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device).base_model
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    base = loaded.eval().to(device).base_model
     blocks = "h" if hasattr(base, "h") else "layers"
     setattr(base, blocks, getattr(base, blocks)[: deepest + 1])
 
@@ -80,35 +83,37 @@ class Harvest:
         self.bare = bare_forward(args.model, max(layers), args.device)
         self.seconds: list[float] = []
         self.bare_seconds: list[float] = []
+        self.cpu: list[tuple[float, float]] = []
         self.tokens = 0
         self.stall = 0.0
 
     def turn(self, *, counted: bool) -> Plan:
         """The next training shard through the harvest and through the bare module."""
 
-        def next_plan():
+        def next_plan() -> Iterator[Plan]:
             # Its text is read and packed here, in the time of the harvest.
             found.append(next(plan for plan in self.plans if plan.split == "train"))
             yield found[-1]._replace(number=len(self.writer.shards))
 
         found: list[Plan] = []
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         stall = run_model(self.config, self.model, self.writer, next_plan())
-        harvested = time.perf_counter()
+        harvested, cpu_harvested = time.perf_counter(), time.process_time()
         contexts = found[0].contexts
         for start in range(0, len(contexts), self.config.batch):
             rows = [context.tokens for context in contexts[start : start + self.config.batch]]
             self.bare(torch.from_numpy(np.stack(rows)).long())
         ended = time.perf_counter()
         if counted:
+            self.cpu.append((cpu_harvested - cpu, time.process_time() - cpu_harvested))
             self.seconds.append(harvested - started)
             self.bare_seconds.append(ended - harvested)
             self.tokens += len(contexts) * self.config.context
             self.stall += stall
         return found[0]
 
-    def line(self) -> dict[str, Any]:
-        """Of the median turn; the ratio is the median of the turns' own, each of which saw the same disturbances."""
+    def line(self, first: "Harvest") -> dict[str, Any]:
+        """Of the median turn; ratios are the medians of the turns' own, whose parts saw about the same disturbances."""
         seconds, bare = statistics.median(self.seconds), statistics.median(self.bare_seconds)
         tokens = self.tokens / len(self.seconds)
         return {
@@ -119,6 +124,8 @@ class Harvest:
             "write_stall_s": round(self.stall, 3),
             "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
             "layers": list(self.config.layers),
+            "cpu_ratio": round(statistics.median(b / a for a, b in self.cpu), 3),
+            "seconds_over_first": round(statistics.median(map(truediv, self.seconds, first.seconds)), 3),
             "turns_s": [[round(a, 2), round(b, 2)] for a, b in zip(self.seconds, self.bare_seconds, strict=True)],
         }
 
@@ -181,7 +188,7 @@ def main() -> None:
     if args.make:
         make_gpt2(args.model)
         return
-    with tempfile.TemporaryDirectory(dir=Path.cwd()) as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         harvests = [Harvest(args, layers, Path(scratch) / str(i)) for i, layers in enumerate(args.layers or [(6,)])]
         peer = Peer(args, max(harvests[0].config.layers), Path(scratch) / "saelens") if args.peers else None
         for chunk in range(args.chunks):
@@ -192,7 +199,7 @@ def main() -> None:
                 peer.turn(plan, counted=chunk > 0)
             print(f"turn {chunk + 1} of {args.chunks}", file=sys.stderr)
         for each in harvests:
-            print(json.dumps(each.line()), flush=True)
+            print(json.dumps(each.line(harvests[0])), flush=True)
         if peer:
             print(json.dumps(peer.line()), flush=True)
 

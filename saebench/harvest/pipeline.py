@@ -1,8 +1,8 @@
 """The model runs on while what it gave is written.
 
 A batch's rows land in one of a few sets of buffers that go round between the model and a thread that
-writes: from the model empty-handed it takes the next free set, and waits only when the writer is that far behind.
-Memory is those sets, whatever the length of the harvest.
+writes. The model takes the next free set, and waits only when the writer is all of them behind; so memory is
+those sets, whatever the length of the harvest.
 """
 
 import queue

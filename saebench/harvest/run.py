@@ -106,7 +106,7 @@ def fill(
     log.info("the model waited %.1f s for the disk", stall)
     stopped = any(world.gather(interrupt.requested))
     if stopped:
-        log.warning("stopped after %d whole shards; the same command continues", len(writer.shards))
+        log.warning("stopped after a whole shard; the same command continues")
         return None
     world.agreed(lambda: _finish(config, text, writer) if world.leads else None)
     return open_store(config.out)
