@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo app check test bench
+.PHONY: install demo app check test faults bench
 
 install: .venv/installed
 
@@ -27,6 +27,9 @@ check: install
 
 test: install
 	$(BIN)/pytest
+
+faults: install
+	SAEBENCH_KILLS=20 $(BIN)/pytest tests/test_faults.py
 
 bench: install
 	$(BIN)/python benchmarks/train_step.py

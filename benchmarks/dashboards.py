@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from hooked import hooked
 from sae_dashboard.layout import (
     ActsHistogramConfig,
     Column,
@@ -26,35 +27,9 @@ from sae_dashboard.neuronpedia.neuronpedia_converter import NeuronpediaConverter
 from sae_dashboard.neuronpedia.neuronpedia_runner_config import NeuronpediaRunnerConfig
 from sae_dashboard.sae_vis_data import SaeVisConfig
 from sae_dashboard.sae_vis_runner import SaeVisRunner
-from sae_lens import SAE, HookedSAETransformer
-from transformer_lens import HookedTransformerConfig
-from transformer_lens.pretrained.weight_conversions import convert_llama_weights
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from sae_lens import SAE
 
 BATCH = 128
-
-
-def hooked(folder: Path) -> HookedSAETransformer:
-    """A Llama checkpoint on disk as a HookedTransformer: `from_pretrained` takes only names of the hub."""
-    source = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = source.config
-    made = HookedTransformerConfig(
-        n_layers=config.num_hidden_layers, d_model=config.hidden_size, n_ctx=config.max_position_embeddings,
-        d_head=config.hidden_size // config.num_attention_heads, n_heads=config.num_attention_heads,
-        d_mlp=config.intermediate_size, d_vocab=config.vocab_size, act_fn=config.hidden_act, eps=config.rms_norm_eps,
-        normalization_type="RMS", positional_embedding_type="rotary", rotary_adjacent_pairs=False,
-        rotary_dim=config.hidden_size // config.num_attention_heads, final_rms=True, gated_mlp=True, device="cpu",
-        original_architecture="LlamaForCausalLM", model_name="local",
-    )  # fmt: skip
-    model = HookedSAETransformer(made)
-    weights = convert_llama_weights(source, made)
-    model.load_state_dict(weights, strict=False)
-    model.tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    ids = torch.arange(16)[None] + 100
-    with torch.no_grad():
-        difference = (model(ids).log_softmax(-1) - source(ids).logits.log_softmax(-1)).abs().max()
-    assert difference < 1e-3, f"the model does not compute what its checkpoint does: {difference}"
-    return model
 
 
 def main() -> None:

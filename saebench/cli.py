@@ -12,7 +12,7 @@ from saebench.browse.serve import AppConfig, serve
 from saebench.config import add_arguments, from_arguments
 from saebench.demo.demo import INDEXED, run_demo
 from saebench.evaluate import EvalConfig, equal_l0_table, evaluate, table, write_report
-from saebench.harvest import HarvestConfig, harvest
+from saebench.harvest import ExtendConfig, HarvestConfig, extend, harvest
 from saebench.index import IndexConfig, build_index
 from saebench.index.export import ExportConfig, export
 from saebench.runlog import progress
@@ -97,6 +97,11 @@ def _parser() -> argparse.ArgumentParser:
         sub = store.add_parser(action, help=about, description=about)
         sub.add_argument("path", type=Path)
         sub.set_defaults(command=run)
+    about = "continue a finished store with more tokens, from where its data set stood"
+    growing = store.add_parser("extend", help=about, description=about)
+    add_arguments(growing, ExtendConfig)
+    growing.add_argument("path", type=Path)
+    growing.set_defaults(command=_store_extend)
     return parser
 
 
@@ -104,7 +109,8 @@ def _harvest(arguments: argparse.Namespace) -> int:
     store = harvest(from_arguments(HarvestConfig, arguments), from_arguments(TextConfig, arguments))
     if store is None:
         return INTERRUPTED
-    print(describe(store))
+    if os.environ.get("RANK", "0") == "0":  # of several processes under torchrun, one says it
+        print(describe(store))
     return 0
 
 
@@ -216,6 +222,14 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _store_info(arguments: argparse.Namespace) -> int:
     print(describe(open_store(arguments.path)))
+    return 0
+
+
+def _store_extend(arguments: argparse.Namespace) -> int:
+    store = extend(arguments.path, from_arguments(ExtendConfig, arguments))
+    if store is None:
+        return INTERRUPTED
+    print(describe(store))
     return 0
 
 

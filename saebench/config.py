@@ -88,6 +88,14 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
+def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots, so that a difference is named to the leaf."""
+    leaves: dict[str, Any] = {}
+    for key, item in value.items():
+        leaves |= flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+    return leaves
+
+
 def _default(field: dataclasses.Field) -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 

@@ -103,6 +103,7 @@ def load_model(
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     bridge.eval()
+    _fuse_attention(bridge)
     folder = _checkpoint_folder(path, revision)
     config, original = bridge.cfg, cast(Any, bridge.original_model)
     return LanguageModel(
@@ -118,6 +119,31 @@ def load_model(
         device=torch.device(device),
         dtype=dtype,
     )
+
+
+def _fuse_attention(bridge: Any) -> None:
+    """Let attention run in the Hugging Face module's own code and in one kernel, where the family has that.
+
+    A bridge computes attention step by step, so that scores and patterns have hooks; it then takes a third
+    longer than the module that it wraps. Nothing here looks inside attention: its input and output keep their hooks.
+    """
+    from transformer_lens.model_bridge import generalized_components as components
+
+    stepwise = {
+        components.JointQKVAttentionBridge,
+        components.PositionEmbeddingsAttentionBridge,
+        components.JointQKVPositionEmbeddingsAttentionBridge,
+    }
+    attentions = [getattr(block, "attn", None) for block in getattr(bridge, "blocks", ())]
+    if not {type(attention) for attention in attentions} <= stepwise:
+        return
+    try:
+        bridge.original_model.set_attn_implementation("sdpa")
+    except ValueError:  # no fused kernel computes what this family does, for instance where scores are capped
+        return
+    for attention in attentions:
+        # Past `setattr`, with which a bridge writes through to the module that it wraps.
+        vars(attention)["forward"] = components.AttentionBridge.forward.__get__(attention)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -173,25 +199,49 @@ class _AllCaptured(Exception):
     """Ends a forward pass once the last hook wanted has fired."""
 
 
-@torch.inference_mode()
+def capturer(
+    model: LanguageModel, hooks: Sequence[str]
+) -> Callable[[Int[Tensor, "B L"], Callable[[str, Tensor], None]], None]:
+    """A forward pass, to be run many times, that hands each vector wanted to a function and ends after the deepest.
+
+    The function gets the hook's name and a tensor `[B, L, D]` in the model's dtype, which later layers may write over.
+    Finds the hooks once, and keeps no keys and values: neither is free beside a small model or on a fast machine.
+    """
+    known = model.bridge.hook_dict
+    points = {name: known[name] for name in hooks}
+
+    @torch.inference_mode()
+    def run(tokens: Int[Tensor, "B L"], take: Callable[[str, Tensor], None]) -> None:
+        missing = set(hooks)
+
+        def hook_function(name: str, value: Tensor) -> None:
+            take(name, value)
+            missing.discard(name)
+            if not missing:
+                raise _AllCaptured
+
+        handles = [
+            point.register_forward_hook(lambda _, args, value, name=name: hook_function(name, value))
+            for name, point in points.items()
+        ]
+        try:
+            model.bridge.original_model(tokens, use_cache=False)
+        except _AllCaptured:
+            return
+        finally:
+            for handle in handles:
+                handle.remove()
+        raise ValueError(f"hook {sorted(missing)[0]!r} never fired in model {model.id!r}; it has no such position")
+
+    return run
+
+
 def capture(
     model: LanguageModel, tokens: Int[Tensor, "B L"], hooks: Sequence[str]
 ) -> dict[str, Float[Tensor, "B L D"]]:
     """The vectors at `hooks`, from one forward pass that stops after the deepest of them."""
     captured: dict[str, Tensor] = {}
-
-    def save(name: str) -> Callable[..., None]:
-        def hook_function(value: Tensor, hook: Any) -> None:
-            captured[name] = value.detach()
-            if len(captured) == len(hooks):
-                raise _AllCaptured
-
-        return hook_function
-
-    with model.bridge.hooks(fwd_hooks=[(name, save(name)) for name in hooks]), contextlib.suppress(_AllCaptured):
-        model.bridge(tokens, return_type=None)
-    if missing := [name for name in hooks if name not in captured]:
-        raise ValueError(f"hook {missing[0]!r} never fired in model {model.id!r}; it has no such position")
+    capturer(model, hooks)(tokens, lambda name, value: captured.update({name: value.clone()}))
     return captured
 
 

@@ -22,7 +22,7 @@ from saebench.files import write_text
 log = logging.getLogger(__name__)
 
 
-def progress(total: int, description: str, unit: str = "tok", initial: int = 0) -> "tqdm[Any]":
+def progress(total: int, description: str, unit: str = "tok", initial: int = 0, *, shown: bool = True) -> "tqdm[Any]":
     """A bar on stderr with rate and time left; where stderr is not a terminal a note now and then.
 
     Every 20 s, or every SAEBENCH_PROGRESS_SECONDS of the environment, for a program that reads them.
@@ -30,7 +30,7 @@ def progress(total: int, description: str, unit: str = "tok", initial: int = 0) 
     interval = 0.2 if sys.stderr.isatty() else float(os.environ.get("SAEBENCH_PROGRESS_SECONDS", "20"))
     return tqdm(
         total=total, initial=initial, desc=description, unit=unit, unit_scale=True, mininterval=interval,
-        maxinterval=interval, dynamic_ncols=sys.stderr.isatty(), smoothing=0.1,
+        maxinterval=interval, dynamic_ncols=sys.stderr.isatty(), smoothing=0.1, disable=not shown,
     )  # fmt: skip
 
 

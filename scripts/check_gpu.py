@@ -9,13 +9,20 @@ exits 1 when an error is beyond its tolerance, 2 without a GPU.
 import json
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from saebench.harvest import HarvestConfig, harvest
+from saebench.models import ModelDtype, capture, hook_name, load_model
 from saebench.sae import initialise, new_sae
 from saebench.sae.sparse import Encoder, gather_dot, gather_sum
+from saebench.store import Store
+from saebench.store.schema import StoreDtype
+from saebench.text import TextConfig
 from saebench.train.gradients import exact_gradients
 from saebench.train.member import RECIPES
 from saebench.train.objectives import Context, bandwidth
@@ -88,6 +95,35 @@ def check_steps(d_in: int, d_sae: int, k: int, rows: int) -> bool:
     return fine
 
 
+def check_harvest() -> bool:
+    """Rows that a copy stream brought into pinned buffers are those that the model gave, and about those of a CPU."""
+    text, fine = TextConfig(), True
+    with tempfile.TemporaryDirectory() as scratch:
+
+        def rows(device: str, model_dtype: ModelDtype, dtype: StoreDtype) -> tuple[Store, Tensor]:
+            out = Path(scratch) / f"{device}-{model_dtype}-{dtype}"
+            made = harvest(
+                HarvestConfig(
+                    layers=(1, 2), tokens=100_000, batch=8, shard_contexts=64, device=device, dtype=dtype,
+                    model_dtype=model_dtype, out=out,
+                ),
+                text,
+            )  # fmt: skip
+            assert made is not None
+            return made, torch.cat([shard.rows(hook_name(2)) for shard in made.shards])
+
+        on_cpu, on_gpu = (rows(device, "float32", "float16")[1] for device in ("cpu", "cuda"))
+        fine &= check("harvest float32", on_gpu, on_cpu, TOLERANCE[torch.bfloat16])
+        # The store's dtype is the model's: later layers must not write over what is being copied.
+        made, found = rows("cuda", "bfloat16", "bfloat16")
+        model = load_model("embedded", device="cuda", dtype="bfloat16")
+        tokens = [shard.column("tokens").reshape(-1, made.context).copy() for shard in made.shards]
+        batches = [batch.cuda() for part in tokens for batch in torch.from_numpy(part).long().split(8)]
+        expected = [capture(model, batch, [hook_name(2)])[hook_name(2)].flatten(0, 1).cpu() for batch in batches]
+        fine &= check("harvest bfloat16, to the last bit", found, torch.cat(expected), 0.0)
+    return fine
+
+
 def time_kernels(d_in: int, d_sae: int, k: int, rows: int) -> None:
     x, table = torch.randn(rows, d_in, device="cuda"), torch.randn(d_sae, d_in, device="cuda")
     code, values = Encoder(x, table.T, torch.zeros(d_sae, device="cuda"), bf16=True).topk(k)
@@ -109,7 +145,7 @@ def main() -> int:
         print("no CUDA device here; the tests check the same kernels through Triton's interpreter", file=sys.stderr)
         return 2
     print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__}))
-    fine = all([check_kernels(*shape) for shape in SHAPES] + [check_steps(64, 512, 8, 256)])
+    fine = all([check_kernels(*shape) for shape in SHAPES] + [check_steps(64, 512, 8, 256), check_harvest()])
     time_kernels(768, 24_576, 32, 16_384)
     return 0 if fine else 1
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -23,7 +24,7 @@ _PATIENCE = 120  # seconds
 class Child:
     """A running command."""
 
-    def __init__(self, argv: tuple[str, ...], **conditions: float | None) -> None:
+    def __init__(self, argv: tuple[str, ...], **conditions: object) -> None:
         self.output = Path(tempfile.mkstemp(prefix="saebench-test-")[1])
         self.process = _CONTEXT.Process(target=_main, args=(argv, str(self.output)), kwargs=conditions)
         self.process.start()
@@ -43,13 +44,34 @@ def start(
     slow: float = 0.0,
     checkpoint_seconds: float | None = None,
     unit_rows: int | None = None,
+    environment: dict[str, str] | None = None,
 ) -> Child:
     """`saebench ARGV` in a child. `file_limit` is the largest file it may write, in bytes.
 
     `slow` makes every training step, forward pass and unit of an index wait that many seconds; checkpoints are
     written every `checkpoint_seconds`. An index goes in units of `unit_rows`, and writes a snapshot after each.
     """
-    return Child(argv, file_limit=file_limit, slow=slow, checkpoint_seconds=checkpoint_seconds, unit_rows=unit_rows)
+    return Child(
+        argv, file_limit=file_limit, slow=slow, checkpoint_seconds=checkpoint_seconds, unit_rows=unit_rows,
+        environment=environment,
+    )  # fmt: skip
+
+
+def start_ranks(size: int, *argv: str, slow: float = 0.0) -> list[Child]:
+    """`saebench ARGV` in `size` children that are told of one another as torchrun does it, with nobody watching over them."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    known = {
+        "TORCHELASTIC_RUN_ID": "test",
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    return [
+        start(*argv, slow=slow, environment=known | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(size)
+    ]
 
 
 def run(*argv: str, file_limit: int | None = None) -> tuple[int, str]:
@@ -77,10 +99,11 @@ def _main(
     slow: float,
     checkpoint_seconds: float | None,
     unit_rows: int | None,
+    environment: dict[str, str] | None,
 ) -> None:
     import torch
 
-    import saebench.harvest
+    import saebench.harvest.pipeline
     import saebench.index.build
     import saebench.train.loop
     import saebench.train.member
@@ -92,6 +115,7 @@ def _main(
     sys.stderr = os.fdopen(2, "w", buffering=1)
     sys.stdout = os.fdopen(1, "w", buffering=1)
     torch.set_num_threads(1)
+    os.environ |= environment or {}
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if checkpoint_seconds is not None:
@@ -100,12 +124,12 @@ def _main(
         saebench.index.build.UNIT_ROWS = unit_rows
         saebench.index.build.SNAPSHOT_SECONDS, saebench.index.build.SNAPSHOT_SHARE = 0.0, 1.0
     if slow:
-        capture, step = saebench.harvest.capture, saebench.train.member.Member.step
+        take, step = saebench.harvest.pipeline.Landing.take, saebench.train.member.Member.step
         encode_sparse = saebench.index.build.encode_sparse
 
-        def slow_capture(*args: object) -> object:
+        def slow_take(*args: object) -> None:
             time.sleep(slow)
-            return capture(*args)  # type: ignore[arg-type]
+            take(*args)  # type: ignore[arg-type]
 
         def slow_step(*args: object) -> None:
             time.sleep(slow)
@@ -116,7 +140,7 @@ def _main(
             return encode_sparse(*args)  # type: ignore[arg-type]
 
         saebench.index.build.encode_sparse = slow_encode  # type: ignore[assignment]
-        saebench.harvest.capture = slow_capture  # type: ignore[assignment]
+        saebench.harvest.pipeline.Landing.take = slow_take  # type: ignore[method-assign]
         saebench.train.member.Member.step = slow_step  # type: ignore[method-assign]
     status = cli.main(argv)
     sys.stderr.flush()

@@ -310,7 +310,7 @@ def test_a_disk_too_small_is_found_before_the_first_forward(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr("saebench.harvest.capture", lambda *args: pytest.fail("the model ran"))
+    monkeypatch.setattr("saebench.harvest.run.capturer", lambda *args: pytest.fail("the model ran"))
     with pytest.raises(ValueError, match=r"needs about 4,035\.0 MB for 15,000,000 rows and the disk has 1\.0 MB free"):
         harvest(
             config(checkpoints["llama"], tmp_path / "s", tokens=12 * 10**6, validation_tokens=3 * 10**6), text(corpus)

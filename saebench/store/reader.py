@@ -25,9 +25,9 @@ from saebench.store.schema import (
 )
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
     """The manifest. Raises ValueError when there is none, or one that this version cannot read."""
-    path = folder / MANIFEST
+    path = folder / name
     if not path.exists():
         raise ValueError(
             f"{folder} holds no activation store (no {MANIFEST}); make one with `saebench harvest --out {folder}`"

@@ -8,6 +8,7 @@ import xxhash
 SCHEMA = "saebench-activations"
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+EXTENSION = "extension.json"  # the manifest of a store that is being extended, until it takes the other's place
 DOCUMENTS = "documents.parquet"
 TOKENIZER = "tokenizer"
 

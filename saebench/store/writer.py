@@ -15,12 +15,13 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from saebench.config import differences
+from saebench.config import differences, flat
 from saebench.files import block_checksums, hash_files, replacing, write_json
 from saebench.store.reader import Shard, open_shard, read_manifest
 from saebench.store.schema import (
     BLOCK_ROWS,
     DOCUMENTS,
+    EXTENSION,
     MANIFEST,
     ON_DISK,
     PROVENANCE,
@@ -99,7 +100,6 @@ class ShardWriter:
         self.rows = rows
         self.dtype: StoreDtype = dtype
         self.filled = 0
-        self.kept = 0
         self.moments = {hook: Moments.zero(width) for hook, width in widths.items()}
         self.spool = _Spool(path)
         # No time stamps: equal contents give equal bytes.
@@ -129,7 +129,6 @@ class ShardWriter:
             self.file[name][start:stop] = provenance[name]
         self.spool.check()
         self.filled = stop
-        self.kept += int(keep.sum())
 
     def _refuse(self, hook: str, rows: Tensor, keep: Tensor) -> None:
         bad = (~torch.isfinite(rows).all(1) & keep).nonzero()[0].item()
@@ -139,8 +138,8 @@ class ShardWriter:
             "nothing of this shard was kept"
         )
 
-    def finish(self, attributes: dict[str, Any], documents: dict[int, str]) -> dict[str, Any]:
-        """Add checksums, statistics and document names; returns the shard's manifest entry."""
+    def finish(self, attributes: dict[str, Any], documents: dict[int, str]) -> None:
+        """Add checksums, statistics and document names."""
         assert self.filled == self.rows, f"{self.filled} of {self.rows} rows written"
         self.file.flush()
         self.spool.check()
@@ -162,8 +161,6 @@ class ShardWriter:
         self.file.attrs.update(schema=SCHEMA, schema_version=SCHEMA_VERSION, block_rows=BLOCK_ROWS, **attributes)
         self.close()
         self.spool.check()
-        size = self.path.stat().st_size
-        return {**attributes, "rows": self.rows, "kept": self.kept, "bytes": size, "digest": digest(checksums)}
 
     def _columns(self) -> dict[str, Any]:
         hooks = {activations_path(hook): self.file[activations_path(hook)] for hook in self.moments}
@@ -181,34 +178,60 @@ class StoreWriter:
     `identity` is everything that decides the store's contents. Raises ValueError, naming the values
     that differ, when the folder holds shards of another identity, and naming the shard when one that
     it would continue from is missing or damaged (block contents are checked as they are read).
+
+    With `finished`, the manifest of a whole store, shards are added behind that store's, which stays what it is
+    until `complete`: the manifest of the longer one is kept in a file of its own until then.
+    Of several processes that write one store, the one that `leads` writes the manifest, and opens it first.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], widths: dict[str, int], dtype: StoreDtype) -> None:
+    def __init__(
+        self, folder: Path, identity: dict[str, Any], widths: dict[str, int], dtype: StoreDtype,
+        *, finished: dict[str, Any] | None = None, leads: bool = True,
+    ) -> None:  # fmt: skip
         self.folder = folder
         self.widths = widths
         self.dtype: StoreDtype = dtype
-        earlier = read_manifest(folder) if (folder / MANIFEST).exists() else None
+        self.leads = leads
+        self.path = folder / (MANIFEST if finished is None else EXTENSION)
+        earlier = read_manifest(folder, self.path.name) if self.path.exists() else None
+        changed = differences(flat(earlier["identity"]), flat(identity)) if earlier else []
         # Where no shard was written yet, nothing is lost by beginning again with other settings.
-        if earlier is not None and earlier["shards"]:
+        if earlier is not None and (earlier["shards"] or not changed):
             self.manifest = earlier
-            if changed := differences(_flat(self.manifest["identity"]), _flat(identity)):
+            if changed:
                 raise ValueError(
                     f"{folder} holds a store made with other settings: {'; '.join(changed)}. "
                     "Use the same settings to continue it, or another --out, or delete it"
                 )
             for entry in self.shards:
                 Shard(folder, entry, self.manifest).check()
+            if leads and not self.manifest["complete"]:
+                self._adopt()
         else:
             self.manifest = {
                 "schema": SCHEMA, "schema_version": SCHEMA_VERSION, "identity": identity, "complete": False,
-                "dtype": dtype, "block_rows": BLOCK_ROWS, "shards": [],
+                "dtype": dtype, "block_rows": BLOCK_ROWS, "shards": list(finished["shards"] if finished else []),
                 "hooks": {hook: {"d_in": width} for hook, width in widths.items()},
             }  # fmt: skip
+            for path in self._present().values():
+                path.unlink()  # of another harvest: what lies beyond a manifest is always its own
             self._publish()
 
     @property
     def shards(self) -> list[dict[str, Any]]:
         return self.manifest["shards"]
+
+    @property
+    def present(self) -> frozenset[int]:
+        """The numbers of whole shards on disk that the manifest does not have yet: another shard before them is missing."""
+        return frozenset(self._present())
+
+    def _present(self) -> dict[int, Path]:
+        found = {
+            int(path.stem.removeprefix("shard-")): path
+            for path in self.folder.glob(shard_name(0).replace("0", "[0-9]"))
+        }
+        return {index: path for index, path in found.items() if index >= len(self.shards)}
 
     def add_tokenizer(self, files: Sequence[Path]) -> None:
         """Copy the tokenizer's files beside the store, so that text is decoded without the model."""
@@ -219,13 +242,15 @@ class StoreWriter:
                 shutil.copyfile(file, temporary)
 
     @contextmanager
-    def shard(self, rows: int) -> Iterator[tuple[ShardWriter, dict[int, str], dict[str, Any]]]:
-        """The next shard of `rows` rows: its writer, and the document names and attributes to fill in.
+    def shard(
+        self, rows: int, index: int | None = None
+    ) -> Iterator[tuple[ShardWriter, dict[int, str], dict[str, Any]]]:
+        """Shard number `index`, or the next, of `rows` rows: its writer, and the document names and attributes to fill in.
 
         It joins the store when the block ends without an exception, and leaves no trace otherwise.
         A full disk is a ValueError that says what is safe.
         """
-        path = self.folder / shard_name(len(self.shards))
+        path = self.folder / shard_name(len(self.shards) if index is None else index)
         documents: dict[int, str] = {}
         attributes: dict[str, Any] = {}
         try:
@@ -233,19 +258,26 @@ class StoreWriter:
                 writer = ShardWriter(temporary, rows, self.widths, self.dtype)
                 try:
                     yield writer, documents, attributes
-                    entry = writer.finish(attributes, documents)
+                    writer.finish(attributes, documents)
                 finally:
                     writer.close()
-            self.manifest["shards"].append({"file": path.name, **entry})
-            self._publish()
+            if self.leads:
+                self._adopt()
         except OSError as error:
             raise ValueError(
                 f"writing {path} failed: {error}. The {len(self.shards)} whole shards before it are safe; "
                 "free some space and run the same command again to continue"
             ) from error
 
+    def _adopt(self) -> None:
+        """Take the shards on disk that come next into the manifest, whoever wrote them."""
+        while (path := self.folder / shard_name(len(self.shards))).exists():
+            self.manifest["shards"].append(_entry(path, self.widths))
+        self._publish()
+
     def complete(self, facts: dict[str, Any]) -> None:
         """Merge the shards' statistics and document names, and mark the store whole."""
+        self._adopt()
         moments = {hook: Moments.zero(width) for hook, width in self.widths.items()}
         documents: dict[int, tuple[str, str]] = {}
         for entry in self.shards:
@@ -271,10 +303,22 @@ class StoreWriter:
             "documents_hash": hash_files([self.folder / DOCUMENTS]),
             "complete": True,
         }
-        self._publish()
+        write_json(self.folder / MANIFEST, self.manifest)
+        (self.folder / EXTENSION).unlink(missing_ok=True)
 
     def _publish(self) -> None:
-        write_json(self.folder / MANIFEST, self.manifest)
+        write_json(self.path, self.manifest)
+
+
+def _entry(path: Path, widths: dict[str, int]) -> dict[str, Any]:
+    """A whole shard's entry in the manifest, by what its file says of itself."""
+    with open_shard(path) as file:
+        columns = [*PROVENANCE, *map(activations_path, widths)]
+        return {
+            "file": path.name, "split": str(file.attrs["split"]), "context": int(file.attrs["context"]),
+            "cursor": file.attrs["cursor"].tolist(), "rows": len(file["tokens"]), "kept": int(file["keep"][:].sum()),
+            "bytes": path.stat().st_size, "digest": digest({name: file[f"checksums/{name}"][:] for name in columns}),
+        }  # fmt: skip
 
 
 def _moments(file: Any, hook: str) -> Moments:
@@ -285,11 +329,3 @@ def _moments(file: Any, hook: str) -> Moments:
         float(group.attrs["squared_norm_sum"]),
         group["norm_histogram"][:],
     )
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys joined by dots, so that a difference is named to the leaf."""
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
-    return flat

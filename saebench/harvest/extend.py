@@ -1,0 +1,89 @@
+"""A finished store grows: more of the same text, through the same model, behind what is there."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saebench.config import Count, differences, flat
+from saebench.files import locked, read_json
+from saebench.harvest.ranks import World
+from saebench.harvest.run import fill, open_model
+from saebench.harvest.settings import HarvestConfig, identity_of
+from saebench.store import Store, StoreWriter, open_store
+from saebench.store.schema import EXTENSION
+from saebench.text import TextConfig, fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtendConfig:
+    """By how much a store grows, and where the model runs; all else is as the store was made."""
+
+    tokens: Count
+    """training tokens to add"""
+    device: str | None = None
+    """cuda, mps or cpu (default: the first of these at hand)"""
+    trust_remote_code: bool = False
+    """run code that comes with a hub model"""
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ValueError(f"tokens is {self.tokens}; expected at least 1")
+
+
+def extend(folder: Path, config: ExtendConfig) -> Store | None:
+    """Add shards to the finished store in `folder`; None when Ctrl-C ended it early, and the same call continues.
+
+    Until all of them are whole, the store is what it was. Raises ValueError when its text is all in it, when
+    model, tokenizer or text are no longer those it was made with, and for another extension left unfinished.
+    """
+    with locked(folder):
+        store = open_store(folder)
+        made = store.manifest["identity"]
+        told, text = _settings(folder, made, config)
+        target = made | {"tokens": told.tokens, "extended_from": [*made.get("extended_from", []), made["tokens"]]}
+        _check_unfinished(folder, made, target, config.tokens)
+        if store.manifest["exhausted"]:
+            raise ValueError(
+                f"{folder} holds all {store.rows('train'):,} training tokens of {text.dataset!r}: there is no more text to extend it with"
+            )
+        model, encoder = open_model(told, config.device)
+        found = target | identity_of(told, text, model, fingerprint(text))
+        if changed := differences(flat(target), flat(found)):
+            raise ValueError(
+                f"{folder} was made with others than are here now: {'; '.join(changed)}. Restore them, or harvest a new store"
+            )
+        widths = dict.fromkeys(told.hooks, model.d_model)
+        writer = StoreWriter(folder, target, widths, told.dtype, finished=store.manifest)
+        return fill(told, text, model, encoder, writer, World())
+
+
+def _settings(folder: Path, made: dict[str, Any], config: ExtendConfig) -> tuple[HarvestConfig, TextConfig]:
+    """What the store was made with, and how many tokens it is to have."""
+    kept = ("context", "batch", "shard_contexts", "dtype", "model_dtype", "validation_tokens")
+    told = HarvestConfig(
+        model=made["model"]["id"],
+        model_revision=made["model"]["revision"],
+        layers=tuple(made["layers"]),
+        kinds=tuple(made["kinds"]),
+        tokens=made["tokens"] + config.tokens,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+        out=folder,
+        **{name: made[name] for name in kept},
+    )
+    return told, TextConfig(**{name: value for name, value in made["text"].items() if name != "fingerprint"})
+
+
+def _check_unfinished(folder: Path, made: dict[str, Any], target: dict[str, Any], tokens: int) -> None:
+    """Raises ValueError where an extension by another number of tokens was begun and not finished."""
+    path = folder / EXTENSION
+    if not path.exists():
+        return
+    begun = read_json(path)["identity"]
+    if begun == made:
+        path.unlink()  # it was finished, and killed just before this
+    elif begun != target:
+        raise ValueError(
+            f"{folder} is being extended by {begun['tokens'] - made['tokens']} tokens, not {tokens}: finish that first, with "
+            f"`saebench store extend {folder} --tokens {begun['tokens'] - made['tokens']}`"
+        )

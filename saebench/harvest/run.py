@@ -1,0 +1,187 @@
+"""The harvest itself: a model over planned shards, by one process or several."""
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+
+from saebench.files import locked
+from saebench.harvest.pipeline import BackgroundWriter
+from saebench.harvest.plan import Plan, plans
+from saebench.harvest.ranks import World, joined
+from saebench.harvest.settings import HarvestConfig, identity_of
+from saebench.models import LanguageModel, capturer, check_hook, load_model
+from saebench.runlog import interruptible, progress
+from saebench.store import Store, StoreWriter, open_store
+from saebench.store.coding import row_bytes
+from saebench.store.schema import PROVENANCE
+from saebench.text import SPLITS, Context, Encoder, TextConfig, encoder_of, fingerprint
+
+log = logging.getLogger(__name__)
+
+
+def harvest(config: HarvestConfig, text: TextConfig) -> Store | None:
+    """Make, continue or reopen the store in `config.out`; None when Ctrl-C ended it early.
+
+    Under torchrun the processes share the work, and each comes back with the store. Raises ValueError for a
+    model, hook or data set that does not exist, for a data set with nothing in one of the splits, for a disk
+    too small, and for a store made with other settings.
+    """
+    source = fingerprint(text)
+    with joined() as world, contextlib.ExitStack() as held:
+        world.agreed(lambda: held.enter_context(locked(config.out)) if world.leads else None)
+        model, encoder = world.agreed(lambda: open_model(config, world.device(config.device)))
+        identity = identity_of(config, text, model, source)
+
+        def open_writer() -> StoreWriter:
+            widths = dict.fromkeys(config.hooks, model.d_model)
+            return StoreWriter(config.out, identity, widths, config.dtype, leads=world.leads)
+
+        # The others open the store as the leader has left it.
+        leading = world.agreed(lambda: open_writer() if world.leads else None)
+        following = world.agreed(lambda: None if world.leads else open_writer())
+        writer = leading or following
+        assert writer
+        if writer.manifest["complete"]:
+            log.info("%s is complete already", config.out)
+            return open_store(config.out)
+        return fill(config, text, model, encoder, writer, world)
+
+
+def open_model(config: HarvestConfig, device: str | None) -> tuple[LanguageModel, Encoder]:
+    """The model, and how it reads text. Raises ValueError where it cannot give what is asked for."""
+    model = load_model(
+        config.model,
+        device=device,
+        dtype=config.model_dtype,
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    for hook in config.hooks:
+        check_hook(model, hook)
+    if config.context > model.max_context:
+        raise ValueError(f"context is {config.context}, model {model.id!r} takes at most {model.max_context} tokens")
+    encoder = encoder_of(model.tokenizer)
+    if encoder.bos >= model.n_vocab:
+        raise ValueError(
+            f"the tokenizer of model {model.id!r} opens contexts with token {encoder.bos}, beyond the model's "
+            f"{model.n_vocab} embeddings: set a bos_token that the model knows and save the tokenizer again"
+        )
+    return model, encoder
+
+
+def fill(
+    config: HarvestConfig, text: TextConfig, model: LanguageModel, encoder: Encoder, writer: StoreWriter, world: World
+) -> Store | None:
+    """Write the shards that a store still lacks, and complete it; None when Ctrl-C ended that early."""
+    expected = _expected_rows(config, text.validation_fraction)
+    done = sum(entry["rows"] for entry in writer.shards)
+
+    def prepare() -> frozenset[int]:
+        if world.leads:
+            _check_disk(config, model, expected - done)
+            writer.add_tokenizer(model.tokenizer_files)
+        return writer.present
+
+    present = world.agreed(prepare)  # and no process writes before all have looked
+    share, before, name = expected // world.size, done // world.size, f"harvest {config.out.name}"
+    with interruptible() as interrupt, progress(share, name, initial=before, shown=world.leads) as bar:
+
+        def written(rows: int) -> None:
+            bar.update(rows)
+            if world.leads:
+                shown = bar.format_dict
+                rate = (bar.n - shown["initial"]) / max(shown["elapsed"], 1e-9)
+                bar.set_postfix_str(f"{rate * _bytes_per_row(config, model) / 1e6:.1f} MB/s", refresh=False)
+
+        planned = (
+            plan
+            for plan in plans(config, text, encoder, writer.shards)
+            if plan.number % world.size == world.rank and plan.number not in present
+        )
+        stall = run_model(config, model, writer, planned, written, lambda: interrupt.requested)
+    log.info("the model waited %.1f s for the disk", stall)
+    stopped = any(world.gather(interrupt.requested))
+    if stopped:
+        log.warning("stopped after a whole shard; the same command continues")
+        return None
+    world.agreed(lambda: _finish(config, text, writer) if world.leads else None)
+    return open_store(config.out)
+
+
+def run_model(
+    config: HarvestConfig,
+    model: LanguageModel,
+    writer: StoreWriter,
+    planned: Iterable[Plan],
+    written: Callable[[int], None] = lambda rows: None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> float:
+    """Harvest the shards planned, or as many as begin before `stopped`; returns the seconds that the model waited for the disk.
+
+    `written` is told of every batch's rows as they are written, in another thread.
+    """
+    forward = capturer(model, config.hooks)
+    with BackgroundWriter(writer, config.batch, model.device, written) as background:
+        for plan in planned:
+            background.begin(plan)
+            for start in range(0, len(plan.contexts), config.batch):
+                batch = plan.contexts[start : start + config.batch]
+                _check_vocabulary(batch, model)
+                tokens = torch.from_numpy(np.stack([context.tokens for context in batch])).long()
+                landing = background.landing()
+                forward(tokens.to(model.device), landing.take)
+                background.put(landing)
+            if stopped():
+                break
+    return background.stall
+
+
+def _expected_rows(config: HarvestConfig, fraction: float) -> int:
+    """Training rows asked for, and the held-out rows that come with them."""
+    return int(config.tokens + min(config.validation_tokens, config.tokens * fraction / (1 - fraction)))
+
+
+def _bytes_per_row(config: HarvestConfig, model: LanguageModel) -> int:
+    vectors = len(config.hooks) * row_bytes(config.dtype, model.d_model)
+    return vectors + sum(kind.itemsize for kind in PROVENANCE.values())
+
+
+def _check_disk(config: HarvestConfig, model: LanguageModel, rows: int) -> None:
+    need, free = rows * _bytes_per_row(config, model) / 1e6, shutil.disk_usage(config.out).free / 1e6
+    log.info("%s needs about %s MB more on disk; %s MB are free", config.out, f"{need:,.0f}", f"{free:,.0f}")
+    if need > free:
+        raise ValueError(
+            f"{config.out} needs about {need:,.1f} MB for {rows:,} rows and the disk has {free:,.1f} MB free: "
+            "ask for fewer --tokens or --layers, use a smaller --dtype, or choose another --out"
+        )
+
+
+def _check_vocabulary(contexts: Sequence[Context], model: LanguageModel) -> None:
+    for context in contexts:
+        if (beyond := np.flatnonzero((context.tokens < 0) | (context.tokens >= model.n_vocab))).size:
+            name = context.documents[int(context.doc_id[beyond[0]])]
+            raise ValueError(
+                f"document {name} has token {context.tokens[beyond[0]]}, model {model.id!r} knows 0 to {model.n_vocab - 1}: "
+                "the data set was tokenized for another model"
+            )
+
+
+def _finish(config: HarvestConfig, text: TextConfig, writer: StoreWriter) -> None:
+    rows = {split: sum(entry["rows"] for entry in writer.shards if entry["split"] == split) for split in SPLITS}
+    if missing := [split for split in SPLITS if not rows[split]]:
+        raise ValueError(
+            f"dataset {text.dataset!r} is too small: it ended before a document fell into the {missing[0]} split "
+            f"(validation_fraction {text.validation_fraction}); give more documents, or another --validation-fraction, and delete {config.out}"
+        )
+    if rows["train"] < config.tokens:
+        log.warning(
+            "the data set ended after %s training tokens of the %s asked for",
+            f"{rows['train']:,}",
+            f"{config.tokens:,}",
+        )
+    writer.complete({"rows": rows, "exhausted": rows["train"] < config.tokens})
+    log.info("%s: %s training and %s held-out rows", config.out, f"{rows['train']:,}", f"{rows['validation']:,}")

@@ -1,0 +1,74 @@
+"""What a harvest is told, and the identity that its store is known by."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from saebench.config import Count, to_json
+from saebench.files import hash_files
+from saebench.models import EMBEDDED_MODEL, HookKind, LanguageModel, ModelDtype, hook_name
+from saebench.store.schema import StoreDtype
+from saebench.text import TextConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarvestConfig:
+    """What to run, on how much text, and how to keep it."""
+
+    model: str = EMBEDDED_MODEL
+    """`embedded`, a directory made by save_pretrained, or a hub id"""
+    model_revision: str | None = None
+    """branch, tag or commit of a hub model"""
+    layers: tuple[int, ...]
+    """layers whose vectors to keep, for instance 1,2"""
+    kinds: tuple[HookKind, ...] = ("resid_post",)
+    """positions in each layer: resid_pre, resid_post, mlp_out, attn_out"""
+    tokens: Count = 1_000_000
+    """training tokens to harvest (special tokens included)"""
+    validation_tokens: Count = 1_000_000
+    """held-out tokens to keep at most, of those met on the way"""
+    context: Count = 256
+    """tokens in a context, BOS included"""
+    batch: Count = 32
+    """contexts in a forward pass"""
+    shard_contexts: Count = 256
+    """contexts in a shard, the unit in which a harvest is resumed"""
+    dtype: StoreDtype = "float16"
+    """how vectors are kept on disk"""
+    model_dtype: ModelDtype | None = None
+    """how the model computes (default: bfloat16 on GPUs that have it, else float32)"""
+    device: str | None = None
+    """cuda, mps or cpu (default: the first of these at hand)"""
+    trust_remote_code: bool = False
+    """run code that comes with a hub model"""
+    out: Path
+    """folder of the store, for instance activations/NAME"""
+
+    def __post_init__(self) -> None:
+        if not self.layers or min(self.layers) < 0:
+            raise ValueError(f"layers is {self.layers}; expected at least one layer, counted from 0")
+        if len(set(self.hooks)) < len(self.hooks):
+            raise ValueError(f"layers {self.layers} with kinds {self.kinds} name a hook twice; expected each once")
+        for name in ("tokens", "validation_tokens", "context", "batch", "shard_contexts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.context < 2:
+            raise ValueError(f"context is {self.context}; expected at least 2: BOS and a token")
+
+    @property
+    def hooks(self) -> list[str]:
+        return [hook_name(layer, kind) for layer in self.layers for kind in self.kinds]
+
+
+def identity_of(config: HarvestConfig, text: TextConfig, model: LanguageModel, source: str | None) -> dict[str, Any]:
+    """Everything that decides the store's contents."""
+    kept = to_json(config)
+    for name in ("out", "device", "trust_remote_code", "model", "model_revision"):
+        del kept[name]
+    return {
+        **kept,
+        "model_dtype": model.dtype,
+        "model": {"id": model.id, "revision": config.model_revision, "weights": model.weights_hash},
+        "tokenizer": {"files": hash_files(list(model.tokenizer_files))},
+        "text": {**to_json(text), "fingerprint": source},
+    }

@@ -1,0 +1,147 @@
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import processes
+import pytest
+import torch
+from conftest import HOOK
+from test_harvest import config, contents, text
+
+from saebench.files import read_json
+from saebench.harvest import ExtendConfig, extend, harvest
+from saebench.store import Store, open_store
+from saebench.text import SPLITS
+
+
+def column(store: Store, split: str, name: str) -> np.ndarray:
+    return np.concatenate([shard.column(name) for shard in store.of_split(split)])
+
+
+def rows(store: Store, split: str) -> torch.Tensor:
+    return torch.cat([shard.rows(HOOK) for shard in store.of_split(split)])
+
+
+def by(tokens: int) -> ExtendConfig:
+    return ExtendConfig(tokens=tokens, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def short(checkpoints: dict[str, Path], corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """A store of 5,000 training tokens, to be copied."""
+    made = harvest(config(checkpoints["llama"], tmp_path_factory.mktemp("short") / "s", tokens=5_000), text(corpus))
+    assert made is not None
+    return made
+
+
+def copied(store: Store, folder: Path) -> Path:
+    shutil.copytree(store.folder, folder)
+    return folder
+
+
+def test_an_extended_store_holds_the_rows_of_one_harvested_at_once(short: Store, store: Store, tmp_path: Path) -> None:
+    """In the same order within each split, though in other shards: the short store's last ones are not full."""
+    folder = copied(short, tmp_path / "s")
+    grown = extend(folder, by(3_000))
+    assert grown is not None
+    grown = extend(folder, by(4_000))
+    assert grown is not None
+    assert grown.rows("train") == store.rows("train")
+    for split in SPLITS:
+        n = min(store.rows(split), grown.rows(split))
+        for name in ("tokens", "doc_id", "position", "keep"):
+            assert np.array_equal(column(grown, split, name)[:n], column(store, split, name)[:n])
+        assert torch.allclose(rows(grown, split)[:n], rows(store, split)[:n], atol=1e-4, rtol=1e-4)
+    assert grown.statistics(HOOK)["rows"] == grown.rows("train", kept=True)
+    assert set(grown.document_names().items()) >= set(store.document_names().items())
+    assert grown.manifest["identity"]["tokens"] == 12_000
+    assert grown.manifest["identity"]["extended_from"] == [5_000, 8_000]
+    before, after = contents(short.folder), contents(folder)
+    assert all(after[name] == data for name, data in before.items() if name.endswith(".h5"))
+    assert "extension.json" not in after
+    grown.verify_beside()
+    assert sum(sum(shard.verify()) for shard in grown.shards) == grown.rows("train") + grown.rows("validation")
+
+
+def test_a_killed_extension_leaves_the_store_as_it_was_and_continues(short: Store, tmp_path: Path) -> None:
+    whole, folder = copied(short, tmp_path / "whole"), copied(short, tmp_path / "s")
+    extend(whole, by(6_000))
+    command = ["store", "extend", str(folder), "--tokens", "6000", "--device", "cpu"]
+    child = processes.start(*command, slow=0.01)
+    there = len(short.shards)
+    processes.signal_when(child, lambda: len(list(folder.glob("shard-*.h5"))) >= there + 3, signal.SIGKILL)
+    after = contents(folder)
+    assert {name: after[name] for name in contents(short.folder)} == contents(short.folder)
+    assert len(open_store(folder).shards) == there
+    open_store(folder).verify_beside()
+    with pytest.raises(
+        ValueError, match=r"is being extended by 6000 tokens, not 100: finish that first, with `saebench"
+    ):
+        extend(folder, by(100))
+    there = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*.h5")}
+    status, printed = processes.run(*command)
+    assert status == 0, printed
+    assert contents(folder) == contents(whole)
+    assert {name: (folder / name).stat().st_mtime_ns for name in there} == there
+
+
+def test_text_that_ends_is_said_and_no_token_comes_twice(
+    short: Store, checkpoints: dict[str, Path], corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copied(short, tmp_path / "s")
+    grown = extend(folder, by(10**6))
+    assert grown is not None
+    n = grown.rows("train")
+    assert f"the data set ended after {n:,} training tokens of the 1,005,000 asked for" in caplog.text
+    at_once = harvest(config(checkpoints["llama"], tmp_path / "once", tokens=10**6), text(corpus))
+    assert at_once is not None
+    for split in SPLITS:
+        assert np.array_equal(column(grown, split, "tokens"), column(at_once, split, "tokens"))
+    with pytest.raises(
+        ValueError, match=f"holds all {n:,} training tokens of .*: there is no more text to extend it with"
+    ):
+        extend(folder, by(16))
+
+
+def test_other_text_or_another_model_is_refused_by_name(
+    short: Store, checkpoints: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(corpus, tmp_path / "corpus")
+    shutil.copytree(checkpoints["llama"], tmp_path / "model")
+    store = harvest(config(tmp_path / "model", tmp_path / "s", tokens=2_000), text(tmp_path / "corpus"))
+    assert store is not None
+    before = contents(tmp_path / "s")
+    for file, message in (
+        ("corpus/00.txt", r"text\.fingerprint: '\w+' -> '\w+'\. Restore them, or harvest a new store"),
+        ("model/tokenizer_config.json", r"tokenizer\.files: '\w+' -> '\w+'"),
+    ):
+        kept = (tmp_path / file).read_bytes()
+        (tmp_path / file).write_bytes(kept + b" ")
+        with pytest.raises(ValueError, match=message):
+            extend(tmp_path / "s", by(1_000))
+        (tmp_path / file).write_bytes(kept)
+    shutil.copy(checkpoints["llama"] / "model.safetensors", tmp_path / "kept")
+    weights = bytearray((tmp_path / "kept").read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / "model" / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match=r"model\.weights: '\w+' -> '\w+'"):
+        extend(tmp_path / "s", by(1_000))
+    assert contents(tmp_path / "s") == before
+
+
+def test_an_extended_store_is_not_the_one_of_a_harvest_at_once(
+    short: Store, checkpoints: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    folder = copied(short, tmp_path / "s")
+    extend(folder, by(1_000))
+    with pytest.raises(ValueError, match=r"made with other settings: extended_from: \[5000\] -> None\. Use"):
+        harvest(config(checkpoints["llama"], folder, tokens=6_000), text(corpus))
+    assert read_json(folder / "manifest.json")["complete"]
+
+
+def test_what_cannot_be_extended_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tokens is 0; expected at least 1"):
+        by(0)
+    with pytest.raises(ValueError, match="holds no activation store"):
+        extend(tmp_path, by(1))
