@@ -222,10 +222,9 @@ def _store_info(arguments: argparse.Namespace) -> int:
 def _store_verify(arguments: argparse.Namespace) -> int:
     store = open_store(arguments.path)
     with progress(sum(shard.n_rows for shard in store.shards), f"verify {arguments.path}", "row") as bar:
-        for shard in store.shards:
-            for rows in shard.verify():
-                bar.update(rows)
-    store.verify_beside()
+        damage = store.verify(bar.update)
+    if damage:
+        raise ValueError("\n".join(damage))
     print(
         f"{arguments.path}: {len(store.shards)} shards, every block matches its checksum, tokenizer and documents too"
     )

@@ -29,7 +29,8 @@ from saebench.models import (
 )
 from saebench.runlog import interruptible, progress
 from saebench.store import Store, StoreWriter, open_store
-from saebench.store.schema import ON_DISK, PROVENANCE, StoreDtype
+from saebench.store.coding import encode, row_bytes
+from saebench.store.schema import PROVENANCE, StoreDtype
 from saebench.text import SPLITS, Context, Split, TextConfig, encoder_of, fingerprint, open_documents, pack
 
 log = logging.getLogger(__name__)
@@ -158,7 +159,7 @@ def _expected_rows(config: HarvestConfig, fraction: float) -> int:
 
 
 def _row_bytes(config: HarvestConfig, model: LanguageModel) -> int:
-    vectors = len(config.hooks) * model.d_model * ON_DISK[config.dtype].itemsize
+    vectors = len(config.hooks) * row_bytes(config.dtype, model.d_model)
     return vectors + sum(kind.itemsize for kind in PROVENANCE.values())
 
 
@@ -234,8 +235,8 @@ def _write_shard(config: HarvestConfig, model: LanguageModel, writer: StoreWrite
             _check_vocabulary(batch, model)
             vectors = capture(model, tokens.to(model.device), config.hooks)
             provenance = {name: np.concatenate([getattr(context, name) for context in batch]) for name in PROVENANCE}
-            dtype = getattr(torch, config.dtype)
-            shard.write(provenance, {hook: rows.flatten(0, 1).to(dtype).cpu() for hook, rows in vectors.items()})
+            rows = {hook: encode(value.flatten(0, 1), config.dtype).cpu() for hook, value in vectors.items()}
+            shard.write(provenance, rows)
             bar.update(tokens.numel())
             shown = bar.format_dict
             rate = (bar.n - shown["initial"]) / max(shown["elapsed"], 1e-9)

@@ -6,19 +6,21 @@ import numpy as np
 import xxhash
 
 SCHEMA = "saebench-activations"
-SCHEMA_VERSION = 1
+# What a store needs of its reader: version 2 added int8 rows, and only stores that have them say 2.
+SCHEMA_VERSIONS = (1, 2)
 MANIFEST = "manifest.json"
 DOCUMENTS = "documents.parquet"
 TOKENIZER = "tokenizer"
 
 BLOCK_ROWS = 32  # rows under one checksum: the smallest read of a shuffled epoch
 
-StoreDtype = Literal["float16", "bfloat16", "float32"]
-# HDF5 has no bfloat16: its bits are kept as uint16, marked by the attribute `dtype`.
+StoreDtype = Literal["float16", "bfloat16", "float32", "int8"]
+# HDF5 has no bfloat16: its bits are kept as uint16, marked by the attribute `dtype`. What an int8 row is, `coding.py` says.
 ON_DISK: dict[str, np.dtype] = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
     "float32": np.dtype("<f4"),
+    "int8": np.dtype("i1"),
 }
 PROVENANCE: dict[str, np.dtype] = {
     "tokens": np.dtype("<i4"),
@@ -31,6 +33,10 @@ PROVENANCE: dict[str, np.dtype] = {
 # cost in memory and with sums that do not depend on the order of shards.
 NORM_BINS = 40 * 64
 _NORM_FLOOR = 2.0**-20
+
+
+def schema_version(dtype: StoreDtype) -> int:
+    return 2 if dtype == "int8" else 1
 
 
 def shard_name(index: int) -> str:
