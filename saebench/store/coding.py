@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saebench.store.schema import ON_DISK, StoreDtype
 
-PEAKS = 2
+PEAKS = 4
 TAIL = 4 + PEAKS * (4 + 2)
 _LEVELS = 127
 _CACHEFUL = 1 << 18
