@@ -16,8 +16,10 @@ from transformers import PreTrainedTokenizerFast
 
 from saebench.files import block_checksums, hash_files, read_json, write_json
 from saebench.store import Cursor, Store, StoreWriter, open_store, shuffled_batches
-from saebench.store.coding import encode
-from saebench.store.schema import BLOCK_ROWS, NORM_BINS, PROVENANCE, Moments, digest
+from saebench.store.coding import PEAKS, TAIL, decode, encode
+from saebench.store.norms import moments_within, norm_report
+from saebench.store.norms import show as describe_norms
+from saebench.store.schema import BLOCK_ROWS, NORM_BINS, PROVENANCE, Moments, digest, norm_quantile
 from saebench.store.shuffle import shuffled_documents
 
 README = Path(__file__).parent.parent / "activations" / "README.md"
@@ -95,7 +97,7 @@ def test_rows_come_back_as_written(tmp_path: Path, dtype: str) -> None:
     assert store.shards[0].column("tokens", 5, 9).tolist() == [5, 6, 7, 8]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "int8"])
 def test_the_format_document_is_enough_to_read_a_store(tmp_path: Path, dtype: str) -> None:
     """Runs the code that activations/README.md shows."""
     keep = np.arange(100) % 3 != 0
@@ -107,7 +109,7 @@ def test_the_format_document_is_enough_to_read_a_store(tmp_path: Path, dtype: st
     code = match[1].replace("activations/demo", str(folder)).replace("blocks.2.hook_resid_post", HOOK)
     names: dict[str, np.ndarray] = {}
     exec(code, names)
-    assert np.array_equal(names["x"], rows.to(getattr(torch, dtype)).float().numpy()[keep])
+    assert np.array_equal(names["x"], decode(encode(rows, dtype)).float().numpy()[keep])  # type: ignore[arg-type]
 
 
 def test_columns_are_contiguous_unfiltered_and_mappable(small: Store) -> None:
@@ -135,9 +137,9 @@ def test_norm_quantiles_are_within_half_a_percent() -> None:
     assert moments.norm_histogram.sum() == 20_001
     assert len(moments.norm_histogram) == NORM_BINS
     for q in (0.1, 0.5, 0.99):
-        assert moments.norm_quantile(q) == pytest.approx(np.quantile(norms, q), rel=0.006)
-    assert Moments.zero(3).norm_quantile(0.5) == 0.0
-    assert Moments.of(np.zeros((2, 3))).norm_quantile(0.5) < 1e-5
+        assert norm_quantile(moments.norm_histogram, q) == pytest.approx(np.quantile(norms, q), rel=0.006)
+    assert norm_quantile(Moments.zero(3).norm_histogram, 0.5) == 0.0
+    assert norm_quantile(Moments.of(np.zeros((2, 3))).norm_histogram, 0.5) < 1e-5
 
 
 def test_documents_are_merged_into_one_table(small: Store) -> None:
@@ -149,6 +151,77 @@ def test_the_tokenizer_travels_with_the_store(store: Store, tokenizer: PreTraine
     ids = store.shards[0].column("tokens", 0, 50).tolist()
     assert store.tokenizer().decode(ids) == tokenizer.decode(ids)
     store.verify_beside()
+
+
+# ------------------------------------------------------------------------------------------- int8
+
+
+def test_int8_rows_come_back_within_half_a_step_and_massive_coordinates_exactly(tmp_path: Path) -> None:
+    rows = random_rows(200, d=64)
+    rows[3] *= 1e5  # a massive norm
+    rows[7, 5], rows[7, 9] = 3e5, -2e5  # massive coordinates, beyond float16
+    rows[11] = 0.0
+    store = make(tmp_path / "s", [("train", rows, np.ones(200, dtype=bool))], "int8")
+    assert store.manifest["schema_version"] == 2
+    got = store.shards[0].rows(HOOK)
+    assert got.dtype == torch.float32
+    ordinary = rows.abs().sort(dim=1).values[:, -PEAKS - 1]
+    error = (got - rows).abs()
+    assert (error <= (ordinary / 127 / 2 * 1.001)[:, None]).all()
+    assert torch.equal(got[7, [5, 9]], torch.tensor([3e5, -2e5]))
+    assert error[7].max() < 0.02
+    assert torch.equal(got[11], torch.zeros(64))
+    assert torch.equal(store.shards[0].rows(HOOK, 37, 71), got[37:71])
+    assert store.shards[0].path.stat().st_size < 200 * (64 + TAIL) + 60_000
+    batch, _ = next(shuffled_batches(store, HOOK, 200, seed=0))
+    assert torch.equal(sorted_rows(batch), sorted_rows(got))
+    assert store.statistics(HOOK)["mean_squared_norm"] == pytest.approx(got.double().pow(2).sum(1).mean().item())
+
+
+def test_int8_rows_that_are_not_finite_are_refused_where_they_are_kept(tmp_path: Path) -> None:
+    rows, keep = random_rows(64), np.ones(64, dtype=bool)
+    rows[50, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"row 50 of shard-00000.h5 at .* is not finite"):
+        make(tmp_path / "s", [("train", rows, keep)], "int8")
+    keep[50] = False
+    store = make(tmp_path / "t", [("train", rows, keep)], "int8")
+    assert next(shuffled_batches(store, HOOK, 63, seed=0))[0].isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------ norms
+
+
+def test_a_few_rows_that_dominate_are_named_counted_and_left_out(store: Store, tmp_path: Path) -> None:
+    rows, keep = random_rows(4000, d=16), np.ones(4000, dtype=bool)
+    rows[[17, 1000, 3999]] *= 40.0
+    keep[5], rows[5] = False, 1e6
+    made = make(tmp_path / "s", [("train", rows, keep)])
+    shutil.copytree(store.folder / "tokenizer", made.folder / "tokenizer")
+    report = norm_report(made, HOOK)
+    norms = rows.norm(dim=1)[torch.from_numpy(keep)]
+    assert report.rows == report.sampled == 3999
+    assert report.outlier_rows == 3 == int((norms > 10 * norms.median()).sum())
+    assert report.counts.sum() == 3999
+    assert len(report.edges) == len(report.counts) + 1
+    assert report.quantiles[0.9] == pytest.approx(norms.quantile(0.9).item(), rel=0.01)
+    assert {carrier.token for carrier in report.carriers} >= {17, 1000, 3999}  # tokens count up
+    assert report.dominated
+    assert report.top_share == pytest.approx(1 - 3995 / (3995 + 1600 * 3), abs=0.15)
+    assert "--exclude-outliers 10" in describe_norms(HOOK, report)[-1]
+    longest = 10 * made.statistics(HOOK)["median_norm"]
+    batches = islice(shuffled_batches(made, HOOK, 1998, seed=0, longest=longest), 2)
+    seen = torch.cat([batch for batch, _ in batches])
+    assert torch.equal(sorted_rows(seen), sorted_rows(rows[torch.from_numpy(keep) & (rows.norm(dim=1) <= longest)]))
+    mean, squared = moments_within(made, HOOK, longest)
+    assert np.allclose(mean, seen.double().mean(0), atol=1e-6)
+    assert squared == pytest.approx(seen.double().pow(2).sum(1).mean().item())
+
+
+def test_a_store_whose_manifest_has_no_histogram_is_read_from_its_shards(small: Store) -> None:
+    want = small.norm_histogram(HOOK)
+    assert want.sum() == 455
+    del small.manifest["hooks"][HOOK]["statistics"]["norms"]
+    assert np.array_equal(small.norm_histogram(HOOK), want)
 
 
 # ---------------------------------------------------------------------------------------- damage

@@ -18,6 +18,7 @@ from saebench.store.coding import decode, from_disk, width
 from saebench.store.schema import (
     DOCUMENTS,
     MANIFEST,
+    NORM_BINS,
     ON_DISK,
     PROVENANCE,
     SCHEMA,
@@ -209,8 +210,19 @@ class Store:
         return self._hook(hook)["d_in"]
 
     def statistics(self, hook: str) -> dict[str, Any]:
-        """Over kept training rows: `rows`, `mean` `[d_in]`, `mean_squared_norm`, `median_norm`."""
+        """Over kept training rows: `rows`, `mean` `[d_in]`, `mean_squared_norm`, `median_norm`, `norms`."""
         return self._hook(hook)["statistics"]
+
+    def norm_histogram(self, hook: str) -> np.ndarray:
+        """Kept training rows in each bin of norms, `[NORM_BINS]`; from the shards of a store whose manifest has none yet."""
+        total = np.zeros(NORM_BINS, dtype=np.int64)
+        if norms := self.statistics(hook).get("norms"):
+            total[norms["first_bin"] :][: len(norms["rows"])] = norms["rows"]
+            return total
+        for shard in self.of_split("train"):
+            with open_shard(shard.path) as file:
+                total += file[f"statistics/{hook}/norm_histogram"][:]
+        return total
 
     def _hook(self, hook: str) -> dict[str, Any]:
         if hook not in self.manifest["hooks"]:
@@ -284,26 +296,3 @@ def open_store(folder: Path | str) -> Store:
             f"{folder} is unfinished ({len(manifest['shards'])} shards so far); run the same harvest again to complete it"
         )
     return Store(folder, manifest)
-
-
-def describe(store: Store) -> str:
-    """What is in a store, for people."""
-    manifest, made = store.manifest, store.manifest["identity"]
-    size = sum(entry["bytes"] for entry in manifest["shards"])
-    lines = [
-        f"{store.folder}: {len(store.shards)} shards, {size / 1e6:,.0f} MB, contexts of {store.context} tokens, {manifest['dtype']}",
-        f"  model    {made['model']['id']} in {made['model_dtype']} (weights {made['model']['weights'][:12]})",
-        f"  text     {made['text']['dataset']}: {manifest['documents']:,} documents"
-        + (", all of it" if manifest["exhausted"] else ""),
-    ]
-    lines += [
-        f"  {split:<10} {store.rows(split):>12,} rows, {store.rows(split, kept=True):>12,} kept"
-        for split in ("train", "validation")
-    ]
-    for hook in store.hooks:
-        statistics = store.statistics(hook)
-        lines.append(
-            f"  {hook}  d_in {store.d_in(hook)}, median norm {statistics['median_norm']:.4g}, "
-            f"root mean square norm {statistics['mean_squared_norm'] ** 0.5:.4g}"
-        )
-    return "\n".join(lines)

@@ -85,20 +85,28 @@ class Moments(NamedTuple):
             self.norm_histogram + other.norm_histogram,
         )
 
-    def norm_quantile(self, q: float) -> float:
-        """The norm that a share `q` of the rows stays under, to half a percent; 0 without rows."""
-        if self.rows == 0:
-            return 0.0
-        below = np.cumsum(self.norm_histogram)
-        index = int(np.searchsorted(below, q * self.rows))
-        return float(_NORM_FLOOR * 2 ** ((index + 0.5) / 64))
-
     def to_json(self) -> dict[str, Any]:
         """The manifest's statistics of a hook."""
         count = max(self.rows, 1)
+        filled = np.flatnonzero(self.norm_histogram)
+        first, last = (int(filled[0]), int(filled[-1])) if len(filled) else (0, -1)
         return {
             "rows": self.rows,
             "mean": (self.total / count).tolist(),
             "mean_squared_norm": self.total_squared_norm / count,
-            "median_norm": self.norm_quantile(0.5),
+            "median_norm": norm_quantile(self.norm_histogram, 0.5),
+            "norms": {"first_bin": first, "rows": self.norm_histogram[first : last + 1].tolist()},
         }
+
+
+def norm_at(index: int | float) -> float:
+    """The norm at the lower edge of a bin, or anywhere between two."""
+    return float(_NORM_FLOOR * 2 ** (index / 64))
+
+
+def norm_quantile(histogram: np.ndarray, q: float) -> float:
+    """The norm that a share `q` of the rows stays under, to half a percent; 0 without rows."""
+    below = np.cumsum(histogram)
+    if not below[-1]:
+        return 0.0
+    return norm_at(int(np.searchsorted(below, max(q * below[-1], 1))) + 0.5)

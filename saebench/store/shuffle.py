@@ -49,14 +49,16 @@ class _Buffer(NamedTuple):
 
 
 def shuffled_batches(
-    store: Store, hook: str, batch: int, *, seed: int, memory: int = 2 << 30, start: Cursor = Cursor()
-) -> Iterator[tuple[Tensor, Cursor]]:
+    store: Store, hook: str, batch: int, *,
+    seed: int, memory: int = 2 << 30, start: Cursor = Cursor(), longest: float = math.inf,
+) -> Iterator[tuple[Tensor, Cursor]]:  # fmt: skip
     """Endless batches `[batch, d_in]` of kept training rows, as `Shard.rows` gives them, each with the cursor after it.
 
+    Rows of a norm above `longest` are left out as those are that are not kept; hooks then part company.
     `memory` bounds the bytes held: one buffer being served and one being read. Raises ValueError
     when the store has fewer kept rows than a batch, or a block is damaged or not finite.
     """
-    for rows, cursor in _batches(store, hook, activations_path(hook), batch, seed, memory, start):
+    for rows, cursor in _batches(store, hook, activations_path(hook), batch, seed, memory, start, longest):
         yield decode(rows), cursor
 
 
@@ -69,14 +71,14 @@ def shuffled_documents(
 
 
 def _batches(
-    store: Store, hook: str, column: str, batch: int, seed: int, memory: int, start: Cursor
+    store: Store, hook: str, column: str, batch: int, seed: int, memory: int, start: Cursor, longest: float = math.inf
 ) -> Iterator[tuple[Tensor, Cursor]]:
     kept = store.rows("train", kept=True)
     if kept < batch:
         raise ValueError(f"{store.folder} has {kept} training rows, fewer than a batch of {batch}: harvest more tokens")
     stored = row_bytes(store.manifest["dtype"], store.d_in(hook))
     left: list[Tensor] = []
-    for buffer in _prefetched(_buffers(store.of_split("train"), column, seed, memory / stored, start)):
+    for buffer in _prefetched(_buffers(store.of_split("train"), column, seed, memory / stored, start, longest)):
         position = start.row if buffer[:2] == start[:2] else 0
         while (missing := batch - sum(map(len, left))) <= len(buffer.order) - position:
             parts = [*left, buffer.serve(position, position + missing)]
@@ -85,7 +87,9 @@ def _batches(
         left.append(buffer.serve(position, len(buffer.order)))
 
 
-def _buffers(shards: list[Shard], column: str, seed: int, budget: float, start: Cursor) -> Iterator[_Buffer]:
+def _buffers(
+    shards: list[Shard], column: str, seed: int, budget: float, start: Cursor, longest: float
+) -> Iterator[_Buffer]:
     """From the buffer that `start` names on. `budget` is the rows of two of them; their memory is used in turn."""
     size = shards[0].block_rows
     blocks = [(shard, first) for shard in shards for first in range(0, shard.n_rows, size)]
@@ -99,7 +103,7 @@ def _buffers(shards: list[Shard], column: str, seed: int, budget: float, start: 
             for chosen in np.array_split(order, n_buffers)[index:]:
                 rng = np.random.default_rng([seed, epoch, index, 1])
                 # Reads go forward through the files; the permutation undoes their order.
-                kept = _fill(pool, _pieces([blocks[i] for i in np.sort(chosen)]), column, spare)
+                kept = _fill(pool, _pieces([blocks[i] for i in np.sort(chosen)]), column, spare, longest)
                 served = np.empty_like(kept)
                 served[rng.permutation(len(kept))] = kept
                 yield _Buffer(epoch, index, spare, served)
@@ -133,8 +137,10 @@ def _pieces(blocks: Sequence[tuple[Shard, int]]) -> list[_Piece]:
     return found
 
 
-def _fill(pool: ThreadPoolExecutor, pieces: list[_Piece], column: str, buffer: np.ndarray) -> np.ndarray:
-    """Read the pieces into the buffer; returns the places of the kept rows."""
+def _fill(
+    pool: ThreadPoolExecutor, pieces: list[_Piece], column: str, buffer: np.ndarray, longest: float
+) -> np.ndarray:
+    """Read the pieces into the buffer; returns the places of the rows to serve."""
 
     def read(piece: _Piece) -> np.ndarray:
         rows = buffer[piece.start : piece.stop]
@@ -143,6 +149,8 @@ def _fill(pool: ThreadPoolExecutor, pieces: list[_Piece], column: str, buffer: n
         piece.shard.read_into(column, piece.ranges, rows)
         if rows.ndim == 2 and not all_finite(from_disk(rows)):
             _refuse(piece, column, from_disk(rows), keep)
+        if longest < math.inf:
+            keep &= (decode(from_disk(rows)).float().norm(dim=1) <= longest).numpy()
         return piece.start + np.flatnonzero(keep)
 
     return np.concatenate(list(pool.map(read, pieces)))
