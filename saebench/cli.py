@@ -19,7 +19,7 @@ from saebench.runlog import progress
 from saebench.steer import Generation
 from saebench.steer.run import SteerConfig, rank, steer, sweep
 from saebench.store import open_store
-from saebench.store.reader import describe
+from saebench.store.norms import describe
 from saebench.text import TextConfig
 from saebench.train import TrainConfig, train
 
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         required=True, metavar="ACTION"
     )
     for action, run, about in (
-        ("info", _store_info, "what is in a store"),
+        ("info", _store_info, "what is in a store, and how long its rows are"),
         ("verify", _store_verify, "check every block of a store"),
     ):
         sub = store.add_parser(action, help=about, description=about)
@@ -221,7 +221,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _store_info(arguments: argparse.Namespace) -> int:
-    print(describe(open_store(arguments.path)))
+    print(describe(open_store(arguments.path), norms=True))
     return 0
 
 
@@ -236,10 +236,9 @@ def _store_extend(arguments: argparse.Namespace) -> int:
 def _store_verify(arguments: argparse.Namespace) -> int:
     store = open_store(arguments.path)
     with progress(sum(shard.n_rows for shard in store.shards), f"verify {arguments.path}", "row") as bar:
-        for shard in store.shards:
-            for rows in shard.verify():
-                bar.update(rows)
-    store.verify_beside()
+        damage = store.verify(bar.update)
+    if damage:
+        raise ValueError("\n".join(damage))
     print(
         f"{arguments.path}: {len(store.shards)} shards, every block matches its checksum, tokenizer and documents too"
     )

@@ -1,6 +1,9 @@
 import json
+import random
 import re
 import shutil
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -11,9 +14,13 @@ import torch
 from conftest import CONTEXT, HOOK, WIDTH
 from transformers import PreTrainedTokenizerFast
 
-from saebench.files import block_checksums, read_json, write_json
+from saebench.files import block_checksums, hash_files, read_json, write_json
 from saebench.store import Cursor, Store, StoreWriter, open_store, shuffled_batches
-from saebench.store.schema import BLOCK_ROWS, NORM_BINS, PROVENANCE, Moments, digest
+from saebench.store.coding import PEAKS, TAIL, decode, encode
+from saebench.store.norms import moments_within, norm_report
+from saebench.store.norms import show as describe_norms
+from saebench.store.schema import BLOCK_ROWS, NORM_BINS, PROVENANCE, Moments, digest, norm_quantile
+from saebench.store.shuffle import shuffled_documents
 
 README = Path(__file__).parent.parent / "activations" / "README.md"
 
@@ -35,13 +42,18 @@ def make(
 ) -> Store:
     """A store of (split, rows, keep) shards with one hook."""
     folder.mkdir(exist_ok=True)
-    writer = StoreWriter(folder, identity or {"context": CONTEXT}, {HOOK: shards[0][1].shape[1]}, dtype)  # type: ignore[arg-type]
+    writer = StoreWriter(
+        folder,
+        identity or {"context": CONTEXT, "tokenizer": {"files": hash_files([])}},
+        {HOOK: shards[0][1].shape[1]},
+        dtype,
+    )  # type: ignore[arg-type]
     for split, rows, keep in shards:
         with writer.shard(len(rows)) as (shard, documents, attributes):
             for start in range(0, len(rows), 48):
                 part = slice(start, start + 48)
                 columns = {name: column[part] for name, column in provenance(len(rows), keep).items()}
-                shard.write(columns, {HOOK: rows[part].to(getattr(torch, dtype))})
+                shard.write(columns, {HOOK: encode(rows[part], dtype)})  # type: ignore[arg-type]
             documents.update({i: f"doc {i}" for i in range(-(-len(rows) // 10))})
             attributes.update(split=split, context=CONTEXT, cursor=(1, 0))
     writer.complete({"rows": {}, "exhausted": True})
@@ -85,7 +97,7 @@ def test_rows_come_back_as_written(tmp_path: Path, dtype: str) -> None:
     assert store.shards[0].column("tokens", 5, 9).tolist() == [5, 6, 7, 8]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "int8"])
 def test_the_format_document_is_enough_to_read_a_store(tmp_path: Path, dtype: str) -> None:
     """Runs the code that activations/README.md shows."""
     keep = np.arange(100) % 3 != 0
@@ -97,7 +109,7 @@ def test_the_format_document_is_enough_to_read_a_store(tmp_path: Path, dtype: st
     code = match[1].replace("activations/demo", str(folder)).replace("blocks.2.hook_resid_post", HOOK)
     names: dict[str, np.ndarray] = {}
     exec(code, names)
-    assert np.array_equal(names["x"], rows.to(getattr(torch, dtype)).float().numpy()[keep])
+    assert np.array_equal(names["x"], decode(encode(rows, dtype)).float().numpy()[keep])  # type: ignore[arg-type]
 
 
 def test_columns_are_contiguous_unfiltered_and_mappable(small: Store) -> None:
@@ -125,9 +137,9 @@ def test_norm_quantiles_are_within_half_a_percent() -> None:
     assert moments.norm_histogram.sum() == 20_001
     assert len(moments.norm_histogram) == NORM_BINS
     for q in (0.1, 0.5, 0.99):
-        assert moments.norm_quantile(q) == pytest.approx(np.quantile(norms, q), rel=0.006)
-    assert Moments.zero(3).norm_quantile(0.5) == 0.0
-    assert Moments.of(np.zeros((2, 3))).norm_quantile(0.5) < 1e-5
+        assert norm_quantile(moments.norm_histogram, q) == pytest.approx(np.quantile(norms, q), rel=0.006)
+    assert norm_quantile(Moments.zero(3).norm_histogram, 0.5) == 0.0
+    assert norm_quantile(Moments.of(np.zeros((2, 3))).norm_histogram, 0.5) < 1e-5
 
 
 def test_documents_are_merged_into_one_table(small: Store) -> None:
@@ -139,6 +151,77 @@ def test_the_tokenizer_travels_with_the_store(store: Store, tokenizer: PreTraine
     ids = store.shards[0].column("tokens", 0, 50).tolist()
     assert store.tokenizer().decode(ids) == tokenizer.decode(ids)
     store.verify_beside()
+
+
+# ------------------------------------------------------------------------------------------- int8
+
+
+def test_int8_rows_come_back_within_half_a_step_and_massive_coordinates_exactly(tmp_path: Path) -> None:
+    rows = random_rows(200, d=64)
+    rows[3] *= 1e5  # a massive norm
+    rows[7, 5], rows[7, 9] = 3e5, -2e5  # massive coordinates, beyond float16
+    rows[11] = 0.0
+    store = make(tmp_path / "s", [("train", rows, np.ones(200, dtype=bool))], "int8")
+    assert store.manifest["schema_version"] == 2
+    got = store.shards[0].rows(HOOK)
+    assert got.dtype == torch.float32
+    ordinary = rows.abs().sort(dim=1).values[:, -PEAKS - 1]
+    error = (got - rows).abs()
+    assert (error <= (ordinary / 127 / 2 * 1.001)[:, None]).all()
+    assert torch.equal(got[7, [5, 9]], torch.tensor([3e5, -2e5]))
+    assert error[7].max() < 0.02
+    assert torch.equal(got[11], torch.zeros(64))
+    assert torch.equal(store.shards[0].rows(HOOK, 37, 71), got[37:71])
+    assert store.shards[0].path.stat().st_size < 200 * (64 + TAIL) + 60_000
+    batch, _ = next(shuffled_batches(store, HOOK, 200, seed=0))
+    assert torch.equal(sorted_rows(batch), sorted_rows(got))
+    assert store.statistics(HOOK)["mean_squared_norm"] == pytest.approx(got.double().pow(2).sum(1).mean().item())
+
+
+def test_int8_rows_that_are_not_finite_are_refused_where_they_are_kept(tmp_path: Path) -> None:
+    rows, keep = random_rows(64), np.ones(64, dtype=bool)
+    rows[50, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"row 50 of shard-00000.h5 at .* is not finite"):
+        make(tmp_path / "s", [("train", rows, keep)], "int8")
+    keep[50] = False
+    store = make(tmp_path / "t", [("train", rows, keep)], "int8")
+    assert next(shuffled_batches(store, HOOK, 63, seed=0))[0].isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------ norms
+
+
+def test_a_few_rows_that_dominate_are_named_counted_and_left_out(store: Store, tmp_path: Path) -> None:
+    rows, keep = random_rows(4000, d=16), np.ones(4000, dtype=bool)
+    rows[[17, 1000, 3999]] *= 40.0
+    keep[5], rows[5] = False, 1e6
+    made = make(tmp_path / "s", [("train", rows, keep)])
+    shutil.copytree(store.folder / "tokenizer", made.folder / "tokenizer")
+    report = norm_report(made, HOOK)
+    norms = rows.norm(dim=1)[torch.from_numpy(keep)]
+    assert report.rows == report.sampled == 3999
+    assert report.outlier_rows == 3 == int((norms > 10 * norms.median()).sum())
+    assert report.counts.sum() == 3999
+    assert len(report.edges) == len(report.counts) + 1
+    assert report.quantiles[0.9] == pytest.approx(norms.quantile(0.9).item(), rel=0.01)
+    assert {carrier.token for carrier in report.carriers} >= {17, 1000, 3999}  # tokens count up
+    assert report.dominated
+    assert report.top_share == pytest.approx(1 - 3995 / (3995 + 1600 * 3), abs=0.15)
+    assert "--exclude-outliers 10" in describe_norms(HOOK, report)[-1]
+    longest = 10 * made.statistics(HOOK)["median_norm"]
+    batches = islice(shuffled_batches(made, HOOK, 1998, seed=0, longest=longest), 2)
+    seen = torch.cat([batch for batch, _ in batches])
+    assert torch.equal(sorted_rows(seen), sorted_rows(rows[torch.from_numpy(keep) & (rows.norm(dim=1) <= longest)]))
+    mean, squared = moments_within(made, HOOK, longest)
+    assert np.allclose(mean, seen.double().mean(0), atol=1e-6)
+    assert squared == pytest.approx(seen.double().pow(2).sum(1).mean().item())
+
+
+def test_a_store_whose_manifest_has_no_histogram_is_read_from_its_shards(small: Store) -> None:
+    want = small.norm_histogram(HOOK)
+    assert want.sum() == 455
+    del small.manifest["hooks"][HOOK]["statistics"]["norms"]
+    assert np.array_equal(small.norm_histogram(HOOK), want)
 
 
 # ---------------------------------------------------------------------------------------- damage
@@ -163,7 +246,7 @@ def test_a_flipped_bit_is_found_by_reader_and_verify(small: Store, column: str) 
         f"shard-00000.h5: rows 64 to 95 of {re.escape(column)} do not match their checksum: it was damaged or exchanged"
     )
     with pytest.raises(ValueError, match=message):
-        list(shard.verify())
+        shard.verify()
     with pytest.raises(ValueError, match=message):
         shard.rows(HOOK, 70, 71) if column.startswith("act") else shard.column(column, 70, 71)
     shard.rows(HOOK, 0, 64)  # what is whole can still be read
@@ -231,10 +314,84 @@ def test_a_missing_shard_is_named(small: Store) -> None:
         open_store(small.folder).shards[1].rows(HOOK)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("column", ["tokens", "doc_id", "position", "keep", f"activations/{HOOK}"])
+def test_one_flipped_bit_anywhere_in_a_column_is_found_before_a_wrong_row_is_read(
+    column: str, dtype: str, tmp_path: Path
+) -> None:
+    keep = np.arange(320) % 8 != 0
+    store = make(tmp_path / "s", [("train", random_rows(320, seed), keep) for seed in range(2)], dtype)
+    path = store.shards[1].path
+    with h5py.File(path) as file:
+        offset, size = file[column].id.get_offset(), file[column].dtype.itemsize * int(file[column].size)
+    whole = path.read_bytes()
+    for place in random.Random(column).sample(range(size), 10):
+        flip_byte(path, offset + place)
+        row = place // (size // 320) // BLOCK_ROWS * BLOCK_ROWS
+        message = f"shard-00001.h5: rows {row} to {row + 31} of {column} do not match their checksum"
+        assert [message in line for line in open_store(store.folder).verify()] == [True]
+        with pytest.raises(ValueError, match=re.escape(message)):
+            open_store(store.folder).shards[1].rows(HOOK) if column.startswith("act") else store.shards[1].column(
+                column
+            )
+        if column == "keep" or column.startswith("act"):  # what training reads
+            with pytest.raises(ValueError, match=re.escape(message)):
+                next(shuffled_batches(open_store(store.folder), HOOK, 64, seed=0))
+        path.write_bytes(whole)
+
+
+def test_one_flipped_bit_anywhere_in_a_shard_is_found_or_changes_nothing(small: Store) -> None:
+    """Headers have no checksum; a bit there is found by what it does, or does nothing."""
+    path, rows = small.shards[0].path, small.shards[0].rows(HOOK)
+    columns = {name: small.shards[0].column(name) for name in PROVENANCE}
+    whole, found = path.read_bytes(), 0
+    for place in random.Random(0).sample(range(len(whole)), 150):
+        flip_byte(path, place)
+        store = open_store(small.folder)
+        if store.verify():
+            found += 1
+        else:
+            assert torch.equal(store.shards[0].rows(HOOK), rows)
+            assert all(np.array_equal(store.shards[0].column(name), columns[name]) for name in PROVENANCE)
+        path.write_bytes(whole)
+    assert found > 30  # half of so small a shard is statistics
+
+
+def test_verify_names_every_damaged_shard(tmp_path: Path) -> None:
+    keep = np.ones(64, dtype=bool)
+    store = make(tmp_path / "s", [("train", random_rows(64, seed), keep) for seed in range(7)])
+    assert store.verify() == []
+    paths = [shard.path for shard in store.shards]
+    paths[1].unlink()
+    with open(paths[2], "r+b") as file:
+        file.truncate(500)
+    swapped = paths[3].read_bytes(), paths[4].read_bytes()
+    paths[3].write_bytes(swapped[1])
+    paths[4].write_bytes(swapped[0])
+    with h5py.File(paths[6]) as file:
+        offset = file["tokens"].id.get_offset()
+    flip_byte(paths[6], offset)
+    rows: list[int] = []
+    damage = open_store(store.folder).verify(rows.append)
+    assert [re.sub(r"^.*(shard-\d+\.h5)(:? .*?)(;|:|,).*$", r"\1\2", line) for line in damage] == [
+        "shard-00001.h5 is missing",
+        "shard-00002.h5 has 500 bytes",
+        "shard-00003.h5 is not the shard that the manifest describes",
+        "shard-00004.h5 is not the shard that the manifest describes",
+        "shard-00006.h5: rows 0 to 31 of tokens do not match their checksum",
+    ]
+    assert sum(rows) == 64 * 2  # of the whole ones
+    for name in (1, 2, 3, 4, 6):
+        with pytest.raises(ValueError, match=f"shard-0000{name}.h5"):
+            open_store(store.folder).shards[name].column("tokens")
+    with pytest.raises(ValueError, match="shard-0000"):
+        next(shuffled_batches(open_store(store.folder), HOOK, 300, seed=0))
+
+
 def test_a_newer_schema_is_refused(small: Store) -> None:
     manifest = read_json(small.folder / "manifest.json")
-    write_json(small.folder / "manifest.json", manifest | {"schema_version": 2})
-    with pytest.raises(ValueError, match="has schema version 2, this saebench reads 1"):
+    write_json(small.folder / "manifest.json", manifest | {"schema_version": 3})
+    with pytest.raises(ValueError, match="has schema version 3, this saebench reads 1 and 2"):
         open_store(small.folder)
     write_json(small.folder / "manifest.json", manifest | {"schema": "other"})
     with pytest.raises(ValueError, match="is not the manifest of an activation store: schema is 'other'"):
@@ -320,6 +477,38 @@ def test_the_order_follows_the_seed(small: Store) -> None:
     one, again, other = (next(shuffled_batches(small, HOOK, 64, seed=seed))[0] for seed in (1, 1, 2))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
+
+
+def test_hooks_read_side_by_side_give_the_same_tokens_and_wait_for_nobody(store: Store) -> None:
+    """Two readers of one store advance in turn, by threads of their own, and keep step with the documents."""
+    hooks, memory = store.hooks, 2 * 3000 * WIDTH * 4
+    alone = [[rows for rows, _ in islice(shuffled_batches(store, h, 300, seed=3, memory=memory), 50)] for h in hooks]
+    streams = [shuffled_batches(store, hook, 300, seed=3, memory=memory) for hook in hooks]
+    documents = shuffled_documents(store, hooks[0], 300, seed=3, memory=memory)
+    documents_of: dict[tuple[float, ...], set[int]] = defaultdict(set)
+    for shard in store.of_split("train"):
+        for row, doc in zip(shard.rows(hooks[0]).tolist(), shard.column("doc_id").tolist(), strict=True):
+            documents_of[tuple(row)].add(doc)  # equal beginnings of documents give equal rows
+    pairs = {
+        tuple(one): other
+        for shard in store.of_split("train")
+        for one, other in zip(shard.rows(hooks[0]).tolist(), shard.rows(hooks[1]).tolist(), strict=True)
+    }
+    for step in range(50):
+        (one, cursor), (two, other_cursor) = (next(stream) for stream in streams)
+        assert cursor == other_cursor
+        assert torch.equal(one, alone[0][step])
+        assert torch.equal(two, alone[1][step])
+        assert [pairs[tuple(row)] for row in one.tolist()] == two.tolist()
+        pairs_of = zip(next(documents).tolist(), one.tolist(), strict=True)
+        assert all(doc in documents_of[tuple(row)] for doc, row in pairs_of)
+
+
+def test_threads_that_open_a_shard_at_once_read_the_same(small: Store) -> None:
+    shard = small.shards[0]
+    with ThreadPoolExecutor(8) as pool:
+        read = list(pool.map(lambda _: shard.rows(HOOK), range(8)))
+    assert all(torch.equal(rows, read[0]) for rows in read)
 
 
 def test_a_store_smaller_than_a_batch_is_refused(small: Store) -> None:

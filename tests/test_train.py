@@ -1,6 +1,7 @@
 import json
 import math
 import random
+import re
 import signal
 from itertools import pairwise
 from pathlib import Path
@@ -102,6 +103,10 @@ def test_names_say_what_differs_within_a_grid(store: Store, tmp_path: Path) -> N
         ({"target_l0": ()}, "no sparsity given"),
         ({"tokens": 0}, "tokens is 0; expected more than 0"),
         ({"lr": (1e-3, 0.0)}, "lr is 0.0; expected more than 0"),
+        (
+            {"exclude_outliers": 1.0},
+            "exclude_outliers is 1.0; expected more than 1: it is a multiple of the median norm",
+        ),
         ({"warmup": -0.1}, "warmup is -0.1; expected a share of the steps"),
         ({"decay": 1.5}, "decay is 1.5; expected a share of the steps"),
         (
@@ -195,6 +200,24 @@ def test_bfloat16_products_change_little(run: Path, store: Store, tmp_path: Path
     one, other = (log_of(path / "saes" / "topk-k6")[-1]["fvu"] for path in (run, tmp_path))
     assert one != other
     assert one == pytest.approx(other, rel=0.05)
+
+
+def test_outliers_are_left_out_said_and_part_of_the_identity(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    options = {"arch": ("topk",), "tokens": 2000}
+    (folder,) = train(config(store, tmp_path, exclude_outliers=1.2, **options)) or []
+    norms = torch.cat(list(store.kept_rows(HOOK, "train", 10**6, 4096))).norm(dim=1)
+    said = re.search(r"([\d,]+) of ([\d,]+) rows are left out, longer than 1\.2 × the median norm", caplog.text)
+    assert said is not None
+    out, all_rows = (int(number.replace(",", "")) for number in said.groups())
+    assert all_rows == len(norms)
+    assert 0 < out < len(norms) / 2
+    assert out == pytest.approx(int((norms > 1.2 * norms.median()).sum()), rel=0.2)
+    assert read_config(folder)["metadata"]["saebench"]["identity"]["exclude_outliers"] == 1.2
+    with pytest.raises(ValueError, match=r"trained with other settings: exclude_outliers: 1\.2 -> None"):
+        train(config(store, tmp_path, **options))
 
 
 def test_metadata_says_how_an_sae_came_about(run: Path, store: Store) -> None:

@@ -11,7 +11,7 @@ from shell import chosen_run, chosen_sae, clickable, go, missing, offer, root, s
 from saebench.browse.runs import Trained, saes_of
 from saebench.evaluate.report import BASELINES
 from saebench.store import open_store
-from saebench.store.reader import describe
+from saebench.store.norms import describe
 from saebench.view import charts, grid
 
 COLUMNS = {

@@ -1,28 +1,34 @@
-"""Read a store: memory-mapped columns, every block checked against its checksum as it is read."""
+"""Read a store: columns by their place in the file, every block checked against its checksum as it is read."""
 
 import functools
-import mmap
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
 import torch
 from torch import Tensor
+from xxhash import xxh3_64_intdigest
 
-from saebench.files import block_checksums, hash_files, read_json
+from saebench.files import hash_files, read_json
+from saebench.store.coding import decode, from_disk, width
 from saebench.store.schema import (
     DOCUMENTS,
     MANIFEST,
+    NORM_BINS,
     ON_DISK,
     PROVENANCE,
     SCHEMA,
-    SCHEMA_VERSION,
+    SCHEMA_VERSIONS,
     TOKENIZER,
     activations_path,
     digest,
 )
+
+_STRETCH_BYTES = 1 << 20  # read and checked at once: in the cache of a core
 
 
 def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
@@ -35,9 +41,9 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
     manifest = read_json(path)
     if manifest.get("schema") != SCHEMA:
         raise ValueError(f"{path} is not the manifest of an activation store: schema is {manifest.get('schema')!r}")
-    if (version := manifest.get("schema_version")) != SCHEMA_VERSION:
+    if (version := manifest.get("schema_version")) not in SCHEMA_VERSIONS:
         raise ValueError(
-            f"{folder} has schema version {version}, this saebench reads {SCHEMA_VERSION}: "
+            f"{folder} has schema version {version}, this saebench reads {' and '.join(map(str, SCHEMA_VERSIONS))}: "
             "use the version that wrote it, or harvest again"
         )
     return manifest
@@ -48,8 +54,16 @@ def open_shard(path: Path) -> Any:
     return h5py.File(path, "r")
 
 
+class _Columns(NamedTuple):
+    """Where the columns of a shard lie in its file, and what their blocks must be."""
+
+    offsets: dict[str, int]
+    checksums: dict[str, np.ndarray]
+    """vouched for by the manifest's digest"""
+
+
 class Shard:
-    """One file of a store, memory-mapped; what is read is verified."""
+    """One file of a store; what is read is verified. Several threads may read at once."""
 
     def __init__(self, folder: Path, entry: dict[str, Any], manifest: dict[str, Any]) -> None:
         self.path = folder / entry["file"]
@@ -58,24 +72,28 @@ class Shard:
         self.n_rows: int = entry["rows"]
         self.block_rows: int = manifest["block_rows"]
         self._entry = entry
-        hooks = {activations_path(hook): facts["d_in"] for hook, facts in sorted(manifest["hooks"].items())}
-        vectors = {path: (ON_DISK[manifest["dtype"]], (self.n_rows, d_in)) for path, d_in in hooks.items()}
+        kind = ON_DISK[manifest["dtype"]]
+        widths = {hook: width(manifest["dtype"], facts["d_in"]) for hook, facts in sorted(manifest["hooks"].items())}
+        vectors = {activations_path(hook): (kind, (self.n_rows, columns)) for hook, columns in widths.items()}
         self._layout = {**{name: (kind, (self.n_rows,)) for name, kind in PROVENANCE.items()}, **vectors}
+        self._columns: _Columns | None = None
 
-    @functools.cached_property
-    def _opened(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], mmap.mmap]:
-        """Mapped columns, their block checksums, vouched for by the manifest's digest, and the map."""
+    def _opened(self) -> _Columns:
+        """What is known of the columns. Threads that ask at the same time may each look; they find the same."""
+        if self._columns is None:
+            self._columns = self._look()
+        return self._columns
+
+    def _look(self) -> _Columns:
         if not self.path.exists():
-            raise ValueError(f"{self.path} is missing; restore it or harvest again")
+            raise self._missing()
         size = self.path.stat().st_size
         if size != self._entry["bytes"]:
             raise ValueError(
                 f"{self.path} has {size} bytes, the manifest says {self._entry['bytes']}: {self._remedy()}"
             )
-        columns: dict[str, np.ndarray] = {}
+        offsets: dict[str, int] = {}
         try:
-            with self.path.open("rb") as raw:
-                mapped = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
             with open_shard(self.path) as file:
                 checksums = {name: file[f"checksums/{name}"][:] for name in self._layout}
                 for name, (kind, shape) in self._layout.items():
@@ -83,63 +101,96 @@ class Shard:
                     # Checksums cover the data; what the header says of them is checked here.
                     if (dataset.dtype, dataset.shape) != (kind, shape):
                         raise ValueError(f"{name} is {dataset.dtype} {dataset.shape}, expected {kind} {shape}")
-                    offset = dataset.id.get_offset()
-                    columns[name] = np.ndarray(dataset.shape, dataset.dtype, mapped, offset)
+                    offsets[name] = dataset.id.get_offset()
         except (OSError, KeyError, TypeError, RuntimeError, ValueError, AttributeError, IndexError) as error:
             raise ValueError(f"{self.path} cannot be read as HDF5 ({error}): {self._remedy()}") from error
         if digest(checksums) != self._entry["digest"]:
             raise ValueError(f"{self.path} is not the shard that the manifest describes: {self._remedy()}")
-        return columns, checksums, mapped
+        return _Columns(offsets, checksums)
 
     def check(self) -> None:
         """Raises ValueError unless the file is there, whole, and the one that the manifest describes."""
-        _ = self._opened
+        self._opened()
 
     @staticmethod
     def _remedy() -> str:
         return "it was damaged or exchanged; restore it, or delete the store and harvest again"
+
+    def _missing(self) -> ValueError:
+        return ValueError(f"{self.path} is missing; restore it or harvest again")
 
     def column(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop` of a provenance column (`tokens`, `doc_id`, `position`, `keep`), verified."""
         return self._verified(name, start, self.n_rows if stop is None else stop)
 
     def rows(self, hook: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows `start` to `stop` at `hook`, `[n, d_in]` in the store's dtype, verified."""
-        raw = self._verified(activations_path(hook), start, self.n_rows if stop is None else stop)
-        tensor = torch.from_numpy(np.array(raw))
-        self._let_go(raw)
-        return tensor.view(torch.bfloat16) if raw.dtype == np.uint16 else tensor
-
-    def _let_go(self, rows: np.ndarray) -> None:
-        """Unmap the pages of rows that were copied, so that a pass over a store does not come to hold all of it."""
-        mapped = self._opened[2]
-        first = rows.ctypes.data - np.frombuffer(mapped, np.uint8).ctypes.data
-        start, end = -(-first // mmap.PAGESIZE), (first + rows.nbytes) // mmap.PAGESIZE
-        if end > start:
-            mapped.madvise(mmap.MADV_DONTNEED, start * mmap.PAGESIZE, (end - start) * mmap.PAGESIZE)
+        """Rows `start` to `stop` at `hook`, `[n, d_in]`, verified: in the store's dtype, or float32 from int8."""
+        stop = self.n_rows if stop is None else stop
+        return decode(from_disk(self._verified(activations_path(hook), start, stop)))
 
     def _verified(self, name: str, start: int, stop: int) -> np.ndarray:
-        columns, checksums, _ = self._opened
-        first, last = start // self.block_rows, -(-stop // self.block_rows)
-        blocks = columns[name][first * self.block_rows : last * self.block_rows]
-        bad = np.flatnonzero(block_checksums(blocks, self.block_rows) != checksums[name][first:last])
-        if len(bad):
-            row = (first + bad[0]) * self.block_rows
+        first = start // self.block_rows * self.block_rows
+        last = min(-(-stop // self.block_rows) * self.block_rows, self.n_rows)
+        blocks = self.empty(name, max(last - first, 0))
+        self.read_into(name, [(first, last)], blocks)
+        return blocks[start - first : stop - first]
+
+    def empty(self, name: str, rows: int) -> np.ndarray:
+        """Room for rows of a column as the file has them."""
+        kind, shape = self._layout[name]
+        return np.empty((rows, *shape[1:]), kind)
+
+    def read_into(self, name: str, ranges: Sequence[tuple[int, int]], out: np.ndarray) -> None:
+        """Fill `out` with the rows (first, after the last) of each range, one after another, as the file has them.
+
+        Ranges begin and end with a block (or the shard). Each stretch is checked while the cache still has it.
+        Raises ValueError naming the first rows that are not what was written.
+        """
+        columns = self._opened()
+        view, at = out.data.cast("B") if out.size else memoryview(b""), 0
+        row = out.nbytes // max(len(out), 1)
+        block = row * self.block_rows
+        stretch = max(_STRETCH_BYTES // block, 1) * self.block_rows
+        found: list[int] = []
+        try:
+            file = os.open(self.path, os.O_RDONLY)
+        except FileNotFoundError as error:
+            raise self._missing() from error
+        try:
+            for first, end in ranges:
+                for start in range(first, end, stretch):
+                    part = view[at : at + min(stretch, end - start) * row]
+                    self._fill(file, part, columns.offsets[name] + start * row)
+                    found += [xxh3_64_intdigest(part[i : i + block]) for i in range(0, len(part), block)]
+                    at += len(part)
+        finally:
+            os.close(file)
+        blocks = np.concatenate([np.arange(f // self.block_rows, -(-e // self.block_rows)) for f, e in ranges])
+        bad = np.array(found, dtype=np.uint64) != columns.checksums[name][blocks]
+        if bad.any():
+            first = int(blocks[bad.argmax()]) * self.block_rows
             raise ValueError(
-                f"{self.path}: rows {row} to {min(row + self.block_rows, self.n_rows) - 1} of {name} do not match their checksum: "
+                f"{self.path}: rows {first} to {min(first + self.block_rows, self.n_rows) - 1} of {name} do not match their checksum: "
                 f"{self._remedy()}"
             )
-        offset = first * self.block_rows
-        return blocks[start - offset : stop - offset]
 
-    def verify(self) -> Iterator[int]:
-        """Check every block; yields the rows done. Raises ValueError at the first that is wrong."""
+    def _fill(self, file: int, part: memoryview, place: int) -> None:
+        done = 0
+        while done < len(part):
+            read = os.preadv(file, [part[done:]], place + done)
+            if read == 0:
+                raise ValueError(f"{self.path} ends at byte {place + done}: {self._remedy()}")
+            done += read
+
+    def verify(self, checked: Callable[[int], object] = lambda rows: None) -> None:
+        """Check every block of every column, reporting rows as they are done. Raises ValueError at the first that is wrong."""
+        self.check()
         step = self.block_rows * 128
         for start in range(0, self.n_rows, step):
             stop = min(start + step, self.n_rows)
-            for name in self._opened[0]:
+            for name in self._layout:
                 self._verified(name, start, stop)
-            yield stop - start
+            checked(stop - start)
 
 
 class Store:
@@ -159,8 +210,19 @@ class Store:
         return self._hook(hook)["d_in"]
 
     def statistics(self, hook: str) -> dict[str, Any]:
-        """Over kept training rows: `rows`, `mean` `[d_in]`, `mean_squared_norm`, `median_norm`."""
+        """Over kept training rows: `rows`, `mean` `[d_in]`, `mean_squared_norm`, `median_norm`, `norms`."""
         return self._hook(hook)["statistics"]
+
+    def norm_histogram(self, hook: str) -> np.ndarray:
+        """Kept training rows in each bin of norms, `[NORM_BINS]`; from the shards of a store whose manifest has none yet."""
+        total = np.zeros(NORM_BINS, dtype=np.int64)
+        if norms := self.statistics(hook).get("norms"):
+            total[norms["first_bin"] :][: len(norms["rows"])] = norms["rows"]
+            return total
+        for shard in self.of_split("train"):
+            with open_shard(shard.path) as file:
+                total += file[f"statistics/{hook}/norm_histogram"][:]
+        return total
 
     def _hook(self, hook: str) -> dict[str, Any]:
         if hook not in self.manifest["hooks"]:
@@ -191,6 +253,23 @@ class Store:
         whole = (self.folder / TOKENIZER / "tokenizer.json").exists()
         return (PreTrainedTokenizerFast if whole else AutoTokenizer).from_pretrained(self.folder / TOKENIZER)
 
+    def verify(self, checked: Callable[[int], object] = lambda rows: None) -> list[str]:
+        """What is wrong, a line for every damaged shard and what lies beside them; reports rows as they are checked.
+
+        Shards are read in as many threads as there are cores.
+        """
+
+        def look(check: Callable[[], None]) -> str | None:
+            try:
+                check()
+            except ValueError as error:
+                return str(error)
+            return None
+
+        with ThreadPoolExecutor() as pool:
+            checks = [functools.partial(shard.verify, checked) for shard in self.shards]
+            return [line for line in pool.map(look, [*checks, self.verify_beside]) if line]
+
     def verify_beside(self) -> None:
         """Check what lies beside the shards. Raises ValueError naming the part that is not as it was written."""
         expected = {
@@ -219,26 +298,3 @@ def open_store(folder: Path | str) -> Store:
             f"{folder} is unfinished ({len(manifest['shards'])} shards so far); run the same harvest again to complete it"
         )
     return Store(folder, manifest)
-
-
-def describe(store: Store) -> str:
-    """What is in a store, for people."""
-    manifest, made = store.manifest, store.manifest["identity"]
-    size = sum(entry["bytes"] for entry in manifest["shards"])
-    lines = [
-        f"{store.folder}: {len(store.shards)} shards, {size / 1e6:,.0f} MB, contexts of {store.context} tokens, {manifest['dtype']}",
-        f"  model    {made['model']['id']} in {made['model_dtype']} (weights {made['model']['weights'][:12]})",
-        f"  text     {made['text']['dataset']}: {manifest['documents']:,} documents"
-        + (", all of it" if manifest["exhausted"] else ""),
-    ]
-    lines += [
-        f"  {split:<10} {store.rows(split):>12,} rows, {store.rows(split, kept=True):>12,} kept"
-        for split in ("train", "validation")
-    ]
-    for hook in store.hooks:
-        statistics = store.statistics(hook)
-        lines.append(
-            f"  {hook}  d_in {store.d_in(hook)}, median norm {statistics['median_norm']:.4g}, "
-            f"root mean square norm {statistics['mean_squared_norm'] ** 0.5:.4g}"
-        )
-    return "\n".join(lines)

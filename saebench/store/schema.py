@@ -6,7 +6,8 @@ import numpy as np
 import xxhash
 
 SCHEMA = "saebench-activations"
-SCHEMA_VERSION = 1
+# What a store needs of its reader: version 2 added int8 rows, and only stores that have them say 2.
+SCHEMA_VERSIONS = (1, 2)
 MANIFEST = "manifest.json"
 EXTENSION = "extension.json"  # the manifest of a store that is being extended, until it takes the other's place
 DOCUMENTS = "documents.parquet"
@@ -14,12 +15,13 @@ TOKENIZER = "tokenizer"
 
 BLOCK_ROWS = 32  # rows under one checksum: the smallest read of a shuffled epoch
 
-StoreDtype = Literal["float16", "bfloat16", "float32"]
-# HDF5 has no bfloat16: its bits are kept as uint16, marked by the attribute `dtype`.
+StoreDtype = Literal["float16", "bfloat16", "float32", "int8"]
+# HDF5 has no bfloat16: its bits are kept as uint16, marked by the attribute `dtype`. What an int8 row is, `coding.py` says.
 ON_DISK: dict[str, np.dtype] = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
     "float32": np.dtype("<f4"),
+    "int8": np.dtype("i1"),
 }
 PROVENANCE: dict[str, np.dtype] = {
     "tokens": np.dtype("<i4"),
@@ -32,6 +34,10 @@ PROVENANCE: dict[str, np.dtype] = {
 # cost in memory and with sums that do not depend on the order of shards.
 NORM_BINS = 40 * 64
 _NORM_FLOOR = 2.0**-20
+
+
+def schema_version(dtype: StoreDtype) -> int:
+    return 2 if dtype == "int8" else 1
 
 
 def shard_name(index: int) -> str:
@@ -80,20 +86,28 @@ class Moments(NamedTuple):
             self.norm_histogram + other.norm_histogram,
         )
 
-    def norm_quantile(self, q: float) -> float:
-        """The norm that a share `q` of the rows stays under, to half a percent; 0 without rows."""
-        if self.rows == 0:
-            return 0.0
-        below = np.cumsum(self.norm_histogram)
-        index = int(np.searchsorted(below, q * self.rows))
-        return float(_NORM_FLOOR * 2 ** ((index + 0.5) / 64))
-
     def to_json(self) -> dict[str, Any]:
         """The manifest's statistics of a hook."""
         count = max(self.rows, 1)
+        filled = np.flatnonzero(self.norm_histogram)
+        first, last = (int(filled[0]), int(filled[-1])) if len(filled) else (0, -1)
         return {
             "rows": self.rows,
             "mean": (self.total / count).tolist(),
             "mean_squared_norm": self.total_squared_norm / count,
-            "median_norm": self.norm_quantile(0.5),
+            "median_norm": norm_quantile(self.norm_histogram, 0.5),
+            "norms": {"first_bin": first, "rows": self.norm_histogram[first : last + 1].tolist()},
         }
+
+
+def norm_at(index: int | float) -> float:
+    """The norm at the lower edge of a bin, or anywhere between two."""
+    return float(_NORM_FLOOR * 2 ** (index / 64))
+
+
+def norm_quantile(histogram: np.ndarray, q: float) -> float:
+    """The norm that a share `q` of the rows stays under, to half a percent; 0 without rows."""
+    below = np.cumsum(histogram)
+    if not below[-1]:
+        return 0.0
+    return norm_at(int(np.searchsorted(below, max(q * below[-1], 1))) + 0.5)

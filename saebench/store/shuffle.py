@@ -1,23 +1,30 @@
 """Shuffled batches of activations from a store, for as many epochs as asked, from any point on.
 
 An epoch is a random order of all blocks of the training shards. Consecutive blocks of that order
-fill a buffer whose kept rows are permuted in memory; batches are cut from the concatenation of
-those permutations, across buffers and epochs. Within an epoch nothing is skipped or repeated, and
-the order depends on the store, the seed and the memory budget alone.
+are read into a buffer; batches are gathered from a permutation of its kept rows, and go on across
+buffers and epochs. Within an epoch nothing is skipped or repeated, and the order depends on the
+store, the seed and the memory budget alone: hooks of equal width get the same tokens in each batch.
 """
 
-from collections.abc import Iterator
+import math
+import os
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby, islice
+from operator import itemgetter
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from saebench.store.coding import all_finite, decode, finite, from_disk, in_words, row_bytes
 from saebench.store.reader import Shard, Store
+from saebench.store.schema import activations_path
 
 Item = TypeVar("Item")
-_STRETCH = 1 << 13  # rows of blocks that are read at once, where they touch
+_READERS = min(max((os.cpu_count() or 2) // 2, 1), 4)  # threads that fill a buffer: half the cores are for its use
+_PIECE = 256  # blocks of one shard that one of them reads at a time
 
 
 class Cursor(NamedTuple):
@@ -28,76 +35,134 @@ class Cursor(NamedTuple):
     row: int = 0
 
 
-def shuffled_batches(
-    store: Store, hook: str, batch: int, *, seed: int, memory: int = 2 << 30, start: Cursor = Cursor()
-) -> Iterator[tuple[Tensor, Cursor]]:
-    """Endless batches `[batch, d_in]` (store dtype) of kept training rows, each with the cursor after it.
+class _Buffer(NamedTuple):
+    """Rows as they were read, and the order in which the kept ones are served."""
 
+    epoch: int
+    number: int
+    rows: np.ndarray
+    order: np.ndarray
+
+    def serve(self, start: int, stop: int) -> Tensor:
+        """A new tensor: the buffer's memory is used again. On one core, since training has use for the others."""
+        return from_disk(in_words(self.rows).take(self.order[start:stop], axis=0).view(self.rows.dtype))
+
+
+def shuffled_batches(
+    store: Store, hook: str, batch: int, *,
+    seed: int, memory: int = 2 << 30, start: Cursor = Cursor(), longest: float = math.inf,
+) -> Iterator[tuple[Tensor, Cursor]]:  # fmt: skip
+    """Endless batches `[batch, d_in]` of kept training rows, as `Shard.rows` gives them, each with the cursor after it.
+
+    Rows of a norm above `longest` are left out as those are that are not kept; hooks then part company.
     `memory` bounds the bytes held: one buffer being served and one being read. Raises ValueError
     when the store has fewer kept rows than a batch, or a block is damaged or not finite.
     """
+    for rows, cursor in _batches(store, hook, activations_path(hook), batch, seed, memory, start, longest):
+        yield decode(rows), cursor
+
+
+def shuffled_documents(
+    store: Store, hook: str, batch: int, *, seed: int, memory: int = 2 << 30, start: Cursor = Cursor()
+) -> Iterator[Tensor]:
+    """Of the same batches, the document of each row: int32 `[batch]`."""
+    for rows, _ in _batches(store, hook, "doc_id", batch, seed, memory, start):
+        yield rows
+
+
+def _batches(
+    store: Store, hook: str, column: str, batch: int, seed: int, memory: int, start: Cursor, longest: float = math.inf
+) -> Iterator[tuple[Tensor, Cursor]]:
     kept = store.rows("train", kept=True)
     if kept < batch:
         raise ValueError(f"{store.folder} has {kept} training rows, fewer than a batch of {batch}: harvest more tokens")
+    stored = row_bytes(store.manifest["dtype"], store.d_in(hook))
     left: list[Tensor] = []
-    for epoch, index, rows in _prefetched(_buffers(store, hook, seed, memory, start)):
-        position = start.row if (epoch, index) == start[:2] else 0
-        while sum(map(len, left)) + len(rows) - position >= batch:
-            taken = batch - sum(map(len, left))
-            parts = [*left, rows[position : position + taken]]
-            left, position = [], position + taken
-            yield torch.cat(parts), Cursor(epoch, index, position)
-        left.append(rows[position:].clone())
+    for buffer in _prefetched(_buffers(store.of_split("train"), column, seed, memory / stored, start, longest)):
+        position = start.row if buffer[:2] == start[:2] else 0
+        while (missing := batch - sum(map(len, left))) <= len(buffer.order) - position:
+            parts = [*left, buffer.serve(position, position + missing)]
+            left, position = [], position + missing
+            yield torch.cat(parts) if len(parts) > 1 else parts[0], Cursor(buffer.epoch, buffer.number, position)
+        left.append(buffer.serve(position, len(buffer.order)))
 
 
-def _buffers(store: Store, hook: str, seed: int, memory: int, start: Cursor) -> Iterator[tuple[int, int, Tensor]]:
-    """(epoch, number within the epoch, permuted rows) from the buffer that `start` names on."""
-    shards = store.of_split("train")
+def _buffers(
+    shards: list[Shard], column: str, seed: int, budget: float, start: Cursor, longest: float
+) -> Iterator[_Buffer]:
+    """From the buffer that `start` names on. `budget` is the rows of two of them; their memory is used in turn."""
     size = shards[0].block_rows
     blocks = [(shard, first) for shard in shards for first in range(0, shard.n_rows, size)]
-    total = sum(shard.n_rows for shard in shards) * store.d_in(hook) * shards[0].rows(hook, 0, 1).element_size()
-    n_buffers = min(-(-2 * total // memory), len(blocks))
+    n_buffers = min(math.ceil(2 * sum(shard.n_rows for shard in shards) / budget), len(blocks))
+    most = -(-len(blocks) // n_buffers) * size
+    spare, last = shards[0].empty(column, most), shards[0].empty(column, most)
     epoch, index = start.epoch, start.buffer
-    while True:
-        order = np.random.default_rng([seed, epoch]).permutation(len(blocks))
-        for chosen in np.array_split(order, n_buffers)[index:]:
-            rng = np.random.default_rng([seed, epoch, index, 1])
-            # Reads go forward through the files; the permutation undoes their order.
-            yield epoch, index, _permuted(_stretches([blocks[i] for i in np.sort(chosen)]), hook, rng)
-            index += 1
-        epoch, index = epoch + 1, 0
+    with ThreadPoolExecutor(_READERS) as pool:
+        while True:
+            order = np.random.default_rng([seed, epoch]).permutation(len(blocks))
+            for chosen in np.array_split(order, n_buffers)[index:]:
+                rng = np.random.default_rng([seed, epoch, index, 1])
+                # Reads go forward through the files; the permutation undoes their order.
+                kept = _fill(pool, _pieces([blocks[i] for i in np.sort(chosen)]), column, spare, longest)
+                served = np.empty_like(kept)
+                served[rng.permutation(len(kept))] = kept
+                yield _Buffer(epoch, index, spare, served)
+                spare, last = last, spare
+                index += 1
+            epoch, index = epoch + 1, 0
 
 
-def _stretches(blocks: list[tuple[Shard, int]]) -> list[tuple[Shard, int, int]]:
-    """(shard, first row, row after the last) of blocks in order, those that touch joined: one read costs as much as another."""
-    found: list[tuple[Shard, int, int]] = []
-    for shard, first in blocks:
-        end = min(first + shard.block_rows, shard.n_rows)
-        if found and found[-1][0] is shard and found[-1][2] == first and end - found[-1][1] <= _STRETCH:
-            found[-1] = (shard, found[-1][1], end)
-        else:
-            found.append((shard, first, end))
+class _Piece(NamedTuple):
+    """Some blocks of one shard, those that touch joined to ranges (first row, after the last), and their place in the buffer."""
+
+    shard: Shard
+    ranges: list[tuple[int, int]]
+    start: int
+    stop: int
+
+
+def _pieces(blocks: Sequence[tuple[Shard, int]]) -> list[_Piece]:
+    found: list[_Piece] = []
+    start = 0
+    for shard, group in groupby(blocks, key=itemgetter(0)):
+        while some := [first for _, first in islice(group, _PIECE)]:
+            ranges: list[tuple[int, int]] = []
+            for first in some:
+                end = min(first + shard.block_rows, shard.n_rows)
+                touches = bool(ranges) and ranges[-1][1] == first
+                ranges[-1:] = [(ranges[-1][0], end)] if touches else [*ranges[-1:], (first, end)]
+            stop = start + sum(end - first for first, end in ranges)
+            found.append(_Piece(shard, ranges, start, stop))
+            start = stop
     return found
 
 
-def _permuted(stretches: list[tuple[Shard, int, int]], hook: str, rng: np.random.Generator) -> Tensor:
-    keeps = [np.array(shard.column("keep", first, end)) for shard, first, end in stretches]
-    ends = np.cumsum([keep.sum() for keep in keeps])
-    places = torch.from_numpy(rng.permutation(int(ends[-1])))
-    sample = stretches[0][0].rows(hook, 0, 1)
-    buffer = torch.empty(len(places), sample.shape[1], dtype=sample.dtype)
-    for (shard, first, _), keep, end in zip(stretches, keeps, ends, strict=True):
-        rows = shard.rows(hook, first, first + len(keep))
-        buffer[places[end - keep.sum() : end]] = rows[torch.from_numpy(keep)]
-    finite = torch.isfinite(buffer).all(1)
-    if not finite.all():
-        # The buffer's rows came in the order of `places`: find the first bad one's stretch.
-        bad = int((~finite)[places].nonzero()[0])
-        which = int(np.searchsorted(ends, bad, side="right"))
-        (shard, first, _), keep = stretches[which], keeps[which]
-        row = first + int(np.flatnonzero(keep)[bad - (ends[which] - keep.sum())])
-        raise ValueError(f"row {row} of {shard.path} at {hook} is not finite; harvest again with a wider --dtype")
-    return buffer
+def _fill(
+    pool: ThreadPoolExecutor, pieces: list[_Piece], column: str, buffer: np.ndarray, longest: float
+) -> np.ndarray:
+    """Read the pieces into the buffer; returns the places of the rows to serve."""
+
+    def read(piece: _Piece) -> np.ndarray:
+        rows = buffer[piece.start : piece.stop]
+        keep = piece.shard.empty("keep", len(rows))
+        piece.shard.read_into("keep", piece.ranges, keep)
+        piece.shard.read_into(column, piece.ranges, rows)
+        if rows.ndim == 2 and not all_finite(from_disk(rows)):
+            _refuse(piece, column, from_disk(rows), keep)
+        if longest < math.inf:
+            keep &= (decode(from_disk(rows)).float().norm(dim=1) <= longest).numpy()
+        return piece.start + np.flatnonzero(keep)
+
+    return np.concatenate(list(pool.map(read, pieces)))
+
+
+def _refuse(piece: _Piece, column: str, rows: Tensor, keep: np.ndarray) -> None:
+    """Raises ValueError naming the first kept row that is not finite; the others may be anything."""
+    bad = np.flatnonzero(keep & ~finite(rows).numpy())
+    if len(bad):
+        row = int(np.concatenate([np.arange(*ends) for ends in piece.ranges])[bad[0]])
+        hook = column.removeprefix(activations_path(""))
+        raise ValueError(f"row {row} of {piece.shard.path} at {hook} is not finite; harvest again with a wider --dtype")
 
 
 def _prefetched(items: Iterator[Item]) -> Iterator[Item]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from saebench.config import differences, flat
 from saebench.files import block_checksums, hash_files, replacing, write_json
+from saebench.store import coding
 from saebench.store.reader import Shard, open_shard, read_manifest
 from saebench.store.schema import (
     BLOCK_ROWS,
@@ -26,12 +27,12 @@ from saebench.store.schema import (
     ON_DISK,
     PROVENANCE,
     SCHEMA,
-    SCHEMA_VERSION,
     TOKENIZER,
     Moments,
     StoreDtype,
     activations_path,
     digest,
+    schema_version,
     shard_name,
 )
 
@@ -107,11 +108,12 @@ class ShardWriter:
         for name, kind in PROVENANCE.items():
             self.file.create_dataset(name, (rows,), kind, track_times=False)
         for hook, width in widths.items():
-            dataset = self.file.create_dataset(activations_path(hook), (rows, width), ON_DISK[dtype], track_times=False)
+            shape = (rows, coding.width(dtype, width))
+            dataset = self.file.create_dataset(activations_path(hook), shape, ON_DISK[dtype], track_times=False)
             dataset.attrs["dtype"] = dtype
 
     def write(self, provenance: dict[str, np.ndarray], activations: dict[str, Tensor]) -> None:
-        """Append rows: every column of `PROVENANCE` `[n]`, and per hook a CPU tensor `[n, d_in]` in the store's dtype.
+        """Append rows: every column of `PROVENANCE` `[n]`, and per hook a CPU tensor that `coding.encode` made `[n, width]`.
 
         Raises ValueError naming the first kept row that is not finite.
         """
@@ -120,18 +122,17 @@ class ShardWriter:
         for hook, rows in activations.items():
             assert rows.dtype == getattr(torch, self.dtype)
             kept = rows[keep]
-            if not torch.isfinite(kept).all():
+            if not coding.all_finite(kept):
                 self._refuse(hook, rows, keep)
-            self.moments[hook] = self.moments[hook].plus(Moments.of(kept.float().numpy()))
-            raw = rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows
-            self.file[activations_path(hook)][start:stop] = raw.numpy()
+            self.moments[hook] = self.moments[hook].plus(Moments.of(coding.decode(kept).float().numpy()))
+            self.file[activations_path(hook)][start:stop] = coding.to_disk(rows)
         for name in PROVENANCE:
             self.file[name][start:stop] = provenance[name]
         self.spool.check()
         self.filled = stop
 
     def _refuse(self, hook: str, rows: Tensor, keep: Tensor) -> None:
-        bad = (~torch.isfinite(rows).all(1) & keep).nonzero()[0].item()
+        bad = (~coding.finite(rows) & keep).nonzero()[0].item()
         remedy = " (float16 ends at 65504: harvest with --dtype bfloat16)" if self.dtype == "float16" else ""
         raise ValueError(
             f"row {self.filled + bad} of {self.path.name.strip('.').removesuffix('.tmp')} at {hook} is not finite{remedy}; "
@@ -158,7 +159,9 @@ class ShardWriter:
         self.file.create_dataset("documents/doc_id", data=np.array(sorted(documents), dtype="<i4"), track_times=False)
         names = [documents[index] for index in sorted(documents)]
         self.file.create_dataset("documents/name", data=names, dtype=h5py.string_dtype(), track_times=False)
-        self.file.attrs.update(schema=SCHEMA, schema_version=SCHEMA_VERSION, block_rows=BLOCK_ROWS, **attributes)
+        self.file.attrs.update(
+            schema=SCHEMA, schema_version=schema_version(self.dtype), block_rows=BLOCK_ROWS, **attributes
+        )
         self.close()
         self.spool.check()
 
@@ -209,7 +212,7 @@ class StoreWriter:
                 self._adopt()
         else:
             self.manifest = {
-                "schema": SCHEMA, "schema_version": SCHEMA_VERSION, "identity": identity, "complete": False,
+                "schema": SCHEMA, "schema_version": schema_version(dtype), "identity": identity, "complete": False,
                 "dtype": dtype, "block_rows": BLOCK_ROWS, "shards": list(finished["shards"] if finished else []),
                 "hooks": {hook: {"d_in": width} for hook, width in widths.items()},
             }  # fmt: skip

@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from saebench.models import choose_device, model_path
 from saebench.runlog import MetricsLog, interruptible, progress, provenance
 from saebench.sae import fold, read_config, save_sae
 from saebench.store import Cursor, Store, open_store, shuffled_batches
+from saebench.store.norms import moments_within, rows_beyond
 from saebench.store.schema import MANIFEST
 from saebench.train.checkpoint import Checkpoint, full_disk_is_a_value_error
 from saebench.train.member import RECIPES, Member, Spec
@@ -67,6 +69,8 @@ class TrainConfig:
     """rows without firing after which a latent counts as dead (default: a twentieth of the run, at most 10M)"""
     memory_gb: float = 2.0
     """memory for the shuffle buffer"""
+    exclude_outliers: float | None = None
+    """leave out rows longer than this many times the median norm, for instance 10 (`saebench store info` says how many)"""
     seed: tuple[int, ...] = (0,)
     """fixes initialisation, one SAE for each; the first also fixes the order of the data"""
     dtype: Precision = "float32"
@@ -84,6 +88,10 @@ class TrainConfig:
         for name in ("warmup", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a share of the steps, from 0 to 1")
+        if self.exclude_outliers is not None and not self.exclude_outliers > 1:
+            raise ValueError(
+                f"exclude_outliers is {self.exclude_outliers}; expected more than 1: it is a multiple of the median norm"
+            )
         if not self.k and not self.target_l0 and not self.l1:
             raise ValueError(
                 "no sparsity given; expected --k 16,32 for topk and its kin, --target-l0 32 or --l1 2 for the others"
@@ -162,7 +170,7 @@ def train(config: TrainConfig) -> list[Path] | None:
             log.info("%s: all %d SAEs are trained already", folder, len(specs))
             return [folder / spec.name for spec in specs]
 
-        means = {hook: _input_scale(store, hook) for hook in hooks}
+        means = {hook: _input_scale(config, store, hook) for hook in hooks}
         members = [
             Member(spec, means[spec.hook][1], config.dead_steps, config.n_steps, device, config.dtype == "bfloat16")
             for spec in todo
@@ -235,18 +243,32 @@ class Clock:
         self.last_save = time.monotonic()
 
 
-def _input_scale(store: Store, hook: str) -> tuple[float, Tensor]:
-    """(the factor that brings E‖x‖² to D, the mean of the rows times it)."""
+def _longest(config: TrainConfig, store: Store, hook: str) -> float:
+    """The norm of the longest row to train on."""
+    return (config.exclude_outliers or math.inf) * store.statistics(hook)["median_norm"]
+
+
+def _input_scale(config: TrainConfig, store: Store, hook: str) -> tuple[float, Tensor]:
+    """(the factor that brings E‖x‖² to D, the mean of the rows times it), both of the rows trained on."""
     statistics = store.statistics(hook)
-    scale = math.sqrt(store.d_in(hook) / statistics["mean_squared_norm"])
-    return scale, torch.tensor(statistics["mean"]) * scale
+    mean, squared = np.array(statistics["mean"]), statistics["mean_squared_norm"]
+    if config.exclude_outliers is not None:
+        histogram = store.norm_histogram(hook)
+        log.info(
+            "%s: %s of %s rows are left out, longer than %g × the median norm of %.4g",
+            hook, f"{rows_beyond(histogram, config.exclude_outliers):,}", f"{int(histogram.sum()):,}",
+            config.exclude_outliers, statistics["median_norm"],
+        )  # fmt: skip
+        mean, squared = moments_within(store, hook, _longest(config, store, hook))
+    scale = math.sqrt(store.d_in(hook) / squared)
+    return scale, torch.tensor(mean, dtype=torch.float32) * scale
 
 
 def _batches(
     config: TrainConfig, store: Store, hook: str, n_hooks: int, start: Cursor
 ) -> Iterator[tuple[Tensor, Cursor]]:
-    memory = int(config.memory_gb * 2**30 / n_hooks)
-    return shuffled_batches(store, hook, config.batch, seed=config.seed[0], memory=memory, start=start)
+    memory, longest = int(config.memory_gb * 2**30 / n_hooks), _longest(config, store, hook)
+    return shuffled_batches(store, hook, config.batch, seed=config.seed[0], memory=memory, start=start, longest=longest)
 
 
 def _only_hook(store: Store) -> str:
@@ -264,6 +286,8 @@ def _identity(config: TrainConfig, spec: Spec, store: Store, n_hooks: int) -> di
         "dead_steps": config.dead_steps,
         "store": hash_files([store.folder / MANIFEST]),
     }
+    if config.exclude_outliers is not None:
+        shared["exclude_outliers"] = config.exclude_outliers
     return {**spec.to_json(), **shared}
 
 
