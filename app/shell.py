@@ -47,35 +47,36 @@ def _model(name: str) -> Shared:
 
 
 @st.cache_resource(show_spinner=False, max_entries=8)
-def _sae(folder: str, _changed: int) -> SAE:
+def _sae(folder: str, written: int) -> SAE:
     return load_sae(folder)
 
 
 @st.cache_resource(show_spinner="Opening the index", max_entries=8)
-def _index(path: str, sae: str, changed: int, store_there: bool) -> FeatureIndex:
+def _index(path: str, sae: str, written: int, store_there: bool) -> FeatureIndex:
     return open_feature_index(path, sae=sae, need_store=False)
 
 
 @st.cache_resource(show_spinner=False, max_entries=8)
-def _table(path: str, sae: str, changed: int, store_there: bool, scored: int) -> LatentTable:
-    index = _index(path, sae, changed, store_there)
+def _table(path: str, sae: str, written: int, store_there: bool, scored: int) -> LatentTable:
+    index = _index(path, sae, written, store_there)
     notes = Notes(index.path.with_suffix(".notes.json"), index.identity["sae"], index.d_sae)
     return LatentTable(index, notes, read_scores(index))
 
 
-def _changed(path: Path) -> int:
+def changed(path: Path) -> int:
+    """When a file was last written; 0 where there is none."""
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def table_of(sae: Trained) -> LatentTable:
     """Raises ValueError where there is no index, or one of another SAE or store."""
     store_there = sae.store is not None and (sae.store / "manifest.json").exists()
-    scores = _changed(sae.index_path.with_suffix(".scores.h5"))
-    return _table(str(sae.index_path), str(sae.folder), _changed(sae.index_path), store_there, scores)
+    scores = changed(sae.index_path.with_suffix(".scores.h5"))
+    return _table(str(sae.index_path), str(sae.folder), changed(sae.index_path), store_there, scores)
 
 
 def weights_of(sae: Trained) -> SAE:
-    return _sae(str(sae.folder), _changed(sae.folder / WEIGHTS))
+    return _sae(str(sae.folder), changed(sae.folder / WEIGHTS))
 
 
 def model_of(sae: Trained) -> Shared:

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import streamlit as st
-from shell import chosen_run, chosen_sae, clickable, go, missing, offer, root, said
+from shell import changed, chosen_run, chosen_sae, clickable, go, missing, offer, root, said
 
 from saebench.browse.runs import Trained, saes_of
+from saebench.browse.stores import norms_html
 from saebench.evaluate.report import BASELINES
 from saebench.store import open_store
-from saebench.store.norms import describe
+from saebench.store.norms import NormReport, describe, norm_report
+from saebench.store.schema import MANIFEST
 from saebench.view import charts, grid
 
 COLUMNS = {
@@ -30,6 +32,7 @@ METRICS = {"Loss recovered": "loss_recovered_zero", "FVU": "fvu", "ΔCE": "delta
 CURVES = {"FVU": "fvu", "L0": "l0", "Living latents": "alive", "λ": "lambda"}
 FIRST = 0.6  # seconds in which a browser shows the table, before it is kept busy loading the charts' library
 TEXT = ("name", "architecture", "hook")
+SAMPLE = 20_000  # rows of a store that are looked at for the tokens of the longest
 
 
 def no_run() -> None:
@@ -116,10 +119,18 @@ def plots(saes: dict[str, Trained]) -> None:
         st.plotly_chart(figure, key=f"curve {name}", config={"displaylogo": False})
 
 
+@st.cache_resource(show_spinner="Measuring norms", max_entries=16)
+def norms(folder: str, hook: str, written: int) -> NormReport:
+    return norm_report(open_store(Path(folder)), hook, sample=SAMPLE)
+
+
 def stores(saes: dict[str, Trained]) -> None:
     for folder in sorted({str(sae.store) for sae in saes.values() if sae.store}):
         with said():
             st.code(describe(open_store(Path(folder))), language=None)
+            for hook in sorted({sae.hook for sae in saes.values() if str(sae.store) == folder}):
+                report = norms(folder, hook, changed(Path(folder) / MANIFEST))
+                clickable(norms_html(hook, report), f"norms {folder} {hook}")
 
 
 run = chosen_run()

@@ -8,10 +8,9 @@ from shell import chosen_sae, clickable, go, missing, model_of, said, table_of, 
 
 from saebench.browse.runs import Trained
 from saebench.browse.table import LatentTable
-from saebench.index.page import visible
 from saebench.index.search import TextFeatures, features_for_text
 from saebench.view import grid
-from saebench.view.tokens import number, token_html
+from saebench.view.tokens import number, token_html, visible
 
 RANKS = {"Activation": "activation", "Quantile": "quantile", "Attribution": "attribution"}
 MEANINGS = {

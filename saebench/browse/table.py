@@ -9,8 +9,8 @@ import numpy as np
 from saebench.index import FeatureIndex
 from saebench.index.derive import FLAGS
 from saebench.index.notes import Note, Notes
-from saebench.index.page import visible
 from saebench.steer.scores import Scores
+from saebench.view.tokens import visible
 
 HEADINGS = {
     "density": ("density", "share of tokens on which it fires"),

@@ -10,7 +10,7 @@ from saebench.index.examples import Shown
 from saebench.index.notes import Note
 from saebench.index.reader import Context, FeatureIndex, Interval, Latent, Ranked, Rule
 from saebench.view import svg, tokens
-from saebench.view.tokens import number, text_html
+from saebench.view.tokens import number, text_html, visible
 
 FIGURES = {
     "density": "density",
@@ -194,17 +194,10 @@ def figure(name: str, value: float) -> str:
     return f"{value:,.0f}" if name == "fires" else number(value)
 
 
-def visible(text: str) -> str:
-    """Control characters as pictures."""
-    return text.translate(_PICTURES)
-
-
 def _spaced(piece: str) -> str:
     """A token alone: its spaces too as pictures."""
     return visible(piece).replace(" ", "\u00b7")
 
-
-_PICTURES = {code: chr(0x2400 + code) for code in range(32)} | {127: "\u2421", ord("\n"): "\u21b5", ord("\t"): "\u2192"}
 
 PARTS_CSS = """
 h3 { font-size: .85rem; font-weight: 600; margin: 1rem 0 .3rem; color: var(--sb-faint); } a { color: inherit; }
@@ -213,7 +206,8 @@ a:focus-visible, summary:focus-visible { outline: 2px solid var(--sb-line); outl
 .figures { display: flex; flex-wrap: wrap; gap: .5rem 1.75rem; margin: .75rem 0; }
 .figures dt { font-size: .75rem; color: var(--sb-faint); } .figures dd { margin: 0; font-variant-numeric: tabular-nums; }
 .columns { display: grid; grid-template-columns: 2fr 1fr 1fr 1fr; gap: 0 2rem; }
-@media (max-width: 760px) { .columns { grid-template-columns: 1fr 1fr; } }
+.columns.halves { grid-template-columns: 2fr 3fr; }
+@media (max-width: 760px) { .columns { grid-template-columns: 1fr 1fr; } .columns.halves { grid-template-columns: 1fr; } }
 .ranked { border-collapse: collapse; width: 100%; font-size: .85rem; } .ranked td { padding: .05rem 0; }
 .ranked td:last-child { text-align: right; font-variant-numeric: tabular-nums; } code { white-space: pre; }
 .example { margin: 0; padding: .4rem 0; border-top: 1px solid var(--sb-rule); } figcaption { margin-top: .15rem; }

@@ -29,7 +29,13 @@ CSS = """
 .sb-badge { font-size: 10px; font-weight: 600; vertical-align: super; color: var(--sb-line); padding-left: 1px; }
 """
 _CONTROL = {code: chr(0x2400 + code) for code in range(32)} | {127: "\u2421"}  # pictures of control characters
+_PICTURES = _CONTROL | {ord("\n"): "\u21b5", ord("\t"): "\u2192"}  # on one line
 _CONTROL |= {ord("\n"): "\u21b5\n", ord("\t"): "\u2192\t"}
+
+
+def visible(text: str) -> str:
+    """Control characters as pictures, line breaks too."""
+    return text.translate(_PICTURES)
 
 
 def token_html(
