@@ -4,12 +4,15 @@
 
 RUN holds an indexed SAE whose model is at hand. --large makes and indexes, the first time, an untrained one of 65,536 latents in
 RUN-65536 and times its table too. Times are taken in the page, from the
-click to the change that it brings, medians of several. Prints one JSON line for each figure.
+click to the change that it brings, medians of several. Prints one JSON line for each figure; --out writes the table.
 """
 
 import argparse
 import json
+import os
+import platform
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,6 +30,7 @@ CHROMIUM = {
     "executable_path": "/usr/bin/chromium",
     "args": ["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
 }
+LINES: list[dict[str, Any]] = []
 # Click the first match of one selector, and resolve when a predicate on the page holds.
 CLICK = """([selector, predicate]) => new Promise((resolve, reject) => {
   const deep = (root, found) => { root.querySelectorAll('*').forEach((e) => { if (e.shadowRoot) { found.push(e.shadowRoot); deep(e.shadowRoot, found); } }); return found; };
@@ -42,14 +46,31 @@ CLICK = """([selector, predicate]) => new Promise((resolve, reject) => {
 })"""
 
 
-def report(what: str, milliseconds: list[float], **more: Any) -> None:
-    line = {
-        "what": what,
-        "median_ms": round(statistics.median(milliseconds)),
-        "worst_ms": round(max(milliseconds)),
-        **more,
-    }
+TARGETS = {
+    "first page, from a warm server": 3000, "open a latent, to its examples": 300, "sort 65,536 latents": 500,
+    "search 65,536 latents": 500, "first steered token": 1000,
+}  # fmt: skip
+"""Milliseconds that were aimed at."""
+
+
+def report(what: str, milliseconds: list[float]) -> None:
+    line = {"what": what, "median_ms": round(statistics.median(milliseconds)), "worst_ms": round(max(milliseconds))}
+    LINES.append(line)
     print(json.dumps(line), flush=True)
+
+
+def as_table(command: str) -> str:
+    """What was measured, as a file of results."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    rows = [
+        f"| {line['what']} | {line['median_ms']} | {line['worst_ms']} | {TARGETS.get(line['what'], '')} |"
+        for line in LINES
+    ]
+    head = ["| from the click to what it brings, in the browser | median ms | worst ms | aim |", "|---|---|---|---|"]
+    about = f"{os.cpu_count()} cores ({platform.machine()}), no GPU, headless Chromium on the same machine; commit {commit}. Server and browser share the cores."
+    return "\n".join(["# How fast the app answers", "", about, "", f"    {command}", "", *head, *rows, ""])
 
 
 def opened(browser: Browser, address: str, selector: str) -> tuple[Page, float]:
@@ -150,6 +171,7 @@ def main() -> None:
     parser.add_argument("--latent", type=int, default=100)
     parser.add_argument("--sae", default="topk-k48")
     parser.add_argument("--large", action="store_true")
+    parser.add_argument("--out", type=Path, help="file for the table")
     parser.add_argument("--times", type=int, default=5)
     arguments = parser.parse_args()
     large = large_run(arguments.run, arguments.sae) if arguments.large else None
@@ -164,6 +186,8 @@ def main() -> None:
             with served(large) as address:
                 table(browser, address, 4, "65,536 latents")
         browser.close()
+    if arguments.out:
+        arguments.out.write_text(as_table("python " + " ".join(sys.argv)))
 
 
 if __name__ == "__main__":
