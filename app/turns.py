@@ -40,22 +40,29 @@ def turn_row(bench: Bench, turns: tuple[Turn, ...], place: int, name: str) -> No
         strength = "2" if mode == "scale" else "0.5n" if turn.mode == "scale" else turn.strength
         change(mode=mode, strength=strength)
 
-    title, mode, strength, remove = st.columns([2.2, 1.4, 4.2, 1.1], vertical_alignment="bottom")
-    title.markdown(f"**Latent {turn.latent}**")
-    title.caption(name or "no rule")
     meanings = "; ".join(f"{name}: {meaning}" for name, meaning in MEANINGS.items())
-    mode.selectbox("Mode", MODES, index=MODES.index(turn.mode), key=f"mode {key}", help=meanings, on_change=change_mode)
-    with strength:
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        with st.container(width=220, gap=None):
+            st.markdown(f"**Latent {turn.latent}**")
+            st.caption(name or "no rule")
+        st.selectbox(
+            "Mode",
+            MODES,
+            index=MODES.index(turn.mode),
+            key=f"mode {key}",
+            help=meanings,
+            on_change=change_mode,
+            width=130,
+        )
         strength_inputs(bench, turn, key, lambda text: change(strength=text))
-    remove.button(
-        "Remove", key=f"remove {key}", width="stretch", on_click=set_turns, args=(turns[:place] + turns[place + 1 :],)
-    )
+        rest = turns[:place] + turns[place + 1 :]
+        st.button("Remove", key=f"remove {key}", on_click=set_turns, args=(rest,))
 
 
 def strength_inputs(bench: Bench, turn: Turn, key: str, on_change: Callable[[str], None]) -> None:
     """Widgets of which each sets the others; `on_change` is given the strength as it was typed. Raises ValueError as `Units`."""
     if turn.mode == "ablate":
-        st.caption("set to 0")
+        st.caption("set to 0", width=100)
         return
     if turn.mode == "scale":
         shown: dict[str, tuple[float | None, str, str, str]] = {
@@ -65,11 +72,11 @@ def strength_inputs(bench: Bench, turn: Turn, key: str, on_change: Callable[[str
         units = units_of(bench.sae, turn.latent, bench.index)
         values = units.all(units.raw(turn.strength, turn.mode))
         shown = {unit: (values[unit], *described) for unit, described in UNITS.items()}
-    for column, (unit, (value, label, suffix, meaning)) in zip(st.columns(len(shown)), shown.items(), strict=True):
+    for unit, (value, label, suffix, meaning) in shown.items():
         name = f"{unit} {key} {turn.strength}"  # another strength is another widget
-        column.number_input(
+        st.number_input(
             label, value=value, step=None if value is None else max(abs(value) / 10, 0.01), format="%.4g", key=name,
-            disabled=value is None, help=meaning,
+            disabled=value is None, help=meaning, width=140,
             on_change=lambda name=name, suffix=suffix: on_change(f"{st.session_state[name]:g}{suffix}"),
         )  # fmt: skip
 

@@ -33,23 +33,17 @@ def recipe_now() -> Recipe:
 def sampling_inputs(longest: int) -> None:
     bound: dict[str, Any] = {"bind": "query-params", "persist_state": "page"}
     st.text_area("Prompt", key="prompt", height=80, placeholder="def add(a, b):", **bound)
-    columns = st.columns([1.8, 1, 1, 1.1, 1, 1.3, 1])
-    columns[0].selectbox("Positions", POSITIONS, key="positions", help="BOS is always left alone", **bound)
-    columns[1].number_input("Tokens", 1, longest, min(48, longest), key="max_new_tokens", **bound)
-    columns[2].number_input("Texts", 1, 8, 1, key="n", **bound)
-    columns[3].number_input("Temperature", 0.0, 5.0, 1.0, 0.1, key="temperature", **bound)
-    columns[4].number_input("Top p", 0.05, 1.0, 1.0, 0.05, key="top_p", **bound)
-    columns[5].number_input(
-        "Repetition",
-        0.5,
-        3.0,
-        1.0,
-        0.05,
-        key="repetition_penalty",
-        help="penalty: above 1 tokens already in the text are less likely",
-        **bound,
-    )
-    columns[6].number_input("Seed", 0, 2**31, 0, key="seed", **bound)
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        st.selectbox("Positions", POSITIONS, key="positions", help="BOS is always left alone", width=160, **bound)
+        st.number_input("Tokens", 1, longest, min(48, longest), key="max_new_tokens", width=110, **bound)
+        st.number_input("Texts", 1, 8, 1, key="n", width=100, **bound)
+        st.number_input("Temperature", 0.0, 5.0, 1.0, 0.1, key="temperature", width=125, **bound)
+        st.number_input("Top p", 0.05, 1.0, 1.0, 0.05, key="top_p", width=115, **bound)
+        st.number_input(
+            "Repetition", 0.5, 3.0, 1.0, 0.05, key="repetition_penalty", width=130,
+            help="penalty: above 1 tokens already in the text are less likely", **bound,
+        )  # fmt: skip
+        st.number_input("Seed", 0, 2**31, 0, key="seed", width=110, **bound)
 
 
 @st.fragment
