@@ -196,7 +196,7 @@ def test_work_that_is_stopped_ends_and_one_that_fails_says_why(copied: Path, run
     out = copied / "store"
     job = Job(["harvest", "--model", "embedded", "--layers", "0", "--tokens", "2M", "--out", str(out)], copied / "log")
     deadline = time.monotonic() + 100
-    while job.progress is None and time.monotonic() < deadline:
+    while (job.progress or ("",))[0] != "harvest store" and time.monotonic() < deadline:
         time.sleep(0.05)
     job.stop()
     assert job.wait(60.0) == 130

@@ -55,7 +55,8 @@ class Job:
     def stop(self) -> None:
         """As Ctrl-C does: what is done is kept, and the same command goes on from there."""
         if self.running:
-            os.killpg(self._process.pid, signal.SIGINT)
+            # Not SIGINT, which a server begun in the background of a shell has inherited as ignored.
+            os.killpg(self._process.pid, signal.SIGTERM)
 
     def wait(self, seconds: float) -> int:
         """Its exit status. Raises subprocess.TimeoutExpired."""
