@@ -411,16 +411,23 @@ class Unembedding(NamedTuple):
         """Logits of directions at a final-norm scale of 1, biases left out."""
         if self.centred:
             directions = directions - directions.mean(1, keepdim=True)
-        return (directions * self.gamma) @ self.W_U
+        return (directions * self.gamma) @ self.W_U.float()
 
 
 @torch.no_grad()
 def unembedding(model: LanguageModel) -> Unembedding:
-    """The unembedding in float32. The final norm is asked rather than read, since families keep its weight differently."""
+    """The unembedding, `W_U` in the model's dtype. The final norm is asked rather than read, since families keep its weight differently.
+
+    Raises ValueError for a model that has no final norm.
+    """
+    if not hasattr(model.bridge, "ln_final"):
+        raise ValueError(
+            f"model {model.id!r} has no final norm; its logit effects are not known: index with --no-logits"
+        )
     norm = model.bridge.ln_final
     sign_D = torch.ones(model.d_model, device=model.device, dtype=getattr(torch, model.dtype))
     sign_D[::2] = -1.0
     outputs = [norm(x_D[None, None]).float()[0, 0] for x_D in (sign_D, -sign_D, sign_D + 3.0)]
     gamma_D = (outputs[0] - outputs[1]) / 2 * sign_D.float()
     centred = torch.allclose(outputs[2], outputs[0], rtol=1e-2, atol=1e-3)
-    return Unembedding(model.bridge.W_U.float(), gamma_D, centred)
+    return Unembedding(model.bridge.W_U, gamma_D, centred)

@@ -12,6 +12,8 @@ from conftest import CONTEXT, HOOK, WIDTH
 from scipy.stats import chisquare
 
 from saebench.evaluate.attribution import logit_of
+from saebench.files import write_json
+from saebench.harvest import HarvestConfig, harvest
 from saebench.index import FeatureIndex, IndexConfig, build, build_index, open_feature_index
 from saebench.index.compare import KINDS, compare
 from saebench.index.derive import companions, flags, intervals, token_counts
@@ -34,6 +36,7 @@ from saebench.index.search import features_for_text
 from saebench.models import capture, load_model, spliced_logits, unembedding
 from saebench.sae import SAE, GatedSAE, JumpReLUSAE, encode_sparse, initialise, new_sae, save_sae
 from saebench.store import Store, open_store
+from saebench.text import TextConfig
 
 LATENTS = 48
 
@@ -298,6 +301,49 @@ def test_the_final_norm_is_read_from_every_family(shape: str, checkpoints: dict[
         logits = unembed(norm(x)) - unembed(norm(torch.zeros_like(x)))
         torch.testing.assert_close(logits[0], found.effects(x[0]), rtol=1e-3, atol=1e-3)
         assert found.centred == (shape in ("gpt2", "neox"))
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "neox", "llama", "gemma2"])
+def test_a_store_carries_the_unembedding_of_its_model(
+    shape: str, checkpoints: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    config = HarvestConfig(
+        model=str(checkpoints[shape]), layers=(1,), tokens=500, context=CONTEXT, dtype="float32", out=tmp_path
+    )
+    made = harvest(config, TextConfig(dataset=str(corpus), validation_fraction=0.2))
+    assert made is not None
+    W_U, gamma, centred = made.unembedding()
+    expected = unembedding(load_model(str(checkpoints[shape]), dtype="float32"))
+    assert torch.equal(W_U, expected.W_U)
+    assert torch.equal(gamma, expected.gamma)
+    assert centred == expected.centred
+
+
+def test_logit_effects_are_those_of_the_model_where_a_store_has_no_unembedding(
+    saved: Path, index: FeatureIndex, store: Store, tmp_path: Path
+) -> None:
+    shutil.copytree(store.folder, tmp_path / "store")
+    (tmp_path / "store" / "unembedding.safetensors").unlink()
+    manifest = {name: value for name, value in store.manifest.items() if name != "unembedding_hash"}
+    write_json(tmp_path / "store" / "manifest.json", manifest)
+    config = IndexConfig(sae=saved, store=tmp_path / "store", out=tmp_path / "i.h5", tokens=500, rules=False)
+    path = build_index(config)
+    assert path is not None
+    with h5py.File(index.path) as ours, h5py.File(path) as theirs:
+        assert set(ours["logits"]) == set(theirs["logits"])
+        for name in ours["logits"]:
+            np.testing.assert_array_equal(ours[f"logits/{name}"][:], theirs[f"logits/{name}"][:])
+
+
+def test_a_sample_joined_early_takes_in_what_lies_between_its_parts() -> None:
+    """As where a snapshot is written before an earlier unit is done."""
+    offsets = np.arange(0, 202, 2)
+    whole = Sample(np.arange(0, 300, 3), offsets, np.arange(200) % 7, np.arange(200, dtype=np.float32))
+    a, b, c, d = (whole.stretch(first, first + 25) for first in (0, 25, 50, 75))
+    nothing = whole.stretch(30, 30)
+    for parts in ([Sample.joined([c, a]), nothing, d, b], [c, a, Sample.joined([b, d])]):
+        for column, expected in zip(Sample.joined(parts), whole, strict=True):
+            np.testing.assert_array_equal(column, expected)
 
 
 # ---------------------------------------------------------------------------------- order, kill, resume

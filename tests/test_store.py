@@ -265,7 +265,7 @@ def test_a_header_that_lies_about_a_column_is_found(small: Store) -> None:
         open_store(small.folder).shards[0].column("keep")
 
 
-@pytest.mark.parametrize("name", ["documents.parquet", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize("name", ["documents.parquet", "tokenizer/tokenizer.json", "unembedding.safetensors"])
 @pytest.mark.parametrize("gone", [False, True])
 def test_verify_looks_beside_the_shards(name: str, gone: bool, store: Store, tmp_path: Path) -> None:
     shutil.copytree(store.folder, tmp_path / "s")

@@ -13,7 +13,7 @@ from saebench.harvest.pipeline import BackgroundWriter
 from saebench.harvest.plan import Plan, plans
 from saebench.harvest.ranks import World, joined
 from saebench.harvest.settings import HarvestConfig, identity_of
-from saebench.models import LanguageModel, capturer, check_hook, load_model
+from saebench.models import LanguageModel, capturer, check_hook, load_model, unembedding
 from saebench.runlog import interruptible, progress
 from saebench.store import Store, StoreWriter, open_store
 from saebench.store.coding import row_bytes
@@ -84,6 +84,7 @@ def fill(
         if world.leads:
             _check_disk(config, model, expected - done)
             writer.add_tokenizer(model.tokenizer_files)
+            _add_unembedding(writer, model)
         return writer.present
 
     present = world.agreed(prepare)  # and no process writes before all have looked
@@ -158,6 +159,18 @@ def _check_disk(config: HarvestConfig, model: LanguageModel, rows: int) -> None:
             f"{config.out} needs about {need:,.1f} MB for {rows:,} rows and the disk has {free:,.1f} MB free: "
             "ask for fewer --tokens or --layers, use a smaller --dtype, or choose another --out"
         )
+
+
+def _add_unembedding(writer: StoreWriter, model: LanguageModel) -> None:
+    """Once: what a manifest already vouches for stays, also where another device would round it otherwise."""
+    if writer.has_unembedding:
+        return
+    try:
+        found = unembedding(model)
+    except ValueError as error:  # only the index needs it
+        log.info("%s", error)
+        return
+    writer.add_unembedding(found.W_U, found.gamma, centred=found.centred)
 
 
 def _check_vocabulary(contexts: Sequence[Context], model: LanguageModel) -> None:

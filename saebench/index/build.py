@@ -31,8 +31,9 @@ from saebench.index.evidence import (
     summarise,
 )
 from saebench.index.explain import explain
+from saebench.index.memory import give_back
 from saebench.index.schema import INDEX_SCHEMA, INDEX_VERSION, identity_of, open_index
-from saebench.models import choose_device, load_model, unembedding
+from saebench.models import Unembedding, choose_device, load_model, unembedding
 from saebench.runlog import Interrupt, interruptible, progress, provenance
 from saebench.sae import SAE, encode_sparse, load_sae, read_config
 from saebench.store import Store, open_store
@@ -65,7 +66,7 @@ class IndexConfig:
     rules: bool = True
     """fit a rule of at most two literals to each latent, and score it on held-out rows"""
     logits: bool = True
-    """load the model for its unembedding, to give each latent's direct effect on the logits"""
+    """give each latent's direct effect on the logits (loads the model where the store has no unembedding)"""
     workers: int | None = None
     """threads (default: one per core)"""
     device: str | None = None
@@ -227,8 +228,9 @@ def _read(plan: Plan, piece: Piece) -> Unit:
     x_RD = piece.shard.rows(plan.hook, piece.start, stop)[torch.from_numpy(kept)]
     code, values = encode_sparse(plan.sae, x_RD.to(plan.sae.W_dec.device, torch.float32))
     positions = piece.shard.column("position", piece.start, stop)
+    latents = code.latents.cpu().numpy().astype(np.min_scalar_type(plan.sae.d_sae - 1))
     return Unit(
-        piece.first_row, piece.n_rows, plan.store.context, kept[code.rows.cpu().numpy()], code.latents.cpu().numpy(),
+        piece.first_row, piece.n_rows, plan.store.context, kept[code.rows.cpu().numpy()], latents,
         values.cpu().numpy(), keep, positions,
     )  # fmt: skip
 
@@ -237,9 +239,19 @@ def _static(config: IndexConfig, plan: Plan) -> Groups:
     """What does not depend on the store's rows."""
     groups: Groups = {"decoder": geometry(plan.sae)}
     if config.logits:
-        model = load_model(plan.store.manifest["identity"]["model"]["id"], device=config.device, dtype="float32")
-        groups["logits"] = logit_effects(plan.sae.W_dec.to(model.device), unembedding(model))
+        groups["logits"] = logit_effects(plan.sae.W_dec, _unembedding(plan))
+        give_back()
     return groups
+
+
+def _unembedding(plan: Plan) -> Unembedding:
+    """The store's own, or the model's where the store is of before it was kept."""
+    device = plan.sae.W_dec.device
+    if plan.store.has_unembedding:
+        W_U, gamma, centred = plan.store.unembedding()
+        return Unembedding(W_U.to(device, torch.float32), gamma.to(device), centred)
+    model = load_model(plan.store.manifest["identity"]["model"]["id"], device=str(device), dtype="float32")
+    return unembedding(model)
 
 
 # -------------------------------------------------------------------------------------------- the file
@@ -277,22 +289,43 @@ class _Publisher:
     def __call__(self, gathered: Gathered) -> None:
         complete = bool(gathered.done.all())
         for split, parts in gathered.samples.items():
+            give_back()
             gathered.samples[split] = [Sample.joined(parts)]
-        samples = {split: joined for split, (joined,) in gathered.samples.items()}
-        tokens = _tokens(self.plan.store, samples["train"].rows)
-        groups = self.static | derive(gathered.evidence, samples["train"], tokens, self.plan.scale, complete)
-        groups |= {f"sample/{split}": part._asdict() for split, part in samples.items()}
-        if complete and self.rules:
-            groups |= explain(self.plan.store, samples, self.plan.sae.d_sae)
-        if not complete:
-            groups["state"] = vars(gathered.evidence) | {"done": gathered.done}
         n_rows = int(gathered.evidence.position_rows.sum())
         with replacing(self.path) as temporary, h5py.File(temporary, "w") as file:
             share_done = _rows_done(self.plan, gathered) / sum(piece.n_rows for piece in self.plan.pieces)
             file.attrs.update(self.attributes | {"complete": complete, "n_rows": n_rows, "share_done": share_done})
-            for group, columns in groups.items():
-                for name, values in columns.items():
-                    file.create_dataset(f"{group}/{name}", data=values)
+            self._samples(file, gathered, complete)
+            _write(file, self.static)
+            self._derived(file, gathered, complete)
+
+    def _samples(self, file: h5py.File, gathered: Gathered, complete: bool) -> None:
+        """Write the samples, and let go of their values once all is in: the rest asks what fires, not how strongly."""
+        for split, (part,) in gathered.samples.items():
+            columns = part._asdict()
+            latents = columns.pop("latents")  # narrower in memory than in the file
+            file.create_dataset(f"sample/{split}/latents", latents.shape, np.int32)[...] = latents
+            _write(file, {f"sample/{split}": columns})
+            if complete:
+                gathered.samples[split] = [part._replace(values=np.broadcast_to(np.float32(0), part.values.shape))]
+
+    def _derived(self, file: h5py.File, gathered: Gathered, complete: bool) -> None:
+        """Add what is computed from the evidence and the samples."""
+        samples = {split: part for split, (part,) in gathered.samples.items()}
+        tokens = _tokens(self.plan.store, samples["train"].rows)
+        give_back()
+        _write(file, derive(gathered.evidence, samples["train"], tokens, self.plan.scale, complete))
+        give_back()
+        if complete and self.rules:
+            _write(file, explain(self.plan.store, samples, self.plan.sae.d_sae))
+        if not complete:
+            _write(file, {"state": vars(gathered.evidence) | {"done": gathered.done}})
+
+
+def _write(file: h5py.File, groups: Groups) -> None:
+    for group, columns in groups.items():
+        for name, values in columns.items():
+            file.create_dataset(f"{group}/{name}", data=values)
 
 
 def _before(path: Path, wanted: dict[str, Any]) -> Literal["complete"] | tuple[Gathered, Groups] | None:

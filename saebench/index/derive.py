@@ -20,6 +20,7 @@ from saebench.index.evidence import (
     rows_of_top,
     values_of_top,
 )
+from saebench.index.memory import give_back
 
 INTERVALS = 10
 TOKENS = 50
@@ -29,7 +30,8 @@ MAX_PAIRS = 10**9  # firings of two latents on one row that are counted; rows be
 DENSE = 0.1
 SHARE = 0.9  # of firings on one token, or in a twentieth of the positions, for a flag
 MIN_FIRINGS = 20  # in the sample, for those flags
-_CELLS = 2**20  # pairs of latents held at once
+_CELLS = 2**18  # pairs of latents held at once
+_PARTS = 16  # of the latents, whose tokens are counted at once
 FLAGS = ("dead", "dense", "single_token", "position_bound")
 
 
@@ -41,7 +43,7 @@ def derive(
     `tokens` `[R]` are those of the sampled rows.
     """
     d_sae, n_rows, fires = len(evidence.counts), int(evidence.position_rows.sum()), evidence.fires
-    in_sample = np.bincount(sample.latents, minlength=d_sae)
+    in_sample = sample.fires(d_sae)
     by_token = token_counts(sample.latents, np.repeat(tokens, np.diff(sample.offsets)), d_sae)
     first, second = evidence.moments(scale) / np.maximum(fires, 1)
     strongest = values_of_top(evidence.top)
@@ -62,6 +64,7 @@ def derive(
         "positions": {"counts": evidence.positions, "rows": evidence.position_rows},
         "tokens": by_token,
     }
+    give_back()
     return groups | ({"companions": companions(sample, d_sae)} if complete else {})
 
 
@@ -114,10 +117,17 @@ def token_counts(latents: np.ndarray, tokens: np.ndarray, d_sae: int) -> dict[st
     `latents` and `tokens` `[M]` are those of each firing. Among equals the lower id comes first.
     """
     n_vocab = int(tokens.max(initial=0)) + 1
-    cells, counts = np.unique(latents.astype(np.int64) * n_vocab + tokens, return_counts=True)
-    best, there = first_of_each(cells // n_vocab, -counts, d_sae, TOKENS)
-    ids = np.where(there, at(cells % n_vocab, best), -1)
-    return {"ids": ids.astype(np.int32), "counts": np.where(there, at(counts, best), 0)}
+    step = -(-d_sae // _PARTS)
+    ids, counts = [], []
+    for first in range(0, d_sae, step):
+        inside = (latents >= first) & (latents < first + step)
+        cells, times = np.unique(
+            (latents[inside].astype(np.int64) - first) * n_vocab + tokens[inside], return_counts=True
+        )
+        best, there = first_of_each(cells // n_vocab, -times, min(step, d_sae - first), TOKENS)
+        ids.append(np.where(there, at(cells % n_vocab, best), -1).astype(np.int32))
+        counts.append(np.where(there, at(times, best), 0))
+    return {"ids": np.concatenate(ids), "counts": np.concatenate(counts)}
 
 
 def companions(sample: Sample, d_sae: int) -> dict[str, np.ndarray]:
@@ -127,7 +137,7 @@ def companions(sample: Sample, d_sae: int) -> dict[str, np.ndarray]:
     Returns for both ids `[F, 20]` (-1 where there are fewer) and values, and the number of `rows` counted.
     """
     sample = affordable(sample)
-    fires = np.bincount(sample.latents, minlength=d_sae)
+    fires = sample.fires(d_sae)
     found: dict[str, list[np.ndarray]] = {name: [] for name in ("pmi_ids", "pmi", "jaccard_ids", "jaccard")}
     for first, n_block, cells, both in together(sample, sample, d_sae, d_sae):
         i, j = cells // d_sae, cells % d_sae
@@ -158,7 +168,7 @@ def together(
     For each block of latents of `left`: (first, how many, cells `i * d_right + j` that occur, how often).
     """
     assert np.array_equal(left.rows, right.rows)
-    by_latent, by_row = firing(left, d_left).T.tocsr(), firing(right, d_right)
+    by_latent, by_row = firing(left, d_left).tocsc().T, firing(right, d_right, np.int32)
     step = max(1, _CELLS // d_right)
     for first in range(0, d_left, step):
         block = by_latent[first : first + step]
@@ -168,10 +178,10 @@ def together(
         yield first, block.shape[0], rows * d_right + counts.indices, counts.data.astype(np.int64)
 
 
-def firing(sample: Sample, d_sae: int) -> Any:
+def firing(sample: Sample, d_sae: int, dtype: type = np.int8) -> Any:
     """Which latents fire on which rows: ones in a CSR matrix `[R, F]`."""
     shape = (len(sample.rows), d_sae)
-    return sparse.csr_array((np.ones(len(sample.latents), np.int32), sample.latents, sample.offsets), shape=shape)
+    return sparse.csr_array((np.ones(len(sample.latents), dtype), sample.latents, sample.offsets), shape=shape)
 
 
 def flags(

@@ -10,6 +10,7 @@ high half decides (bits of the activation, which for positive floats sort as the
 hash), the low half is the row.
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ BINS_PER_OCTAVE = 4
 N_BINS = (OCTAVES[1] - OCTAVES[0]) * BINS_PER_OCTAVE
 MAX_ROWS = 2**32
 _FIXED = (2.0**20, 2.0**28)  # steps in `scale` and in `scale`², in which Σ and Σ² are counted
+_ENTRIES = 2**18  # of a sample, turned into wider numbers at once
 _NOTHING = np.int64(2**63 - 1)  # a sample's place not yet taken
 
 
@@ -58,8 +60,15 @@ class Sample(NamedTuple):
 
     rows: np.ndarray  # [R] ascending
     offsets: np.ndarray  # [R + 1]
-    latents: np.ndarray  # [M]
+    latents: np.ndarray  # [M], of the smallest unsigned type that holds them
     values: np.ndarray  # [M]
+
+    def fires(self, d_sae: int) -> np.ndarray:
+        """`[F]` rows of the sample on which each latent fires."""
+        counts = np.zeros(d_sae, np.int64)
+        for start in range(0, len(self.latents), _ENTRIES):  # bincount makes int64 of what it is given
+            counts += np.bincount(self.latents[start : start + _ENTRIES], minlength=d_sae)
+        return counts
 
     def take(self, chosen: np.ndarray) -> "Sample":
         """The rows that a mask `[R]` names."""
@@ -69,12 +78,23 @@ class Sample(NamedTuple):
         entries = np.repeat(chosen, np.diff(self.offsets))
         return Sample(self.rows[chosen], _offsets(counts), self.latents[entries], self.values[entries])
 
+    def stretch(self, first: int, stop: int) -> "Sample":
+        """Rows number `first` to `stop` of the sample, their entries not copied."""
+        offsets = self.offsets[first : stop + 1]
+        entries = slice(offsets[0], offsets[-1])
+        return Sample(self.rows[first:stop], offsets - offsets[0], self.latents[entries], self.values[entries])
+
     @classmethod
     def joined(cls, parts: "list[Sample]") -> "Sample":
-        """One sample of parts that lie in different stretches of the store, whatever their order."""
+        """One sample of parts, whatever their order; one of them, joined earlier, may lie on both sides of others."""
         if len(parts) == 1:
             return parts[0]
-        parts = sorted((part for part in parts if len(part.rows)), key=lambda part: part.rows[0])
+        begins = sorted(part.rows[0] for part in parts if len(part.rows))
+        cuts = [np.unique([0, *np.searchsorted(part.rows, begins), len(part.rows)]) for part in parts]
+        parts = [
+            part.stretch(a, b) for part, at in zip(parts, cuts, strict=True) for a, b in itertools.pairwise(at.tolist())
+        ]
+        parts.sort(key=lambda part: part.rows[0])
         if not parts:
             return cls(np.zeros(0, np.int64), np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32))
         counts = np.concatenate([np.diff(part.offsets) for part in parts])

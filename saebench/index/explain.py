@@ -8,6 +8,7 @@ from scipy import sparse
 
 from saebench.index.derive import firing
 from saebench.index.evidence import Sample
+from saebench.index.memory import give_back
 from saebench.index.rules import RULE, Rows, describe, fit_rules
 from saebench.labels import Stream, Vocabulary, choose_literals, label
 from saebench.runlog import progress
@@ -28,13 +29,13 @@ def explain(store: Store, samples: dict[str, Sample], d_sae: int) -> dict[str, d
     """
     if not all(len(samples[split].rows) for split in ("train", "validation")):
         return {}
-    fit = samples["train"].take(np.arange(len(samples["train"].rows)) < FIT_ROWS)
+    fit = samples["train"].stretch(0, FIT_ROWS)
     first = [stream for _, stream in itertools.islice(_streams(store, "train"), _CHUNKS_FOR_VOCABULARY)]
     texts = TokenBytes(store.tokenizer()).all()
     vocabulary = choose_literals(Stream(*(np.concatenate(parts) for parts in zip(*first, strict=True))), texts)
     rules = fit_rules(
         _rows(store, "train", fit, d_sae, vocabulary),
-        _rows(store, "validation", samples["validation"], d_sae, vocabulary),
+        lambda: _rows(store, "validation", samples["validation"], d_sae, vocabulary),
     )
     names = vocabulary.names
     columns = {name: rules[name] for name in RULE.names or ()}
@@ -70,6 +71,10 @@ def _rows(store: Store, split: str, sample: Sample, d_sae: int, vocabulary: Voca
                 tokens.append(stream.tokens[wanted])
                 positions.append(stream.position[wanted])
                 bar.update(int(high - low))
+    give_back()
     return Rows(
-        firing(sample, d_sae), sparse.vstack(literals, format="csr"), np.concatenate(tokens), np.concatenate(positions)
+        firing(sample, d_sae).tocsc(),
+        sparse.vstack(literals, format="csr"),
+        np.concatenate(tokens),
+        np.concatenate(positions),
     )

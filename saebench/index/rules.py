@@ -6,7 +6,7 @@ first in the order of operators and then of literals is taken, so that the same 
 Legend: R rows, F latents, M literals, S shortlisted literals, T distinct tokens, W windows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,7 +49,7 @@ Matrix = Any  # scipy.sparse.csr_array, which type checkers know too little of
 class Rows(NamedTuple):
     """What fires and what holds on R kept rows.
 
-    `firing` `[R, F]` and `literals` `[R, M]` are CSR; only where their entries are counts (a `SparseCode` is
+    `firing` `[R, F]` is CSC or CSR and `literals` `[R, M]` CSR; only where their entries are counts (a `SparseCode` is
     `csr_array((ones, code.latents, code.offsets))`). `position` in the context tells windows: rows that are
     scored come whole contexts at a time, rows of a fit may be any.
     """
@@ -60,18 +60,22 @@ class Rows(NamedTuple):
     position: Int[np.ndarray, " R"]
 
 
-def fit_rules(fit: Rows, score: Rows, seed: int = 0) -> np.ndarray:
-    """Rules of F latents and their scores, a structured array `RULE` `[F]`.
+def fit_rules(fit: Rows, score: Rows | Callable[[], Rows], seed: int = 0) -> np.ndarray:
+    """Rules of F latents and their scores, a structured array `RULE` `[F]`; `score`, or what gives it once rules are fitted.
 
     NaN, and -1 for a literal, where a latent fires on fewer than `MINIMUM` rows (`detection` and `null`: in, or
     outside of, fewer than `MINIMUM` windows). `seed` permutes the rows of the null. Raises ValueError where
     the two sets of rows have not the same latents and literals.
     """
-    _check(fit, score)
+    if not callable(score):
+        _check(fit, score)
     rules = np.zeros(fit.firing.shape[1], dtype=RULE)
     for name in RULE.names or ():
         rules[name] = -1 if name in ("first", "second") else np.nan if RULE[name].kind == "f" else 0
     _search(fit, rules)
+    if callable(score):
+        score = score()
+        _check(fit, score)
     held_out = _HeldOut(fit, score, seed)
     for latent in range(len(rules)):
         held_out.score(latent, rules[latent : latent + 1])
@@ -107,13 +111,13 @@ def _check(fit: Rows, score: Rows) -> None:
 def _search(fit: Rows, rules: np.ndarray) -> None:
     """Fill in the rule, `fit_rows` and `fit_f1` of every latent."""
     literals = _counted(fit.literals)
-    firing = _counted(fit.firing).tocsc()
+    firing = fit.firing.tocsc()
     rules["fit_rows"] = np.diff(firing.indptr)
-    both_MM = (literals.T @ literals).toarray().astype(np.float32)
     step = max(1, _BLOCK // literals.shape[1])
+    both_MM = _together(literals, step)
     for start in range(0, len(rules), step):
         block = firing[:, start : start + step]
-        hits_FM = (block.T @ literals).toarray()
+        hits_FM = (_counted(block.T) @ literals).toarray()
         shortlists = _shortlists(hits_FM, np.diff(block.indptr), both_MM, literals.shape[0])
         for latent, short in enumerate(shortlists, start):
             rows = _column(firing, latent)
@@ -128,12 +132,22 @@ def _search(fit: Rows, rules: np.ndarray) -> None:
             chosen["second"] = short[second] if operator else -1
 
 
+def _together(literals: Matrix, step: int) -> Float[np.ndarray, "M M"]:
+    """On how many rows two literals hold, computed for `step` of them at once: a sparse product is larger than a dense one."""
+    by_literal = literals.T.tocsr()
+    both_MM = np.empty((literals.shape[1],) * 2, np.float32)
+    for start in range(0, len(both_MM), step):
+        both_MM[start : start + step] = (by_literal[start : start + step] @ literals).toarray()
+    return both_MM
+
+
 def _counted(matrix: Matrix) -> Matrix:
-    return sparse.csr_array((np.ones(matrix.nnz, np.int32), matrix.indices, matrix.indptr), shape=matrix.shape)
+    """A CSR matrix whose products count, exactly up to 2^24 rows."""
+    return sparse.csr_array((np.ones(matrix.nnz, np.float32), matrix.indices, matrix.indptr), shape=matrix.shape)
 
 
 def _shortlists(
-    hits_FM: Int[np.ndarray, "F M"], fires_F: Int[np.ndarray, " F"], both_MM: Float[np.ndarray, "M M"], n_rows: int
+    hits_FM: Float[np.ndarray, "F M"], fires_F: Int[np.ndarray, " F"], both_MM: Float[np.ndarray, "M M"], n_rows: int
 ) -> Int[np.ndarray, "F S"]:
     """Literals worth trying for each latent: the best alone, and the best partners of those.
 
@@ -141,7 +155,7 @@ def _shortlists(
     conjunction. Of a pair the rows on which both hold and the latent fires are estimated, as if independent given that it
     fires, within the bounds of the known counts: exact for every rule that holds just where the latent fires.
     """
-    hits_FM, fires_F1 = hits_FM.astype(np.float32), np.maximum(fires_F, 1)[:, None].astype(np.float32)
+    fires_F1 = np.maximum(fires_F, 1)[:, None].astype(np.float32)
     holds_M = both_MM.diagonal()
     f1 = 2 * hits_FM / (holds_M + fires_F1)
     youden = hits_FM / fires_F1 - (holds_M - hits_FM) / np.maximum(n_rows - fires_F1, 1)
@@ -173,7 +187,7 @@ def _top(scores_FM: Float[np.ndarray, "F M"], k: int) -> Int[np.ndarray, "F K"]:
 
 
 def _best_rule(
-    hits_SS: Int[np.ndarray, "S S"], both_SS: Float[np.ndarray, "S S"], fires: int
+    hits_SS: Float[np.ndarray, "S S"], both_SS: Float[np.ndarray, "S S"], fires: int
 ) -> tuple[float, int, int, int]:
     """(F1, operator, first, second) from the rows on which two literals hold and the latent fires, and all on which they hold."""
     hits, both = hits_SS.astype(np.float64), both_SS.astype(np.float64)

@@ -161,7 +161,12 @@ def label(stream: Stream, vocabulary: Vocabulary, documents: Mapping[int, str]) 
         _one_hot(pair, keys),
         sparse.csr_array(line),
     ]
-    return sparse.csr_array(sparse.hstack([*parts, in_source.tocsr()], format="csr"))
+    found_nM = sparse.hstack([*parts, in_source.tocsr()], format="csr")
+    places = (
+        found_nM.indices.astype(np.int32),
+        found_nM.indptr.astype(np.int32),
+    )  # half of what scipy has made of them
+    return sparse.csr_array((found_nM.data, *places), shape=found_nM.shape)
 
 
 def _one_hot(values: np.ndarray, chosen: np.ndarray) -> sparse.csr_array:

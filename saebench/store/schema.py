@@ -12,6 +12,7 @@ MANIFEST = "manifest.json"
 EXTENSION = "extension.json"  # the manifest of a store that is being extended, until it takes the other's place
 DOCUMENTS = "documents.parquet"
 TOKENIZER = "tokenizer"
+UNEMBEDDING = "unembedding.safetensors"
 
 BLOCK_ROWS = 32  # rows under one checksum: the smallest read of a shuffled epoch
 

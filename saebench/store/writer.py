@@ -10,8 +10,7 @@ from typing import Any
 
 import h5py
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from saebench.store.schema import (
     PROVENANCE,
     SCHEMA,
     TOKENIZER,
+    UNEMBEDDING,
     Moments,
     StoreDtype,
     activations_path,
@@ -218,6 +218,8 @@ class StoreWriter:
             }  # fmt: skip
             for path in self._present().values():
                 path.unlink()  # of another harvest: what lies beyond a manifest is always its own
+            if finished is None:
+                (folder / UNEMBEDDING).unlink(missing_ok=True)
             self._publish()
 
     @property
@@ -243,6 +245,19 @@ class StoreWriter:
         for file in files:
             with replacing(target / file.name) as temporary:
                 shutil.copyfile(file, temporary)
+
+    @property
+    def has_unembedding(self) -> bool:
+        return (self.folder / UNEMBEDDING).exists()
+
+    def add_unembedding(self, W_U: Tensor, gamma: Tensor, *, centred: bool) -> None:
+        """Write what leads from the residual stream to the logits, so that logit effects are known without the model.
+
+        `W_U` `[D, V]` in the model's dtype, the final norm's weight `gamma` `[D]` and whether it is `centred`.
+        """
+        tensors = {"weight": W_U.detach().T.cpu().contiguous(), "gamma": gamma.detach().cpu().contiguous()}
+        with replacing(self.folder / UNEMBEDDING) as temporary:
+            safetensors.torch.save_file(tensors, temporary, {"centred": str(centred).lower()})
 
     @contextmanager
     def shard(
@@ -280,6 +295,9 @@ class StoreWriter:
 
     def complete(self, facts: dict[str, Any]) -> None:
         """Merge the shards' statistics and document names, and mark the store whole."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         self._adopt()
         moments = {hook: Moments.zero(width) for hook, width in self.widths.items()}
         documents: dict[int, tuple[str, str]] = {}
@@ -304,6 +322,7 @@ class StoreWriter:
             **facts,
             "documents": len(documents),
             "documents_hash": hash_files([self.folder / DOCUMENTS]),
+            **({"unembedding_hash": hash_files([self.folder / UNEMBEDDING])} if self.has_unembedding else {}),
             "complete": True,
         }
         write_json(self.folder / MANIFEST, self.manifest)
