@@ -161,11 +161,8 @@ def label(stream: Stream, vocabulary: Vocabulary, documents: Mapping[int, str]) 
         _one_hot(pair, keys),
         sparse.csr_array(line),
     ]
-    found_nM = sparse.hstack([*parts, in_source.tocsr()], format="csr")
-    places = (
-        found_nM.indices.astype(np.int32),
-        found_nM.indptr.astype(np.int32),
-    )  # half of what scipy has made of them
+    found_nM: Any = sparse.hstack([*parts, in_source.tocsr()], format="csr")
+    places = found_nM.indices.astype(np.int32), found_nM.indptr.astype(np.int32)  # half of what scipy has made of them
     return sparse.csr_array((found_nM.data, *places), shape=found_nM.shape)
 
 
