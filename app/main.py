@@ -4,7 +4,7 @@ from pathlib import Path
 
 import streamlit as st
 import torch
-from shell import chosen_run, chosen_sae, jobs, root, runs, watch_jobs
+from shell import chosen_run, chosen_sae, jobs, keep_in_address, root, runs, watch_jobs
 
 from saebench.browse.runs import saes_of
 
@@ -26,15 +26,17 @@ page = st.navigation(PAGES)
 with st.sidebar:
     names = list(runs())
     if names:
-        st.selectbox("Run", names, key="run", bind="query-params")
+        # Without a default of their own, so that the address always names what is shown.
+        keep_in_address("run", names, names[0])
+        st.selectbox("Run", names, index=None, key="run", bind="query-params")
         run = chosen_run()
         assert run is not None
         found, broken = saes_of(run)
         if found:
             default = chosen_sae()
-            options = list(found)
+            keep_in_address("sae", list(found), default.name if default else next(iter(found)))
             st.selectbox(
-                "SAE", options, index=options.index(default.name) if default else 0, key="sae", bind="query-params",
+                "SAE", list(found), index=None, key="sae", bind="query-params",
                 help="Those with an index can be browsed and steered with",
             )  # fmt: skip
         for name, why in broken.items():

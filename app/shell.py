@@ -127,6 +127,14 @@ def go(page: str, **parameters: str | int) -> None:
     st.switch_page(f"views/{page}.py", query_params={name: str(value) for name, value in parameters.items()})
 
 
+def keep_in_address(name: str, options: list[str], default: str) -> None:
+    """What a choice that is bound to the address begins with: what was chosen, what the address says, or the default."""
+    state = st.session_state
+    if state.get(name) not in options:
+        asked = st.query_params.get(name)
+        state[name] = asked if asked in options else default
+
+
 # ------------------------------------------------------------------------------------------- HTML
 
 _SCRIPT = """

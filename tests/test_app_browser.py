@@ -108,6 +108,27 @@ def test_sort_filter_open_and_follow_a_neighbour(page: Page, address: str) -> No
     expect(page.get_by_role("heading", name=re.compile(f"^Latent {other}$"))).to_have_count(0)
 
 
+def test_the_address_names_the_sae_wherever_one_goes(page: Page, browser: Browser, address: str) -> None:
+    page.goto(address)
+    page.locator("tr[data-pick='open:topk-k2'] a").click()
+    expect(page.get_by_role("heading", name="topk-k2")).to_be_visible()
+    settled(page)
+    assert "sae=topk-k2" in page.url
+    page.locator("tr[data-pick='latent:4'] a").click()
+    expect(page.get_by_role("heading", name="Latent 4")).to_be_visible()
+    settled(page)
+    assert "sae=topk-k2" in page.url
+    page.get_by_role("button", name="Steer with it").click()
+    expect(page.get_by_role("heading", name="Steering")).to_be_visible()
+    settled(page)
+    assert "sae=topk-k2" in page.url
+    other = browser.new_context().new_page()
+    other.goto(page.url)
+    expect(other.get_by_text("Latent 4", exact=True)).to_be_visible()
+    assert "sae=topk-k2" in other.url
+    other.close()
+
+
 def test_contexts_switch_and_hostile_text_shows_as_text(page: Page, address: str) -> None:
     page.goto(f"{address}/features?sae={SAE}&latent=3")
     expect(page.locator(".example").first).to_be_visible()

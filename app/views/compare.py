@@ -88,7 +88,7 @@ def pairs(pair: Pair, side: Side, kind: str) -> None:
             st.session_state.sae = (pair.here if kind_ == "here" else pair.other).name
 
     given = st.query_params.get("pair", "")
-    chosen = int(given) if given.isdecimal() and int(given[:9]) < len(side.kinds) else int(latents[0])
+    chosen = int(given) if given.isdecimal() and len(given) < 10 and int(given) in latents else int(latents[0])
     columns = [
         grid.Column("", pair.here.name), grid.Column("", "label or rule", text=True), grid.Column("", "cosine"),
         grid.Column("", pair.other.name), grid.Column("", "label or rule", text=True), grid.Column("", "Jaccard", "of the rows on which both fire, with the latent that does so most"),
@@ -137,7 +137,10 @@ with said():
         left, right = st.columns(2, gap="large")
         with left:
             counts(pair, sides)
-            view = st.segmented_control("Show", list(VIEWS), default="Matched", key="kind", bind="query-params")
+            view = st.segmented_control(
+                "Show", list(VIEWS), default="Matched", key="kind", bind="query-params",
+                on_change=lambda: st.query_params.pop("pair", None),
+            )  # fmt: skip
         with right:
             density = pair.table.columns["density"], pair.other_table.columns["density"][sides[0].nearest]
             figure = charts.densities(*density, sides[0].cosines, (pair.here.name, pair.other.name))

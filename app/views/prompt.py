@@ -21,10 +21,16 @@ MEANINGS = {
 DENSITIES = {"any": 1.0, "at most 10%": 0.1, "at most 1%": 0.01, "at most 0.1%": 0.001}
 
 
+def forget() -> None:
+    """A chosen token and latent belong to the text before."""
+    for name in ("at", "focus"):
+        st.query_params.pop(name, None)
+
+
 def settings() -> None:
     with st.form("prompt", border=False):
         st.text_area("Text", key="text", bind="query-params", height=110, placeholder="def add(a, b):")
-        st.form_submit_button("See what fires", type="primary")
+        st.form_submit_button("See what fires", type="primary", on_click=forget)
     left, middle, right = st.columns([3, 2, 2], vertical_alignment="bottom")
     rank = left.segmented_control("Rank by", list(RANKS), default="Activation", key="rank", bind="query-params")
     middle.selectbox("Density", list(DENSITIES), key="density", bind="query-params")
@@ -105,7 +111,8 @@ def results(sae: Trained, table: LatentTable) -> None:
         if position is not None:
             st.caption(f"Only token {position}: pick it again for the whole text.")
         if found.target is not None:
-            st.caption(f"Attributed to the logit of `{table.index.pieces(np.array([found.target]))[0]}`.")
+            (target,) = table.index.pieces(np.array([found.target]))
+            st.caption(f"Attributed to the logit of `{visible(target).replace(' ', '·')}`.")
         if found.firings:
             clickable(firings_html(table, found, focus), "firings", picked)
             st.caption("A row shows its latent on the text; its number opens it.")

@@ -78,8 +78,11 @@ def keep(sae: Trained, recipe: Recipe) -> None:
     """Save these settings, or open others."""
     with said():
         name = st.text_input("Save these settings as", key="recipe name")
-        if st.button("Save", disabled=not name):
-            st.caption(f"saved as `{save_recipe(sae.run, name, sae.name, recipe)}`")
+        if name in recipes_of(sae.run, sae.name):
+            st.caption("This replaces the one of that name.")
+        with said():
+            if st.button("Save", disabled=not name):
+                st.caption(f"saved as `{save_recipe(sae.run, name, sae.name, recipe)}`")
         for known in recipes_of(sae.run, sae.name):
             st.button(
                 known, key=f"recipe {known}", icon=":material/folder_open:", on_click=open_recipe, args=(sae, known)

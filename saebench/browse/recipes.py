@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from saebench.config import to_json
 from saebench.files import read_json, write_json
 from saebench.steer import Bench, Intervention, Sampling
-from saebench.steer.interventions import Mode
+from saebench.steer.interventions import Mode, Units
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 _SCHEMA = "saebench-recipe"
@@ -89,6 +89,8 @@ def parse_turns(text: str) -> tuple[Turn, ...]:
             raise ValueError(f"{part!r} is no intervention; expected LATENT:MODE:STRENGTH such as 12:add:0.5n")
         mode: Any = match["mode"] or "add"
         strength = match["strength"] or ("2" if mode == "scale" else "0.5n")
+        if mode != "ablate":
+            Units(1.0, 1.0, 1.0).raw(strength, mode)  # says what is wrong with it
         turns.append(Turn(latent=int(match["latent"]), mode=mode, strength=strength))
     return tuple(turns)
 

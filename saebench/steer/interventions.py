@@ -35,6 +35,7 @@ from saebench.sae.architectures import normalized
 from saebench.text import encoder_of
 
 Mode = Literal["add", "clamp", "scale", "ablate", "orthogonal"]
+_MOST = 1e9
 _STRENGTH = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)([xn]?)", re.IGNORECASE)
 
 
@@ -124,6 +125,8 @@ class Units:
                 f"strength {strength!r} is not known; expected 12 (raw), 6x (times the latent's maximum) or 0.5n (of the median norm)"
             )
         value, unit = float(match[1]), match[2].lower()
+        if not abs(value) <= _MOST:
+            raise ValueError(f"strength {strength!r} is beyond {_MOST:g}; expected what a residual stream can hold")
         if not unit:
             return value
         if mode == "scale":
