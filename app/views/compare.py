@@ -71,6 +71,11 @@ def counts(pair: Pair, sides: tuple[Side, Side]) -> None:
     clickable(grid.grid_html(columns, rows, "kinds of latents"), "kinds")
 
 
+def forget_pair() -> None:
+    """A chosen pair belongs to the view before."""
+    st.query_params.pop("pair", None)
+
+
 def pairs(pair: Pair, side: Side, kind: str) -> None:
     """Latents of `pair.here` of a kind, each with its nearest, and examples of one pair."""
     latents = np.flatnonzero(side.kinds == KINDS.index(kind))
@@ -139,7 +144,7 @@ with said():
             counts(pair, sides)
             view = st.segmented_control(
                 "Show", list(VIEWS), default="Matched", key="kind", bind="query-params",
-                on_change=lambda: st.query_params.pop("pair", None),
+                on_change=forget_pair,
             )  # fmt: skip
         with right:
             density = pair.table.columns["density"], pair.other_table.columns["density"][sides[0].nearest]
