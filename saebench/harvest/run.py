@@ -184,6 +184,7 @@ def _check_vocabulary(contexts: Sequence[Context], model: LanguageModel) -> None
 
 
 def _finish(config: HarvestConfig, text: TextConfig, writer: StoreWriter) -> None:
+    writer.adopt()  # the last shards of the other processes, which ended after this one's
     rows = {split: sum(entry["rows"] for entry in writer.shards if entry["split"] == split) for split in SPLITS}
     if missing := [split for split in SPLITS if not rows[split]]:
         raise ValueError(

@@ -209,7 +209,7 @@ class StoreWriter:
             for entry in self.shards:
                 Shard(folder, entry, self.manifest).check()
             if leads and not self.manifest["complete"]:
-                self._adopt()
+                self.adopt()
         else:
             self.manifest = {
                 "schema": SCHEMA, "schema_version": schema_version(dtype), "identity": identity, "complete": False,
@@ -280,14 +280,14 @@ class StoreWriter:
                 finally:
                     writer.close()
             if self.leads:
-                self._adopt()
+                self.adopt()
         except OSError as error:
             raise ValueError(
                 f"writing {path} failed: {error}. The {len(self.shards)} whole shards before it are safe; "
                 "free some space and run the same command again to continue"
             ) from error
 
-    def _adopt(self) -> None:
+    def adopt(self) -> None:
         """Take the shards on disk that come next into the manifest, whoever wrote them."""
         while (path := self.folder / shard_name(len(self.shards))).exists():
             self.manifest["shards"].append(_entry(path, self.widths))
@@ -298,7 +298,6 @@ class StoreWriter:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self._adopt()
         moments = {hook: Moments.zero(width) for hook, width in self.widths.items()}
         documents: dict[int, tuple[str, str]] = {}
         for entry in self.shards:
