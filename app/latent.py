@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import streamlit as st
-from shell import clickable, go, said, weights_of
+from shell import clickable, fragment, go, link_to, said, weights_of
 from trials import ablation, own_text
 
 from saebench.browse.runs import Trained
@@ -23,6 +23,7 @@ from saebench.index.page import (
 )
 from saebench.index.reader import Latent, Ranked
 from saebench.view import grid
+from saebench.view.markdown import plain
 from saebench.view.tokens import number
 
 AROUND = {"±5": 5, "±16": 16, "full": None}
@@ -35,7 +36,7 @@ def show_latent(sae: Trained, table: LatentTable, number_: int, query: Query, ti
     latent = index[number_]
     note = table.notes[number_]
     with title:
-        st.title(f"Latent {number_}" + (f": {note.label}" if note.label else ""))
+        st.title(f"Latent {number_}" + (f": {plain(note.label)}" if note.label else ""))
     steps(table, number_, query)
     scores = {name: float(table.columns[name][number_]) for name in ("output",) if name in table.columns}
     tops = (
@@ -82,7 +83,7 @@ def steps(table: LatentTable, latent: int, query: Query) -> None:
             go("steering", turns=f"{latent}:add:0.5n")
 
 
-@st.fragment
+@fragment
 def examples(sae: Trained, table: LatentTable, latent: Latent) -> None:
     left, right = st.columns([2, 1])
     group = left.segmented_control("Examples", GROUPS, default=GROUPS[0], key="group", bind="query-params")
@@ -134,7 +135,7 @@ def links(table: LatentTable, ranked: Ranked, size: int = 8) -> str:
     rows = []
     for other, value in zip(ranked.ids[:size].tolist(), ranked.values[:size].tolist(), strict=True):
         cells = [
-            grid.link(str(other), f"latent:{other}", {"latent": other}),
+            grid.link(str(other), f"latent:{other}", link_to("features", latent=other)),
             html.escape(table.name(other)),
             number(value),
         ]
@@ -143,20 +144,39 @@ def links(table: LatentTable, ranked: Ranked, size: int = 8) -> str:
     return grid.grid_html(columns, rows, "latents")
 
 
+def discard(place: tuple[str, int], fields: dict[str, str]) -> None:
+    """Forget what was not saved: the form shows what is on disk."""
+    st.session_state.opened_notes.pop(place, None)
+    st.session_state.update(fields)
+
+
 def note_form(table: LatentTable, latent: int, note: Note) -> None:
+    """The note, to be edited. What is not saved yet stays while one looks at other latents."""
     st.subheader("Your note")
-    state = st.session_state
-    if state.get("noted") != (table.notes.path, latent):
-        state.noted, state.seen = (table.notes.path, latent), note  # what the writer saw when the page was opened
-    seen: Note = state.seen
-    with st.form(f"note {latent} {seen}", border=False):
-        label = st.text_input("Label", seen.label)
-        tags = st.text_input("Tags", ", ".join(seen.tags), placeholder="separated by commas")
-        text = st.text_area("Note", seen.text, height=90)
-        if st.form_submit_button("Save"):
-            kept = tuple(part.strip() for part in tags.split(",") if part.strip())
-            written = Note(label.strip(), kept, text.strip())
-            with said():
-                table.notes.write(latent, written, seen=seen)
-                state.seen = written
-                st.rerun()
+    state, place = st.session_state, (str(table.notes.path), latent)
+    # By latent: the note as the writer saw it when it was opened, against which a change by someone else is
+    # noticed, and whether there is more than that in the form.
+    notes: dict[Any, tuple[Note, bool]] = state.setdefault("opened_notes", {})
+    seen, unsaved = notes.get(place, (note, False))
+    if state.get("noted") != place and not unsaved:
+        seen = note
+    state.noted = place
+    key = f"{place} {seen}"
+    kept: dict[str, Any] = {"persist_state": "session"}
+    label = st.text_input("Label", seen.label, key=f"label {key}", **kept)
+    tags = st.text_input("Tags", ", ".join(seen.tags), key=f"tags {key}", placeholder="separated by commas", **kept)
+    text = st.text_area("Note", seen.text, key=f"note {key}", height=90, **kept)
+    parts = (part.strip() for part in tags.split(","))
+    draft = Note(label.strip(), tuple(dict.fromkeys(part for part in parts if part)), text.strip())
+    notes[place] = seen, draft != seen
+    with st.container(horizontal=True, vertical_alignment="center"):
+        save = st.button("Save")  # never disabled: a click that ends the typing would be lost
+        if draft != seen:
+            fields = {f"label {key}": seen.label, f"tags {key}": ", ".join(seen.tags), f"note {key}": seen.text}
+            st.button("Discard", on_click=discard, args=(place, fields))
+            st.caption("not saved yet")
+    if save:
+        with said():
+            table.notes.write(latent, draft, seen=seen)
+            notes[place] = draft, False
+            st.rerun()

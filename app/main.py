@@ -4,9 +4,10 @@ from pathlib import Path
 
 import streamlit as st
 import torch
-from shell import chosen_run, chosen_sae, jobs, keep_in_address, root, runs, watch_jobs
+from shell import address, chosen_run, chosen_sae, jobs, keep_in_address, leave, remember, root, runs, watch_jobs
 
 from saebench.browse.runs import saes_of
+from saebench.view.markdown import code, plain
 
 SIDEBAR = 230  # pixels
 HERE = Path(__file__).parent
@@ -21,7 +22,8 @@ PAGES = [
     st.Page("views/steering.py", title="Steering", icon=":material/tune:"),
     st.Page("views/compare.py", title="Compare", icon=":material/compare_arrows:"),
 ]
-page = st.navigation(PAGES)
+page = st.navigation(PAGES, position="hidden")
+st.session_state.page = page.url_path or "overview"
 
 with st.sidebar:
     names = list(runs())
@@ -40,11 +42,16 @@ with st.sidebar:
                 help="Those with an index can be browsed and steered with",
             )  # fmt: skip
         for name, why in broken.items():
-            st.warning(f"{name} cannot be read: {why}")
+            st.warning(plain(f"{name} cannot be read: {why}"))
     else:
-        st.caption(f"No run under `{root()}` yet.")
+        st.caption(f"No run under {code(str(root()))} yet.")
+    for other in PAGES:
+        name = other.url_path or "overview"
+        st.page_link(other, query_params={} if other is page else address(name))
     if jobs().all():
         st.divider()
         watch_jobs()
 
+leave()
 page.run()
+remember()

@@ -1,11 +1,13 @@
 """What every page needs: things opened once and shared, HTML that can be clicked, links, errors."""
 
 import contextlib
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec
+from urllib.parse import urlencode
 
 import streamlit as st
 from streamlit.components import v2
@@ -22,9 +24,14 @@ from saebench.sae.io import WEIGHTS
 from saebench.steer import Bench
 from saebench.steer.scores import read_scores
 from saebench.view import arms, grid, svg, tokens
+from saebench.view.markdown import code, plain
 
+P = ParamSpec("P")
 ROOT = "SAEBENCH_APP_ROOT"
 """Environment variable with the folder of runs, or the run, that the server shows."""
+
+OF_ONE_SAE = ("latent", "turns", "at", "focus", "other", "pair", "page")
+"""Parameters of an address that say nothing of another SAE."""
 
 # ------------------------------------------------------------------------------------------- opened once
 
@@ -122,9 +129,52 @@ def chosen_sae() -> Trained | None:
     )
 
 
-def go(page: str, **parameters: str | int) -> None:
-    """Open another page. Run and SAE stay: what changes the SAE sets `st.session_state.sae` in a callback."""
-    st.switch_page(f"views/{page}.py", query_params={name: str(value) for name, value in parameters.items()})
+def here() -> dict[str, str]:
+    """What every address names: the run and the SAE."""
+    return {name: st.session_state[name] for name in ("run", "sae") if st.session_state.get(name)}
+
+
+def address(page: str, /) -> dict[str, Any]:
+    """The query with which a page is opened but for run and SAE: as it was left, without what was another SAE's."""
+    left, own = st.session_state.get("left", {}).get(page, ({}, {}))
+    same = left == here()
+    return {name: values for name, values in own.items() if same or name not in OF_ONE_SAE}
+
+
+def link_to(page: str, /, **parameters: str | int | list[str]) -> str:
+    """The address of a page for a link, of the run and SAE that are shown unless others are given."""
+    return f"{page}?{urlencode({**here(), **parameters}, doseq=True)}"
+
+
+def fragment(function: Callable[P, None]) -> Callable[P, None]:
+    """A part of a page that is drawn again by itself when something in it changes; the change is remembered."""
+
+    @st.fragment
+    @functools.wraps(function)
+    def part(*args: P.args, **kwargs: P.kwargs) -> None:
+        function(*args, **kwargs)
+        remember()
+
+    return part
+
+
+def remember() -> None:
+    """Note the query of the page that is shown, for when it is come back to; after all that changes it."""
+    own = {name: st.query_params.get_all(name) for name in st.query_params if name not in ("run", "sae")}
+    st.session_state.setdefault("left", {})[st.session_state.page] = (here(), own)
+
+
+def go(page: str, /, **parameters: str | int) -> None:
+    """Open another page, otherwise as it was left. Run and SAE stay: what changes the SAE sets `st.session_state.sae` in a callback."""
+    remember()
+    st.session_state.going = page, address(page) | {name: str(value) for name, value in parameters.items()}
+    st.rerun()  # of all: left from within a fragment, the next page's address lacks run and SAE
+
+
+def leave() -> None:
+    """Open the page that `go` has named, if it has."""
+    if going := st.session_state.pop("going", None):
+        st.switch_page(f"views/{going[0]}.py", query_params=going[1])
 
 
 def keep_in_address(name: str, options: list[str], default: str) -> None:
@@ -137,12 +187,37 @@ def keep_in_address(name: str, options: list[str], default: str) -> None:
 
 # ------------------------------------------------------------------------------------------- HTML
 
+# Going to another page, Streamlit pushes its query at the old path first, and then the path: two entries of the
+# browser's history where one is right, the first of which is no page. What is pushed at once after a push replaces it.
 _SCRIPT = """
+if (!window.saebenchHistory) {
+  window.saebenchHistory = true;
+  const push = history.pushState.bind(history);
+  let last = -1e9;
+  history.pushState = (state, title, url) => {
+    const now = performance.now();
+    (now - last < 400 ? history.replaceState.bind(history) : push)(state, title, url);
+    last = now;
+  };
+}
+// The keyboard's focus stays on what was picked, and a table with the same first row stays where it was scrolled to.
+function redraw(root, html) {
+  const first = () => (root.querySelector('tbody tr') || {dataset: {}}).dataset.pick;
+  const box = root.querySelector('.sb-scroll');
+  const focused = root.contains(root.getRootNode().activeElement) && root.getRootNode().activeElement.dataset.pick;
+  const before = [first(), box ? box.scrollTop : 0, box ? box.scrollLeft : 0];
+  root.innerHTML = html;
+  const now = root.querySelector('.sb-scroll');
+  if (now) now.scrollLeft = before[2];
+  if (now && first() === before[0]) now.scrollTop = before[1];
+  const same = focused && [...root.querySelectorAll('[data-pick]')].find((one) => one.dataset.pick === focused);
+  if (same) same.focus({ preventScroll: true });
+}
 export default function ({ parentElement, data, setTriggerValue }) {
   let root = parentElement.querySelector('.sb-app');
   if (!root) { root = document.createElement('div'); root.className = 'sb-app sb-page'; parentElement.appendChild(root); }
   root.send = setTriggerValue;
-  if (root.shown !== data.html) { root.innerHTML = data.html; root.shown = data.html; }
+  if (root.shown !== data.html) { redraw(root, data.html); root.shown = data.html; }
   if (root.listens) return;
   root.listens = true;
   const pick = (event) => {
@@ -155,13 +230,14 @@ export default function ({ parentElement, data, setTriggerValue }) {
   root.addEventListener('keydown', (event) => {
     if (event.key !== 'Enter' && event.key !== ' ') return;
     if (event.target.matches('a, button, summary')) return;
+    if (event.key === ' ' && event.target.closest('[data-pick]')) event.preventDefault();
     pick(event);
   });
 }
 """
 _CSS = (
     tokens.CSS + svg.CSS + grid.CSS + arms.CSS + PARTS_CSS
-    + ".sb-app { color: var(--sb-ink); background: transparent; font: 15px/1.5 system-ui, sans-serif; }"
+    + ".sb-app { container-type: inline-size; color: var(--sb-ink); background: transparent; font: 15px/1.5 system-ui, sans-serif; }"
 )  # fmt: skip
 _panel = v2.component("saebench.panel", css=_CSS, js=_SCRIPT)
 
@@ -186,9 +262,9 @@ def said() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        st.error(str(error), icon=":material/error:")
+        st.error(plain(str(error)), icon=":material/error:")
     except OSError as error:
-        st.error(f"{error}. Look whether the file is there and may be read.", icon=":material/error:")
+        st.error(plain(f"{error}. Look whether the file is there and may be read."), icon=":material/error:")
 
 
 def missing(sae: Trained) -> None:
@@ -202,12 +278,12 @@ def offer(label: str, arguments: list[str], folder: Path) -> None:
     command = "saebench " + " ".join(arguments)
     job = jobs().get(arguments)
     if job is not None and job.running:
-        st.caption(f"`{command}` is running: see the sidebar")
-    elif st.button(label, key=f"offer {command}", help=f"Runs `{command}`; browsing goes on meanwhile"):
+        st.caption(f"{code(command)} is running: see the sidebar")
+    elif st.button(plain(label), key=f"offer {command}", help=f"Runs {code(command)}; browsing goes on meanwhile"):
         jobs().start(arguments, folder)
         st.rerun()
     else:
-        st.caption(f"or in a terminal: `{command}`")
+        st.caption(f"or in a terminal: {code(command)}")
 
 
 @st.fragment(run_every=1.0)
@@ -216,14 +292,19 @@ def watch_jobs() -> None:
     for job in jobs().all():
         key = " ".join(job.arguments)
         was = st.session_state.setdefault(f"job {key}", job.running)
-        st.caption(f"`{job.title}`")
+        st.caption(f"**{plain(job.name)}**", help=code(job.title))
         if job.running:
             bar = job.progress
-            st.progress(bar[1] if bar else 0.0, text=f"{bar[0]}: {bar[2]}" if bar else job.message or "starting")
-            if st.button("Stop", key=f"stop {key}", help="What is done is kept; the same command goes on from there"):
+            st.progress(bar[1] if bar else 0.0, text=plain(f"{bar[0]}: {bar[2]}" if bar else job.message or "starting"))
+            then = (
+                "What is done is kept; the same command goes on from there" if job.resumes else "Nothing of it is kept"
+            )
+            if st.button("Stop", key=f"stop {key}", help=then):
                 job.stop()
         else:
-            (st.success if job.succeeded else st.warning)(job.message or "ended", icon=None)
+            (st.success if job.succeeded else st.warning)(
+                plain("stopped" if job.stopped else job.message or "ended"), icon=None
+            )
             if st.button("Dismiss", key=f"dismiss {key}"):
                 jobs().forget(job)
                 st.rerun(scope="fragment")

@@ -1,7 +1,7 @@
 """What one can try on a latent: lines of one's own, and what its ablation changes."""
 
 import streamlit as st
-from shell import clickable, model_of, said, weights_of
+from shell import clickable, fragment, model_of, said, weights_of
 
 from saebench.browse.runs import Trained
 from saebench.browse.table import LatentTable
@@ -9,10 +9,10 @@ from saebench.evaluate.attribution import ablation_effects
 from saebench.index.page import activations_svg, effects_html
 from saebench.index.reader import Latent
 from saebench.index.search import activations_on
-from saebench.view.tokens import text_html
+from saebench.view.tokens import number, text_html
 
 
-@st.fragment
+@fragment
 def own_text(sae: Trained, table: LatentTable, latent: Latent) -> None:
     st.subheader("Try your own text")
     with st.form("own text", border=False):
@@ -29,19 +29,20 @@ def own_text(sae: Trained, table: LatentTable, latent: Latent) -> None:
         for tokens, values in found:
             peak = int(values.argmax())
             peaks.append(float(values[peak]))
-            pieces = table.index.pieces(tokens)
+            pieces = table.index.running(tokens)
             body.append(
                 f'<div class="example">{text_html(pieces, values.tolist(), latent.figures["max"], peak=peak if values[peak] > 0 else None)}</div>'
             )
         fired = [peak for peak in peaks if peak > 0]
+        at = f"; their peaks are marked: {', '.join(map(number, fired))}" if fired else ""
         histogram = activations_svg(latent, table.index.bin_edges, fired)
         clickable(
-            f"{''.join(body)}{histogram}<small>{len(fired)} of {len(lines)} lines; the peak of each is marked</small>",
+            f"{''.join(body)}{histogram}<small>{len(fired)} of {len(lines)} lines{at}</small>",
             "own",
         )
 
 
-@st.fragment
+@fragment
 def ablation(sae: Trained, table: LatentTable, latent: Latent) -> None:
     st.subheader("Ablation")
     if not latent.top or not table.index.has_store:

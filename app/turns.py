@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import streamlit as st
-from shell import clickable
+from shell import clickable, link_to
 
 from saebench.browse.recipes import MODES, Turn, format_turns
 from saebench.browse.table import LatentTable, Query
 from saebench.steer import Bench, units_of
 from saebench.view import grid
+from saebench.view.markdown import plain
 from saebench.view.tokens import number
 
 MEANINGS = {
@@ -44,7 +45,7 @@ def turn_row(bench: Bench, turns: tuple[Turn, ...], place: int, name: str) -> No
     with st.container(horizontal=True, vertical_alignment="bottom"):
         with st.container(width=220, gap=None):
             st.markdown(f"**Latent {turn.latent}**")
-            st.caption(name or "no rule")
+            st.caption(plain(name) or "no rule")
         st.selectbox(
             "Mode",
             MODES,
@@ -113,8 +114,9 @@ def another(bench: Bench, turns: tuple[Turn, ...], table: LatentTable | None) ->
 
 
 def _row(latent: int, table: LatentTable | None) -> grid.Row:
+    address = link_to("features", latent=latent)
     if table is None:
-        return grid.Row([grid.link(str(latent), str(latent), {"latent": latent}), "", "", ""], str(latent))
+        return grid.Row([grid.link(str(latent), str(latent), address), "", "", ""], str(latent))
     output = number(float(table.columns["output"][latent])) if "output" in table.columns else "–"
     cells = [html.escape(table.name(latent)), f"{table.columns['density'][latent]:.2%}", output]
-    return grid.Row([grid.link(str(latent), str(latent), {"latent": latent}), *cells], str(latent))
+    return grid.Row([grid.link(str(latent), str(latent), address), *cells], str(latent))

@@ -419,5 +419,19 @@ _BYTE_OF = _bytes_of_letters()
 
 
 def show_bytes(piece: bytes) -> str:
-    """The text of a token; bytes that are no whole character appear as `\\xNN`."""
+    """The text of a token by itself; bytes that are no whole character appear as `\\xNN`."""
     return piece.decode("utf-8", "backslashreplace")
+
+
+def show_text(pieces: Sequence[bytes]) -> list[str]:
+    """The text of each token of a running text: a character made of several is whole at the first, and the rest of them are empty.
+
+    Bytes that are part of no character appear as `\\xNN`, each at its token.
+    """
+    owner = [token for token, piece in enumerate(pieces) for _ in piece]
+    shown, place = [""] * len(pieces), 0
+    for letter in b"".join(pieces).decode("utf-8", "surrogateescape"):
+        broken = "\udc80" <= letter <= "\udcff"
+        shown[owner[place]] += f"\\x{ord(letter) - 0xDC00:02x}" if broken else letter
+        place += 1 if broken else len(letter.encode())
+    return shown

@@ -1,6 +1,7 @@
 """The app's pages, run without a browser: their logic, and what they say of what is missing."""
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -44,7 +45,12 @@ def copy(run: Path, tmp_path: Path) -> Path:
 def said(app: AppTest) -> str:
     """All that a page says in words."""
     parts = [*app.title, *app.error, *app.warning, *app.info, *app.caption, *app.markdown, *app.subheader]
-    return "\n".join(str(part.value) for part in parts)
+    return bare("\n".join(str(part.value) for part in parts))
+
+
+def bare(markdown: str) -> str:
+    """Without the backslashes that keep it from being markup."""
+    return re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", markdown)
 
 
 @pytest.mark.parametrize("page", ["overview", "features", "prompt", "steering", "compare"])
@@ -99,7 +105,7 @@ def test_a_model_that_cannot_be_loaded_leaves_browsing_as_it_is(opened: Any, cop
     assert not opened("features", root=copy, sae=SAE, latent="3").error
     app = opened("steering", root=copy, sae=SAE, turns="3:add:0.5n")
     assert not app.exception
-    assert "model './no-such-model' is not a directory" in app.error[0].value
+    assert "model './no-such-model' is not a directory" in bare(app.error[0].value)
 
 
 def test_of_a_store_that_is_gone_figures_and_logits_still_show(opened: Any, run: Path, tmp_path: Path) -> None:
@@ -114,7 +120,7 @@ def test_of_a_store_that_is_gone_figures_and_logits_still_show(opened: Any, run:
     app = opened("features", root=whole / "runs", sae=SAE, latent="3")
     assert not app.exception
     assert not app.error
-    assert "Its store is gone" in app.warning[0].value
+    assert "Its store is gone" in bare(app.warning[0].value)
 
 
 @pytest.mark.parametrize(
@@ -135,13 +141,14 @@ def test_absurd_parameters_are_as_if_they_were_not_there(opened: Any, parameters
 def test_interventions_that_cannot_be_read_are_named(opened: Any, turns: str) -> None:
     app = opened("steering", sae=SAE, turns=turns)
     assert not app.exception
-    assert "expected" in app.error[0].value or "the SAE has 0 to 47" in app.error[0].value
+    assert len(app.error) == 1
+    assert "expected" in bare(app.error[0].value) or "the SAE has 0 to 47" in bare(app.error[0].value)
 
 
 def test_a_prompt_longer_than_the_context_is_told_so(opened: Any) -> None:
     app = opened("prompt", sae=SAE, text="cat dog " * 200)
     assert not app.exception
-    assert "the model takes at most 64" in app.error[0].value
+    assert "the model takes at most 64" in bare(app.error[0].value)
 
 
 def test_a_text_is_ranked_and_a_token_chosen(opened: Any) -> None:
@@ -168,8 +175,47 @@ def test_a_note_is_written_and_a_second_writer_told(opened: Any, copy: Path) -> 
     {field.label: field for field in app.text_input}["Label"].input("birds")
     next(button for button in app.button if button.label == "Save").click()
     app.run()
-    assert "noted by someone else meanwhile, as 'dogs'" in app.error[0].value
+    assert "noted by someone else meanwhile, as 'dogs'" in bare(app.error[0].value)
     assert notes[3] == Note("dogs")
+    next(button for button in app.button if button.label == "Discard").click()
+    app.run()
+    assert {field.label: field for field in app.text_input}["Label"].value == "dogs"
+    assert app.title[0].value == "Latent 3: dogs"
+
+
+def test_what_is_not_saved_stays_while_one_looks_around(opened: Any, copy: Path) -> None:
+    app = opened("features", root=copy, sae=SAE, latent="3")
+    {field.label: field for field in app.text_input}["Label"].input("half a thou")
+    next(button for button in app.button if button.label == "Next").click()
+    app.run()
+    assert app.title[0].value == "Latent 4"
+    assert {field.label: field for field in app.text_input}["Label"].value == ""
+    next(button for button in app.button if button.label == "Previous").click()
+    app.run()
+    assert {field.label: field for field in app.text_input}["Label"].value == "half a thou"
+    assert "not saved yet" in said(app)
+    {field.label: field for field in app.text_input}["Tags"].input("a, b, a")
+    next(button for button in app.button if button.label == "Save").click()
+    app.run()
+    assert "not saved yet" not in said(app)
+    notes = Notes(
+        copy / "index" / f"{SAE}.notes.json", hash_files([copy / "saes" / SAE / "sae_weights.safetensors"]), 48
+    )
+    assert notes[3] == Note("half a thou", ("a", "b"))
+
+
+def test_markup_in_a_label_or_an_error_is_shown_as_it_is(opened: Any, copy: Path) -> None:
+    hostile = "[a](http://b) $x$ **c** :material/home: <b>"
+    notes = Notes(
+        copy / "index" / f"{SAE}.notes.json", hash_files([copy / "saes" / SAE / "sae_weights.safetensors"]), 48
+    )
+    notes.write(3, Note(hostile))
+    app = opened("features", root=copy, sae=SAE, latent="3")
+    assert bare(app.title[0].value) == f"Latent 3: {hostile}"
+    assert not re.search(r"(?<!\\)[\[$*:<]", app.title[0].value.removeprefix("Latent 3: ").replace("\\:", "").replace(": ", ""))
+    error = opened("steering", sae=SAE, turns="**x**").error[0].value
+    assert "**" not in error
+    assert "'**x**' is no intervention" in bare(error)
 
 
 def test_a_broken_sae_is_named_and_the_others_stay(opened: Any, copy: Path) -> None:
@@ -184,13 +230,13 @@ def test_notes_edited_into_nonsense_are_named(opened: Any, copy: Path) -> None:
     (copy / "index" / f"{SAE}.notes.json").write_text("[]")
     app = opened("features", root=copy, sae=SAE)
     assert not app.exception
-    assert "is not a file of notes" in app.error[0].value
+    assert "is not a file of notes" in bare(app.error[0].value)
 
 
 def test_another_sae_under_the_name_of_the_indexed_one_is_refused(opened: Any, copy: Path) -> None:
     shutil.copy(copy / "saes" / "topk-k2" / "sae_weights.safetensors", copy / "saes" / SAE / "sae_weights.safetensors")
     app = opened("features", root=copy, sae=SAE)
-    assert "was made from another sae" in app.error[0].value
+    assert "was made from another sae" in bare(app.error[0].value)
 
 
 def test_the_script_is_found_and_starts_offline() -> None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import streamlit as st
-from shell import chosen_run, chosen_sae, clickable, go, offer, said, table_of, weights_of
+from shell import chosen_run, chosen_sae, clickable, go, link_to, offer, said, table_of, weights_of
 
 from saebench.browse.runs import Trained, saes_of
 from saebench.browse.table import LatentTable
@@ -13,6 +13,7 @@ from saebench.index.compare import KINDS, Side, compare
 from saebench.index.examples import show
 from saebench.index.page import examples_html
 from saebench.view import charts, grid
+from saebench.view.markdown import plain
 
 MEANINGS = {
     "matched": "each other's nearest, at a cosine of 0.7 or more",
@@ -54,7 +55,7 @@ def choose(found: dict[str, Trained]) -> Pair | None:
             if here and sae.hook == here.hook and sae.share_indexed < 1:
                 offer(f"Index {sae.name}", sae.index_command, sae.run)
         return None
-    name = st.selectbox(f"{here.name} against", others, key="other", bind="query-params")
+    name = st.selectbox(f"{plain(here.name)} against", others, key="other", bind="query-params")
     return Pair(here, indexed[name], table_of(here), table_of(indexed[name]))
 
 
@@ -81,7 +82,7 @@ def pairs(pair: Pair, side: Side, kind: str) -> None:
     latents = np.flatnonzero(side.kinds == KINDS.index(kind))
     latents = latents[np.argsort(side.cosines[latents] * (1 if kind == "alone" else -1), kind="stable")]
     if not len(latents):
-        st.info(f"No latent of {pair.here.name} is {kind}.")
+        st.info(plain(f"No latent of {pair.here.name} is {kind}."))
         return
 
     def picked(value: str) -> None:
@@ -103,16 +104,16 @@ def pairs(pair: Pair, side: Side, kind: str) -> None:
         nearest = int(side.nearest[latent])
         rows.append(
             grid.Row([
-                grid.link(str(latent), f"here:{latent}", {"latent": latent}), html.escape(pair.table.name(latent)),
+                grid.link(str(latent), f"here:{latent}", link_to("features", sae=pair.here.name, latent=latent)), html.escape(pair.table.name(latent)),
                 f"{side.cosines[latent]:.2f}",
-                grid.link(str(nearest), f"other:{nearest}", {"latent": nearest}), html.escape(pair.other_table.name(nearest)),
+                grid.link(str(nearest), f"other:{nearest}", link_to("features", sae=pair.other.name, latent=nearest)), html.escape(pair.other_table.name(nearest)),
                 f"{side.jaccard[latent]:.2f}",
             ], f"pair:{latent}", latent == chosen)
         )  # fmt: skip
     st.caption(
         f"{len(latents):,} latents, the first {min(SHOWN, len(latents))} of them. A row shows examples of both below."
     )
-    clickable(grid.grid_html(columns, rows, "pairs"), "pairs", picked)
+    clickable(grid.grid_html(columns, rows, "pairs", height="21rem"), "pairs", picked)
     if (leave := st.session_state.pop("leave", None)) is not None:
         go("features", latent=leave)
     beside(pair, chosen, int(side.nearest[chosen]))

@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 import streamlit as st
 from latent import show_latent
-from shell import chosen_sae, clickable, missing, said, table_of
+from shell import chosen_sae, clickable, fragment, link_to, missing, said, table_of
 
 from saebench.browse.table import HEADINGS, MAX_SIZE, LatentTable, Query
 from saebench.index.derive import FLAGS
 from saebench.index.page import figure
 from saebench.view import grid
+from saebench.view.markdown import plain
 
 FLAG_NAMES = {flag: flag.replace("_", " ") for flag in (*FLAGS, "labelled")}
 DENSITIES = {"any": 1.0, "at most 10%": 0.1, "at most 1%": 0.01, "at most 0.1%": 0.001, "at most 0.01%": 0.0001}
@@ -55,14 +56,14 @@ def filters() -> None:
     columns[5].selectbox("Rows", SIZES, index=1, key="size", persist_state="page", **bound)
 
 
-def row(table: LatentTable, latent: int, bins: slice) -> grid.Row:
+def row(table: LatentTable, latent: int, bins: slice, address: dict[str, list[str]]) -> grid.Row:
     note = table.notes[latent]
     label = f"<b>{html.escape(note.label)}</b>" if note.label else html.escape(table.name(latent))
     flags = "".join(
         grid.tag(name) for flag, name in FLAG_NAMES.items() if flag in FLAGS and table.index.flagged(flag)[latent]
     )
     cells = [
-        grid.link(str(latent), f"latent:{latent}", {"latent": latent, "sae": st.session_state.get("sae") or ""}),
+        grid.link(str(latent), f"latent:{latent}", link_to("features", **address, latent=latent)),
         grid.spark(table.index.histograms[latent, bins].tolist()),
         f"{label} {''.join(map(grid.tag, note.tags))}",
         *(number(name, float(table.columns[name][latent])) for name in table.sortable),
@@ -75,7 +76,7 @@ def number(name: str, value: float) -> str:
     return "–" if np.isnan(value) else figure(name, value)
 
 
-@st.fragment
+@fragment
 def rows(table: LatentTable) -> None:
     if st.session_state.get("latent") is not None:
         st.rerun()
@@ -103,7 +104,8 @@ def rows(table: LatentTable) -> None:
         grid.Column("", "label or rule", text=True),
         *(grid.Column(name, *HEADINGS[name]) for name in table.sortable), grid.Column("", "flags", text=True),
     ]  # fmt: skip
-    body = [row(table, int(latent), bins) for latent in found.latents]
+    address = {name: st.query_params.get_all(name) for name in st.query_params if name not in ("run", "sae", "latent")}
+    body = [row(table, int(latent), bins, address) for latent in found.latents]
     clickable(grid.grid_html(columns, body, "latents", sort=(query.sort, query.descending)), "latents", picked)
     pages = -(-found.total // query.size)
     left, middle, right, _ = st.columns([1, 3, 1, 5], vertical_alignment="center")
@@ -121,7 +123,7 @@ if sae is None:
     st.info("There is no SAE to browse yet: see the overview.")
     st.stop()
 if sae.share_indexed == 0:
-    st.title(sae.name)
+    st.title(plain(sae.name))
     st.write("Its latents are not indexed yet. An index is one pass over the activation store.")
     missing(sae)
     st.stop()
@@ -138,7 +140,10 @@ with said():
     if not index.has_store:
         st.warning("Its store is gone: labels, statistics and logits are shown, examples cannot be.")
     if chosen is None:
-        title.title(sae.name)
+        title.title(plain(sae.name))
         rows(table)
     else:
         show_latent(sae, table, int(chosen), query_of(table), title)
+        # Also here, so that the address keeps them: the previous and the next latent are those of the list.
+        with st.expander("The list that Previous and Next go through"):
+            filters()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import streamlit as st
-from shell import changed, chosen_run, chosen_sae, clickable, go, missing, offer, root, said
+from shell import changed, chosen_run, chosen_sae, clickable, go, link_to, missing, offer, root, said
 
 from saebench.browse.runs import Trained, saes_of
 from saebench.browse.stores import norms_html
@@ -15,6 +15,7 @@ from saebench.store import open_store
 from saebench.store.norms import NormReport, describe, norm_report
 from saebench.store.schema import MANIFEST
 from saebench.view import charts, grid
+from saebench.view.markdown import code, plain
 
 COLUMNS = {
     "name": ("SAE", ""),
@@ -38,7 +39,7 @@ SAMPLE = 20_000  # rows of a store that are looked at for the tokens of the long
 def no_run() -> None:
     st.title("No run yet")
     st.write(
-        f"A run is a folder under `{root()}` with trained SAEs. The demo makes one from the embedded model and corpus, "
+        f"A run is a folder under {code(str(root()))} with trained SAEs. The demo makes one from the embedded model and corpus, "
         "in about ten minutes on two cores:"
     )
     offer("Run the demo", ["demo", "--out", str(root() / "demo")], root())
@@ -69,7 +70,7 @@ def table(saes: dict[str, Trained]) -> None:
     rows = []
     for of in figures:
         sae = saes[of["name"]]
-        cells = [grid.link(sae.name, f"open:{sae.name}", {"sae": sae.name})]
+        cells = [grid.link(sae.name, f"open:{sae.name}", link_to("features", sae=sae.name))]
         for name, (_, style) in list(COLUMNS.items())[1:]:
             value = of.get(name)
             cells.append("–" if value is None else html.escape(format(value, style)))
@@ -137,17 +138,17 @@ run = chosen_run()
 if run is None:
     no_run()
     st.stop()
-st.title(run.name)
+st.title(plain(run.name))
 found, _ = saes_of(run)
 if not found:
-    st.info(f"`{run}` has no SAE yet: train some with `saebench train --store STORE --out {run}`.")
+    st.info(f"{code(str(run))} has no SAE yet: train some with {code(f'saebench train --store STORE --out {run}')}.")
     st.stop()
 with said():
     table(found)
     sae = chosen_sae()
     if sae and sae.next_commands():
         with st.container(border=True):
-            st.markdown(f"**Next for {sae.name}**")
+            st.markdown(f"**Next for {plain(sae.name)}**")
             missing(sae)
     plots(found)
     st.subheader("Activation stores")

@@ -4,13 +4,14 @@ import html
 
 import numpy as np
 import streamlit as st
-from shell import chosen_sae, clickable, go, missing, model_of, said, table_of, weights_of
+from shell import chosen_sae, clickable, fragment, go, link_to, missing, model_of, said, table_of, weights_of
 
 from saebench.browse.runs import Trained
 from saebench.browse.table import LatentTable
 from saebench.index.search import TextFeatures, features_for_text
 from saebench.view import grid
-from saebench.view.tokens import number, token_html, visible
+from saebench.view.markdown import code
+from saebench.view.tokens import number, token_html, units, visible
 
 RANKS = {"Activation": "activation", "Quantile": "quantile", "Attribution": "attribution"}
 MEANINGS = {
@@ -56,17 +57,20 @@ def tokens_html(found: TextFeatures, position: int | None, focus: int | None) ->
             values[firing.positions] += 1
         elif firing.latent == focus:
             values[firing.positions] = firing.values
-    spans = [
-        token_html(
-            piece, float(value), float(values.max()), pick=f"at:{place}", kind="chosen" if place == position else "",
-            title=f"{value:.0f} of these latents" if focus is None else number(float(value)),
-        )
-        for place, (piece, value) in enumerate(zip(found.pieces, values, strict=True))
-    ]  # fmt: skip
+    spans = []
+    for unit in units(found.pieces):
+        place = unit.strongest(values.tolist())
+        value = float(values[place])
+        spans.append(
+            token_html(
+                unit.text, value, float(values.max()), pick=f"at:{place}", kind="chosen" if position in unit.places else "",
+                title=unit.named(f"{value:.0f} of these latents" if focus is None else number(value)),
+            )
+        )  # fmt: skip
     return f'<div class="sb-text">{"".join(spans)}</div>'
 
 
-def firings_html(table: LatentTable, found: TextFeatures, focus: int | None) -> str:
+def firings_html(table: LatentTable, text: str, found: TextFeatures, focus: int | None) -> str:
     columns = [
         grid.Column("", "latent"), grid.Column("", "label or rule", text=True), grid.Column("", "peak at", text=True),
         grid.Column("", "peak"), grid.Column("", "quantile", "share of its firings that are no stronger"),
@@ -75,18 +79,21 @@ def firings_html(table: LatentTable, found: TextFeatures, focus: int | None) -> 
     ]  # fmt: skip
     rows = []
     for firing in found.firings:
-        peak = found.pieces[int(firing.positions[firing.values.argmax()])]
+        at = int(firing.positions[firing.values.argmax()])
+        peak = next(
+            (piece for piece in reversed(found.pieces[: at + 1]) if piece), ""
+        )  # that which its character begins at
         cells = [
-            grid.link(str(firing.latent), f"latent:{firing.latent}", {"latent": firing.latent}), html.escape(table.name(firing.latent)),
+            grid.link(str(firing.latent), f"latent:{firing.latent}", link_to("features", latent=firing.latent)), html.escape(table.name(firing.latent)),
             f"<code>{html.escape(visible(peak).replace(' ', '·'))}</code>", number(firing.peak), f"{firing.quantile:.1%}",
             f"{firing.density:.2%}", *([f"{firing.effect:+.3f}"] if found.target is not None else []),
-            str(len(firing.positions)), grid.link("steer", f"steer:{firing.latent}", {"latent": firing.latent}),
+            str(len(firing.positions)), grid.link("steer", f"steer:{firing.latent}", link_to("steering", turns=f"{firing.latent}:add:0.5n", prompt=text)),
         ]  # fmt: skip
         rows.append(grid.Row(cells, f"focus:{firing.latent}", firing.latent == focus))
     return grid.grid_html(columns, rows, "latents that fire")
 
 
-@st.fragment
+@fragment
 def results(sae: Trained, table: LatentTable) -> None:
     settings()
     text = st.session_state.get("text") or ""
@@ -112,9 +119,9 @@ def results(sae: Trained, table: LatentTable) -> None:
             st.caption(f"Only token {position}: pick it again for the whole text.")
         if found.target is not None:
             (target,) = table.index.pieces(np.array([found.target]))
-            st.caption(f"Attributed to the logit of `{visible(target).replace(' ', '·')}`.")
+            st.caption(f"Attributed to the logit of {code(visible(target).replace(' ', '·'))}.")
         if found.firings:
-            clickable(firings_html(table, found, focus), "firings", picked)
+            clickable(firings_html(table, text, found, focus), "firings", picked)
             st.caption("A row shows its latent on the text; its number opens it.")
         else:
             st.info("No latent fires here: widen the density, or pick another token.")

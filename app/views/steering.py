@@ -1,20 +1,22 @@
 """The steering bench: latents turned up, down or off, beside their controls, from the same noise."""
 
+import contextlib
 import dataclasses
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import streamlit as st
-from shell import bench_of, chosen_sae, clickable, offer, said, table_of
+from shell import bench_of, chosen_sae, clickable, fragment, offer, said, table_of
 from turns import another, set_turns, turn_row
 
 from saebench.browse.recipes import Recipe, Turn, load_recipe, parse_turns, recipes_of, save_recipe
 from saebench.browse.runs import Trained
 from saebench.browse.table import LatentTable
 from saebench.files import read_json
-from saebench.steer import Bench, arms_of
+from saebench.steer import Bench, arms_of, units_of
 from saebench.steer.live import Live
 from saebench.view import charts
 from saebench.view.arms import arm_html
+from saebench.view.markdown import code, plain
 
 POSITIONS = get_args(Recipe.__annotations__["positions"])
 ARMS = {
@@ -23,11 +25,30 @@ ARMS = {
 }  # fmt: skip
 
 
+class Made(NamedTuple):
+    """A generation on the bench, and what it was made with."""
+
+    live: Live
+    sae: str
+    recipe: Recipe
+
+
+def turns_now() -> tuple[Turn, ...]:
+    """The interventions of the address. Raises ValueError for what cannot be read."""
+    return parse_turns(st.query_params.get("turns", ""))
+
+
 def recipe_now() -> Recipe:
     """What the URL and the widgets say. Raises ValueError for turns that cannot be read."""
     state = st.session_state
-    plain = {field.name: state[field.name] for field in dataclasses.fields(Recipe) if field.name != "turns"}
-    return Recipe(turns=parse_turns(st.query_params.get("turns", "")), **plain)
+    chosen = {field.name: state[field.name] for field in dataclasses.fields(Recipe) if field.name != "turns"}
+    return Recipe(turns=turns_now(), **chosen)
+
+
+def made_by(sae: Trained) -> Made | None:
+    """What is on the bench, if it is this SAE's."""
+    made: Made | None = st.session_state.get("made")
+    return made if made is not None and made.sae == str(sae.folder) else None
 
 
 def sampling_inputs(longest: int) -> None:
@@ -46,26 +67,29 @@ def sampling_inputs(longest: int) -> None:
         st.number_input("Seed", 0, 2**31, 0, key="seed", width=110, **bound)
 
 
-@st.fragment
+@fragment
 def settings(sae: Trained, bench: Bench, lock: Any, table: LatentTable | None) -> None:
     sampling_inputs(bench.model.max_context - 2)
     with said():
-        turns = parse_turns(st.query_params.get("turns", ""))
+        turns = turns_now()
         for place, turn in enumerate(turns):
             turn_row(bench, turns, place, table.name(turn.latent) if table and turn.latent < table.index.d_sae else "")
         another(bench, turns, table)
         recipe = recipe_now()
-        live: Live | None = st.session_state.get("live")
-        running = live is not None and not live.done
+        made = made_by(sae)
+        running = made is not None and not made.live.done
         buttons = st.container(horizontal=True)
         if buttons.button("Generate", type="primary", disabled=running or not turns, shortcut="Mod+Enter"):
             arms = arms_of(recipe.interventions(bench), seed=recipe.seed)
-            st.session_state.live = Live(bench.model, recipe.prompt, arms, recipe.sampling(), lock)
+            live = Live(bench.model, recipe.prompt, arms, recipe.sampling(), lock)
+            st.session_state.made = Made(live, str(sae.folder), recipe)
             st.rerun()
-        if buttons.button("Stop", disabled=not running) and live is not None:
-            live.stop()
-            live.wait(10.0)
+        if buttons.button("Stop", disabled=not running) and made is not None:
+            made.live.stop()
+            made.live.wait(10.0)
             st.rerun()
+        if made is not None and recipe != made.recipe:
+            buttons.caption("The texts below are from earlier settings.")
         with buttons.popover("Recipes"):
             keep(sae, recipe)
         with buttons.popover("Copy as Python"):
@@ -82,13 +106,17 @@ def keep(sae: Trained, recipe: Recipe) -> None:
             st.caption("This replaces the one of that name.")
         with said():
             if st.button("Save", disabled=not name):
-                st.caption(f"saved as `{save_recipe(sae.run, name, sae.name, recipe)}`")
+                st.caption(f"saved as {code(str(save_recipe(sae.run, name, sae.name, recipe)))}")
         for known in recipes_of(sae.run, sae.name):
             st.button(
-                known, key=f"recipe {known}", icon=":material/folder_open:", on_click=open_recipe, args=(sae, known)
+                plain(known),
+                key=f"recipe {known}",
+                icon=":material/folder_open:",
+                on_click=open_recipe,
+                args=(sae, known),
             )
         if error := st.session_state.pop("recipe error", None):
-            st.error(error)
+            st.error(plain(error))
 
 
 def open_recipe(sae: Trained, name: str) -> None:
@@ -103,16 +131,19 @@ def open_recipe(sae: Trained, name: str) -> None:
     set_turns(recipe.turns)
 
 
-def texts() -> None:
+def texts(sae: Trained) -> None:
     """The arms side by side, as they come; then with the divergence of each token."""
-    live: Live | None = st.session_state.get("live")
-    if live is None:
+    made = made_by(sae)
+    if made is None:
         return
+    live = made.live
+    about = ", ".join(map(str, made.recipe.turns))
+    st.caption(f"{plain(about)}, at {made.recipe.positions} positions, seed {made.recipe.seed}")
 
     @st.fragment(run_every=None if live.done else 0.25)
     def arms(live: Live = live) -> None:
         if live.error:
-            st.error(live.error)
+            st.error(plain(live.error))
             return
         for column, arm in zip(st.columns(len(live.arms)), live.arms, strict=True):
             with column:
@@ -137,17 +168,27 @@ def shown(live: Live, arm: str) -> tuple[list[list[str]], list[Any]]:
     return [live.pieces(arm, text.sample) for text in of], of
 
 
-def dose(sae: Trained, turns: tuple[Turn, ...]) -> None:
+def dose(sae: Trained, bench: Bench) -> None:
     """The dose-response of the first latent, measured by the command line."""
     st.subheader("Dose-response")
-    if not turns or turns[0].mode == "ablate":
-        st.caption("Of the first latent, in a mode that has a strength.")
-        return
-    turn = turns[0]
+    with contextlib.suppress(ValueError):  # which the settings have told
+        turn = turns_now()[0] if turns_now() else None
+        if turn is None or turn.mode == "ablate" or turn.latent >= bench.sae.d_sae:
+            st.caption("Of the first latent, in a mode that has a strength.")
+            return
+        units = units_of(bench.sae, turn.latent, bench.index)
+        raw = units.raw(turn.strength, turn.mode)
+        response(sae, turn, raw if turn.mode == "scale" else units.all(raw)["norm"])
+
+
+def response(sae: Trained, turn: Turn, now: float | None) -> None:
+    """The plot, once it is measured, with the strength that is set `now`; and the button that measures it."""
     out = sae.run / "sweeps" / f"{sae.name}-{turn.latent}-{turn.mode}.json"
     if out.exists():
         with said():
-            st.plotly_chart(charts.dose_response(read_json(out)), key=f"dose {out.name}", config={"displaylogo": False})
+            st.plotly_chart(
+                charts.dose_response(read_json(out), now=now), key=f"dose {out.name}", config={"displaylogo": False}
+            )
     arguments = ["steer", "--sweep", "--sae", str(sae.folder), "--latent", str(turn.latent), "--mode", turn.mode]
     offer("Measure again" if out.exists() else f"Sweep latent {turn.latent}", [*arguments, "--out", str(out)], sae.run)
 
@@ -164,6 +205,6 @@ with said():
         st.info("Without an index strengths can only be given raw; make one from the overview.")
     bench, lock = bench_of(sae, index)
     settings(sae, bench, lock, table)
-    texts()
+    texts(sae)
     if index is not None and index.has_store:
-        dose(sae, parse_turns(st.query_params.get("turns", "")))
+        dose(sae, bench)

@@ -17,17 +17,29 @@ class Job:
 
     def __init__(self, arguments: list[str], log: Path) -> None:
         self.arguments, self.log = arguments, log
+        self.stopped = False
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as file:
             # -P: what lies in the working directory is never imported.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "saebench.cli", *arguments], stdout=file, stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL, start_new_session=True, env={**os.environ, "SAEBENCH_PROGRESS_SECONDS": "0.5"},
+                stdin=subprocess.DEVNULL, start_new_session=True, env={**os.environ, "SAEBENCH_PROGRESS_SECONDS": "0.5", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
             )  # fmt: skip
 
     @property
     def title(self) -> str:
         return "saebench " + " ".join(self.arguments)
+
+    @property
+    def name(self) -> str:
+        """The command and what it is for, without the folders."""
+        words = [word for word in self.arguments if not word.startswith("-")]
+        return " ".join(Path(word).name for word in words[:2])
+
+    @property
+    def resumes(self) -> bool:
+        """Whether what is done when it is stopped is kept."""
+        return self.arguments[0] != "steer"
 
     @property
     def running(self) -> bool:
@@ -55,6 +67,7 @@ class Job:
     def stop(self) -> None:
         """As Ctrl-C does: what is done is kept, and the same command goes on from there."""
         if self.running:
+            self.stopped = True
             # Not SIGINT, which a server begun in the background of a shell has inherited as ignored.
             os.killpg(self._process.pid, signal.SIGTERM)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 START_SECONDS = 60.0
 
@@ -45,14 +46,13 @@ def command(config: AppConfig) -> list[str]:
     return [sys.executable, "-P", "-m", "streamlit", "run", str(app_script()), *flags]
 
 
-def serve(config: AppConfig, root: Path) -> int:
-    """Serve the app on a run, or a folder of runs, until it is interrupted; returns the exit status."""
+def serve(config: AppConfig, root: Path) -> NoReturn:
+    """Serve the app on a run, or a folder of runs, in the place of this process: what ends it ends the server."""
     if root.exists() and not root.is_dir():
         raise ValueError(f"{root} is a file; expected a run, or a folder of runs")
-    try:
-        return subprocess.call(command(config), env=_environment(root))
-    except KeyboardInterrupt:
-        return 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, command(config), _environment(root))
 
 
 @contextmanager

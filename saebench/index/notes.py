@@ -46,7 +46,7 @@ class Notes:
             if seen is not None and there not in (seen, note):
                 raise ValueError(
                     f"latent {latent} was noted by someone else meanwhile, as {there.label or there.text or 'nothing'!r}; "
-                    "yours is not saved: reload, and write it again if you still want to"
+                    "yours is not saved: discard it to see theirs, and write it again if you still want to"
                 )
             found[latent] = note
             latents = {str(key): value._asdict() for key, value in sorted(found.items()) if value != Note()}

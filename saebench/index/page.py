@@ -93,7 +93,9 @@ def activations_svg(latent: Latent, edges: np.ndarray, marked: Sequence[float] =
         int(np.clip(np.searchsorted(edges, value, "right") - 1 - filled[0], 0, len(places) - 1)): number(value)
         for value in marked
     }
-    return svg.bars([float(latent.histogram[place]) for place in places], labels, "firings by strength", marks=marks)
+    heights = [float(latent.histogram[place]) for place in places]
+    ends = number(float(edges[places[0]])), "log scale", number(float(edges[places[-1] + 1]))
+    return svg.bars(heights, labels, "firings by strength", marks=marks, axis=ends)
 
 
 def logits_svg(latent: Latent) -> str:
@@ -107,7 +109,10 @@ def logits_svg(latent: Latent) -> str:
         for lower, upper, count in zip(edges.tolist(), edges[1:].tolist(), counts, strict=False)
     ]
     heights = [float(np.log1p(count)) for count in counts]
-    return svg.bars(heights, labels, "tokens by effect on their logit, log scale", down=(edges[1:] <= 0).tolist())
+    return svg.bars(
+        heights, labels, "tokens by effect on their logit, log scale", down=(edges[1:] <= 0).tolist(),
+        axis=(number(float(low)), "counts on a log scale", number(float(high))),
+    )  # fmt: skip
 
 
 def ranked_html(index: FeatureIndex, ranked: Ranked, size: int = 10) -> str:
@@ -140,20 +145,23 @@ def effects_html(index: FeatureIndex, context: Context, logits: np.ndarray, loss
     """
     worse = np.concatenate([[0.0], np.nan_to_num(loss[:-1])])
     most = max(float(np.abs(worse).max()), 1e-9)
-    spans = "".join(
-        tokens.token_html(
-            piece, abs(value) if abs(value) > 1e-3 else 0.0, most, title=f"loss {value:+.3f} nats", peak=False
-        )
-        for piece, value in zip(context.pieces, worse.tolist(), strict=True)
-    )
+    spans = []
+    for unit in tokens.units(context.pieces):
+        value = float(worse[unit.strongest(np.abs(worse).tolist())])
+        strength = abs(value) if abs(value) > 1e-3 else 0.0
+        title = unit.named(f"loss {value:+.3f} nats")
+        spans.append(tokens.token_html(unit.text, strength, most, title=title, kind="sb-down" if value < 0 else ""))
     effects = logits[context.peak]
     order = np.argsort(effects)
     lists = "".join(
         f"<div><h3>{name}</h3>{ranked_html(index, Ranked(ids, effects[ids]))}</div>"
         for name, ids in (("Logits that fall", order[:10]), ("Logits that rise", order[::-1][:10]))
     )
-    total = f"<p><small>loss {float(np.nansum(loss)):+.3f} nats over the context</small></p>"
-    return f'<div class="sb-text sb-change">{spans}</div>{total}<div class="columns">{lists}</div>'
+    total = (
+        f"<p><small>loss {float(np.nansum(loss)):+.3f} nats over the context; a solid line: predicted worse without it, "
+        "a dashed one: better</small></p>"
+    )
+    return f'<div class="sb-text sb-change">{"".join(spans)}</div>{total}<div class="columns">{lists}</div>'
 
 
 def interval_title(interval: Interval, fires: float) -> str:
@@ -207,7 +215,8 @@ a:focus-visible, summary:focus-visible { outline: 2px solid var(--sb-line); outl
 .figures dt { font-size: .75rem; color: var(--sb-faint); } .figures dd { margin: 0; font-variant-numeric: tabular-nums; }
 .columns { display: grid; grid-template-columns: 2fr 1fr 1fr 1fr; gap: 0 2rem; }
 .columns.halves { grid-template-columns: 2fr 3fr; }
-@media (max-width: 760px) { .columns { grid-template-columns: 1fr 1fr; } .columns.halves { grid-template-columns: 1fr; } }
+@container (max-width: 760px) { .columns { grid-template-columns: 1fr 1fr; } .columns.halves { grid-template-columns: 1fr; } }
+@container (max-width: 420px) { .columns { grid-template-columns: 1fr; } }
 .ranked { border-collapse: collapse; width: 100%; font-size: .85rem; } .ranked td { padding: .05rem 0; }
 .ranked td:last-child { text-align: right; font-variant-numeric: tabular-nums; } code { white-space: pre; }
 .example { margin: 0; padding: .4rem 0; border-top: 1px solid var(--sb-rule); } figcaption { margin-top: .15rem; }
@@ -218,7 +227,7 @@ summary { cursor: pointer; padding: .3rem 0; font-size: .9rem; }
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 0; background: var(--sb-paper); color: var(--sb-ink); }
-main { max-width: 1100px; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
+main { container-type: inline-size; max-width: 1100px; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.15rem; margin: 0 0 .25rem; }
 section { border-top: 1px solid var(--sb-rule); padding-top: 1.5rem; margin-top: 2rem; }
 .contents { columns: 2 20rem; padding-left: 0; list-style: none; font-size: .85rem; }

@@ -19,7 +19,7 @@ from saebench.models import load_tokenizer
 from saebench.sae import read_config
 from saebench.store import Store, open_store
 from saebench.store.schema import MANIFEST
-from saebench.text import TokenBytes, show_bytes
+from saebench.text import TokenBytes, show_bytes, show_text
 
 COLUMNS = {
     "density": "latents/density",
@@ -299,7 +299,7 @@ class FeatureIndex:
         tokens = shard.column("tokens", start, stop)
         doc_id = int(shard.column("doc_id", local, local + 1)[0])
         rows = range(int(self._first_rows[number]) + start, int(self._first_rows[number]) + stop)
-        return Context(rows, tokens, self.pieces(tokens), local - start, doc_id)
+        return Context(rows, tokens, self.running(tokens), local - start, doc_id)
 
     def vectors(self, rows: range) -> tuple[Tensor, np.ndarray]:
         """Vectors `[n, d_in]` in the store's dtype, and whether each is kept, of rows that lie in one shard."""
@@ -311,6 +311,10 @@ class FeatureIndex:
     def pieces(self, tokens: np.ndarray) -> list[str]:
         """The text of each token alone; bytes that are no whole character as `\\xNN`."""
         return [show_bytes(self._bytes[int(token)]) for token in tokens]
+
+    def running(self, tokens: np.ndarray) -> list[str]:
+        """The text of each token of a text, as `show_text`."""
+        return show_text([self._bytes[int(token)] for token in tokens])
 
     @cached_property
     def _bytes(self) -> TokenBytes:

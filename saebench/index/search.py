@@ -98,7 +98,7 @@ def features_for_text(
         for latent, group, quantile in zip(ids, groups, quantiles, strict=True)
     ]  # fmt: skip
     firings.sort(key=_KEYS[rank])
-    return TextFeatures(tokens, index.pieces(tokens), firings[:limit], target)
+    return TextFeatures(tokens, index.running(tokens), firings[:limit], target)
 
 
 def activations_on(model: LanguageModel, sae: SAE, hook: str, text: str, latent: int) -> tuple[np.ndarray, np.ndarray]:

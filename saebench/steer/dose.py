@@ -10,7 +10,7 @@ import math
 import textwrap
 import tokenize
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from saebench.index import FeatureIndex
 from saebench.models import LanguageModel, next_logits
+from saebench.runlog import progress
 from saebench.steer.generate import UNSTEERED, Sampling, Text, generate
 from saebench.steer.interventions import Intervention, steered, units_of
 from saebench.store import Store
@@ -118,10 +119,11 @@ def dose_response(
     config: DoseConfig = DoseConfig(),
     *,
     prompts: Sequence[Int[np.ndarray, " _"]] | None = None,
+    shown: bool = False,
 ) -> DoseResponse:
     """Steer with an intervention at each of `config.strengths`, and with a random direction, and measure.
 
-    Prompts are beginnings of held-out contexts of the index's store unless given. Raises ValueError
+    Prompts are beginnings of held-out contexts of the index's store unless given; progress is `shown` on request. Raises ValueError
     for `ablate`, which has no strength, a strength that cannot be read, an index without logits, and as `generate` does.
     """
     if intervention.mode == "ablate":
@@ -137,15 +139,17 @@ def dose_response(
         one = dataclasses.replace(intervention, strength=strength)
         arms["steered", strength] = [one]
         arms["random", strength] = [dataclasses.replace(one, random=config.seed)]
-    texts = _generate(model, arms, prompts, config)
-    clean = _logits(model, [], ids)
     doses: list[Dose] = []
-    for (arm, strength), interventions in arms.items():
-        changed = _change(model, interventions, ids, clean, top)
-        written = _written(index, intervention.latent, top, prompts, texts[arm, strength])
-        base = doses[0] if doses else None
-        norm = None if intervention.mode == "scale" else units.all(strength)["norm"]
-        doses.append(_dose(arm, strength, norm, changed, written, base))
+    with progress(2 * len(arms) - 1, f"sweep latent {intervention.latent}", "dose", shown=shown) as bar:
+        texts = _generate(model, arms, prompts, config, bar.update)
+        clean = _logits(model, [], ids)
+        for (arm, strength), interventions in arms.items():
+            changed = _change(model, interventions, ids, clean, top)
+            written = _written(index, intervention.latent, top, prompts, texts[arm, strength])
+            base = doses[0] if doses else None
+            norm = None if intervention.mode == "scale" else units.all(strength)["norm"]
+            doses.append(_dose(arm, strength, norm, changed, written, base))
+            bar.update()
     best = DoseResponse(intervention.latent, intervention.mode, doses, {}).best
     samples = {UNSTEERED: texts[UNSTEERED, 0.0][0].text, "steered": texts["steered", best.strength][0].text}
     return DoseResponse(intervention.latent, intervention.mode, doses, samples)
@@ -173,8 +177,9 @@ def _generate(
     arms: dict[tuple[str, float], list[Intervention]],
     prompts: Sequence[Int[np.ndarray, " _"]],
     config: DoseConfig,
+    done: Callable[[int], Any],
 ) -> dict[tuple[str, float], list[Text]]:
-    """The texts of every arm, as many arms in a batch as fit."""
+    """The texts of every arm, as many arms in a batch as fit; `done` is told how many more there are."""
     sampling = Sampling(max_new_tokens=config.max_new_tokens, n_samples=config.n_samples, seed=config.seed)
     names = {f"{arm} {strength}": (arm, strength) for arm, strength in arms}
     size = max(1, _ROWS // (len(prompts) * config.n_samples) - 1)  # and the unsteered one, which comes with each batch
@@ -185,6 +190,7 @@ def _generate(
         made = generate(model, prompts, part, sampling, measure="clean")
         found[UNSTEERED, 0.0] = made.of(UNSTEERED)
         found |= {names[name]: made.of(name) for name in part}
+        done(len(part))
     return found
 
 
@@ -193,7 +199,7 @@ def _written(
 ) -> dict[str, Any]:
     """What can be said of generated texts, by the names of `Dose`."""
     whole = [np.concatenate([prompts[text.prompt], text.tokens]) for text in texts]
-    read = ["".join(index.pieces(tokens[1:])) for tokens in whole]
+    read = ["".join(index.running(tokens[1:])) for tokens in whole]
     held = index.holds(latent, whole)
     rule = None
     if held is not None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from saebench.models import LanguageModel
 from saebench.steer.generate import Arms, Generation, Sampling, generate
-from saebench.text import TokenBytes, show_bytes
+from saebench.text import TokenBytes, show_text
 
 
 class Live:
@@ -45,7 +45,7 @@ class Live:
     def pieces(self, arm: str, sample: int) -> list[str]:
         """The tokens of a text so far."""
         column = [int(step[self.arms.index(arm), 0, sample]) for step in list(self._tokens)]
-        return [show_bytes(self._bytes[token]) for token in column if token >= 0]
+        return show_text([self._bytes[token] for token in column if token >= 0])
 
     def _run(self) -> None:
         try:

@@ -152,7 +152,7 @@ def sweep(config: SteerConfig) -> DoseResponse:
     strengths = usual if config.strength == ("0.5n",) else config.strength
     doses = DoseConfig(strengths=strengths, seed=config.seed, max_new_tokens=config.max_new_tokens)
     prompts = None if not config.prompt else [np.array(tokenize(bench.model, config.prompt))]
-    found = dose_response(bench.model, start, bench.index, doses, prompts=prompts)
+    found = dose_response(bench.model, start, bench.index, doses, prompts=prompts, shown=True)
     if config.out is not None:
         write_json(config.out, found.to_json())
         charts.dose_response(found.to_json()).write_html(config.out.with_suffix(".html"), include_plotlyjs=True)

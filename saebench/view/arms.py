@@ -4,7 +4,7 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
-from saebench.view.tokens import number, token_html
+from saebench.view.tokens import number, token_html, units
 
 CSS = """
 .sb-head { min-height: 4.4rem; } .sb-head h3 { margin: .25rem 0 0; } .sb-of-arm { border-top: 1px solid var(--sb-rule); padding: .35rem 0 .5rem; }
@@ -19,12 +19,13 @@ def arm_html(arm: str, about: str, texts: Sequence[Sequence[str]], measured: Seq
     for sample, pieces in enumerate(texts):
         text = measured[sample] if sample < len(measured) else None
         spans = []
-        for place, piece in enumerate(pieces):
-            kl = float(text.kl[place]) if text is not None and place < len(text.kl) else 0.0
-            apart = text is not None and text.diverges == place and arm != "unsteered"
-            title = f"KL {kl:.3f} nats" if kl > 0 else ""
+        kls = [0.0] * len(pieces) if text is None else [*text.kl.tolist(), *[0.0] * len(pieces)][: len(pieces)]
+        for unit in units(pieces):
+            kl = kls[unit.strongest(kls)]
+            apart = text is not None and text.diverges in unit.places and arm != "unsteered"
+            title = unit.named(f"KL {kl:.3f} nats" if kl > 0 else "")
             spans.append(
-                token_html(piece, kl if kl > 0.005 else 0.0, FULL, title=title, kind="sb-apart" if apart else "")
+                token_html(unit.text, kl if kl > 0.005 else 0.0, FULL, title=title, kind="sb-apart" if apart else "")
             )
         number_ = f"<small>{sample + 1}</small>" if len(texts) > 1 else ""
         parts.append(

@@ -113,8 +113,11 @@ def training_curves(
     return _layout(figure, f"{label} during training", "rows trained on", label)
 
 
-def dose_response(response: Mapping[str, Any]) -> go.Figure:
-    """What a latent's direction does at each strength, beside a random direction in grey: `DoseResponse.to_json`."""
+def dose_response(response: Mapping[str, Any], *, now: float | None = None) -> go.Figure:
+    """What a latent's direction does at each strength, beside a random direction in grey: `DoseResponse.to_json`.
+
+    `now` is a strength to mark, in the unit of the axis.
+    """
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08, row_heights=[0.55, 0.45])
     unsteered = response["doses"][0]
     known = all(dose["norm"] is not None for dose in response["doses"])
@@ -127,8 +130,9 @@ def dose_response(response: Mapping[str, Any]) -> go.Figure:
         doses = [unsteered, *(dose for dose in response["doses"] if dose["arm"] == arm)]
         x = [dose["norm"] if known else dose["strength"] for dose in doses]
         for row, name, label, dash, symbol in lines:
+            named = label if arm == "steered" else "random direction"  # one entry of the legend for all of its lines
             figure.add_scatter(
-                x=x, y=[dose[name] for dose in doses], name=label if arm == "steered" else f"{label}, random direction",
+                x=x, y=[dose[name] for dose in doses], name=named, legendgroup=named, showlegend=arm == "steered" or name == "score",
                 mode="lines+markers", line={"color": colour, "dash": dash}, marker={"color": colour, "symbol": symbol},
                 row=row, col=1,
             )  # fmt: skip
@@ -136,6 +140,10 @@ def dose_response(response: Mapping[str, Any]) -> go.Figure:
     figure.add_vline(
         x=best["norm"] if known else best["strength"], line={"color": CONTROL, "dash": "dash"}, annotation_text="best"
     )
+    if now is not None:
+        figure.add_vline(
+            x=now, line={"color": STYLE["relu"][0], "dash": "dot"}, annotation_text="now", annotation_position="bottom right"
+        )  # fmt: skip
     unit = "strength, of the median norm" if known else "strength, raw"
     figure = _layout(figure, f"Latent {response['latent']}, {response['mode']}", "", "share")
     figure.update_xaxes(title=unit, row=2, col=1)

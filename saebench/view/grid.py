@@ -1,23 +1,25 @@
 """Tables as HTML whose headings and rows can be picked: `data-pick` says what, for whatever listens to clicks."""
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 CSS = """
-.sb-scroll { overflow-x: auto; }
+.sb-scroll { overflow: auto; max-height: var(--sb-height, 86vh); overscroll-behavior-x: contain; }
+.sb-scroll:focus-visible { outline: 2px solid var(--sb-line); outline-offset: 2px; }
 .sb-grid { border-collapse: collapse; width: 100%; font-size: 13px; line-height: 1.45; }
 .sb-grid th { position: sticky; top: 0; background: var(--sb-paper); text-align: right; font-weight: 500; padding: 0 10px 4px;
   border-bottom: 1px solid var(--sb-rule); white-space: nowrap; color: var(--sb-faint); z-index: 1; }
+.sb-grid th:first-child, .sb-grid td:first-child { position: sticky; left: 0; background: var(--sb-paper); } .sb-grid th:first-child { z-index: 2; }
 .sb-grid th.text, .sb-grid td.text { text-align: left; }
 .sb-grid td { text-align: right; padding: 4px 10px; border-bottom: 1px solid var(--sb-rule); font-variant-numeric: tabular-nums;
   white-space: nowrap; }
 .sb-grid td.wide { max-width: 20rem; overflow: hidden; text-overflow: ellipsis; }
 .sb-grid th button { all: unset; cursor: pointer; padding: 4px 0; color: inherit; }
 .sb-grid th[aria-sort] { color: var(--sb-ink); font-weight: 600; }
-.sb-grid tr[data-pick] { cursor: pointer; } .sb-grid tbody tr:hover { background: var(--sb-tint); }
-.sb-grid tr.chosen { background: var(--sb-tint); box-shadow: inset 3px 0 var(--sb-line); }
-.sb-grid button:focus-visible, .sb-grid a:focus-visible { outline: 2px solid var(--sb-line); outline-offset: 2px; }
+.sb-grid tr[data-pick] { cursor: pointer; } .sb-grid tbody tr:hover, .sb-grid tbody tr:hover td:first-child { background: var(--sb-tint); }
+.sb-grid tr.chosen, .sb-grid tr.chosen td:first-child { background: var(--sb-tint); } .sb-grid tr.chosen td:first-child { box-shadow: inset 3px 0 var(--sb-line); }
+.sb-grid tr[tabindex]:focus-visible { outline: 2px solid var(--sb-line); outline-offset: -2px; } .sb-grid button:focus-visible, .sb-grid a:focus-visible { outline: 2px solid var(--sb-line); outline-offset: 2px; }
 .sb-grid a { color: var(--sb-ink); text-underline-offset: 3px; text-decoration-color: var(--sb-rule); }
 .sb-side .sb-grid { table-layout: fixed; } .sb-side th:first-child { width: 3.2rem; } .sb-side th:last-child { width: 3.4rem; }
 .sb-side td, .sb-side th { padding-left: 6px; padding-right: 6px; } .sb-side td { vertical-align: top; }
@@ -47,14 +49,15 @@ class Row(NamedTuple):
 
 
 def grid_html(
-    columns: Sequence[Column], rows: Sequence[Row], name: str, *, sort: tuple[str, bool] | None = None
+    columns: Sequence[Column], rows: Sequence[Row], name: str, *, sort: tuple[str, bool] | None = None, height: str = ""
 ) -> str:
-    """A table; `sort` is the key it is sorted by, and whether descending."""
+    """A table; `sort` is the key it is sorted by, and whether descending, `height` the CSS length beyond which it scrolls."""
     head = "".join(_heading(column, sort) for column in columns)
     kinds = ["text wide" if column.text else "" for column in columns]
     body = "".join(_row(row, kinds) for row in rows)
+    limit = f' style="--sb-height:{html.escape(height, quote=True)}"' if height else ""
     return (
-        f'<div class="sb-scroll"><table class="sb-grid" aria-label="{html.escape(name, quote=True)}"><thead><tr>{head}</tr></thead>'
+        f'<div class="sb-scroll"{limit}><table class="sb-grid" aria-label="{html.escape(name, quote=True)}"><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
@@ -73,6 +76,9 @@ def _heading(column: Column, sort: tuple[str, bool] | None) -> str:
 
 def _row(row: Row, kinds: Sequence[str]) -> str:
     pick = f' data-pick="{html.escape(row.pick, quote=True)}"' if row.pick else ""
+    # What no link in the row does, the keyboard does on the row itself.
+    if pick and not any(pick in cell for cell in row.cells):
+        pick += ' tabindex="0"'
     cells = "".join(
         f'<td class="{kind}">{cell}</td>' if kind else f"<td>{cell}</td>"
         for cell, kind in zip(row.cells, kinds, strict=True)
@@ -80,12 +86,9 @@ def _row(row: Row, kinds: Sequence[str]) -> str:
     return f"<tr{pick}{' class=chosen' if row.chosen else ''}>{cells}</tr>"
 
 
-def link(text: str, pick: str, parameters: Mapping[str, str | int]) -> str:
-    """A link that is picked by a click, and opened in another tab as any other."""
-    address = "&amp;".join(
-        f"{html.escape(name)}={html.escape(str(value), quote=True)}" for name, value in parameters.items()
-    )
-    return f'<a href="?{address}" data-pick="{html.escape(pick, quote=True)}">{html.escape(text)}</a>'
+def link(text: str, pick: str, address: str) -> str:
+    """A link that is picked by a click, and leads to `address` where it is opened in another tab."""
+    return f'<a href="{html.escape(address, quote=True)}" data-pick="{html.escape(pick, quote=True)}">{html.escape(text)}</a>'
 
 
 def tag(text: str) -> str:

@@ -7,6 +7,7 @@ CSS = """
 .sb-bars { --sb-bar: light-dark(#d97706, #f59e0b); --sb-down: light-dark(#2563eb, #7da2ff); width: 100%; max-width: 340px; height: 64px; display: block; }
 .sb-bars rect { fill: var(--sb-bar); } .sb-bars rect.down { fill: var(--sb-down); }
 .sb-bars rect.mark { fill: var(--sb-ink); }
+.sb-axis { display: flex; justify-content: space-between; max-width: 340px; font-size: 11px; color: var(--sb-faint); font-variant-numeric: tabular-nums; }
 .sb-bars line { stroke: currentColor; stroke-opacity: .35; }
 """
 _HEIGHT = 48.0
@@ -19,8 +20,12 @@ def bars(
     *,
     down: Sequence[bool] | None = None,
     marks: Mapping[int, str] | None = None,
+    axis: Sequence[str] = (),
 ) -> str:
-    """Bars of equal width, each with its label on hover; `down` tells those in the second hue, `marks` names places among them."""
+    """Bars of equal width, each with its label on hover.
+
+    `down` tells those in the second hue, `marks` names places among them, `axis` is written below from left to right.
+    """
     tallest = max(max(heights, default=0.0), 1e-30)
     parts = []
     for place, (height, label) in enumerate(zip(heights, labels, strict=True)):
@@ -35,8 +40,9 @@ def bars(
             f'<rect class="mark" x="{place * 10 + 3}" y="0" width="3" height="{_HEIGHT}"><title>{html.escape(label)}</title></rect>'
         )
     width = max(len(heights) * 10, 10)
+    below = f'<div class="sb-axis">{"".join(f"<span>{html.escape(end)}</span>" for end in axis)}</div>' if axis else ""
     return (
         f'<svg class="sb-bars" viewBox="0 0 {width} {_HEIGHT + 1}" preserveAspectRatio="none" role="img" '
         f'aria-label="{html.escape(name, quote=True)}">{"".join(parts)}'
-        f'<line x1="0" x2="{width}" y1="{_HEIGHT + 0.5}" y2="{_HEIGHT + 0.5}"/></svg>'
+        f'<line x1="0" x2="{width}" y1="{_HEIGHT + 0.5}" y2="{_HEIGHT + 0.5}"/></svg>{below}'
     )

@@ -6,6 +6,7 @@ only signal; the exact value appears on hover and on keyboard focus, and the pea
 
 import html
 from collections.abc import Sequence
+from typing import NamedTuple
 
 CSS = """
 .sb-text, .sb-page { color-scheme: inherit; --sb-ink: light-dark(#1c2024, #eceef1); --sb-faint: light-dark(#5b6370, #a3acb8);
@@ -19,6 +20,8 @@ CSS = """
   border-bottom: calc(1px + 3px * var(--a)) solid var(--sb-line); }
 .sb-change .sb-on { background: color-mix(in srgb, var(--sb-change) calc(6% + 40% * var(--a)), transparent);
   border-bottom-color: var(--sb-change); }
+.sb-change .sb-on.sb-down { background: color-mix(in srgb, var(--sb-hue) calc(6% + 40% * var(--a)), transparent);
+  border-bottom: calc(1px + 3px * var(--a)) dashed var(--sb-line); }
 .sb-t[data-pick] { cursor: pointer; } .sb-t.chosen { outline: 2px solid var(--sb-ink); outline-offset: 1px; }
 .sb-t:focus-visible { outline: 2px solid var(--sb-line); outline-offset: 1px; }
 .sb-t[data-v]:hover::after, .sb-t[data-v]:focus::after { content: attr(data-v); position: absolute; left: 0; top: 1.6em; z-index: 2;
@@ -63,12 +66,35 @@ def token_html(
     return f'<span class="{classes}"{attributes}>{text}</span>{badge}'
 
 
+class Unit(NamedTuple):
+    """A token of a text, or several that make one character (`saebench.text.show_text`)."""
+
+    text: str
+    places: range
+
+    def strongest(self, values: Sequence[float]) -> int:
+        """The place whose value, of one per token of the text, is the largest."""
+        return max(self.places, key=lambda place: values[place])
+
+    def named(self, name: str) -> str:
+        """The name, and of how many tokens it is the largest."""
+        return name if len(self.places) == 1 or not name else f"{name}, the most of {len(self.places)} tokens"
+
+
+def units(pieces: Sequence[str]) -> list[Unit]:
+    """What is drawn as one: each token with the empty ones behind it, whose bytes end its last character."""
+    starts = [place for place, piece in enumerate(pieces) if piece or place == 0]
+    ends = [*starts[1:], len(pieces)]
+    return [Unit(pieces[start], range(start, end)) for start, end in zip(starts, ends, strict=True)] if pieces else []
+
+
 def text_html(pieces: Sequence[str], values: Sequence[float], maximum: float, *, peak: int | None = None) -> str:
     """A line of tokens; `peak` is the place of the one that carries its value as a badge."""
-    spans = (
-        token_html(piece, float(value), maximum, peak=place == peak)
-        for place, (piece, value) in enumerate(zip(pieces, values, strict=True))
-    )
+    spans = []
+    for unit in units(pieces):
+        value = float(values[unit.strongest(values)])
+        title = unit.named(number(value) if value > 0 else "")
+        spans.append(token_html(unit.text, value, maximum, peak=peak in unit.places, title=title))
     return f'<div class="sb-text">{"".join(spans)}</div>'
 
 
