@@ -4,7 +4,20 @@ from pathlib import Path
 
 import streamlit as st
 import torch
-from shell import address, chosen_run, chosen_sae, jobs, keep_in_address, leave, remember, root, runs, watch_jobs
+from shell import (
+    chosen_run,
+    chosen_sae,
+    clickable,
+    jobs,
+    keep_in_address,
+    leave,
+    navigation_html,
+    remember,
+    root,
+    runs,
+    set_out,
+    watch_jobs,
+)
 
 from saebench.browse.runs import saes_of
 from saebench.view.markdown import code, plain
@@ -16,16 +29,17 @@ st.set_page_config(page_title="saebench", page_icon=HERE / "icon.png", layout="w
 torch.set_num_threads(1)
 st.html(HERE / "look.css")
 PAGES = [
-    st.Page("views/overview.py", title="Overview", icon=":material/insights:", default=True),
-    st.Page("views/features.py", title="Features", icon=":material/table_rows:"),
-    st.Page("views/prompt.py", title="Prompt", icon=":material/short_text:"),
-    st.Page("views/steering.py", title="Steering", icon=":material/tune:"),
-    st.Page("views/compare.py", title="Compare", icon=":material/compare_arrows:"),
+    st.Page("views/overview.py", title="Overview", default=True),
+    st.Page("views/features.py", title="Features"),
+    st.Page("views/prompt.py", title="Prompt"),
+    st.Page("views/steering.py", title="Steering"),
+    st.Page("views/compare.py", title="Compare"),
 ]
 page = st.navigation(PAGES, position="hidden")
 st.session_state.page = page.url_path or "overview"
 
 with st.sidebar:
+    above = st.container()
     names = list(runs())
     if names:
         # Without a default of their own, so that the address always names what is shown.
@@ -44,14 +58,18 @@ with st.sidebar:
         for name, why in broken.items():
             st.warning(plain(f"{name} cannot be read: {why}"))
     else:
+        run = None
         st.caption(f"No run under {code(str(root()))} yet.")
-    for other in PAGES:
-        name = other.url_path or "overview"
-        st.page_link(other, query_params={} if other is page else address(name))
+    sae = chosen_sae()
+    st.session_state.here = ({"run": run.name} if run else {}) | ({"sae": sae.name} if sae else {})
+    links = [(other.url_path or "overview", other.title) for other in PAGES]
+    with above:
+        clickable(navigation_html(links, st.session_state.page), "navigation", set_out)
     if jobs().all():
         st.divider()
         watch_jobs()
 
 leave()
+remember()
 page.run()
 remember()

@@ -129,21 +129,16 @@ def chosen_sae() -> Trained | None:
     )
 
 
-def here() -> dict[str, str]:
-    """What every address names: the run and the SAE."""
-    return {name: st.session_state[name] for name in ("run", "sae") if st.session_state.get(name)}
-
-
 def address(page: str, /) -> dict[str, Any]:
     """The query with which a page is opened but for run and SAE: as it was left, without what was another SAE's."""
     left, own = st.session_state.get("left", {}).get(page, ({}, {}))
-    same = left == here()
+    same = left == st.session_state.here
     return {name: values for name, values in own.items() if same or name not in OF_ONE_SAE}
 
 
 def link_to(page: str, /, **parameters: str | int | list[str]) -> str:
     """The address of a page for a link, of the run and SAE that are shown unless others are given."""
-    return f"{page}?{urlencode({**here(), **parameters}, doseq=True)}"
+    return f"{page}?{urlencode({**st.session_state.here, **parameters}, doseq=True)}"
 
 
 def fragment(function: Callable[P, None]) -> Callable[P, None]:
@@ -161,7 +156,22 @@ def fragment(function: Callable[P, None]) -> Callable[P, None]:
 def remember() -> None:
     """Note the query of the page that is shown, for when it is come back to; after all that changes it."""
     own = {name: st.query_params.get_all(name) for name in st.query_params if name not in ("run", "sae")}
-    st.session_state.setdefault("left", {})[st.session_state.page] = (here(), own)
+    st.session_state.setdefault("left", {})[st.session_state.page] = (st.session_state.here, own)
+
+
+def navigation_html(pages: list[tuple[str, str]], current: str) -> str:
+    """Links to the pages, given by name and title, each as it was left; that to the current one begins it anew."""
+    links = []
+    for page, title in pages:
+        to = link_to("./" if page == "overview" else page, **({} if page == current else address(page)))
+        link = grid.link(title, page, to)
+        links.append(link.replace("<a ", '<a aria-current="page" ') if page == current else link)
+    return f'<nav class="sb-pages" aria-label="Pages">{"".join(links)}</nav>'
+
+
+def set_out(page: str) -> None:
+    """Open a page when the script runs next, as a callback does: as it was left, or anew where one is on it."""
+    st.session_state.going = page, {} if page == st.session_state.page else address(page)
 
 
 def go(page: str, /, **parameters: str | int) -> None:
@@ -172,7 +182,7 @@ def go(page: str, /, **parameters: str | int) -> None:
 
 
 def leave() -> None:
-    """Open the page that `go` has named, if it has."""
+    """Open the page that `go` or `set_out` has named, if one has."""
     if going := st.session_state.pop("going", None):
         st.switch_page(f"views/{going[0]}.py", query_params=going[1])
 
@@ -237,6 +247,9 @@ export default function ({ parentElement, data, setTriggerValue }) {
 """
 _CSS = (
     tokens.CSS + svg.CSS + grid.CSS + arms.CSS + PARTS_CSS
+    + ".sb-pages { display: flex; flex-direction: column; gap: 2px; } .sb-pages a { padding: 4px 10px; border-radius: 4px; text-decoration: none;"
+    " color: var(--sb-ink); } .sb-pages a:hover { background: var(--sb-tint); } .sb-pages a[aria-current] { background: var(--sb-tint);"
+    " font-weight: 600; box-shadow: inset 3px 0 var(--sb-line); }"
     + ".sb-app { container-type: inline-size; color: var(--sb-ink); background: transparent; font: 15px/1.5 system-ui, sans-serif; }"
 )  # fmt: skip
 _panel = v2.component("saebench.panel", css=_CSS, js=_SCRIPT)

@@ -129,6 +129,92 @@ def test_the_address_names_the_sae_wherever_one_goes(page: Page, browser: Browse
     other.close()
 
 
+def test_back_and_the_sidebar_find_pages_as_they_were_left(page: Page, address: str) -> None:
+    page.goto(f"{address}/steering?sae={SAE}&turns=3:add:2n&prompt=the+cat&seed=5")
+    expect(page.get_by_role("spinbutton", name="Seed")).to_have_value("5")
+    page.get_by_role("link", name="Prompt").click()
+    page.get_by_role("textbox", name="Text").fill("the red cat")
+    page.get_by_role("button", name="See what fires").click()
+    first = page.locator("a[data-pick^='latent:']").first
+    latent = first.inner_text()
+    first.click()
+    expect(page.get_by_role("heading", name=f"Latent {latent}")).to_be_visible()
+    settled(page)
+    assert f"sae={SAE}" in page.url
+    page.go_back()  # to the text, in one step
+    expect(page.get_by_role("textbox", name="Text")).to_have_value("the red cat")
+    expect(first).to_be_visible()
+    page.get_by_role("link", name="Steering").click()
+    expect(page.get_by_role("spinbutton", name="Seed")).to_have_value("5")
+    expect(page.get_by_role("textbox", name="Prompt")).to_have_value("the cat")
+    expect(page.get_by_text("Latent 3", exact=True)).to_be_visible()
+    page.go_back()
+    expect(page.get_by_role("textbox", name="Text")).to_have_value("the red cat")
+    page.get_by_role("link", name="Features").click()
+    expect(page.get_by_role("heading", name=f"Latent {latent}")).to_be_visible()
+    page.get_by_role("link", name="Features").click()  # a second click: the page anew
+    expect(page.locator("table[aria-label=latents] tbody tr").nth(40)).to_be_attached()
+
+
+def test_the_list_is_in_a_latents_address(page: Page, browser: Browser, address: str) -> None:
+    page.goto(f"{address}/features?sae={SAE}&sort=max.desc&q=7")
+    rows = page.locator("table[aria-label=latents] tbody tr")
+    expect(rows).not_to_have_count(48)
+    second = rows.nth(1).locator("a").inner_text()
+    rows.first.locator("a").click()
+    expect(page.get_by_role("heading", name=re.compile("^Latent"))).to_be_visible()
+    settled(page)
+    assert "q=7" in page.url
+    assert "sort=max.desc" in page.url
+    other = browser.new_context().new_page()
+    other.goto(page.url)
+    expect(other.get_by_role("heading", name=re.compile("^Latent"))).to_be_visible()
+    other.keyboard.press("j")
+    expect(other.get_by_role("heading", name=re.compile(f"^Latent {second}"))).to_be_visible()
+    other.close()
+
+
+def test_links_lead_to_the_right_place_in_another_tab(page: Page, address: str) -> None:
+    page.goto(f"{address}/compare?sae={SAE}&kind=Related")
+    page.locator("table[aria-label=pairs] a").first.wait_for()
+    links = page.locator("table[aria-label=pairs] tbody tr:first-child a")
+    here, there = (links.nth(place).get_attribute("href") or "" for place in (0, 1))
+    assert f"sae={SAE}" in here
+    assert "sae=topk-k2" in there
+    page.goto(f"{address}/{there}")
+    expect(page.get_by_role("heading", name=f"Latent {there.rpartition('=')[2]}")).to_be_visible()
+    page.goto(f"{address}/prompt?sae={SAE}&text=the+red+cat")
+    steer = page.locator("a[data-pick^='steer:']").first
+    page.goto(f"{address}/{steer.get_attribute('href')}")
+    expect(page.get_by_role("textbox", name="Prompt")).to_have_value("the red cat")
+
+
+def test_the_keyboard_keeps_its_place(page: Page, address: str) -> None:
+    page.goto(f"{address}/prompt?sae={SAE}&text=the+red+cat")
+    row = page.locator("tr[tabindex='0']").nth(2)
+    row.focus()
+    picked = row.get_attribute("data-pick")
+    page.keyboard.press("Enter")
+    expect(page.locator("tr.chosen")).to_have_attribute("data-pick", picked or "")
+    settled(page)
+    assert page.evaluate(_FOCUSED) == picked
+    page.goto(f"{address}/features?sae={SAE}")
+    page.locator("button[data-pick='sort:max']").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("th[aria-sort=descending]")).to_contain_text("max")
+    assert page.evaluate(_FOCUSED) == "sort:max"
+
+
+def test_a_character_of_several_tokens_is_drawn_once(page: Page, address: str) -> None:
+    page.goto(f"{address}/prompt?sae={SAE}&text=\U0001f600+\u0634\u0643\u0631\u0627+\u2713+cat")
+    tokens = page.locator(".sb-text [data-pick^='at:']")
+    expect(tokens.first).to_be_visible()
+    text = "".join(tokens.all_inner_texts())
+    for letter in ("\U0001f600", "\u0634", "\u0643", "\u2713"):
+        assert text.count(letter) == 1
+    assert "\\x" not in text
+
+
 def test_contexts_switch_and_hostile_text_shows_as_text(page: Page, address: str) -> None:
     page.goto(f"{address}/features?sae={SAE}&latent=3")
     expect(page.locator(".example").first).to_be_visible()
@@ -139,11 +225,11 @@ def test_contexts_switch_and_hostile_text_shows_as_text(page: Page, address: str
     whole = page.locator(".example .sb-text")
     assert len(whole.first.inner_text()) >= few
     seen = ""
-    for latent in range(0, 48, 6):
+    for latent in range(0, 48, 4):
         page.goto(f"{address}/features?sae={SAE}&latent={latent}&around=full&group=Random")
         expect(page.locator("h1")).to_contain_text(f"Latent {latent}")
         settled(page)
-        seen += "".join(whole.all_inner_texts())
+        seen += whole.evaluate_all(_WITHOUT_BADGES)
     for text in ("<scr", "javascript:", "**", "\u2400"):  # contexts are 16 tokens long
         assert text in seen, text
     assert page.locator(".example script, .example img, .example b").count() == 0
@@ -307,6 +393,11 @@ def test_dark_and_narrow_pages_are_whole(browser: Browser, address: str, scheme:
         assert contrast["worst"] >= 4.5, (view, contrast)
     page.close()
 
+
+_FOCUSED = """() => { let one = document.activeElement; while (one && one.shadowRoot) one = one.shadowRoot.activeElement;
+  return one && one.dataset.pick; }"""
+_WITHOUT_BADGES = """(lines) => lines.map((line) => { const copy = line.cloneNode(true);
+  copy.querySelectorAll('.sb-badge').forEach((badge) => badge.remove()); return copy.textContent; }).join('')"""
 
 # Of all text in the panels, buttons, captions and charts' axes: the smallest contrast between its colour and the first opaque background behind it.
 _CONTRAST = """() => {
