@@ -153,10 +153,14 @@ def fragment(function: Callable[P, None]) -> Callable[P, None]:
     return part
 
 
+def own_query() -> dict[str, list[str]]:
+    """The query of the page that is shown, but for run and SAE."""
+    return {name: st.query_params.get_all(name) for name in st.query_params if name not in ("run", "sae")}
+
+
 def remember() -> None:
     """Note the query of the page that is shown, for when it is come back to; after all that changes it."""
-    own = {name: st.query_params.get_all(name) for name in st.query_params if name not in ("run", "sae")}
-    st.session_state.setdefault("left", {})[st.session_state.page] = (st.session_state.here, own)
+    st.session_state.setdefault("left", {})[st.session_state.page] = (st.session_state.here, own_query())
 
 
 def navigation_html(pages: list[tuple[str, str]], current: str) -> str:
@@ -171,7 +175,13 @@ def navigation_html(pages: list[tuple[str, str]], current: str) -> str:
 
 def set_out(page: str) -> None:
     """Open a page when the script runs next, as a callback does: as it was left, or anew where one is on it."""
-    st.session_state.going = page, {} if page == st.session_state.page else address(page)
+    state = st.session_state
+    if page != state.page:
+        state.going = page, address(page)
+        return
+    for name in own_query():
+        state.pop(name, None)
+    state.going = page, {}
 
 
 def go(page: str, /, **parameters: str | int) -> None:
@@ -197,17 +207,17 @@ def keep_in_address(name: str, options: list[str], default: str) -> None:
 
 # ------------------------------------------------------------------------------------------- HTML
 
-# Going to another page, Streamlit pushes its query at the old path first, and then the path: two entries of the
-# browser's history where one is right, the first of which is no page. What is pushed at once after a push replaces it.
+# Going to another page, Streamlit pushes its query at the old path first, then run and SAE, and then the path: several
+# entries of the browser's history where one is right. What one act of the person pushes is one entry here.
 _SCRIPT = """
 if (!window.saebenchHistory) {
-  window.saebenchHistory = true;
-  const push = history.pushState.bind(history);
-  let last = -1e9;
+  window.saebenchHistory = { acted: false };
+  const push = history.pushState.bind(history), replace = history.replaceState.bind(history);
+  for (const kind of ['pointerdown', 'keydown'])
+    window.addEventListener(kind, () => { window.saebenchHistory.acted = true; }, true);
   history.pushState = (state, title, url) => {
-    const now = performance.now();
-    (now - last < 400 ? history.replaceState.bind(history) : push)(state, title, url);
-    last = now;
+    (window.saebenchHistory.acted ? push : replace)(state, title, url);
+    window.saebenchHistory.acted = false;
   };
 }
 // The keyboard's focus stays on what was picked, and a table with the same first row stays where it was scrolled to.

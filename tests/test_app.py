@@ -212,7 +212,9 @@ def test_markup_in_a_label_or_an_error_is_shown_as_it_is(opened: Any, copy: Path
     notes.write(3, Note(hostile))
     app = opened("features", root=copy, sae=SAE, latent="3")
     assert bare(app.title[0].value) == f"Latent 3: {hostile}"
-    assert not re.search(r"(?<!\\)[\[$*:<]", app.title[0].value.removeprefix("Latent 3: ").replace("\\:", "").replace(": ", ""))
+    assert not re.search(
+        r"(?<!\\)[\[$*:<]", app.title[0].value.removeprefix("Latent 3: ").replace("\\:", "").replace(": ", "")
+    )
     error = opened("steering", sae=SAE, turns="**x**").error[0].value
     assert "**" not in error
     assert "'**x**' is no intervention" in bare(error)

@@ -169,7 +169,7 @@ def test_the_list_is_in_a_latents_address(page: Page, browser: Browser, address:
     other = browser.new_context().new_page()
     other.goto(page.url)
     expect(other.get_by_role("heading", name=re.compile("^Latent"))).to_be_visible()
-    other.keyboard.press("j")
+    other.get_by_role("button", name="Next").click()
     expect(other.get_by_role("heading", name=re.compile(f"^Latent {second}"))).to_be_visible()
     other.close()
 

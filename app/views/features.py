@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import streamlit as st
 from latent import show_latent
-from shell import chosen_sae, clickable, fragment, link_to, missing, said, table_of
+from shell import chosen_sae, clickable, fragment, link_to, missing, own_query, said, table_of
 
 from saebench.browse.table import HEADINGS, MAX_SIZE, LatentTable, Query
 from saebench.index.derive import FLAGS
@@ -104,7 +104,7 @@ def rows(table: LatentTable) -> None:
         grid.Column("", "label or rule", text=True),
         *(grid.Column(name, *HEADINGS[name]) for name in table.sortable), grid.Column("", "flags", text=True),
     ]  # fmt: skip
-    address = {name: st.query_params.get_all(name) for name in st.query_params if name not in ("run", "sae", "latent")}
+    address = {name: values for name, values in own_query().items() if name != "latent"}
     body = [row(table, int(latent), bins, address) for latent in found.latents]
     clickable(grid.grid_html(columns, body, "latents", sort=(query.sort, query.descending)), "latents", picked)
     pages = -(-found.total // query.size)
@@ -143,7 +143,9 @@ with said():
         title.title(plain(sae.name))
         rows(table)
     else:
-        show_latent(sae, table, int(chosen), query_of(table), title)
-        # Also here, so that the address keeps them: the previous and the next latent are those of the list.
+        place = st.container()
+        # Also here, and first, so that the address keeps them: the previous and the next latent are those of the list.
         with st.expander("The list that Previous and Next go through"):
             filters()
+        with place:
+            show_latent(sae, table, int(chosen), query_of(table), title)
