@@ -3,6 +3,7 @@
 import contextlib
 import io
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -198,9 +199,12 @@ def test_work_that_is_stopped_ends_and_one_that_fails_says_why(copied: Path, run
     deadline = time.monotonic() + 100
     while (job.progress or ("",))[0] != "harvest store" and time.monotonic() < deadline:
         time.sleep(0.05)
+    assert job.name == "harvest embedded"
+    assert job.resumes
     job.stop()
     assert job.wait(60.0) == 130
     assert not job.succeeded
+    assert job.stopped
     failed = Job(["index", "--sae", str(run / "saes" / "none")], copied / "log2")
     assert failed.wait(60.0) == 2
     assert "saebench: error: " in failed.message
@@ -256,3 +260,24 @@ def test_the_server_listens_to_this_machine_and_imports_nothing_from_where_it_st
         [sys.executable, "-m", "saebench.cli", "app", "--help"], capture_output=True, text=True, check=True
     )
     assert "--port" in shown.stdout
+
+
+def test_what_ends_the_command_ends_the_server(run: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    arguments = [sys.executable, "-m", "saebench.cli", "app", str(run), "--port", str(port), "--no-browser"]
+    server = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+
+    def answers() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("localhost", port)) == 0
+
+    while not answers():
+        assert server.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    server.terminate()
+    server.wait(30)
+    assert not answers()

@@ -2,8 +2,12 @@ import html
 import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from saebench.view.tokens import CSS, number, text_html, token_html
+from saebench.text import show_text
+from saebench.view.markdown import code, plain
+from saebench.view.tokens import CSS, number, text_html, token_html, units
 
 NASTY = [
     "<script>alert(1)</script>",
@@ -48,8 +52,48 @@ def test_strength_is_told_by_colour_weight_and_number() -> None:
     assert made.count("sb-badge") == 1
     assert "border-bottom" in CSS
     assert "light-dark(" in CSS
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="2 tokens and 1 values"):
         text_html(["a", "b"], [1.0], 1.0)
+
+
+def test_a_character_of_several_tokens_is_one_unit_with_its_largest_value() -> None:
+    pieces = show_text([b"a ", b"\xf0\x9f", b"\x98", b"\x80b", b"\xff", b""])
+    assert pieces == ["a ", "\U0001f600", "", "b", "\\xff", ""]
+    assert [(unit.text, list(unit.places)) for unit in units(pieces)] == [
+        ("a ", [0]), ("\U0001f600", [1, 2]), ("b", [3]), ("\\xff", [4, 5]),
+    ]  # fmt: skip
+    made = text_html(pieces, [0.0, 1.0, 3.0, 0.0, 0.0, 0.0], 4.0, peak=2)
+    assert made.count("sb-on") == 1
+    assert 'data-v="3.00, the most of 2 tokens"' in made
+    assert made.count("sb-badge") == 1
+    assert units([]) == []
+    assert show_text([]) == []
+
+
+@given(st.lists(st.binary(max_size=4), max_size=12))
+def test_shown_tokens_joined_are_the_text(pieces: list[bytes]) -> None:
+    shown = show_text(pieces)
+    assert len(shown) == len(pieces)
+    assert "".join(shown) == b"".join(pieces).decode("utf-8", "backslashreplace")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[a](http://b)", "**b** _c_ `d`", "$x$ ~~e~~", ":material/home: :red[f]", "<b>", "# h", "- i", "12. j", "a\nb"],
+)
+def test_markup_is_escaped_and_reads_the_same(text: str) -> None:
+    escaped = plain(text)
+    assert re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", escaped) == " ".join(text.split())
+    assert not re.search(r"(?<!\\)[\[\]*_`$~:<#]|^- |\d\. ", escaped)
+
+
+@pytest.mark.parametrize("text", ["a", "`", "a``b`", "", "a\nb"])
+def test_a_code_span_holds_any_text(text: str) -> None:
+    span = code(text)
+    fence = re.match("`+", span).group() if text != "`" else "``"  # type: ignore[union-attr]
+    assert span.startswith(fence)
+    assert span.endswith(fence)
+    assert fence not in span[len(fence) : -len(fence)]
 
 
 def test_numbers_have_three_figures() -> None:

@@ -140,7 +140,7 @@ with said():
     if pair := choose(found):
         hashes = (pair.table.index.identity["sae"], pair.other_table.index.identity["sae"])
         sides = compared(pair, (pair.here.name, pair.other.name), hashes)
-        left, right = st.columns(2, gap="large")
+        left, right = st.container(key="halves").columns(2, gap="large")
         with left:
             counts(pair, sides)
             view = st.segmented_control(

@@ -108,14 +108,15 @@ def rows(table: LatentTable) -> None:
     body = [row(table, int(latent), bins, address) for latent in found.latents]
     clickable(grid.grid_html(columns, body, "latents", sort=(query.sort, query.descending)), "latents", picked)
     pages = -(-found.total // query.size)
-    left, middle, right, _ = st.columns([1, 3, 1, 5], vertical_alignment="center")
-    if left.button("Previous page", disabled=found.page == 0, width="stretch"):
-        st.query_params["page"] = str(found.page)
-        st.rerun(scope="fragment")
-    middle.caption(f"{found.total:,} of {table.index.d_sae:,} latents, page {found.page + 1} of {pages}")
-    if right.button("Next page", disabled=found.page + 1 >= pages, width="stretch"):
-        st.query_params["page"] = str(found.page + 2)
-        st.rerun(scope="fragment")
+    with st.container(horizontal=True, vertical_alignment="center"):
+        if st.button("Previous page", disabled=found.page == 0):
+            st.query_params["page"] = str(found.page)
+            st.rerun(scope="fragment")
+        said_of_them = f"{found.total:,} of {table.index.d_sae:,} latents, page {found.page + 1} of {pages}"
+        st.caption(said_of_them, width="content")
+        if st.button("Next page", disabled=found.page + 1 >= pages):
+            st.query_params["page"] = str(found.page + 2)
+            st.rerun(scope="fragment")
 
 
 sae = chosen_sae()

@@ -99,7 +99,7 @@ def plots(saes: dict[str, Trained]) -> None:
     if st.session_state.setdefault("first look", True):
         st.session_state["first look"] = False
         time.sleep(FIRST)
-    left, right = st.columns(2)
+    left, right = st.container(key="halves").columns(2)
     with left:
         label = st.segmented_control(
             "Against L0", list(METRICS), default="Loss recovered", key="metric", bind="query-params"

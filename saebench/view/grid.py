@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 CSS = """
-.sb-scroll { overflow: auto; max-height: var(--sb-height, 86vh); overscroll-behavior-x: contain; }
+.sb-scroll { overflow: auto; max-height: var(--sb-height, 86vh); overscroll-behavior-x: contain;
+  background: linear-gradient(to left, var(--sb-paper) 30%, transparent) right / 40px 100% local no-repeat,
+    linear-gradient(to left, color-mix(in srgb, var(--sb-ink) 22%, transparent), transparent) right / 12px 100% scroll no-repeat; }
 .sb-scroll:focus-visible { outline: 2px solid var(--sb-line); outline-offset: 2px; }
-.sb-grid { border-collapse: collapse; width: 100%; font-size: 13px; line-height: 1.45; }
+.sb-grid { border-collapse: separate; border-spacing: 0; width: 100%; font-size: 13px; line-height: 1.45; }
 .sb-grid th { position: sticky; top: 0; background: var(--sb-paper); text-align: right; font-weight: 500; padding: 0 10px 4px;
   border-bottom: 1px solid var(--sb-rule); white-space: nowrap; color: var(--sb-faint); z-index: 1; }
 .sb-grid th:first-child, .sb-grid td:first-child { position: sticky; left: 0; background: var(--sb-paper); } .sb-grid th:first-child { z-index: 2; }

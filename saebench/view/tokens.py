@@ -89,7 +89,9 @@ def units(pieces: Sequence[str]) -> list[Unit]:
 
 
 def text_html(pieces: Sequence[str], values: Sequence[float], maximum: float, *, peak: int | None = None) -> str:
-    """A line of tokens; `peak` is the place of the one that carries its value as a badge."""
+    """A line of tokens; `peak` is the place of the one that carries its value as a badge. Raises ValueError for unequal numbers."""
+    if len(pieces) != len(values):
+        raise ValueError(f"there are {len(pieces)} tokens and {len(values)} values; expected one of each")
     spans = []
     for unit in units(pieces):
         value = float(values[unit.strongest(values)])
