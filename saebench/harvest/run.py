@@ -23,9 +23,10 @@ from saebench.text import SPLITS, Context, Encoder, TextConfig, encoder_of, fing
 log = logging.getLogger(__name__)
 
 
-def harvest(config: HarvestConfig, text: TextConfig) -> Store | None:
+def harvest(config: HarvestConfig, text: TextConfig, spare: int = 0) -> Store | None:
     """Make, continue or reopen the store in `config.out`; None when Ctrl-C ended it early.
 
+    A disk must have room for `spare` rows more than the store's, which are to follow.
     Under torchrun the processes share the work, and each comes back with the store. Raises ValueError for a
     model, hook or data set that does not exist, for a data set with nothing in one of the splits, for a disk
     too small, and for a store made with other settings.
@@ -48,7 +49,7 @@ def harvest(config: HarvestConfig, text: TextConfig) -> Store | None:
         if writer.manifest["complete"]:
             log.info("%s is complete already", config.out)
             return open_store(config.out)
-        return fill(config, text, model, encoder, writer, world)
+        return fill(config, text, model, encoder, writer, world, spare)
 
 
 def open_model(config: HarvestConfig, device: str | None) -> tuple[LanguageModel, Encoder]:
@@ -74,15 +75,16 @@ def open_model(config: HarvestConfig, device: str | None) -> tuple[LanguageModel
 
 
 def fill(
-    config: HarvestConfig, text: TextConfig, model: LanguageModel, encoder: Encoder, writer: StoreWriter, world: World
-) -> Store | None:
+    config: HarvestConfig, text: TextConfig, model: LanguageModel, encoder: Encoder, writer: StoreWriter, world: World,
+    spare: int = 0,
+) -> Store | None:  # fmt: skip
     """Write the shards that a store still lacks, and complete it; None when Ctrl-C ended that early."""
     expected = _expected_rows(config, text.validation_fraction)
     done = sum(entry["rows"] for entry in writer.shards)
 
     def prepare() -> frozenset[int]:
         if world.leads:
-            _check_disk(config, model, expected - done)
+            _check_disk(config, model, expected - done + spare)
             writer.add_tokenizer(model.tokenizer_files)
             _add_unembedding(writer, model)
         return writer.present

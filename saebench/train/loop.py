@@ -1,9 +1,10 @@
 """The training loop: a grid of SAEs off one shuffled stream of activations."""
 
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +20,10 @@ from saebench.sae import fold, read_config, save_sae
 from saebench.store import Cursor, Store, open_store, shuffled_batches
 from saebench.store.norms import moments_within, rows_beyond
 from saebench.store.schema import MANIFEST
+from saebench.store.shuffle import ShardsOf
 from saebench.train.checkpoint import Checkpoint, full_disk_is_a_value_error
 from saebench.train.member import Member, Spec
+from saebench.train.rolling import Rolling, Stopped, delete_windows, window_shards
 from saebench.train.settings import TrainConfig, grid
 
 log = logging.getLogger(__name__)
@@ -37,10 +40,11 @@ class Stream(NamedTuple):
     mean_D: Tensor
 
 
-def train(config: TrainConfig) -> list[Path] | None:
+def train(config: TrainConfig, model: Sequence[str] = ()) -> list[Path] | None:
     """Train the grid; returns the SAEs' directories, or None when Ctrl-C ended it early.
 
-    The same call continues a run that was interrupted or killed, and skips SAEs that are done.
+    The same call continues a run that was interrupted or killed, and skips SAEs that are done. `model` says where
+    a rolling run's harvester has its model: "--device", "cuda:1", "--trust-remote-code".
     Raises ValueError for a store, hook or checkpoint that does not fit; and, once the others are
     trained and saved, for SAEs whose loss stopped being finite.
     """
@@ -50,11 +54,15 @@ def train(config: TrainConfig) -> list[Path] | None:
     torch.backends.cuda.matmul.allow_tf32 = config.dtype == "tf32"
     folder = config.out / "saes"
     specs = grid(config, store.d_in(hooks[0]), hooks)
-    with locked(config.out):
-        identity = {spec.name: _identity(config, spec, store, len(hooks)) for spec in specs}
+    window = _window_shards(config, store, hooks)
+    with locked(config.out), contextlib.ExitStack() as held:
+        identity = {spec.name: _identity(config, spec, store, len(hooks), window) for spec in specs}
         todo = [spec for spec in specs if not _done(folder / spec.name, identity[spec.name])]
         checkpoint = Checkpoint(folder, identity)
         if not todo:
+            if window and checkpoint.exists:  # killed as it was about to end
+                held.enter_context(locked(store.folder, other="--store"))
+                delete_windows(store.folder)
             checkpoint.remove()
             log.info("%s: all %d SAEs are trained already", folder, len(specs))
             return [folder / spec.name for spec in specs]
@@ -66,44 +74,79 @@ def train(config: TrainConfig) -> list[Path] | None:
         ]
         first, cursors, seconds = checkpoint.restore(members)
         logs = {spec.name: MetricsLog(folder / spec.name / "metrics.jsonl", first) for spec in todo}
+        interrupt = held.enter_context(interruptible())
+        rolling = (
+            held.enter_context(
+                Rolling(
+                    store, window, config.n_steps * config.batch, cursors.values(), lambda: interrupt.requested, model
+                )
+            )
+            if window
+            else None
+        )
+        shards = rolling.shards if rolling else None
         streams = {
-            hook: Stream(_batches(config, store, hook, len(hooks), cursors.get(hook, Cursor())), *means[hook])
+            hook: Stream(_batches(config, store, hook, len(hooks), cursors.get(hook, Cursor()), shards), *means[hook])
             for hook in {spec.hook: None for spec in todo}
         }
         active = [member for member in members if member.diverged is None]
         clock = Clock(seconds, first * config.batch)
-        bar = progress(config.n_steps * config.batch, f"train {len(active)} SAEs", "row", first * config.batch)
-        with interruptible() as interrupt, bar:
-            for step in range(first, config.n_steps):
-                for hook, stream in streams.items():
-                    rows, cursors[hook] = next(stream.batches)
-                    x_BD = rows.to(device, torch.float32) * stream.scale
-                    for member in active:
-                        if member.spec.hook == hook:
-                            member.step(x_BD, step)
-                bar.update(config.batch)
-                last = step + 1 == config.n_steps
-                if (step + 1) % LOG_EVERY == 0 or last:
-                    _log(active, logs, bar, step, config.batch, clock)
-                    active = [member for member in active if member.diverged is None]
-                if last or not active or interrupt.requested or clock.since_save > CHECKPOINT_SECONDS:
-                    checkpoint.save(members, step + 1, cursors, clock.total)
-                    clock.saved()
-                if not active:
-                    break
-                if interrupt.requested and not last:
-                    log.warning("stopped after step %d of %d; the same command continues", step + 1, config.n_steps)
-                    return None
+        bar = held.enter_context(
+            progress(config.n_steps * config.batch, f"train {len(active)} SAEs", "row", first * config.batch)
+        )
+        for step in range(first, config.n_steps):
+            try:
+                drawn = _draw(streams, rolling)
+            except Stopped:
+                checkpoint.save(members, step, cursors, clock.total)
+                log.warning("stopped before step %d of %d; the same command continues", step + 1, config.n_steps)
+                return None
+            for hook, (rows, cursor) in drawn.items():
+                cursors[hook] = cursor
+                x_BD = rows.to(device, torch.float32) * streams[hook].scale
+                for member in active:
+                    if member.spec.hook == hook:
+                        member.step(x_BD, step)
+            bar.update(config.batch)
+            last = step + 1 == config.n_steps
+            if (step + 1) % LOG_EVERY == 0 or last:
+                _log(active, logs, bar, step, config.batch, clock)
+                active = [member for member in active if member.diverged is None]
+            left = rolling is not None and rolling.left(cursors.values())
+            if last or left or not active or interrupt.requested or clock.since_save > CHECKPOINT_SECONDS:
+                checkpoint.save(members, step + 1, cursors, clock.total)
+                clock.saved()
+                if rolling and not last:
+                    rolling.release(cursors.values())
+            if not active:
+                break
+            if interrupt.requested and not last:
+                log.warning("stopped after step %d of %d; the same command continues", step + 1, config.n_steps)
+                return None
 
+        bar.close()
+        offered = rolling.offered(cursors.values()) if rolling else store.rows("train", kept=True)
         for member in active:
-            facts = _facts(config, store, member, identity[member.spec.name], clock.total / len(members))
+            facts = _facts(config, store, member, identity[member.spec.name], clock.total / len(members), offered)
             fold(member.sae, streams[member.spec.hook].scale)
             with full_disk_is_a_value_error(f"{folder / member.spec.name} (its checkpoint is safe)"):
                 save_sae(member.sae, folder / member.spec.name, facts)
+        if rolling:
+            rolling.end()
+            delete_windows(store.folder)
         _warn_of_missed_targets(active)
         _refuse_diverged(members, checkpoint)
         checkpoint.remove()
     return [folder / spec.name for spec in specs]
+
+
+def _draw(streams: dict[str, Stream], rolling: Rolling | None) -> dict[str, tuple[Tensor, Cursor]]:
+    """The next batch of every hook, before any SAE takes a step: what cannot be had leaves all of them where they are."""
+    began, waiting = time.perf_counter(), rolling is not None and rolling.waiting
+    drawn = {hook: next(stream.batches) for hook, stream in streams.items()}
+    if rolling and waiting:
+        rolling.stall += time.perf_counter() - began
+    return drawn
 
 
 class Clock:
@@ -154,10 +197,27 @@ def _input_scale(config: TrainConfig, store: Store, hook: str) -> tuple[float, T
 
 
 def _batches(
-    config: TrainConfig, store: Store, hook: str, n_hooks: int, start: Cursor
+    config: TrainConfig, store: Store, hook: str, n_hooks: int, start: Cursor, shards: ShardsOf | None
 ) -> Iterator[tuple[Tensor, Cursor]]:
     memory, longest = int(config.memory_gb * 2**30 / n_hooks), _longest(config, store, hook)
-    return shuffled_batches(store, hook, config.batch, seed=config.seed[0], memory=memory, start=start, longest=longest)
+    return shuffled_batches(
+        store, hook, config.batch, seed=config.seed[0], memory=memory, start=start, longest=longest, shards=shards
+    )
+
+
+def _window_shards(config: TrainConfig, store: Store, hooks: Sequence[str]) -> int | None:
+    """Shards of a window of a rolling run; None where there are to be none."""
+    if config.rolling is None:
+        return None
+    if len(hooks) > 1 and config.exclude_outliers is not None:
+        raise ValueError(
+            f"rolling with exclude_outliers expects one hook, there are {len(hooks)}: each leaves out other rows, until "
+            "they are windows apart. Train the hooks one after another, or without --exclude-outliers"
+        )
+    if store.manifest["exhausted"]:
+        log.warning("%s holds all of its text: there are no windows to follow, it is trained on as it is", store.folder)
+        return None
+    return window_shards(store, config.rolling)
 
 
 def _only_hook(store: Store) -> str:
@@ -166,7 +226,7 @@ def _only_hook(store: Store) -> str:
     return store.hooks[0]
 
 
-def _identity(config: TrainConfig, spec: Spec, store: Store, n_hooks: int) -> dict[str, Any]:
+def _identity(config: TrainConfig, spec: Spec, store: Store, n_hooks: int, window: int | None) -> dict[str, Any]:
     """Everything that decides the weights of one SAE."""
     shared = {
         **{name: to_json(config)[name] for name in ("tokens", "batch", "dtype")},
@@ -177,6 +237,8 @@ def _identity(config: TrainConfig, spec: Spec, store: Store, n_hooks: int) -> di
     }
     if config.exclude_outliers is not None:
         shared["exclude_outliers"] = config.exclude_outliers
+    if window:
+        shared["window_shards"] = window
     return {**spec.to_json(), **shared}
 
 
@@ -234,9 +296,12 @@ def _log(members: list[Member], logs: dict[str, MetricsLog], bar: Any, step: int
 
 
 def _facts(
-    config: TrainConfig, store: Store, member: Member, identity: dict[str, Any], seconds: float
+    config: TrainConfig, store: Store, member: Member, identity: dict[str, Any], seconds: float, offered: int
 ) -> dict[str, Any]:
-    """Metadata of a saved SAE: what SAELens' tools read, and under `saebench` how it came about."""
+    """Metadata of a saved SAE: what SAELens' tools read, and under `saebench` how it came about.
+
+    `offered` is the rows that an epoch has.
+    """
     made = store.manifest["identity"]
     return {
         "model_name": model_path(made["model"]["id"]),
@@ -254,7 +319,7 @@ def _facts(
             "identity": identity,
             "store": str(config.store),
             "tokens_trained": config.n_steps * config.batch,
-            "epochs": config.n_steps * config.batch / store.rows("train", kept=True),
+            "epochs": config.n_steps * config.batch / offered,
             "seconds": seconds,
             "lambda": None if member.spec.k else float(member.sparsity.log_coefficient.exp()),
             "provenance": provenance(),

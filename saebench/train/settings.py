@@ -50,6 +50,8 @@ class TrainConfig:
     """rows without firing after which a latent counts as dead (default: a twentieth of the run, at most 10M)"""
     memory_gb: float = 2.0
     """memory for the shuffle buffer"""
+    rolling: Count | None = None
+    """keep at most so many training shards on disk: the store stays as the head, and windows behind it are harvested while training, and deleted (give a new store's `harvest` options at the end, after ` -- `)"""
     exclude_outliers: float | None = None
     """leave out rows longer than this many times the median norm, for instance 10 (`saebench store info` says how many)"""
     seed: tuple[int, ...] = (0,)
@@ -63,6 +65,10 @@ class TrainConfig:
         for name in ("tokens", "batch", "expansion", "memory_gb"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
+        if self.rolling is not None and self.rolling < 3:
+            raise ValueError(
+                f"rolling is {self.rolling}; expected at least 3 shards: one of the store and two windows behind it"
+            )
         for lr in self.lr:
             if not lr > 0:
                 raise ValueError(f"lr is {lr}; expected more than 0")
