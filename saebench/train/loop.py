@@ -23,7 +23,7 @@ from saebench.store.schema import MANIFEST
 from saebench.store.shuffle import ShardsOf
 from saebench.train.checkpoint import Checkpoint, full_disk_is_a_value_error
 from saebench.train.member import Member, Spec
-from saebench.train.rolling import Rolling, Stopped, delete_windows, window_shards
+from saebench.train.rolling import Rolling, Stopped, Whole, delete_windows, window_shards
 from saebench.train.settings import TrainConfig, grid
 
 log = logging.getLogger(__name__)
@@ -74,29 +74,23 @@ def train(config: TrainConfig, model: Sequence[str] = ()) -> list[Path] | None:
         ]
         first, cursors, seconds = checkpoint.restore(members)
         logs = {spec.name: MetricsLog(folder / spec.name / "metrics.jsonl", first) for spec in todo}
+        active = [member for member in members if member.diverged is None]
+        total, done = config.n_steps * config.batch, first * config.batch
+        clock = Clock(seconds, done)
         interrupt = held.enter_context(interruptible())
-        rolling = (
-            held.enter_context(
-                Rolling(
-                    store, window, config.n_steps * config.batch, cursors.values(), lambda: interrupt.requested, model
-                )
-            )
-            if window
-            else None
-        )
-        shards = rolling.shards if rolling else None
+        bar = held.enter_context(progress(total, f"train {len(active)} SAEs", "row", done))
+        source = Whole(store)
+        if window:
+            source = Rolling(store, window, total, cursors.values(), lambda: interrupt.requested, model)
+        held.enter_context(source)
         streams = {
-            hook: Stream(_batches(config, store, hook, len(hooks), cursors.get(hook, Cursor()), shards), *means[hook])
+            hook: Stream(_batches(config, store, hook, len(hooks), cursors, source.shards), *means[hook])
             for hook in {spec.hook: None for spec in todo}
         }
-        active = [member for member in members if member.diverged is None]
-        clock = Clock(seconds, first * config.batch)
-        bar = held.enter_context(
-            progress(config.n_steps * config.batch, f"train {len(active)} SAEs", "row", first * config.batch)
-        )
         for step in range(first, config.n_steps):
             try:
-                drawn = _draw(streams, rolling)
+                # All hooks' before the first SAE takes a step: what cannot be had leaves all of them where they are.
+                drawn = source.drawn(lambda: {hook: next(stream.batches) for hook, stream in streams.items()})
             except Stopped:
                 checkpoint.save(members, step, cursors, clock.total)
                 log.warning("stopped before step %d of %d; the same command continues", step + 1, config.n_steps)
@@ -112,12 +106,11 @@ def train(config: TrainConfig, model: Sequence[str] = ()) -> list[Path] | None:
             if (step + 1) % LOG_EVERY == 0 or last:
                 _log(active, logs, bar, step, config.batch, clock)
                 active = [member for member in active if member.diverged is None]
-            left = rolling is not None and rolling.left(cursors.values())
-            if last or left or not active or interrupt.requested or clock.since_save > CHECKPOINT_SECONDS:
+            due = clock.since_save > CHECKPOINT_SECONDS or source.left(cursors.values())
+            if last or due or not active or interrupt.requested:
                 checkpoint.save(members, step + 1, cursors, clock.total)
                 clock.saved()
-                if rolling and not last:
-                    rolling.release(cursors.values())
+                source.release(cursors.values())
             if not active:
                 break
             if interrupt.requested and not last:
@@ -125,28 +118,17 @@ def train(config: TrainConfig, model: Sequence[str] = ()) -> list[Path] | None:
                 return None
 
         bar.close()
-        offered = rolling.offered(cursors.values()) if rolling else store.rows("train", kept=True)
+        epochs = total / source.offered(cursors.values())
         for member in active:
-            facts = _facts(config, store, member, identity[member.spec.name], clock.total / len(members), offered)
+            facts = _facts(config, store, member, identity[member.spec.name], clock.total / len(members), epochs)
             fold(member.sae, streams[member.spec.hook].scale)
             with full_disk_is_a_value_error(f"{folder / member.spec.name} (its checkpoint is safe)"):
                 save_sae(member.sae, folder / member.spec.name, facts)
-        if rolling:
-            rolling.end()
-            delete_windows(store.folder)
+        source.delete()
         _warn_of_missed_targets(active)
         _refuse_diverged(members, checkpoint)
         checkpoint.remove()
     return [folder / spec.name for spec in specs]
-
-
-def _draw(streams: dict[str, Stream], rolling: Rolling | None) -> dict[str, tuple[Tensor, Cursor]]:
-    """The next batch of every hook, before any SAE takes a step: what cannot be had leaves all of them where they are."""
-    began, waiting = time.perf_counter(), rolling is not None and rolling.waiting
-    drawn = {hook: next(stream.batches) for hook, stream in streams.items()}
-    if rolling and waiting:
-        rolling.stall += time.perf_counter() - began
-    return drawn
 
 
 class Clock:
@@ -197,8 +179,9 @@ def _input_scale(config: TrainConfig, store: Store, hook: str) -> tuple[float, T
 
 
 def _batches(
-    config: TrainConfig, store: Store, hook: str, n_hooks: int, start: Cursor, shards: ShardsOf | None
+    config: TrainConfig, store: Store, hook: str, n_hooks: int, cursors: dict[str, Cursor], shards: ShardsOf
 ) -> Iterator[tuple[Tensor, Cursor]]:
+    start = cursors.get(hook, Cursor())
     memory, longest = int(config.memory_gb * 2**30 / n_hooks), _longest(config, store, hook)
     return shuffled_batches(
         store, hook, config.batch, seed=config.seed[0], memory=memory, start=start, longest=longest, shards=shards
@@ -296,12 +279,9 @@ def _log(members: list[Member], logs: dict[str, MetricsLog], bar: Any, step: int
 
 
 def _facts(
-    config: TrainConfig, store: Store, member: Member, identity: dict[str, Any], seconds: float, offered: int
+    config: TrainConfig, store: Store, member: Member, identity: dict[str, Any], seconds: float, epochs: float
 ) -> dict[str, Any]:
-    """Metadata of a saved SAE: what SAELens' tools read, and under `saebench` how it came about.
-
-    `offered` is the rows that an epoch has.
-    """
+    """Metadata of a saved SAE: what SAELens' tools read, and under `saebench` how it came about."""
     made = store.manifest["identity"]
     return {
         "model_name": model_path(made["model"]["id"]),
@@ -319,7 +299,7 @@ def _facts(
             "identity": identity,
             "store": str(config.store),
             "tokens_trained": config.n_steps * config.batch,
-            "epochs": config.n_steps * config.batch / offered,
+            "epochs": epochs,
             "seconds": seconds,
             "lambda": None if member.spec.k else float(member.sparsity.log_coefficient.exp()),
             "provenance": provenance(),

@@ -13,10 +13,12 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from saebench.files import locked
 from saebench.harvest.window import ROLLING, folder_of, window_manifest
@@ -24,7 +26,8 @@ from saebench.store import Cursor, Shard, Store, open_store
 from saebench.store.schema import MANIFEST
 
 log = logging.getLogger(__name__)
-_PATIENCE = 30.0  # seconds for a harvester to be gone that was told to end, or whose trainer has died
+T = TypeVar("T")
+_PATIENCE = 30.0  # seconds for a harvester to be gone whose trainer has died
 _GLANCE = 0.2  # seconds between looks at whether the user asked to stop
 
 
@@ -43,6 +46,35 @@ def window_shards(head: Store, rolling: int) -> int:
     return (rolling - there) // 2
 
 
+class Whole:
+    """The same interface for an ordinary store, whose epochs all have the same shards."""
+
+    def __init__(self, store: Store) -> None:
+        self._shards = store.of_split("train")
+        self._kept = store.rows("train", kept=True)
+
+    def __enter__(self) -> "Whole":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def shards(self, epoch: int) -> list[Shard]:
+        return self._shards
+
+    def drawn(self, draw: Callable[[], T]) -> T:
+        return draw()
+
+    def left(self, cursors: Iterable[Cursor]) -> bool:
+        return False
+
+    def release(self, cursors: Iterable[Cursor]) -> None: ...
+
+    def offered(self, cursors: Iterable[Cursor]) -> int:
+        return self._kept
+
+    def delete(self) -> None: ...
+
+
 class Rolling:
     """The shards of every epoch of a training on `rows` rows; use it as a context, which holds the head and ends the harvester.
 
@@ -56,7 +88,7 @@ class Rolling:
     ) -> None:  # fmt: skip
         self.head = head
         self.stall = 0.0
-        """seconds for which training waited for a window"""
+        """seconds for which training waited for windows"""
         self._size = shards
         self._stopped = stopped
         self._command = [sys.executable, "-P", "-m", "saebench.harvest.window", str(head.folder), str(shards), *model]
@@ -79,17 +111,15 @@ class Rolling:
         folder = self.head.folder
         with contextlib.ExitStack() as held:
             held.enter_context(locked(folder, other="--store"))
-            # The harvester inherits this one: of a run that was killed, it may still be about to end.
+            # The harvester inherits this one; that of a run that was killed may be about to end.
             self._lock = held.enter_context(locked(folder / ROLLING, other="--store", patience=_PATIENCE))
             self._clear()
             self._check_disk()
             self._held = held.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.end()
+    def __exit__(self, *_: object) -> None:
+        self._end()
         self._held.close()
 
     def shards(self, epoch: int) -> list[Shard]:
@@ -112,9 +142,12 @@ class Rolling:
                 self._waiting -= 1
         return (open_store(folder_of(self.head.folder, epoch)) if epoch else self.head).of_split("train")
 
-    @property
-    def waiting(self) -> bool:
-        return self._waiting > 0
+    def drawn(self, draw: Callable[[], T]) -> T:
+        """What `draw` returns; the time that it takes counts as waiting where a window is waited for."""
+        began, waiting = time.perf_counter(), self._waiting
+        result = draw()
+        self.stall += time.perf_counter() - began if waiting else 0.0
+        return result
 
     def left(self, cursors: Iterable[Cursor]) -> bool:
         """Whether a window would no longer be needed, were there a checkpoint of these cursors."""
@@ -135,23 +168,25 @@ class Rolling:
         manifest = window_manifest(self.head, newest, self._size) if newest else None
         return manifest["after"]["fresh"] if manifest else self.head.rows("train", kept=True)
 
-    def end(self) -> None:
+    def delete(self) -> None:
+        """Leave the head as the ordinary store that it was."""
+        self._end()
+        delete_windows(self.head.folder)
+
+    # ------------------------------------------------------------------------------- the harvester
+
+    def _end(self) -> None:
         """End the harvester, and every wait for it."""
         self._stopped = lambda: True
         if self._harvester is None:
             return
+        self._harvester.kill()  # whole shards are safe, and the one in progress is worth nothing now
+        self._reader.join()
         assert self._harvester.stdin
         with contextlib.suppress(BrokenPipeError):
-            self._harvester.stdin.close()  # it takes that for the end
-        try:
-            self._harvester.wait(_PATIENCE)
-        except subprocess.TimeoutExpired:
-            self._harvester.kill()
-        self._reader.join()
+            self._harvester.stdin.close()
         self._harvester = None
         log.info("training waited %.1f s for the harvester", self.stall)
-
-    # ------------------------------------------------------------------------------- the harvester
 
     def _ask(self) -> None:
         """Ask for the windows that are wanted and may be there."""
@@ -167,6 +202,7 @@ class Rolling:
                 self._harvester.stdin.flush()
 
     def _start(self) -> "subprocess.Popen[str]":
+        torch.cuda.empty_cache()  # of a head that was harvested in this process
         with open(self._log, "w") as output:
             process = subprocess.Popen(
                 self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True,
