@@ -121,14 +121,13 @@ def _harvest(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = from_arguments(TrainConfig, arguments)
-    model: list[str] = []
+    device, trusted = None, False
     if arguments.behind:
         head, text, spare = _head_of(config, arguments.behind)
         if harvest(head, text, spare) is None:
             return INTERRUPTED
-        model += ["--device", head.device] if head.device else []
-        model += ["--trust-remote-code"] if head.trust_remote_code else []
-    folders = train(config, model)
+        device, trusted = head.device, head.trust_remote_code
+    folders = train(config, model_device=device, trust_remote_code=trusted)
     if folders is None:
         return INTERRUPTED
     print("\n".join(map(str, folders)))

@@ -40,11 +40,13 @@ class Stream(NamedTuple):
     mean_D: Tensor
 
 
-def train(config: TrainConfig, model: Sequence[str] = ()) -> list[Path] | None:
+def train(
+    config: TrainConfig, *, model_device: str | None = None, trust_remote_code: bool = False
+) -> list[Path] | None:
     """Train the grid; returns the SAEs' directories, or None when Ctrl-C ended it early.
 
-    The same call continues a run that was interrupted or killed, and skips SAEs that are done. `model` says where
-    a rolling run's harvester has its model: "--device", "cuda:1", "--trust-remote-code".
+    The same call continues a run that was interrupted or killed, and skips SAEs that are done. Of a rolling run,
+    `model_device` is where the harvester's model runs (default: the first of cuda, mps and cpu at hand).
     Raises ValueError for a store, hook or checkpoint that does not fit; and, once the others are
     trained and saved, for SAEs whose loss stopped being finite.
     """
@@ -81,7 +83,10 @@ def train(config: TrainConfig, model: Sequence[str] = ()) -> list[Path] | None:
         bar = held.enter_context(progress(total, f"train {len(active)} SAEs", "row", done))
         source = Whole(store)
         if window:
-            source = Rolling(store, window, total, cursors.values(), lambda: interrupt.requested, model)
+            source = Rolling(
+                store, window, total, cursors.values(), lambda: interrupt.requested,
+                device=model_device, trust_remote_code=trust_remote_code,
+            )  # fmt: skip
         held.enter_context(source)
         streams = {
             hook: Stream(_batches(config, store, hook, len(hooks), cursors, source.shards), *means[hook])

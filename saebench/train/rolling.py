@@ -78,20 +78,21 @@ class Whole:
 class Rolling:
     """The shards of every epoch of a training on `rows` rows; use it as a context, which holds the head and ends the harvester.
 
-    Windows have `shards` shards. `stopped` tells whether the user asked to stop; `model` are the harvester's options
-    for where the model runs. Raises ValueError where another process has the head, or the disk no room for windows.
+    Windows have `shards` shards. `stopped` tells whether the user asked to stop, `device` where the harvester's model
+    runs. Raises ValueError where another process has the head, or the disk no room for windows.
     """
 
     def __init__(
         self, head: Store, shards: int, rows: int, cursors: Iterable[Cursor], stopped: Callable[[], bool],
-        model: Iterable[str] = (),
+        *, device: str | None = None, trust_remote_code: bool = False,
     ) -> None:  # fmt: skip
         self.head = head
         self.stall = 0.0
         """seconds for which training waited for windows"""
         self._size = shards
         self._stopped = stopped
-        self._command = [sys.executable, "-P", "-m", "saebench.harvest.window", str(head.folder), str(shards), *model]
+        self._command = [sys.executable, "-P", "-m", "saebench.harvest.window", str(head.folder), str(shards)]
+        self._command += [f"--device={device}"] * (device is not None) + ["--trust-remote-code"] * trust_remote_code
         self._first = _oldest(cursors)
         """the oldest window that is needed; the one after it may be there, too"""
         self._asked = self._first - 1
@@ -177,7 +178,9 @@ class Rolling:
 
     def _end(self) -> None:
         """End the harvester, and every wait for it."""
-        self._stopped = lambda: True
+        with self._changed:
+            self._stopped = lambda: True
+            self._changed.notify_all()
         if self._harvester is None:
             return
         self._harvester.kill()  # whole shards are safe, and the one in progress is worth nothing now
@@ -190,7 +193,7 @@ class Rolling:
 
     def _ask(self) -> None:
         """Ask for the windows that are wanted and may be there."""
-        while self._asked < min(self._first + 1, self._wanted):
+        while not self._stopped() and self._asked < min(self._first + 1, self._wanted):
             self._asked += 1
             if self._asked in self._whole:
                 continue
