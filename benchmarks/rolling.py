@@ -1,6 +1,6 @@
 """Time a rolling training against harvesting all of its text first and training then, on the embedded model.
 
-    python benchmarks/rolling.py --rolling 6 --tokens 400k [--threads N] [--turns 2]
+    python benchmarks/rolling.py --rolling 6 --tokens 400k [--turns 2]
 
 Prints a JSON line. Both ways are the command line's own, in processes of their own, on the same tokens and settings, in turns
 (the model is loaded, and Python starts, once more in each). `peak_mb` is the most that the store's folder held, looked at
@@ -45,13 +45,11 @@ def held(folder: Path) -> int:
     return total
 
 
-def watched(command: list[str], store: Path, environment: dict[str, str]) -> tuple[float, int, str]:
+def watched(command: list[str], store: Path) -> tuple[float, int, str]:
     """(seconds, most bytes in the store, what it printed) of a command."""
     most, started = 0, time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "saebench.cli", *command], stderr=output, stdout=output, env=os.environ | environment
-        )
+        process = subprocess.Popen([sys.executable, "-m", "saebench.cli", *command], stderr=output, stdout=output)
         while process.poll() is None:
             most = max(most, held(store))
             time.sleep(0.05)
@@ -77,8 +75,7 @@ def turn(args: argparse.Namespace, folder: Path, *, rolling: bool) -> Turn:
     commands = [[*training, "--rolling", str(args.rolling), "--", *text]]
     if not rolling:
         commands = [["harvest", *text, "--tokens", str(args.tokens), "--out", str(store)], training]
-    environment = {} if args.threads is None else {"OMP_NUM_THREADS": str(args.threads)}
-    found = [watched(command, store, environment) for command in commands]
+    found = [watched(command, store) for command in commands]
     waited = re.search(r"training waited ([\d.]+) s", found[-1][2])
     log = (run / "saes" / "topk-k32" / "metrics.jsonl").read_text().splitlines()
     return Turn(
@@ -96,7 +93,6 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--shard-contexts", type=int, default=128)
     parser.add_argument("--d-sae", type=int, default=2048)
-    parser.add_argument("--threads", type=int, help="threads of each process (default: one for each core)")
     parser.add_argument("--turns", type=int, default=2)
     args = parser.parse_args()
     turns: dict[str, list[Turn]] = {"rolling": [], "harvest_then_train": []}
@@ -114,7 +110,7 @@ def main() -> None:
         }
         for name, done in turns.items()
     }
-    line |= {"waited_s": [round(each.waited, 1) for each in turns["rolling"]], **vars(args)}
+    line |= {"waited_s": [round(each.waited, 1) for each in turns["rolling"]], "options": vars(args)}
     print(json.dumps(line))
 
 
