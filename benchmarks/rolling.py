@@ -5,7 +5,8 @@
 Prints a JSON line. Both ways are the command line's own, in processes of their own, on the same tokens and settings, in turns
 (the model is loaded, and Python starts, once more in each). `peak_mb` is the most that the store's folder held, looked at
 every 50 ms; seconds are of the median turn. `waited_s` is how long the trainer waited for windows.
-The rows that both train on are the same, in another order: a window's rows are mixed among themselves.
+The rows that both train on are the same, in another order: those of a window are mixed among themselves. `fvu` is of the
+SAEs of the last turn on the same held-out rows.
 """
 
 import argparse
@@ -21,16 +22,19 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from saebench.config import parse_count
+import torch
 
-HOOK_LAYER = "2"
+from saebench.config import parse_count
+from saebench.sae import load_sae
+from saebench.store import Store, open_store
+
+LAYER = "2"
 
 
 class Turn(NamedTuple):
     seconds: float
     peak_mb: float
     waited: float
-    fvu: float
 
 
 def held(folder: Path) -> int:
@@ -65,7 +69,7 @@ def turn(args: argparse.Namespace, folder: Path, *, rolling: bool) -> Turn:
     shutil.rmtree(folder, ignore_errors=True)
     store, run = folder / "store", folder / "run"
     text = [
-        "--layers", HOOK_LAYER, "--context", str(args.context), "--shard-contexts", str(args.shard_contexts),
+        "--layers", LAYER, "--context", str(args.context), "--shard-contexts", str(args.shard_contexts),
         "--validation-tokens", "10k",
     ]  # fmt: skip
     training = [
@@ -77,13 +81,20 @@ def turn(args: argparse.Namespace, folder: Path, *, rolling: bool) -> Turn:
         commands = [["harvest", *text, "--tokens", str(args.tokens), "--out", str(store)], training]
     found = [watched(command, store) for command in commands]
     waited = re.search(r"training waited ([\d.]+) s", found[-1][2])
-    log = (run / "saes" / "topk-k32" / "metrics.jsonl").read_text().splitlines()
     return Turn(
         sum(seconds for seconds, _, _ in found),
         max(most for _, most, _ in found) / 1e6,
         float(waited[1]) if waited else 0.0,
-        statistics.mean(json.loads(line)["fvu"] for line in log[-3:]),
     )
+
+
+def fvu(run: Path, store: Store) -> float:
+    """Of a run's SAE, on the held-out rows of a store."""
+    sae = load_sae(run / "saes" / "topk-k32")
+    x_RD = torch.cat(list(store.kept_rows(store.hooks[0], "validation", 10**6, 4096)))
+    with torch.no_grad():
+        error = (x_RD - sae(x_RD).x_hat).square().sum()
+    return float(error / (x_RD - x_RD.mean(0)).square().sum())
 
 
 def main() -> None:
@@ -101,15 +112,16 @@ def main() -> None:
             for name, done in turns.items():
                 done.append(turn(args, Path(scratch) / name, rolling=name == "rolling"))
                 print(f"turn {number + 1} of {args.turns}, {name}: {done[-1]}", file=sys.stderr)
-    line: dict[str, object] = {
-        name: {
-            "seconds": round(statistics.median(each.seconds for each in done), 1),
-            "peak_mb": round(max(each.peak_mb for each in done), 1),
-            "fvu": round(done[-1].fvu, 4),
-            "turns_s": [round(each.seconds, 1) for each in done],
+        whole = open_store(Path(scratch) / "harvest_then_train" / "store")
+        line: dict[str, object] = {
+            name: {
+                "seconds": round(statistics.median(each.seconds for each in done), 1),
+                "peak_mb": round(max(each.peak_mb for each in done), 1),
+                "fvu": round(fvu(Path(scratch) / name / "run", whole), 4),
+                "turns_s": [round(each.seconds, 1) for each in done],
+            }
+            for name, done in turns.items()
         }
-        for name, done in turns.items()
-    }
     line |= {"waited_s": [round(each.waited, 1) for each in turns["rolling"]], "options": vars(args)}
     print(json.dumps(line))
 

@@ -148,7 +148,7 @@ def whole(
         time.sleep(0.001)
     status, printed = child.ends()
     assert status == 0, printed
-    assert 0 < most <= N - HEAD
+    assert 0 < most <= 2 * WINDOW <= N - HEAD
     return folder / "s", folder / "run", printed
 
 

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import queue
+import shutil
 import sys
 import threading
 from collections import deque
@@ -65,6 +66,19 @@ def window_manifest(head: Store, number: int, shards: int) -> dict[str, Any] | N
     except ValueError:  # what cannot be read is made again
         return None
     return manifest if manifest["identity"] == identity_of_window(head, number, shards) else None
+
+
+def delete(folder: Path) -> None:
+    """Delete a window, all of it or none that could be read."""
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def delete_windows(head: Path) -> None:
+    """Leave a head, which this process holds, as the ordinary store that it was."""
+    for folder in (head / ROLLING).glob("[0-9]*"):
+        delete(folder)
+    shutil.rmtree(head / ROLLING, ignore_errors=True)
 
 
 def contexts_behind(

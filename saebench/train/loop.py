@@ -14,6 +14,7 @@ from torch import Tensor
 
 from saebench.config import differences, to_json
 from saebench.files import hash_files, locked
+from saebench.harvest.window import delete_windows
 from saebench.models import choose_device, model_path
 from saebench.runlog import MetricsLog, interruptible, progress, provenance
 from saebench.sae import fold, read_config, save_sae
@@ -23,7 +24,7 @@ from saebench.store.schema import MANIFEST
 from saebench.store.shuffle import ShardsOf
 from saebench.train.checkpoint import Checkpoint, full_disk_is_a_value_error
 from saebench.train.member import Member, Spec
-from saebench.train.rolling import Rolling, Stopped, Whole, delete_windows, window_shards
+from saebench.train.rolling import Rolling, Stopped, Whole, window_shards
 from saebench.train.settings import TrainConfig, grid
 
 log = logging.getLogger(__name__)

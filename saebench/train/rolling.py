@@ -21,10 +21,9 @@ from typing import Any, TypeVar
 import torch
 
 from saebench.files import locked
-from saebench.harvest.window import ROLLING, folder_of, window_manifest
+from saebench.harvest.window import ROLLING, delete, delete_windows, folder_of, window_manifest
 from saebench.models import choose_device
 from saebench.store import Cursor, Shard, Store, open_store
-from saebench.store.schema import MANIFEST
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -165,7 +164,7 @@ class Rolling:
         """Delete the windows before a checkpoint's cursors, and have the next ones made."""
         oldest = _oldest(cursors)
         for number in range(self._first, oldest):
-            _delete(folder_of(self.head.folder, number))
+            delete(folder_of(self.head.folder, number))
         with self._changed:
             self._first = oldest
             self._ask()
@@ -236,14 +235,19 @@ class Rolling:
                 if error is None:
                     self._take(answer)
         status = process.wait()
-        last = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()][-1:]
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
         with self._changed:
-            self._failure = error or (
-                f"the harvester of {self.head.folder} {how}{''.join(f' ({line.strip()})' for line in last)}; run the same "
-                "command again to continue from the last checkpoint"
-            )
+            self._failure = error or self._obituary(status)
             self._changed.notify_all()
+
+    def _obituary(self, status: int) -> str:
+        """What the harvester ended of, where it did not say so itself, with the last line of its log."""
+        log_lines = self._log.read_text(errors="replace").split("\n") if self._log.exists() else []
+        last = "".join(f" ({line.strip()})" for line in [line for line in log_lines if line.strip()][-1:])
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        return (
+            f"the harvester of {self.head.folder} {how}{last}; run the same command again to continue from the last "
+            "checkpoint"
+        )
 
     def _take(self, answer: dict[str, Any]) -> None:
         if answer["passes"] > self._passes:
@@ -265,7 +269,7 @@ class Rolling:
         for folder in (self.head.folder / ROLLING).glob("[0-9]*"):
             manifest = window_manifest(self.head, needed[folder], self._size) if folder in needed else None
             if manifest is None:
-                _delete(folder)
+                delete(folder)
             elif manifest["complete"]:
                 self._whole.add(needed[folder])
 
@@ -281,18 +285,6 @@ class Rolling:
                 f"windows of {self._size} shards behind {self.head.folder} need about {need:,.1f} MB and the disk has "
                 f"{free:,.1f} MB free: use a smaller --rolling, or another --store"
             )
-
-
-def delete_windows(head: Path) -> None:
-    """Leave a head, which this process holds, as the ordinary store that it was."""
-    for folder in (head / ROLLING).glob("[0-9]*"):
-        _delete(folder)
-    shutil.rmtree(head / ROLLING, ignore_errors=True)
-
-
-def _delete(folder: Path) -> None:
-    (folder / MANIFEST).unlink(missing_ok=True)  # first, so that half a window is none
-    shutil.rmtree(folder)
 
 
 def _oldest(cursors: Iterable[Cursor]) -> int:

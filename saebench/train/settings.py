@@ -51,7 +51,7 @@ class TrainConfig:
     memory_gb: float = 2.0
     """memory for the shuffle buffer"""
     rolling: Count | None = None
-    """keep at most so many training shards on disk: the store stays as the head, and windows behind it are harvested while training, and deleted (give a new store's `harvest` options at the end, after ` -- `)"""
+    """keep at most so many training shards on disk: the store stays, and windows of the text behind it are harvested while training, and deleted; for a new store, the options of `harvest` follow at the end, after ` -- `"""
     exclude_outliers: float | None = None
     """leave out rows longer than this many times the median norm, for instance 10 (`saebench store info` says how many)"""
     seed: tuple[int, ...] = (0,)
