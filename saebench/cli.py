@@ -141,7 +141,10 @@ def _head_of(config: TrainConfig, behind: list[str]) -> tuple[HarvestConfig, Tex
         raise ValueError(
             f"options after `--` are those of `harvest` for --rolling N, which is not given: {' '.join(behind)}"
         )
-    parser = argparse.ArgumentParser(prog="saebench train --rolling N … --", add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="saebench train", add_help=False, allow_abbrev=False,
+        usage="saebench train --rolling N … -- OPTIONS, those of `saebench harvest` without --tokens and --out",
+    )  # fmt: skip
     add_arguments(parser, HarvestConfig)
     add_arguments(parser, TextConfig)
     given = parser.parse_args(["--out", str(config.store), *behind])
