@@ -1,6 +1,7 @@
 """The `saebench` command: argv -> config -> one call. The only place that configures logging."""
 
 import argparse
+import dataclasses
 import logging
 import os
 import sys
@@ -28,7 +29,11 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status (2 for bad input, 130 when interrupted)."""
-    arguments = _parser().parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    cut = argv.index("--") if "--" in argv else len(argv)
+    behind = argv[cut + 1 :] if "train" in argv[:cut] else []
+    arguments = _parser().parse_args(argv[:cut] if behind else argv)
+    arguments.behind = behind
     logging.basicConfig(
         level=logging.DEBUG if arguments.verbose else logging.INFO, format="%(message)s", stream=sys.stderr, force=True
     )
@@ -116,12 +121,42 @@ def _harvest(arguments: argparse.Namespace) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     config = from_arguments(TrainConfig, arguments)
-    folders = train(config)
+    device, trusted = None, False
+    if arguments.behind:
+        head, text, spare = _head_of(config, arguments.behind)
+        if harvest(head, text, spare) is None:
+            return INTERRUPTED
+        device, trusted = head.device, head.trust_remote_code
+    folders = train(config, model_device=device, trust_remote_code=trusted)
     if folders is None:
         return INTERRUPTED
     print("\n".join(map(str, folders)))
     print(f"next: saebench eval --run {config.out}")
     return 0
+
+
+def _head_of(config: TrainConfig, behind: list[str]) -> tuple[HarvestConfig, TextConfig, int]:
+    """(head of a rolling run by the options of `harvest`, its text, training tokens of the windows behind it)."""
+    if config.rolling is None:
+        raise ValueError(
+            f"options after `--` are those of `harvest` for --rolling N, which is not given: {' '.join(behind)}"
+        )
+    parser = argparse.ArgumentParser(
+        prog="saebench train", add_help=False, allow_abbrev=False,
+        usage="saebench train --rolling N … -- OPTIONS, those of `saebench harvest` without --tokens and --out",
+    )  # fmt: skip
+    add_arguments(parser, HarvestConfig)
+    add_arguments(parser, TextConfig)
+    given = parser.parse_args(["--out", str(config.store), *behind])
+    if "tokens" in given or given.out != config.store:
+        raise ValueError(
+            "after `--`, --tokens and --out are not for you to give: they follow from --rolling and --store"
+        )
+    head, text = from_arguments(HarvestConfig, given), from_arguments(TextConfig, given)
+    assert config.rolling
+    shard = head.shard_contexts * head.context
+    tokens = config.rolling // 3 * shard
+    return dataclasses.replace(head, tokens=tokens), text, config.rolling * shard - tokens
 
 
 def _eval(arguments: argparse.Namespace) -> int:

@@ -4,9 +4,10 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import xxhash
@@ -70,14 +71,23 @@ def hash_files(paths: list[Path]) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process. Raises ValueError when another process writes into it."""
+def locked(folder: Path, *, other: str = "--out", patience: float = 0.0) -> Iterator[IO[str]]:
+    """Hold the folder for this process, and for those that inherit the file given, until the last of them has ended.
+
+    Raises ValueError when another process still writes into it after `patience` seconds; `other` is the option to
+    choose another folder with.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + patience
     with open(folder / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"{folder} is being written by another process; wait for it or choose another --out"
-            ) from error
-        yield
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= deadline:
+                    raise ValueError(
+                        f"{folder} is being written by another process; wait for it or choose another {other}"
+                    ) from error
+                time.sleep(0.05)
+        yield file

@@ -9,9 +9,10 @@ from saebench.files import locked, read_json
 from saebench.harvest.ranks import World
 from saebench.harvest.run import fill, open_model
 from saebench.harvest.settings import HarvestConfig, identity_of
+from saebench.models import LanguageModel
 from saebench.store import Store, StoreWriter, open_store
 from saebench.store.schema import EXTENSION
-from saebench.text import TextConfig, fingerprint
+from saebench.text import Encoder, TextConfig, fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,25 +40,33 @@ def extend(folder: Path, config: ExtendConfig) -> Store | None:
     with locked(folder):
         store = open_store(folder)
         made = store.manifest["identity"]
-        told, text = _settings(folder, made, config)
+        told, text = settings_of(folder, made, config)
         target = made | {"tokens": told.tokens, "extended_from": [*made.get("extended_from", []), made["tokens"]]}
         _check_unfinished(folder, made, target, config.tokens)
         if store.manifest["exhausted"]:
             raise ValueError(
                 f"{folder} holds all {store.rows('train'):,} training tokens of {text.dataset!r}: there is no more text to extend it with"
             )
-        model, encoder = open_model(told, config.device)
-        found = target | identity_of(told, text, model, fingerprint(text))
-        if changed := differences(flat(target), flat(found)):
-            raise ValueError(
-                f"{folder} was made with others than are here now: {'; '.join(changed)}. Restore them, or harvest a new store"
-            )
+        model, encoder = open_as_made(folder, target, told, text)
         widths = dict.fromkeys(told.hooks, model.d_model)
         writer = StoreWriter(folder, target, widths, told.dtype, finished=store.manifest)
         return fill(told, text, model, encoder, writer, World())
 
 
-def _settings(folder: Path, made: dict[str, Any], config: ExtendConfig) -> tuple[HarvestConfig, TextConfig]:
+def open_as_made(
+    folder: Path, made: dict[str, Any], told: HarvestConfig, text: TextConfig
+) -> tuple[LanguageModel, Encoder]:
+    """The model of a store, and how it reads text. Raises ValueError where model, tokenizer or text are no longer those that it was made with."""
+    model, encoder = open_model(told, told.device)
+    found = made | identity_of(told, text, model, fingerprint(text))
+    if changed := differences(flat(made), flat(found)):
+        raise ValueError(
+            f"{folder} was made with others than are here now: {'; '.join(changed)}. Restore them, or harvest a new store"
+        )
+    return model, encoder
+
+
+def settings_of(folder: Path, made: dict[str, Any], config: ExtendConfig) -> tuple[HarvestConfig, TextConfig]:
     """What the store was made with, and how many tokens it is to have."""
     kept = ("context", "batch", "shard_contexts", "dtype", "model_dtype", "validation_tokens")
     told = HarvestConfig(

@@ -23,16 +23,18 @@ from saebench.text import SPLITS, Context, Encoder, TextConfig, encoder_of, fing
 log = logging.getLogger(__name__)
 
 
-def harvest(config: HarvestConfig, text: TextConfig) -> Store | None:
+def harvest(config: HarvestConfig, text: TextConfig, spare: int = 0) -> Store | None:
     """Make, continue or reopen the store in `config.out`; None when Ctrl-C ended it early.
 
+    The store of a rolling training needs a disk with room for `spare` rows more, those of the windows behind it.
     Under torchrun the processes share the work, and each comes back with the store. Raises ValueError for a
     model, hook or data set that does not exist, for a data set with nothing in one of the splits, for a disk
     too small, and for a store made with other settings.
     """
     source = fingerprint(text)
+    other = "--store" if spare else "--out"
     with joined() as world, contextlib.ExitStack() as held:
-        world.agreed(lambda: held.enter_context(locked(config.out)) if world.leads else None)
+        world.agreed(lambda: held.enter_context(locked(config.out, other=other)) if world.leads else None)
         model, encoder = world.agreed(lambda: open_model(config, world.device(config.device)))
         identity = identity_of(config, text, model, source)
 
@@ -48,7 +50,7 @@ def harvest(config: HarvestConfig, text: TextConfig) -> Store | None:
         if writer.manifest["complete"]:
             log.info("%s is complete already", config.out)
             return open_store(config.out)
-        return fill(config, text, model, encoder, writer, world)
+        return fill(config, text, model, encoder, writer, world, spare)
 
 
 def open_model(config: HarvestConfig, device: str | None) -> tuple[LanguageModel, Encoder]:
@@ -74,15 +76,16 @@ def open_model(config: HarvestConfig, device: str | None) -> tuple[LanguageModel
 
 
 def fill(
-    config: HarvestConfig, text: TextConfig, model: LanguageModel, encoder: Encoder, writer: StoreWriter, world: World
-) -> Store | None:
+    config: HarvestConfig, text: TextConfig, model: LanguageModel, encoder: Encoder, writer: StoreWriter, world: World,
+    spare: int = 0,
+) -> Store | None:  # fmt: skip
     """Write the shards that a store still lacks, and complete it; None when Ctrl-C ended that early."""
     expected = _expected_rows(config, text.validation_fraction)
     done = sum(entry["rows"] for entry in writer.shards)
 
     def prepare() -> frozenset[int]:
         if world.leads:
-            _check_disk(config, model, expected - done)
+            _check_disk(config, model, expected - done, spare)
             writer.add_tokenizer(model.tokenizer_files)
             _add_unembedding(writer, model)
         return writer.present
@@ -151,13 +154,15 @@ def _bytes_per_row(config: HarvestConfig, model: LanguageModel) -> int:
     return vectors + sum(kind.itemsize for kind in PROVENANCE.values())
 
 
-def _check_disk(config: HarvestConfig, model: LanguageModel, rows: int) -> None:
+def _check_disk(config: HarvestConfig, model: LanguageModel, rows: int, spare: int) -> None:
+    rows += spare
     need, free = rows * _bytes_per_row(config, model) / 1e6, shutil.disk_usage(config.out).free / 1e6
     log.info("%s needs about %s MB more on disk; %s MB are free", config.out, f"{need:,.0f}", f"{free:,.0f}")
     if need > free:
         raise ValueError(
             f"{config.out} needs about {need:,.1f} MB for {rows:,} rows and the disk has {free:,.1f} MB free: "
-            "ask for fewer --tokens or --layers, use a smaller --dtype, or choose another --out"
+            f"ask for {'a smaller --rolling' if spare else 'fewer --tokens'} or fewer --layers, use a smaller --dtype, or choose "
+            f"another {'--store' if spare else '--out'}"
         )
 
 

@@ -4,11 +4,12 @@ An epoch is a random order of all blocks of the training shards. Consecutive blo
 are read into a buffer; batches are gathered from a permutation of its kept rows, and go on across
 buffers and epochs. Within an epoch nothing is skipped or repeated, and the order depends on the
 store, the seed and the memory budget alone: hooks of equal width get the same tokens in each batch.
+A caller may give each epoch shards of its own.
 """
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, islice
 from operator import itemgetter
@@ -23,6 +24,7 @@ from saebench.store.reader import Shard, Store
 from saebench.store.schema import activations_path
 
 Item = TypeVar("Item")
+ShardsOf = Callable[[int], list[Shard]]
 _READERS = min(max((os.cpu_count() or 2) // 2, 1), 4)  # threads that fill a buffer: half the cores are for its use
 _PIECE = 256  # blocks of one shard that one of them reads at a time
 
@@ -51,14 +53,18 @@ class _Buffer(NamedTuple):
 def shuffled_batches(
     store: Store, hook: str, batch: int, *,
     seed: int, memory: int = 2 << 30, start: Cursor = Cursor(), longest: float = math.inf,
+    shards: ShardsOf | None = None,
 ) -> Iterator[tuple[Tensor, Cursor]]:  # fmt: skip
     """Endless batches `[batch, d_in]` of kept training rows, as `Shard.rows` gives them, each with the cursor after it.
 
     Rows of a norm above `longest` are left out as those are that are not kept; hooks then part company.
+    `shards` gives the shards of an epoch (default: all of the store's, each time) and may wait until they are there;
+    it is called in another thread, while the epoch before is still being served, and its errors are raised here.
     `memory` bounds the bytes held: one buffer being served and one being read. Raises ValueError
     when the store has fewer kept rows than a batch, or a block is damaged or not finite.
     """
-    for rows, cursor in _batches(store, hook, activations_path(hook), batch, seed, memory, start, longest):
+    column = activations_path(hook)
+    for rows, cursor in _batches(store, hook, column, batch, seed, memory, start, longest, shards):
         yield decode(rows), cursor
 
 
@@ -71,14 +77,16 @@ def shuffled_documents(
 
 
 def _batches(
-    store: Store, hook: str, column: str, batch: int, seed: int, memory: int, start: Cursor, longest: float = math.inf
-) -> Iterator[tuple[Tensor, Cursor]]:
+    store: Store, hook: str, column: str, batch: int, seed: int, memory: int, start: Cursor,
+    longest: float = math.inf, shards: ShardsOf | None = None,
+) -> Iterator[tuple[Tensor, Cursor]]:  # fmt: skip
     kept = store.rows("train", kept=True)
     if kept < batch:
         raise ValueError(f"{store.folder} has {kept} training rows, fewer than a batch of {batch}: harvest more tokens")
-    stored = row_bytes(store.manifest["dtype"], store.d_in(hook))
+    budget = memory / row_bytes(store.manifest["dtype"], store.d_in(hook))
+    always = store.of_split("train")
     left: list[Tensor] = []
-    for buffer in _prefetched(_buffers(store.of_split("train"), column, seed, memory / stored, start, longest)):
+    for buffer in _prefetched(_buffers(shards or (lambda epoch: always), column, seed, budget, start, longest)):
         position = start.row if buffer[:2] == start[:2] else 0
         while (missing := batch - sum(map(len, left))) <= len(buffer.order) - position:
             parts = [*left, buffer.serve(position, position + missing)]
@@ -88,20 +96,23 @@ def _batches(
 
 
 def _buffers(
-    shards: list[Shard], column: str, seed: int, budget: float, start: Cursor, longest: float
+    shards_of: ShardsOf, column: str, seed: int, budget: float, start: Cursor, longest: float
 ) -> Iterator[_Buffer]:
     """From the buffer that `start` names on. `budget` is the rows of two of them; their memory is used in turn."""
-    size = shards[0].block_rows
-    blocks = [(shard, first) for shard in shards for first in range(0, shard.n_rows, size)]
-    n_buffers = min(math.ceil(2 * sum(shard.n_rows for shard in shards) / budget), len(blocks))
-    most = -(-len(blocks) // n_buffers) * size
-    spare, last = shards[0].empty(column, most), shards[0].empty(column, most)
     epoch, index = start.epoch, start.buffer
+    spare = last = np.empty(0)
     with ThreadPoolExecutor(_READERS) as pool:
         while True:
+            shards = shards_of(epoch)
+            size = shards[0].block_rows
+            blocks = [(shard, first) for shard in shards for first in range(0, shard.n_rows, size)]
+            n_buffers = min(math.ceil(2 * sum(shard.n_rows for shard in shards) / budget), len(blocks))
+            most = -(-len(blocks) // n_buffers) * size
             order = np.random.default_rng([seed, epoch]).permutation(len(blocks))
             for chosen in np.array_split(order, n_buffers)[index:]:
                 rng = np.random.default_rng([seed, epoch, index, 1])
+                if len(spare) < most:
+                    spare = shards[0].empty(column, most)
                 # Reads go forward through the files; the permutation undoes their order.
                 kept = _fill(pool, _pieces([blocks[i] for i in np.sort(chosen)]), column, spare, longest)
                 served = np.empty_like(kept)

@@ -28,6 +28,10 @@ class Checkpoint:
         self.folder = folder
         self.identity = identity
 
+    @property
+    def exists(self) -> bool:
+        return (self.folder / POINTER).exists()
+
     def save(self, members: list[Member], step: int, cursors: dict[str, Cursor], seconds: float) -> None:
         """Write all SAEs, then point to them. A full disk is a ValueError; the last checkpoint stays."""
         with full_disk_is_a_value_error(f"the checkpoint of step {step} in {self.folder}"):
@@ -49,7 +53,7 @@ class Checkpoint:
         Raises ValueError, naming what differs, when the checkpoint is of another grid.
         """
         path = self.folder / POINTER
-        if not path.exists():
+        if not self.exists:
             return 0, {}, 0.0
         pointer = read_json(path)
         for name in sorted({*pointer["identity"], *self.identity}):

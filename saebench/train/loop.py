@@ -1,143 +1,36 @@
 """The training loop: a grid of SAEs off one shuffled stream of activations."""
 
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from saebench.config import Count, differences, to_json
+from saebench.config import differences, to_json
 from saebench.files import hash_files, locked
+from saebench.harvest.window import delete_windows
 from saebench.models import choose_device, model_path
 from saebench.runlog import MetricsLog, interruptible, progress, provenance
 from saebench.sae import fold, read_config, save_sae
 from saebench.store import Cursor, Store, open_store, shuffled_batches
 from saebench.store.norms import moments_within, rows_beyond
 from saebench.store.schema import MANIFEST
+from saebench.store.shuffle import ShardsOf
 from saebench.train.checkpoint import Checkpoint, full_disk_is_a_value_error
-from saebench.train.member import RECIPES, Member, Spec
-from saebench.train.schedules import DECAY, WARMUP, default_learning_rate
+from saebench.train.member import Member, Spec
+from saebench.train.rolling import Rolling, Stopped, Whole, window_shards
+from saebench.train.settings import TrainConfig, grid
 
 log = logging.getLogger(__name__)
 
-Architecture = Literal["relu", "topk", "gated", "batchtopk", "jumprelu", "matryoshka"]
-Precision = Literal["float32", "tf32", "bfloat16"]
 LOG_EVERY = 50  # steps
 CHECKPOINT_SECONDS = 60.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """A grid: every architecture at every sparsity that applies to it, in every width, learning rate and seed."""
-
-    store: Path
-    """activation store to train on"""
-    hook: tuple[str, ...] = ()
-    """hooks in the store, a set of SAEs for each (default: the only one)"""
-    out: Path
-    """run directory; SAEs go to OUT/saes/NAME"""
-    arch: tuple[Architecture, ...] = ("topk",)
-    """architectures, for instance topk,relu"""
-    k: tuple[int, ...] = ()
-    """active latents per row, for topk, batchtopk and matryoshka"""
-    target_l0: tuple[float, ...] = ()
-    """mean L0 that λ is moved to meet, for relu, gated and jumprelu (for the others, the same as k)"""
-    l1: tuple[float, ...] = ()
-    """fixed λ instead of a target, for relu, gated and jumprelu"""
-    d_sae: tuple[Count, ...] = ()
-    """latents, one width or several (default: expansion × d_in)"""
-    expansion: Count = 8
-    """latents per input dimension, where d_sae is not given"""
-    tokens: Count = 10_000_000
-    """rows to train on; more than the store has means several epochs"""
-    batch: Count = 4096
-    """rows in a step"""
-    lr: tuple[float, ...] = ()
-    """peak learning rate, one or several (default: 3e-3 √(256/d_in), less after 4,000 steps, as 1/√steps)"""
-    warmup: float = WARMUP
-    """share of the steps in which the learning rate rises"""
-    decay: float = DECAY
-    """share of the steps, at the end, in which it falls to 0"""
-    dead_tokens: Count | None = None
-    """rows without firing after which a latent counts as dead (default: a twentieth of the run, at most 10M)"""
-    memory_gb: float = 2.0
-    """memory for the shuffle buffer"""
-    exclude_outliers: float | None = None
-    """leave out rows longer than this many times the median norm, for instance 10 (`saebench store info` says how many)"""
-    seed: tuple[int, ...] = (0,)
-    """fixes initialisation, one SAE for each; the first also fixes the order of the data"""
-    dtype: Precision = "float32"
-    """of the encoder's product: tf32 and bfloat16 for GPUs that have them; weights stay float32 (on the demo bfloat16 changed FVU by at most 0.0004)"""
-    device: str | None = None
-    """cuda or cpu (default: cuda where it is at hand)"""
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "batch", "expansion", "memory_gb"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
-        for lr in self.lr:
-            if not lr > 0:
-                raise ValueError(f"lr is {lr}; expected more than 0")
-        for name in ("warmup", "decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a share of the steps, from 0 to 1")
-        if self.exclude_outliers is not None and not self.exclude_outliers > 1:
-            raise ValueError(
-                f"exclude_outliers is {self.exclude_outliers}; expected more than 1: it is a multiple of the median norm"
-            )
-        if not self.k and not self.target_l0 and not self.l1:
-            raise ValueError(
-                "no sparsity given; expected --k 16,32 for topk and its kin, --target-l0 32 or --l1 2 for the others"
-            )
-
-    @property
-    def n_steps(self) -> int:
-        return math.ceil(self.tokens / self.batch)
-
-    @property
-    def dead_steps(self) -> int:
-        return math.ceil((self.dead_tokens or min(10_000_000, self.tokens / 20)) / self.batch)
-
-
-def grid(config: TrainConfig, d_in: int, hooks: tuple[str, ...] = ("",)) -> list[Spec]:
-    """The SAEs that a config describes: architectures × sparsities × widths × learning rates × seeds × hooks.
-
-    Names say what differs within the grid. Raises ValueError when an architecture gets no sparsity, or k > d_sae.
-    """
-    widths = config.d_sae or (config.expansion * d_in,)
-    specs: list[Spec] = []
-    for hook, d_sae, lr, seed, arch in product(hooks, widths, config.lr or (None,), config.seed, config.arch):
-        if RECIPES[arch].takes_k:
-            levels: list[dict[str, Any]] = [{"k": k} for k in (*config.k, *(round(l0) for l0 in config.target_l0))]
-        else:
-            levels = [{"target_l0": l0} for l0 in config.target_l0] + [{"l1": l1} for l1 in config.l1]
-        if not levels:
-            raise ValueError(
-                f"architecture {arch} has no sparsity; expected {'--k' if RECIPES[arch].takes_k else '--target-l0 or --l1'}"
-            )
-        for level in levels:
-            (kind, value), *_ = level.items()
-            if not 0 < value <= (d_sae if kind != "l1" else math.inf):
-                raise ValueError(f"{kind} is {value}; expected more than 0 and at most d_sae = {d_sae}")
-            name = f"{arch}-{ {'k': 'k', 'target_l0': 'l0-', 'l1': 'l1-'}[kind] }{value:g}"
-            name += f"-f{d_sae}" if len(widths) > 1 else ""
-            name += f"-lr{lr:g}" if len(config.lr) > 1 else ""
-            name += f"-seed{seed}" if len(config.seed) > 1 else ""
-            name += f"-{hook}" if len(hooks) > 1 else ""
-            schedule = {
-                "lr": lr or default_learning_rate(d_in, config.n_steps),
-                "warmup": config.warmup,
-                "decay": config.decay,
-            }
-            specs.append(Spec(name=name, hook=hook, architecture=arch, d_sae=d_sae, seed=seed, **schedule, **level))
-    return list({spec.name: spec for spec in specs}.values())
 
 
 class Stream(NamedTuple):
@@ -148,10 +41,13 @@ class Stream(NamedTuple):
     mean_D: Tensor
 
 
-def train(config: TrainConfig) -> list[Path] | None:
+def train(
+    config: TrainConfig, *, model_device: str | None = None, trust_remote_code: bool = False
+) -> list[Path] | None:
     """Train the grid; returns the SAEs' directories, or None when Ctrl-C ended it early.
 
-    The same call continues a run that was interrupted or killed, and skips SAEs that are done.
+    The same call continues a run that was interrupted or killed, and skips SAEs that are done. Of a rolling run,
+    `model_device` is where the harvester's model runs (default: the first of cuda, mps and cpu at hand).
     Raises ValueError for a store, hook or checkpoint that does not fit; and, once the others are
     trained and saved, for SAEs whose loss stopped being finite.
     """
@@ -161,11 +57,15 @@ def train(config: TrainConfig) -> list[Path] | None:
     torch.backends.cuda.matmul.allow_tf32 = config.dtype == "tf32"
     folder = config.out / "saes"
     specs = grid(config, store.d_in(hooks[0]), hooks)
-    with locked(config.out):
-        identity = {spec.name: _identity(config, spec, store, len(hooks)) for spec in specs}
+    window = _window_shards(config, store, hooks)
+    with locked(config.out), contextlib.ExitStack() as held:
+        identity = {spec.name: _identity(config, spec, store, len(hooks), window) for spec in specs}
         todo = [spec for spec in specs if not _done(folder / spec.name, identity[spec.name])]
         checkpoint = Checkpoint(folder, identity)
         if not todo:
+            if window and checkpoint.exists:  # killed as it was about to end
+                held.enter_context(locked(store.folder, other="--store"))
+                delete_windows(store.folder)
             checkpoint.remove()
             log.info("%s: all %d SAEs are trained already", folder, len(specs))
             return [folder / spec.name for spec in specs]
@@ -177,40 +77,60 @@ def train(config: TrainConfig) -> list[Path] | None:
         ]
         first, cursors, seconds = checkpoint.restore(members)
         logs = {spec.name: MetricsLog(folder / spec.name / "metrics.jsonl", first) for spec in todo}
+        active = [member for member in members if member.diverged is None]
+        total, done = config.n_steps * config.batch, first * config.batch
+        clock = Clock(seconds, done)
+        interrupt = held.enter_context(interruptible())
+        bar = held.enter_context(progress(total, f"train {len(active)} SAEs", "row", done))
+        source = Whole(store)
+        if window:
+            source = Rolling(
+                store, window, total, cursors.values(), lambda: interrupt.requested,
+                device=model_device, trust_remote_code=trust_remote_code,
+            )  # fmt: skip
+        held.enter_context(source)
         streams = {
-            hook: Stream(_batches(config, store, hook, len(hooks), cursors.get(hook, Cursor())), *means[hook])
+            hook: Stream(_batches(config, store, hook, len(hooks), cursors, source.shards), *means[hook])
             for hook in {spec.hook: None for spec in todo}
         }
-        active = [member for member in members if member.diverged is None]
-        clock = Clock(seconds, first * config.batch)
-        bar = progress(config.n_steps * config.batch, f"train {len(active)} SAEs", "row", first * config.batch)
-        with interruptible() as interrupt, bar:
-            for step in range(first, config.n_steps):
-                for hook, stream in streams.items():
-                    rows, cursors[hook] = next(stream.batches)
-                    x_BD = rows.to(device, torch.float32) * stream.scale
-                    for member in active:
-                        if member.spec.hook == hook:
-                            member.step(x_BD, step)
-                bar.update(config.batch)
-                last = step + 1 == config.n_steps
-                if (step + 1) % LOG_EVERY == 0 or last:
-                    _log(active, logs, bar, step, config.batch, clock)
-                    active = [member for member in active if member.diverged is None]
-                if last or not active or interrupt.requested or clock.since_save > CHECKPOINT_SECONDS:
-                    checkpoint.save(members, step + 1, cursors, clock.total)
-                    clock.saved()
-                if not active:
-                    break
-                if interrupt.requested and not last:
-                    log.warning("stopped after step %d of %d; the same command continues", step + 1, config.n_steps)
-                    return None
+        for step in range(first, config.n_steps):
+            try:
+                # All hooks' before the first SAE takes a step: what cannot be had leaves all of them where they are.
+                drawn = source.drawn(lambda: {hook: next(stream.batches) for hook, stream in streams.items()})
+            except Stopped:
+                checkpoint.save(members, step, cursors, clock.total)
+                log.warning("stopped before step %d of %d; the same command continues", step + 1, config.n_steps)
+                return None
+            for hook, (rows, cursor) in drawn.items():
+                cursors[hook] = cursor
+                x_BD = rows.to(device, torch.float32) * streams[hook].scale
+                for member in active:
+                    if member.spec.hook == hook:
+                        member.step(x_BD, step)
+            bar.update(config.batch)
+            last = step + 1 == config.n_steps
+            if (step + 1) % LOG_EVERY == 0 or last:
+                _log(active, logs, bar, step, config.batch, clock)
+                active = [member for member in active if member.diverged is None]
+            due = clock.since_save > CHECKPOINT_SECONDS or source.left(cursors.values())
+            if last or due or not active or interrupt.requested:
+                checkpoint.save(members, step + 1, cursors, clock.total)
+                clock.saved()
+                source.release(cursors.values())
+            if not active:
+                break
+            if interrupt.requested and not last:
+                log.warning("stopped after step %d of %d; the same command continues", step + 1, config.n_steps)
+                return None
 
+        bar.close()
+        epochs = total / source.offered(cursors.values())
         for member in active:
-            facts = _facts(config, store, member, identity[member.spec.name], clock.total / len(members))
+            facts = _facts(config, store, member, identity[member.spec.name], clock.total / len(members), epochs)
             fold(member.sae, streams[member.spec.hook].scale)
             with full_disk_is_a_value_error(f"{folder / member.spec.name} (its checkpoint is safe)"):
                 save_sae(member.sae, folder / member.spec.name, facts)
+        source.delete()
         _warn_of_missed_targets(active)
         _refuse_diverged(members, checkpoint)
         checkpoint.remove()
@@ -265,10 +185,28 @@ def _input_scale(config: TrainConfig, store: Store, hook: str) -> tuple[float, T
 
 
 def _batches(
-    config: TrainConfig, store: Store, hook: str, n_hooks: int, start: Cursor
+    config: TrainConfig, store: Store, hook: str, n_hooks: int, cursors: dict[str, Cursor], shards: ShardsOf
 ) -> Iterator[tuple[Tensor, Cursor]]:
+    start = cursors.get(hook, Cursor())
     memory, longest = int(config.memory_gb * 2**30 / n_hooks), _longest(config, store, hook)
-    return shuffled_batches(store, hook, config.batch, seed=config.seed[0], memory=memory, start=start, longest=longest)
+    return shuffled_batches(
+        store, hook, config.batch, seed=config.seed[0], memory=memory, start=start, longest=longest, shards=shards
+    )
+
+
+def _window_shards(config: TrainConfig, store: Store, hooks: Sequence[str]) -> int | None:
+    """Shards of a window of a rolling run; None where there are to be none."""
+    if config.rolling is None:
+        return None
+    if len(hooks) > 1 and config.exclude_outliers is not None:
+        raise ValueError(
+            f"rolling with exclude_outliers expects one hook, there are {len(hooks)}: each leaves out other rows, until "
+            "they are windows apart. Train the hooks one after another, or without --exclude-outliers"
+        )
+    if store.manifest["exhausted"]:
+        log.warning("%s holds all of its text: there are no windows to follow, it is trained on as it is", store.folder)
+        return None
+    return window_shards(store, config.rolling)
 
 
 def _only_hook(store: Store) -> str:
@@ -277,7 +215,7 @@ def _only_hook(store: Store) -> str:
     return store.hooks[0]
 
 
-def _identity(config: TrainConfig, spec: Spec, store: Store, n_hooks: int) -> dict[str, Any]:
+def _identity(config: TrainConfig, spec: Spec, store: Store, n_hooks: int, window: int | None) -> dict[str, Any]:
     """Everything that decides the weights of one SAE."""
     shared = {
         **{name: to_json(config)[name] for name in ("tokens", "batch", "dtype")},
@@ -288,6 +226,8 @@ def _identity(config: TrainConfig, spec: Spec, store: Store, n_hooks: int) -> di
     }
     if config.exclude_outliers is not None:
         shared["exclude_outliers"] = config.exclude_outliers
+    if window:
+        shared["window_shards"] = window
     return {**spec.to_json(), **shared}
 
 
@@ -345,7 +285,7 @@ def _log(members: list[Member], logs: dict[str, MetricsLog], bar: Any, step: int
 
 
 def _facts(
-    config: TrainConfig, store: Store, member: Member, identity: dict[str, Any], seconds: float
+    config: TrainConfig, store: Store, member: Member, identity: dict[str, Any], seconds: float, epochs: float
 ) -> dict[str, Any]:
     """Metadata of a saved SAE: what SAELens' tools read, and under `saebench` how it came about."""
     made = store.manifest["identity"]
@@ -365,7 +305,7 @@ def _facts(
             "identity": identity,
             "store": str(config.store),
             "tokens_trained": config.n_steps * config.batch,
-            "epochs": config.n_steps * config.batch / store.rows("train", kept=True),
+            "epochs": epochs,
             "seconds": seconds,
             "lambda": None if member.spec.k else float(member.sparsity.log_coefficient.exp()),
             "provenance": provenance(),

@@ -1,0 +1,292 @@
+"""Training on more text than the disk holds: a harvester makes windows of shards while those before are trained on.
+
+Epoch 0 of the stream is the head, an ordinary store that stays; epoch k is window k, which is deleted once a
+checkpoint lies beyond it. The head and two windows are on disk at most: one that is trained on, one being made.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from saebench.files import locked
+from saebench.harvest.window import ROLLING, delete, delete_windows, folder_of, window_manifest
+from saebench.models import choose_device
+from saebench.store import Cursor, Shard, Store, open_store
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+_PATIENCE = 30.0  # seconds for a harvester to be gone whose trainer has died
+_GLANCE = 0.2  # seconds between looks at whether the user asked to stop
+
+
+class Stopped(Exception):
+    """Ends a wait for a window: the user asked to stop, or the run is over."""
+
+
+def window_shards(head: Store, rolling: int) -> int:
+    """Shards of a window behind a head. Raises ValueError where the head leaves no room for two windows."""
+    there = len(head.of_split("train"))
+    if rolling < there + 2:
+        raise ValueError(
+            f"rolling is {rolling} and {head.folder} has {there} training shards, which stay; expected at least "
+            f"{there + 2}, so that two windows of a shard fit behind it"
+        )
+    return (rolling - there) // 2
+
+
+class Whole:
+    """The same interface for an ordinary store, whose epochs all have the same shards."""
+
+    def __init__(self, store: Store) -> None:
+        self._shards = store.of_split("train")
+        self._kept = store.rows("train", kept=True)
+
+    def __enter__(self) -> "Whole":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def shards(self, epoch: int) -> list[Shard]:
+        return self._shards
+
+    def drawn(self, draw: Callable[[], T]) -> T:
+        return draw()
+
+    def left(self, cursors: Iterable[Cursor]) -> bool:
+        return False
+
+    def release(self, cursors: Iterable[Cursor]) -> None: ...
+
+    def offered(self, cursors: Iterable[Cursor]) -> int:
+        return self._kept
+
+    def delete(self) -> None: ...
+
+
+class Rolling:
+    """The shards of every epoch of a training on `rows` rows; use it as a context, which holds the head and ends the harvester.
+
+    Windows have `shards` shards. `stopped` tells whether the user asked to stop, `device` where the harvester's model
+    runs. Raises ValueError where another process has the head, or the disk no room for windows.
+    """
+
+    def __init__(
+        self, head: Store, shards: int, rows: int, cursors: Iterable[Cursor], stopped: Callable[[], bool],
+        *, device: str | None = None, trust_remote_code: bool = False,
+    ) -> None:  # fmt: skip
+        self.head = head
+        self.stall = 0.0
+        """seconds for which training waited for windows"""
+        self._size = shards
+        self._stopped = stopped
+        self._command = [sys.executable, "-P", "-m", "saebench.harvest.window", str(head.folder), str(shards)]
+        self._command += [f"--device={device}"] * (device is not None) + ["--trust-remote-code"] * trust_remote_code
+        self._first = _oldest(cursors)
+        """the oldest window that is needed; the one after it may be there, too"""
+        self._asked = self._first - 1
+        kept, made = head.rows("train", kept=True), head.manifest["identity"]
+        self._window_rows = shards * made["shard_contexts"] * made["context"]
+        # An estimate, so that the last windows are not made in vain; one that is waited for is made in any case.
+        self._wanted = math.ceil((rows - kept) / (self._window_rows * kept / head.rows("train")))
+        self._whole: set[int] = set()
+        self._passes = 0
+        self._failure: str | None = None
+        self._harvester: subprocess.Popen[str] | None = None
+        self._changed = threading.Condition()
+        self._waiting = 0
+        self._held = contextlib.ExitStack()
+        # On one CPU, two processes with a thread for each core are slower than with half of them each (measured: 1.5 times).
+        self._threads = torch.get_num_threads()
+        shared = self._wanted > 0 and choose_device(device) == "cpu"
+        self._share = max(self._threads // 2, 1) if shared else self._threads
+
+    def __enter__(self) -> "Rolling":
+        folder = self.head.folder
+        with contextlib.ExitStack() as held:
+            held.enter_context(locked(folder, other="--store"))
+            # The harvester inherits this one; that of a run that was killed may be about to end.
+            self._lock = held.enter_context(locked(folder / ROLLING, other="--store", patience=_PATIENCE))
+            self._clear()
+            self._check_disk()
+            held.callback(torch.set_num_threads, self._threads)
+            torch.set_num_threads(self._share)
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+        self._held.close()
+
+    def shards(self, epoch: int) -> list[Shard]:
+        """Those of the head, or of a window once it is whole.
+
+        Raises Stopped when the user asked to stop while it was waited for, and ValueError when the harvester failed.
+        """
+        with self._changed:
+            self._wanted = max(self._wanted, epoch)
+            self._ask()
+            self._waiting += 1
+            try:
+                while epoch and epoch not in self._whole:
+                    if self._failure:
+                        raise ValueError(self._failure)
+                    if self._stopped():
+                        raise Stopped
+                    self._changed.wait(_GLANCE)
+            finally:
+                self._waiting -= 1
+        return (open_store(folder_of(self.head.folder, epoch)) if epoch else self.head).of_split("train")
+
+    def drawn(self, draw: Callable[[], T]) -> T:
+        """What `draw` returns; the time that it takes counts as waiting where a window is waited for."""
+        began, waiting = time.perf_counter(), self._waiting
+        result = draw()
+        self.stall += time.perf_counter() - began if waiting else 0.0
+        return result
+
+    def left(self, cursors: Iterable[Cursor]) -> bool:
+        """Whether a window would no longer be needed, were there a checkpoint of these cursors."""
+        return _oldest(cursors) > self._first
+
+    def release(self, cursors: Iterable[Cursor]) -> None:
+        """Delete the windows before a checkpoint's cursors, and have the next ones made."""
+        oldest = _oldest(cursors)
+        for number in range(self._first, oldest):
+            delete(folder_of(self.head.folder, number))
+        with self._changed:
+            self._first = oldest
+            self._ask()
+
+    def offered(self, cursors: Iterable[Cursor]) -> int:
+        """Kept rows of the head and the windows up to these cursors, those of the text's first pass alone."""
+        newest = max((cursor.epoch for cursor in cursors), default=0)
+        manifest = window_manifest(self.head, newest, self._size) if newest else None
+        return manifest["after"]["fresh"] if manifest else self.head.rows("train", kept=True)
+
+    def delete(self) -> None:
+        """Leave the head as the ordinary store that it was."""
+        self._end()
+        delete_windows(self.head.folder)
+
+    # ------------------------------------------------------------------------------- the harvester
+
+    def _end(self) -> None:
+        """End the harvester, and every wait for it."""
+        with self._changed:
+            self._stopped = lambda: True
+            self._changed.notify_all()
+        if self._harvester is None:
+            return
+        self._harvester.kill()  # whole shards are safe, and the one in progress is worth nothing now
+        self._reader.join()
+        assert self._harvester.stdin
+        with contextlib.suppress(BrokenPipeError):
+            self._harvester.stdin.close()
+        self._harvester = None
+        log.info("training waited %.1f s for the harvester", self.stall)
+
+    def _ask(self) -> None:
+        """Ask for the windows that are wanted and may be there."""
+        while not self._stopped() and self._asked < min(self._first + 1, self._wanted):
+            self._asked += 1
+            if self._asked in self._whole:
+                continue
+            if self._harvester is None:
+                self._harvester = self._start()
+            assert self._harvester.stdin
+            with contextlib.suppress(BrokenPipeError):  # its end is told by the thread that reads
+                self._harvester.stdin.write(f"{self._asked}\n")
+                self._harvester.stdin.flush()
+
+    def _start(self) -> "subprocess.Popen[str]":
+        torch.cuda.empty_cache()  # of a head that was harvested in this process
+        known = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(self._share)}
+        with open(self._log, "w") as output:
+            process = subprocess.Popen(
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True,
+                pass_fds=[self._lock.fileno()], env=os.environ | known,
+                process_group=0,  # Ctrl-C in a terminal is the trainer's alone
+            )  # fmt: skip
+        log.info("windows of %d shards are harvested by process %d", self._size, process.pid)
+        self._reader = threading.Thread(target=self._read, args=(process,), daemon=True)
+        self._reader.start()
+        return process
+
+    def _read(self, process: "subprocess.Popen[str]") -> None:
+        """Take the harvester's answers, until its end."""
+        assert process.stdout
+        error = None
+        with process.stdout as answers:
+            for line in answers:
+                answer = json.loads(line)
+                error = answer.get("error")
+                if error is None:
+                    self._take(answer)
+        status = process.wait()
+        with self._changed:
+            self._failure = error or self._obituary(status)
+            self._changed.notify_all()
+
+    def _obituary(self, status: int) -> str:
+        """What the harvester ended of, where it did not say so itself, with the last line of its log."""
+        log_lines = self._log.read_text(errors="replace").split("\n") if self._log.exists() else []
+        last = "".join(f" ({line.strip()})" for line in [line for line in log_lines if line.strip()][-1:])
+        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        return (
+            f"the harvester of {self.head.folder} {how}{last}; run the same command again to continue from the last "
+            "checkpoint"
+        )
+
+    def _take(self, answer: dict[str, Any]) -> None:
+        if answer["passes"] > self._passes:
+            self._passes = answer["passes"]
+            log.info("the text ended after %s rows to train on, and was begun again", f"{answer['fresh']:,}")
+        with self._changed:
+            self._whole.add(answer["window"])
+            self._changed.notify_all()
+
+    @property
+    def _log(self) -> Path:
+        return self.head.folder / ROLLING / "harvester.log"
+
+    # ------------------------------------------------------------------------------------- the disk
+
+    def _clear(self) -> None:
+        """Delete all but the windows that this run needs next; they can be made again."""
+        needed = {folder_of(self.head.folder, number): number for number in (self._first, self._first + 1)}
+        for folder in (self.head.folder / ROLLING).glob("[0-9]*"):
+            manifest = window_manifest(self.head, needed[folder], self._size) if folder in needed else None
+            if manifest is None:
+                delete(folder)
+            elif manifest["complete"]:
+                self._whole.add(needed[folder])
+
+    def _check_disk(self) -> None:
+        entries = [entry for entry in self.head.manifest["shards"] if entry["split"] == "train"]
+        row_bytes = sum(entry["bytes"] for entry in entries) / sum(entry["rows"] for entry in entries)
+        there = sum(path.stat().st_size for path in (self.head.folder / ROLLING).rglob("*.h5"))
+        windows = max(min(self._wanted - self._first + 1, 2), 0)
+        need = (windows * self._window_rows * row_bytes - there) / 1e6
+        free = shutil.disk_usage(self.head.folder).free / 1e6
+        if need > free:
+            raise ValueError(
+                f"windows of {self._size} shards behind {self.head.folder} need about {need:,.1f} MB and the disk has "
+                f"{free:,.1f} MB free: use a smaller --rolling, or another --store"
+            )
+
+
+def _oldest(cursors: Iterable[Cursor]) -> int:
+    """The oldest window that these cursors need."""
+    return max(min((cursor.epoch for cursor in cursors), default=0), 1)

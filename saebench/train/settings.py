@@ -1,0 +1,127 @@
+"""What a training is told: a grid of SAEs, and how the rows come."""
+
+import math
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from saebench.config import Count
+from saebench.train.member import RECIPES, Spec
+from saebench.train.schedules import DECAY, WARMUP, default_learning_rate
+
+Architecture = Literal["relu", "topk", "gated", "batchtopk", "jumprelu", "matryoshka"]
+Precision = Literal["float32", "tf32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A grid: every architecture at every sparsity that applies to it, in every width, learning rate and seed."""
+
+    store: Path
+    """activation store to train on"""
+    hook: tuple[str, ...] = ()
+    """hooks in the store, a set of SAEs for each (default: the only one)"""
+    out: Path
+    """run directory; SAEs go to OUT/saes/NAME"""
+    arch: tuple[Architecture, ...] = ("topk",)
+    """architectures, for instance topk,relu"""
+    k: tuple[int, ...] = ()
+    """active latents per row, for topk, batchtopk and matryoshka"""
+    target_l0: tuple[float, ...] = ()
+    """mean L0 that λ is moved to meet, for relu, gated and jumprelu (for the others, the same as k)"""
+    l1: tuple[float, ...] = ()
+    """fixed λ instead of a target, for relu, gated and jumprelu"""
+    d_sae: tuple[Count, ...] = ()
+    """latents, one width or several (default: expansion × d_in)"""
+    expansion: Count = 8
+    """latents per input dimension, where d_sae is not given"""
+    tokens: Count = 10_000_000
+    """rows to train on; more than the store has means several epochs"""
+    batch: Count = 4096
+    """rows in a step"""
+    lr: tuple[float, ...] = ()
+    """peak learning rate, one or several (default: 3e-3 √(256/d_in), less after 4,000 steps, as 1/√steps)"""
+    warmup: float = WARMUP
+    """share of the steps in which the learning rate rises"""
+    decay: float = DECAY
+    """share of the steps, at the end, in which it falls to 0"""
+    dead_tokens: Count | None = None
+    """rows without firing after which a latent counts as dead (default: a twentieth of the run, at most 10M)"""
+    memory_gb: float = 2.0
+    """memory for the shuffle buffer"""
+    rolling: Count | None = None
+    """keep at most so many training shards on disk: the store stays, and windows of the text behind it are harvested while training, and deleted; for a new store, the options of `harvest` follow at the end, after ` -- `"""
+    exclude_outliers: float | None = None
+    """leave out rows longer than this many times the median norm, for instance 10 (`saebench store info` says how many)"""
+    seed: tuple[int, ...] = (0,)
+    """fixes initialisation, one SAE for each; the first also fixes the order of the data"""
+    dtype: Precision = "float32"
+    """of the encoder's product: tf32 and bfloat16 for GPUs that have them; weights stay float32 (on the demo bfloat16 changed FVU by at most 0.0004)"""
+    device: str | None = None
+    """cuda or cpu (default: cuda where it is at hand)"""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch", "expansion", "memory_gb"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
+        if self.rolling is not None and self.rolling < 3:
+            raise ValueError(
+                f"rolling is {self.rolling}; expected at least 3 shards: one of the store and two windows behind it"
+            )
+        for lr in self.lr:
+            if not lr > 0:
+                raise ValueError(f"lr is {lr}; expected more than 0")
+        for name in ("warmup", "decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a share of the steps, from 0 to 1")
+        if self.exclude_outliers is not None and not self.exclude_outliers > 1:
+            raise ValueError(
+                f"exclude_outliers is {self.exclude_outliers}; expected more than 1: it is a multiple of the median norm"
+            )
+        if not self.k and not self.target_l0 and not self.l1:
+            raise ValueError(
+                "no sparsity given; expected --k 16,32 for topk and its kin, --target-l0 32 or --l1 2 for the others"
+            )
+
+    @property
+    def n_steps(self) -> int:
+        return math.ceil(self.tokens / self.batch)
+
+    @property
+    def dead_steps(self) -> int:
+        return math.ceil((self.dead_tokens or min(10_000_000, self.tokens / 20)) / self.batch)
+
+
+def grid(config: TrainConfig, d_in: int, hooks: tuple[str, ...] = ("",)) -> list[Spec]:
+    """The SAEs that a config describes: architectures × sparsities × widths × learning rates × seeds × hooks.
+
+    Names say what differs within the grid. Raises ValueError when an architecture gets no sparsity, or k > d_sae.
+    """
+    widths = config.d_sae or (config.expansion * d_in,)
+    specs: list[Spec] = []
+    for hook, d_sae, lr, seed, arch in product(hooks, widths, config.lr or (None,), config.seed, config.arch):
+        if RECIPES[arch].takes_k:
+            levels: list[dict[str, Any]] = [{"k": k} for k in (*config.k, *(round(l0) for l0 in config.target_l0))]
+        else:
+            levels = [{"target_l0": l0} for l0 in config.target_l0] + [{"l1": l1} for l1 in config.l1]
+        if not levels:
+            raise ValueError(
+                f"architecture {arch} has no sparsity; expected {'--k' if RECIPES[arch].takes_k else '--target-l0 or --l1'}"
+            )
+        for level in levels:
+            (kind, value), *_ = level.items()
+            if not 0 < value <= (d_sae if kind != "l1" else math.inf):
+                raise ValueError(f"{kind} is {value}; expected more than 0 and at most d_sae = {d_sae}")
+            name = f"{arch}-{ {'k': 'k', 'target_l0': 'l0-', 'l1': 'l1-'}[kind] }{value:g}"
+            name += f"-f{d_sae}" if len(widths) > 1 else ""
+            name += f"-lr{lr:g}" if len(config.lr) > 1 else ""
+            name += f"-seed{seed}" if len(config.seed) > 1 else ""
+            name += f"-{hook}" if len(hooks) > 1 else ""
+            schedule = {
+                "lr": lr or default_learning_rate(d_in, config.n_steps),
+                "warmup": config.warmup,
+                "decay": config.decay,
+            }
+            specs.append(Spec(name=name, hook=hook, architecture=arch, d_sae=d_sae, seed=seed, **schedule, **level))
+    return list({spec.name: spec for spec in specs}.values())
