@@ -9,9 +9,10 @@ import torch
 from conftest import HOOK
 from test_harvest import config, contents, text
 
-from saebench.files import read_json
+from saebench.files import read_json, write_json
 from saebench.harvest import ExtendConfig, extend, harvest
 from saebench.store import Store, open_store
+from saebench.store.schema import MANIFEST
 from saebench.text import SPLITS
 
 
@@ -85,6 +86,27 @@ def test_a_killed_extension_leaves_the_store_as_it_was_and_continues(short: Stor
     assert status == 0, printed
     assert contents(folder) == contents(whole)
     assert {name: (folder / name).stat().st_mtime_ns for name in there} == there
+
+
+def test_an_extension_that_is_cut_at_its_very_end_names_the_remedy(
+    short: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(short, tmp_path / "s")
+
+    def cut(path: Path, content: object) -> None:
+        if path.name == MANIFEST:
+            raise OSError("cut")
+        write_json(path, content)
+
+    monkeypatch.setattr("saebench.store.writer.write_json", cut)
+    with pytest.raises(OSError, match="cut"):
+        extend(folder, by(4_000))
+    monkeypatch.undo()
+    (line,) = open_store(folder).verify()
+    assert "documents.parquet is not what the harvest wrote: finish the extension that was begun" in line
+    grown = extend(folder, by(4_000))
+    assert grown is not None
+    assert grown.verify() == []
 
 
 def test_text_that_ends_is_said_and_no_token_comes_twice(

@@ -18,6 +18,7 @@ from saebench.files import hash_files, read_json
 from saebench.store.coding import decode, from_disk, width
 from saebench.store.schema import (
     DOCUMENTS,
+    EXTENSION,
     MANIFEST,
     NORM_BINS,
     ON_DISK,
@@ -300,7 +301,12 @@ class Store:
         path = self.folder / name
         files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
         if hash_files(files) != digest_then:
-            raise ValueError(f"{path} is not what the harvest wrote: restore it, or harvest again")
+            # Killed between the two files that end an extension: the names of its documents are there, its manifest is not.
+            begun = name == DOCUMENTS and (self.folder / EXTENSION).exists()
+            remedy = (
+                "finish the extension that was begun, by the same command" if begun else "restore it, or harvest again"
+            )
+            raise ValueError(f"{path} is not what the harvest wrote: {remedy}")
 
     def document_names(self) -> dict[int, str]:
         """By number. From the shards, which name theirs too: reading Parquet takes 80 MiB of libraries."""
