@@ -7,6 +7,7 @@ import numpy as np
 import streamlit as st
 from shell import clickable, fragment, go, link_to, said, weights_of
 from trials import ablation, own_text
+from turns import usual_strength
 
 from saebench.browse.runs import Trained
 from saebench.browse.table import LatentTable, Query
@@ -80,7 +81,7 @@ def steps(table: LatentTable, latent: int, query: Query) -> None:
         ):
             st.button(label, on_click=open_latent, args=(to,), shortcut=key, disabled=off)
         if st.button("Steer with it", type="primary"):
-            go("steering", turns=f"{latent}:add:0.5n")
+            go("steering", turns=f"{latent}:add:{usual_strength(table.index)}")
 
 
 @fragment

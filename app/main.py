@@ -8,6 +8,7 @@ from shell import (
     chosen_run,
     chosen_sae,
     clickable,
+    forget_latents,
     jobs,
     keep_in_address,
     leave,
@@ -44,7 +45,7 @@ with st.sidebar:
     if names:
         # Without a default of their own, so that the address always names what is shown.
         keep_in_address("run", names, names[0])
-        st.selectbox("Run", names, index=None, key="run", bind="query-params")
+        st.selectbox("Run", names, index=None, key="run", bind="query-params", on_change=forget_latents)
         run = chosen_run()
         assert run is not None
         found, broken = saes_of(run)
@@ -52,7 +53,7 @@ with st.sidebar:
             default = chosen_sae()
             keep_in_address("sae", list(found), default.name if default else next(iter(found)))
             st.selectbox(
-                "SAE", list(found), index=None, key="sae", bind="query-params",
+                "SAE", list(found), index=None, key="sae", bind="query-params", on_change=forget_latents,
                 help="Those with an index can be browsed and steered with",
             )  # fmt: skip
         for name, why in broken.items():

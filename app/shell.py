@@ -11,6 +11,7 @@ from urllib.parse import urlencode
 
 import streamlit as st
 from streamlit.components import v2
+from streamlit.errors import StreamlitAPIException
 
 from saebench.browse.jobs import Jobs
 from saebench.browse.runs import Trained, runs_under, saes_of
@@ -30,7 +31,7 @@ P = ParamSpec("P")
 ROOT = "SAEBENCH_APP_ROOT"
 """Environment variable with the folder of runs, or the run, that the server shows."""
 
-OF_ONE_SAE = ("latent", "turns", "at", "focus", "other", "pair", "page")
+OF_ONE_SAE = ("latent", "turns", "focus", "other", "pair", "page")
 """Parameters of an address that say nothing of another SAE."""
 
 # ------------------------------------------------------------------------------------------- opened once
@@ -147,7 +148,8 @@ def fragment(function: Callable[P, None]) -> Callable[P, None]:
     @st.fragment
     @functools.wraps(function)
     def part(*args: P.args, **kwargs: P.kwargs) -> None:
-        function(*args, **kwargs)
+        with said():
+            function(*args, **kwargs)
         remember()
 
     return part
@@ -156,6 +158,15 @@ def fragment(function: Callable[P, None]) -> Callable[P, None]:
 def own_query() -> dict[str, list[str]]:
     """The query of the page that is shown, but for run and SAE."""
     return {name: st.query_params.get_all(name) for name in st.query_params if name not in ("run", "sae")}
+
+
+def forget_latents() -> None:
+    """What the address says of latents belongs to the SAE before."""
+    for name in OF_ONE_SAE:
+        if name in st.session_state:  # a widget's, which writes the address
+            st.session_state[name] = None
+        else:
+            st.query_params.pop(name, None)
 
 
 def remember() -> None:
@@ -199,10 +210,15 @@ def leave() -> None:
 
 def keep_in_address(name: str, options: list[str], default: str) -> None:
     """What a choice that is bound to the address begins with: what was chosen, what the address says, or the default."""
-    state = st.session_state
+    state, asked = st.session_state, st.query_params.get(name)
     if state.get(name) not in options:
-        asked = st.query_params.get(name)
         state[name] = asked if asked in options else default
+        if asked and asked not in options:
+            st.warning(plain(f"{name} {asked!r} is not here; this is {state[name]!r}"))
+    if asked is None:
+        # A widget writes what is chosen, but not what it began with; and from then on it alone may write it.
+        with contextlib.suppress(StreamlitAPIException):
+            st.query_params[name] = state[name]
 
 
 # ------------------------------------------------------------------------------------------- HTML
@@ -315,7 +331,7 @@ def watch_jobs() -> None:
     for job in jobs().all():
         key = " ".join(job.arguments)
         was = st.session_state.setdefault(f"job {key}", job.running)
-        st.caption(f"**{plain(job.name)}**", help=code(job.title))
+        st.caption(f"**{plain(job.name)}** in {plain(job.log.parent.parent.name)}", help=code(job.title))
         if job.running:
             bar = job.progress
             st.progress(bar[1] if bar else 0.0, text=plain(f"{bar[0]}: {bar[2]}" if bar else job.message or "starting"))
@@ -325,9 +341,8 @@ def watch_jobs() -> None:
             if st.button("Stop", key=f"stop {key}", help=then):
                 job.stop()
         else:
-            (st.success if job.succeeded else st.warning)(
-                plain("stopped" if job.stopped else job.message or "ended"), icon=None
-            )
+            said_last = "done" if job.succeeded else "stopped" if job.stopped else job.message or "ended"
+            (st.success if job.succeeded else st.warning)(plain(said_last), icon=None)
             if st.button("Dismiss", key=f"dismiss {key}"):
                 jobs().forget(job)
                 st.rerun(scope="fragment")

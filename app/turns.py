@@ -10,7 +10,9 @@ from shell import clickable, link_to
 
 from saebench.browse.recipes import MODES, Turn, format_turns
 from saebench.browse.table import LatentTable, Query
+from saebench.index import FeatureIndex
 from saebench.steer import Bench, units_of
+from saebench.steer.interventions import MOST
 from saebench.view import grid
 from saebench.view.markdown import plain
 from saebench.view.tokens import number
@@ -29,23 +31,31 @@ def set_turns(turns: tuple[Turn, ...]) -> None:
     st.query_params["turns"] = format_turns(turns)
 
 
-def turn_row(bench: Bench, turns: tuple[Turn, ...], place: int, name: str) -> None:
-    """Mode and strength of one intervention."""
+def usual_strength(index: FeatureIndex | None) -> str:
+    """What a latent is first steered with: in the best unit that is known."""
+    return "10" if index is None else "0.5n" if index.has_store else "4x"
+
+
+def turn_row(bench: Bench, turns: tuple[Turn, ...], place: int, table: LatentTable | None) -> bool:
+    """Mode and strength of one intervention, and whether it can be done; what is wrong with it is told."""
     turn, key = turns[place], f"{place} {turns[place].latent}"
+    there = turn.latent < bench.sae.d_sae
+    name = table.name(turn.latent) if table and there else ""
 
     def change(**values: Any) -> None:
         set_turns((*turns[:place], dataclasses.replace(turn, **values), *turns[place + 1 :]))
 
     def change_mode() -> None:
         mode = st.session_state[f"mode {key}"]
-        strength = "2" if mode == "scale" else "0.5n" if turn.mode == "scale" else turn.strength
+        usual = usual_strength(bench.index)
+        strength = "2" if mode == "scale" else usual if turn.mode == "scale" else turn.strength
         change(mode=mode, strength=strength)
 
     meanings = "; ".join(f"{name}: {meaning}" for name, meaning in MEANINGS.items())
     with st.container(horizontal=True, vertical_alignment="bottom"):
         with st.container(width=220, gap=None):
             st.markdown(f"**Latent {turn.latent}**")
-            st.caption(plain(name) or "no rule")
+            st.caption(plain(name) or ("no rule" if there else "none such"))
         st.selectbox(
             "Mode",
             MODES,
@@ -55,31 +65,52 @@ def turn_row(bench: Bench, turns: tuple[Turn, ...], place: int, name: str) -> No
             on_change=change_mode,
             width=130,
         )
-        strength_inputs(bench, turn, key, lambda text: change(strength=text))
+        fine = False
+        problem = st.session_state.pop(f"problem {key}", None)
+        try:
+            fine = there and strength_inputs(bench, turn, key, lambda text: change(strength=text))
+        except ValueError as error:
+            problem = str(error)
         rest = turns[:place] + turns[place + 1 :]
         st.button("Remove", key=f"remove {key}", on_click=set_turns, args=(rest,))
+    if not there:
+        problem = f"latent is {turn.latent}; the SAE has 0 to {bench.sae.d_sae - 1}"
+    if problem:
+        st.error(plain(problem), icon=":material/error:")
+    return fine
 
 
-def strength_inputs(bench: Bench, turn: Turn, key: str, on_change: Callable[[str], None]) -> None:
-    """Widgets of which each sets the others; `on_change` is given the strength as it was typed. Raises ValueError as `Units`."""
+def strength_inputs(bench: Bench, turn: Turn, key: str, on_change: Callable[[str], None]) -> bool:
+    """Widgets of which each sets the others; `on_change` is given the strength as it was typed.
+
+    Raises ValueError for a strength that is not known here, once there is a box to type another.
+    """
     if turn.mode == "ablate":
         st.caption("set to 0", width=100)
-        return
+        return True
+    wrong: ValueError | None = None
     if turn.mode == "scale":
         shown: dict[str, tuple[float | None, str, str, str]] = {
             "factor": (float(turn.strength), "Factor", "", "of the activation")
         }
     else:
         units = units_of(bench.sae, turn.latent, bench.index)
-        values = units.all(units.raw(turn.strength, turn.mode))
+        values: dict[str, float | None] = dict.fromkeys(UNITS)
+        try:
+            values = units.all(units.raw(turn.strength, turn.mode))
+        except ValueError as error:
+            wrong = error
         shown = {unit: (values[unit], *described) for unit, described in UNITS.items()}
     for unit, (value, label, suffix, meaning) in shown.items():
         name = f"{unit} {key} {turn.strength}"  # another strength is another widget
         st.number_input(
-            label, value=value, step=None if value is None else max(abs(value) / 10, 0.01), format="%.4g", key=name,
-            disabled=value is None, help=meaning, width=140,
-            on_change=lambda name=name, suffix=suffix: on_change(f"{st.session_state[name]:g}{suffix}"),
+            label, -MOST, MOST, value, max(abs(value or 0.0) / 10, 0.01), format="%.4g", key=name,
+            disabled=value is None and bool(suffix), help=meaning, width=140,
+            on_change=lambda name=name, suffix=suffix: on_change(f"{st.session_state[name] or 0:g}{suffix}"),
         )  # fmt: skip
+    if wrong:
+        raise wrong
+    return True
 
 
 def another(bench: Bench, turns: tuple[Turn, ...], table: LatentTable | None) -> None:
@@ -94,7 +125,7 @@ def another(bench: Bench, turns: tuple[Turn, ...], table: LatentTable | None) ->
 
     def picked(value: str) -> None:
         st.session_state.added = ""
-        set_turns((*turns, Turn(latent=int(value))))
+        set_turns((*turns, Turn(latent=int(value), strength=usual_strength(bench.index))))
 
     named = [int(text)] if text.isdecimal() and len(text) < 9 and int(text) < bench.sae.d_sae else []
     sort = "output" if table is not None and "output" in table.columns else "density"

@@ -70,6 +70,13 @@ def hash_files(paths: list[Path]) -> str:
     return digest.hexdigest()
 
 
+def found_from(path: Path, recorded: Path) -> Path:
+    """The folder that a file in `path` recorded; a relative one that is not here, under the nearest folder above `path` that has it."""
+    if recorded.is_absolute() or recorded.exists():
+        return recorded
+    return next((above / recorded for above in path.resolve().parents if (above / recorded).exists()), recorded)
+
+
 @contextlib.contextmanager
 def locked(folder: Path, *, other: str = "--out", patience: float = 0.0) -> Iterator[IO[str]]:
     """Hold the folder for this process, and for those that inherit the file given, until the last of them has ended.

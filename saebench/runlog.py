@@ -87,7 +87,19 @@ def _step(line: str) -> float:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The lines of a `MetricsLog`. Raises ValueError naming the first that is none, but for a last one that was cut short."""
+    lines: list[dict[str, Any]] = []
+    written = path.read_text(errors="replace").splitlines()
+    for number, line in enumerate(written, 1):
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError:
+            found = None
+        if isinstance(found, dict):
+            lines.append(found)
+        elif number < len(written):
+            raise ValueError(f"line {number} of {path} is no line of metrics: delete it, or the file")
+    return lines
 
 
 def provenance() -> dict[str, Any]:

@@ -89,6 +89,92 @@ def test_an_sae_without_an_index_is_told_how_to_get_one(opened: Any) -> None:
     assert "strengths can only be given raw" in said(opened("steering", sae="relu-l0-4", turns="3:add:12"))
 
 
+def test_without_an_index_a_latent_is_added_in_raw_units(opened: Any) -> None:
+    app = opened("steering", sae="relu-l0-4", turns="3:add:0.5n")
+    assert "the median norm is not known without an index" in bare(app.error[0].value)
+    assert {"Remove", "Generate", "Stop"} <= {button.label for button in app.button}
+    assert next(button for button in app.button if button.label == "Generate").disabled
+    raw = next(field for field in app.number_input if field.label == "Raw")
+    raw.set_value(12.0)
+    app.run()
+    assert not app.error
+    assert app.query_params["turns"] == "3:add:12"
+    assert not next(button for button in app.button if button.label == "Generate").disabled
+
+
+def test_one_bad_intervention_leaves_the_others_and_their_controls(opened: Any) -> None:
+    app = opened("steering", sae=SAE, turns="99999:add:1,12:add:0.5n")
+    assert "latent is 99999; the SAE has 0 to 47" in bare(app.error[0].value)
+    assert [button.label for button in app.button].count("Remove") == 2
+    next(button for button in app.button if button.label == "Remove").click()
+    app.run()
+    assert not app.error
+    assert app.query_params["turns"] == "12:add:0.5n"
+
+
+def test_an_index_that_cannot_be_read_is_named_and_its_sae_stays(opened: Any, copy: Path) -> None:
+    (copy / "index" / f"{SAE}.h5").write_bytes(b"\x89HDF\r\n\x1a\n cut")
+    app = opened("features", root=copy, sae=SAE)
+    assert not app.exception
+    assert app.title[0].value == SAE
+    assert "cannot be read" in bare(app.error[0].value)
+    assert "delete it and index again" in bare(app.error[0].value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("evaluation.json", "[]"), ("evaluation.json", '{"fvu": 1}'), ("cfg.json", "[1]"),
+        ("cfg.json", '{"architecture": "topk", "metadata": null}'),
+        ("cfg.json", '{"architecture": "topk", "metadata": {"saebench": null}}'),
+    ],
+)  # fmt: skip
+def test_one_sae_with_nonsense_for_a_file_leaves_the_others(opened: Any, copy: Path, file: str, content: str) -> None:
+    (copy / "saes" / "topk-k2" / file).write_text(content)
+    app = opened("overview", root=copy, sae=SAE)
+    assert not app.exception
+    assert app.title[0].value == "copied"
+
+
+def test_metrics_that_are_none_name_their_file(opened: Any, copy: Path) -> None:
+    path = copy / "saes" / "topk-k2" / "metrics.jsonl"
+    path.write_text("[1, 2]\n" + path.read_text())
+    app = opened("overview", root=copy)
+    assert not app.exception
+    assert "line 1 of" in bare(app.error[0].value)
+    assert "metrics.jsonl is no line of metrics" in bare(app.error[0].value)
+
+
+def test_weights_that_cannot_be_read_are_said_where_they_are_needed(opened: Any, copy: Path) -> None:
+    (copy / "saes" / SAE / "sae_weights.safetensors").write_bytes(b"junk")
+    for page in ("features", "prompt", "steering"):
+        app = opened(page, root=copy, sae=SAE, latent="3", text="the cat", turns="3:add:1")
+        assert not app.exception
+        assert app.error
+
+
+def test_a_sweep_that_is_none_is_named(opened: Any, copy: Path) -> None:
+    (copy / "sweeps").mkdir()
+    (copy / "sweeps" / f"{SAE}-3-add.json").write_text('{"a": 1}')
+    app = opened("steering", root=copy, sae=SAE, turns="3:add:0.5n")
+    assert not app.exception
+    assert "is no dose-response: measure again" in bare(app.error[0].value)
+
+
+def test_what_the_address_asks_for_in_vain_is_said(opened: Any) -> None:
+    assert "sae 'nothing' is not here" in said(opened("features", sae="nothing"))
+
+
+@pytest.mark.parametrize("more", [{"focus": "99999"}, {"at": "9999"}, {"focus": "1261", "density": "at most 0.1%"}])
+def test_a_token_or_latent_that_is_not_in_the_text_is_as_if_it_were_not_there(
+    opened: Any, more: dict[str, str]
+) -> None:
+    app = opened("prompt", sae=SAE, text="the red cat", **more)
+    assert not app.exception
+    assert not app.error
+    assert "Only token" not in said(app)
+
+
 def test_an_index_being_built_is_shown_as_far_as_it_is(opened: Any, copy: Path) -> None:
     with h5py.File(copy / "index" / f"{SAE}.h5", "r+") as file:
         file.attrs["complete"], file.attrs["share_done"] = False, 0.4

@@ -215,6 +215,33 @@ def test_a_character_of_several_tokens_is_drawn_once(page: Page, address: str) -
     assert "\\x" not in text
 
 
+def test_the_address_names_what_is_shown_and_another_sae_begins_anew(page: Page, address: str) -> None:
+    page.goto(f"{address}/features")
+    page.locator("table[aria-label=latents] a").first.click()
+    expect(page.get_by_role("heading", name=re.compile("^Latent"))).to_be_visible()
+    settled(page)
+    assert "run=tiny" in page.url
+    assert "sae=topk-k" in page.url
+    page.goto(f"{address}/features?sae={SAE}&latent=3")
+    expect(page.get_by_role("heading", name="Latent 3")).to_be_visible()
+    settled(page)
+    page.get_by_role("combobox", name="SAE").click()
+    page.get_by_role("option", name="topk-k2").click()
+    expect(page.get_by_role("heading", name="topk-k2")).to_be_visible()
+    settled(page)
+    assert "sae=topk-k2" in page.url
+    assert "latent" not in page.url
+    page.goto(f"{address}/steering?sae={SAE}&turns=3:add:1n&prompt=the+cat")
+    expect(page.get_by_text("Latent 3", exact=True)).to_be_visible()
+    settled(page)
+    page.get_by_role("combobox", name="SAE").click()
+    page.get_by_role("option", name="topk-k2").click()
+    expect(page.get_by_text("Latent 3", exact=True)).to_have_count(0)
+    expect(page.get_by_role("textbox", name="Prompt")).to_have_value("the cat")
+    settled(page)
+    assert "turns" not in page.url
+
+
 def test_contexts_switch_and_hostile_text_shows_as_text(page: Page, address: str) -> None:
     page.goto(f"{address}/features?sae={SAE}&latent=3")
     expect(page.locator(".example").first).to_be_visible()

@@ -19,6 +19,7 @@ from saebench.browse.recipes import Recipe, Turn, format_turns, load_recipe, par
 from saebench.browse.runs import Trained, runs_under, saes_of
 from saebench.browse.serve import AppConfig, command, serve
 from saebench.browse.table import LatentTable, Query
+from saebench.files import read_json, write_json
 from saebench.index import open_feature_index
 from saebench.index.notes import Note, Notes
 from saebench.steer import Bench, arms_of, generate, open_bench
@@ -143,6 +144,17 @@ def test_a_recipe_edited_into_nonsense_is_named(tmp_path: Path, content: str, me
         load_recipe(tmp_path, "mine")
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("temperature", "hot"), ("prompt", 7), ("n", 100), ("positions", "nowhere"), ("n", True), ("turns", 3)],
+)
+def test_a_recipe_with_a_value_of_another_kind_is_named(tmp_path: Path, field: str, value: object) -> None:
+    path = save_recipe(tmp_path, "mine", SAE, Recipe())
+    write_json(path, read_json(path) | {field: value})
+    with pytest.raises(ValueError, match=r"mine\.json"):
+        load_recipe(tmp_path, "mine")
+
+
 def test_what_is_copied_as_python_runs_and_says_the_same(trained: Trained, bench: Bench) -> None:
     turns = (Turn(latent=3, strength="1n"), Turn(latent=5, mode="ablate"))
     recipe = Recipe(turns=turns, prompt="the 'red'\ncat", max_new_tokens=6, positions="generated")
@@ -177,6 +189,29 @@ def test_runs_and_saes_are_found_where_they_are(run: Path, tmp_path: Path) -> No
 @pytest.fixture
 def copied(run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run, tmp_path / "copied"))
+
+
+def test_each_job_has_a_log_of_its_own(tmp_path: Path) -> None:
+    jobs = Jobs()
+    first = jobs.start(["store", "info", "a"], tmp_path)
+    second = jobs.start(["store", "info", "b"], tmp_path)
+    assert first.wait(60.0) == second.wait(60.0) == 2
+    jobs.forget(first)
+    third = jobs.start(["store", "info", "c"], tmp_path)
+    assert third.wait(60.0) == 2
+    assert len({job.log for job in (first, second, third)}) == 3
+
+
+def test_a_store_is_found_from_the_run_wherever_one_stands(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = Path(shutil.copytree(run.parent.parent, tmp_path / "moved")) / "runs" / "tiny"
+    path = copied / "saes" / "topk-k4" / "cfg.json"
+    config = read_json(path)
+    config["metadata"]["saebench"]["store"] = "store"
+    write_json(path, config)
+    monkeypatch.chdir(tmp_path)
+    assert Trained(copied, path.parent).store == tmp_path / "moved" / "store"
 
 
 def test_an_index_is_made_by_a_command_that_is_watched(copied: Path) -> None:

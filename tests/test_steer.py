@@ -308,7 +308,7 @@ def test_units_convert_into_each_other() -> None:
     for wrong in ("six", "6y", "nan", "inf", ""):
         with pytest.raises(ValueError, match=r"is not known; expected 12 \(raw\), 6x"):
             units.raw(wrong)
-    with pytest.raises(ValueError, match="without an index; run `saebench index` or give a raw strength"):
+    with pytest.raises(ValueError, match="without an index: run `saebench index`, or give a raw strength"):
         Units(1.0).raw("6x")
     with pytest.raises(ValueError, match="never fired"):
         Units(1.0, 0.0, 1.0).raw("6x")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import streamlit as st
-from shell import chosen_run, chosen_sae, clickable, go, link_to, offer, said, table_of, weights_of
+from shell import chosen_run, chosen_sae, clickable, go, keep_in_address, link_to, offer, said, table_of, weights_of
 
 from saebench.browse.runs import Trained, saes_of
 from saebench.browse.table import LatentTable
@@ -55,7 +55,10 @@ def choose(found: dict[str, Trained]) -> Pair | None:
             if here and sae.hook == here.hook and sae.share_indexed < 1:
                 offer(f"Index {sae.name}", sae.index_command, sae.run)
         return None
-    name = st.selectbox(f"{plain(here.name)} against", others, key="other", bind="query-params")
+    keep_in_address("other", others, others[0])
+    name = (
+        st.selectbox(f"{plain(here.name)} against", others, index=None, key="other", bind="query-params") or others[0]
+    )
     return Pair(here, indexed[name], table_of(here), table_of(indexed[name]))
 
 

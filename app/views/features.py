@@ -125,6 +125,8 @@ if sae is None:
     st.stop()
 if sae.share_indexed == 0:
     st.title(plain(sae.name))
+    if sae.index_error:
+        st.error(plain(sae.index_error))
     st.write("Its latents are not indexed yet. An index is one pass over the activation store.")
     missing(sae)
     st.stop()
@@ -138,8 +140,11 @@ with said():
     chosen = st.session_state.get("latent")
     if not index.complete:
         st.info(f"Indexed so far: {index.share_done:.0%} of the rows. Figures change until it is complete.")
+        missing(sae)
     if not index.has_store:
-        st.warning("Its store is gone: labels, statistics and logits are shown, examples cannot be.")
+        st.warning(
+            plain(f"Its store is gone ({sae.store}): labels, statistics and logits are shown, examples cannot be.")
+        )
     if chosen is None:
         title.title(plain(sae.name))
         rows(table)

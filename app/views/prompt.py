@@ -5,6 +5,7 @@ import html
 import numpy as np
 import streamlit as st
 from shell import chosen_sae, clickable, fragment, go, link_to, missing, model_of, said, table_of, weights_of
+from turns import usual_strength
 
 from saebench.browse.runs import Trained
 from saebench.browse.table import LatentTable
@@ -87,7 +88,7 @@ def firings_html(table: LatentTable, text: str, found: TextFeatures, focus: int 
             grid.link(str(firing.latent), f"latent:{firing.latent}", link_to("features", latent=firing.latent)), html.escape(table.name(firing.latent)),
             f"<code>{html.escape(visible(peak).replace(' ', '·'))}</code>", number(firing.peak), f"{firing.quantile:.1%}",
             f"{firing.density:.2%}", *([f"{firing.effect:+.3f}"] if found.target is not None else []),
-            str(len(firing.positions)), grid.link("steer", f"steer:{firing.latent}", link_to("steering", turns=f"{firing.latent}:add:0.5n", prompt=text)),
+            str(len(firing.positions)), grid.link("steer", f"steer:{firing.latent}", link_to("steering", turns=f"{firing.latent}:add:{usual_strength(table.index)}", prompt=text)),
         ]  # fmt: skip
         rows.append(grid.Row(cells, f"focus:{firing.latent}", firing.latent == focus))
     return grid.grid_html(columns, rows, "latents that fire")
@@ -113,7 +114,13 @@ def results(sae: Trained, table: LatentTable) -> None:
             st.query_params[kind] = name
 
     with said():
-        found = search(sae, table, text, position)
+        try:
+            found = search(sae, table, text, position)
+        except ValueError:  # a position beyond the text is as if it were not there; anything else is said again
+            position = None
+            found = search(sae, table, text, position)
+        if focus not in {firing.latent for firing in found.firings}:
+            focus = None
         clickable(tokens_html(found, position, focus), "tokens", picked)
         if position is not None:
             st.caption(f"Only token {position}: pick it again for the whole text.")
@@ -129,7 +136,7 @@ def results(sae: Trained, table: LatentTable) -> None:
         kind, latent = leave
         if kind == "latent":
             go("features", latent=latent)
-        go("steering", turns=f"{latent}:add:0.5n", prompt=text)
+        go("steering", turns=f"{latent}:add:{usual_strength(table.index)}", prompt=text)
 
 
 st.title("Prompt")

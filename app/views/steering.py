@@ -2,13 +2,15 @@
 
 import contextlib
 import dataclasses
-from typing import Any, NamedTuple, get_args
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import streamlit as st
+from kept import recipes
 from shell import bench_of, chosen_sae, clickable, fragment, offer, said, table_of
-from turns import another, set_turns, turn_row
+from turns import another, turn_row
 
-from saebench.browse.recipes import Recipe, Turn, load_recipe, parse_turns, recipes_of, save_recipe
+from saebench.browse.recipes import MAX_TEXTS, POSITIONS, Recipe, Turn, parse_turns
 from saebench.browse.runs import Trained
 from saebench.browse.table import LatentTable
 from saebench.files import read_json
@@ -16,9 +18,8 @@ from saebench.steer import Bench, arms_of, units_of
 from saebench.steer.live import Live
 from saebench.view import charts
 from saebench.view.arms import arm_html
-from saebench.view.markdown import code, plain
+from saebench.view.markdown import plain
 
-POSITIONS = get_args(Recipe.__annotations__["positions"])
 ARMS = {
     "unsteered": "the model as it is", "steered": "with the interventions",
     "random": "random directions of the same norm", "negative": "the same directions, negative",
@@ -38,11 +39,11 @@ def turns_now() -> tuple[Turn, ...]:
     return parse_turns(st.query_params.get("turns", ""))
 
 
-def recipe_now() -> Recipe:
-    """What the URL and the widgets say. Raises ValueError for turns that cannot be read."""
+def recipe_now(turns: tuple[Turn, ...]) -> Recipe:
+    """The interventions with what the widgets say."""
     state = st.session_state
     chosen = {field.name: state[field.name] for field in dataclasses.fields(Recipe) if field.name != "turns"}
-    return Recipe(turns=turns_now(), **chosen)
+    return Recipe(turns=turns, **chosen)
 
 
 def made_by(sae: Trained) -> Made | None:
@@ -57,7 +58,7 @@ def sampling_inputs(longest: int) -> None:
     with st.container(horizontal=True, vertical_alignment="bottom"):
         st.selectbox("Positions", POSITIONS, key="positions", help="BOS is always left alone", width=160, **bound)
         st.number_input("Tokens", 1, longest, min(48, longest), key="max_new_tokens", width=110, **bound)
-        st.number_input("Texts", 1, 8, 1, key="n", width=100, **bound)
+        st.number_input("Texts", 1, MAX_TEXTS, 1, key="n", width=100, **bound)
         st.number_input("Temperature", 0.0, 5.0, 1.0, 0.1, key="temperature", width=125, **bound)
         st.number_input("Top p", 0.05, 1.0, 1.0, 0.05, key="top_p", width=115, **bound)
         st.number_input(
@@ -69,66 +70,37 @@ def sampling_inputs(longest: int) -> None:
 
 @fragment
 def settings(sae: Trained, bench: Bench, lock: Any, table: LatentTable | None) -> None:
-    sampling_inputs(bench.model.max_context - 2)
-    with said():
+    longest = bench.model.max_context - 2
+    sampling_inputs(longest)
+    turns: tuple[Turn, ...] = ()
+    with said():  # what cannot be read is told, and the bench goes on without it
         turns = turns_now()
-        for place, turn in enumerate(turns):
-            turn_row(bench, turns, place, table.name(turn.latent) if table and turn.latent < table.index.d_sae else "")
-        another(bench, turns, table)
-        recipe = recipe_now()
-        made = made_by(sae)
-        running = made is not None and not made.live.done
-        buttons = st.container(horizontal=True)
-        if buttons.button("Generate", type="primary", disabled=running or not turns, shortcut="Mod+Enter"):
-            arms = arms_of(recipe.interventions(bench), seed=recipe.seed)
-            live = Live(bench.model, recipe.prompt, arms, recipe.sampling(), lock)
-            st.session_state.made = Made(live, str(sae.folder), recipe)
-            st.rerun()
-        if buttons.button("Stop", disabled=not running) and made is not None:
-            made.live.stop()
-            made.live.wait(10.0)
-            st.rerun()
-        if made is not None and recipe != made.recipe:
-            buttons.caption("The texts below are from earlier settings.")
-        with buttons.popover("Recipes"):
-            keep(sae, recipe)
-        with buttons.popover("Copy as Python"):
-            st.code(recipe.python(sae.folder), language="python")
-        if not turns:
-            st.info("Choose a latent above, or open one from Features or Prompt and steer with it.")
-
-
-def keep(sae: Trained, recipe: Recipe) -> None:
-    """Save these settings, or open others."""
-    with said():
-        name = st.text_input("Save these settings as", key="recipe name")
-        if name in recipes_of(sae.run, sae.name):
-            st.caption("This replaces the one of that name.")
-        with said():
-            if st.button("Save", disabled=not name):
-                st.caption(f"saved as {code(str(save_recipe(sae.run, name, sae.name, recipe)))}")
-        for known in recipes_of(sae.run, sae.name):
-            st.button(
-                plain(known),
-                key=f"recipe {known}",
-                icon=":material/folder_open:",
-                on_click=open_recipe,
-                args=(sae, known),
-            )
-        if error := st.session_state.pop("recipe error", None):
-            st.error(plain(error))
-
-
-def open_recipe(sae: Trained, name: str) -> None:
-    try:
-        recipe = load_recipe(sae.run, name)
-    except ValueError as error:
-        st.session_state["recipe error"] = str(error)
-        return
-    for field in dataclasses.fields(Recipe):
-        if field.name != "turns":
-            st.session_state[field.name] = getattr(recipe, field.name)
-    set_turns(recipe.turns)
+    fine = [turn_row(bench, turns, place, table) for place in range(len(turns))]
+    another(bench, turns, table)
+    recipe = recipe_now(turns)
+    made = made_by(sae)
+    running = made is not None and not made.live.done
+    buttons = st.container(horizontal=True)
+    ready = bool(turns) and all(fine) and not running
+    if buttons.button("Generate", type="primary", disabled=not ready, shortcut="Mod+Enter"):
+        if before := st.session_state.get("made"):
+            before.live.stop()  # another SAE's may still be at it
+        arms = arms_of(recipe.interventions(bench), seed=recipe.seed)
+        live = Live(bench.model, recipe.prompt, arms, recipe.sampling(), lock)
+        st.session_state.made = Made(live, str(sae.folder), recipe)
+        st.rerun()
+    if buttons.button("Stop", disabled=not running) and made is not None:
+        made.live.stop()
+        made.live.wait(10.0)
+        st.rerun()
+    if made is not None and recipe != made.recipe:
+        buttons.caption("The texts below are from earlier settings.")
+    with buttons.popover("Recipes"):
+        recipes(sae, recipe, longest)
+    with buttons.popover("Copy as Python"):
+        st.code(recipe.python(sae.folder), language="python")
+    if not turns:
+        st.info("Choose a latent above, or open one from Features or Prompt and steer with it.")
 
 
 def texts(sae: Trained) -> None:
@@ -181,14 +153,21 @@ def dose(sae: Trained, bench: Bench) -> None:
         response(sae, turn, raw if turn.mode == "scale" else units.all(raw)["norm"])
 
 
+def measured(path: Path, now: float | None) -> Any:
+    """The plot of a sweep. Raises ValueError for a file that holds none."""
+    found = read_json(path)
+    try:
+        return charts.dose_response(found, now=now)
+    except (KeyError, TypeError, AttributeError, IndexError, StopIteration) as error:
+        raise ValueError(f"{path} is no dose-response: measure again") from error
+
+
 def response(sae: Trained, turn: Turn, now: float | None) -> None:
     """The plot, once it is measured, with the strength that is set `now`; and the button that measures it."""
     out = sae.run / "sweeps" / f"{sae.name}-{turn.latent}-{turn.mode}.json"
     if out.exists():
         with said():
-            st.plotly_chart(
-                charts.dose_response(read_json(out), now=now), key=f"dose {out.name}", config={"displaylogo": False}
-            )
+            st.plotly_chart(measured(out, now), key=f"dose {out.name}", config={"displaylogo": False})
     arguments = ["steer", "--sweep", "--sae", str(sae.folder), "--latent", str(turn.latent), "--mode", turn.mode]
     offer("Measure again" if out.exists() else f"Sweep latent {turn.latent}", [*arguments, "--out", str(out)], sae.run)
 

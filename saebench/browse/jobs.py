@@ -1,5 +1,6 @@
 """Long work as processes of the command line: begun, watched and stopped from elsewhere."""
 
+import itertools
 import os
 import re
 import signal
@@ -86,6 +87,7 @@ class Jobs:
 
     def __init__(self) -> None:
         self._jobs: dict[tuple[str, ...], Job] = {}
+        self._numbers = itertools.count()
         self._lock = threading.Lock()
 
     def start(self, arguments: list[str], folder: Path) -> Job:
@@ -93,7 +95,7 @@ class Jobs:
         with self._lock:
             job = self._jobs.get(tuple(arguments))
             if job is None or not job.running:
-                log = folder / "jobs" / f"{len(self._jobs):03d}-{arguments[0]}.log"
+                log = folder / "jobs" / f"{next(self._numbers):03d}-{arguments[0]}.log"
                 job = self._jobs[tuple(arguments)] = Job(arguments, log)
             return job
 

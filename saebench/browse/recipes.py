@@ -80,6 +80,11 @@ for text in generate(bench.model, {self.prompt!r}, arms, sampling).texts:
 """
 
 
+POSITIONS: tuple[str, ...] = get_args(Recipe.__annotations__["positions"])
+MAX_TEXTS = 8
+"""texts of an arm that the bench shows"""
+
+
 def parse_turns(text: str) -> tuple[Turn, ...]:
     """Turns written `12:add:0.5n,40:ablate`. Raises ValueError for anything else."""
     turns = []
@@ -128,7 +133,19 @@ def load_recipe(run: Path, name: str) -> Recipe:
     fields = {field.name for field in dataclasses.fields(Recipe)}
     if not isinstance(content, dict) or content.get("schema") != _SCHEMA or not fields <= set(content):
         raise ValueError(f"{path} is no recipe; delete it, or save it again")
-    recipe = Recipe(**{name: content[name] for name in fields - {"turns"}}, turns=parse_turns(str(content["turns"])))
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(Recipe):
+        value, usual = content[field.name], "" if field.name == "turns" else field.default
+        kinds = (int, float) if isinstance(usual, float) else type(usual)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise ValueError(f"{field.name} in {path} is {value!r}; expected something like {usual!r}")
+        if field.name != "turns":
+            values[field.name] = float(value) if isinstance(usual, float) else value
+    if content["positions"] not in POSITIONS or not 1 <= content["n"] <= MAX_TEXTS:
+        raise ValueError(
+            f"{path} has positions {content['positions']!r} and n {content['n']}; expected {', '.join(POSITIONS)} and 1 to {MAX_TEXTS}"
+        )
+    recipe = Recipe(**values, turns=parse_turns(content["turns"]))
     recipe.sampling()
     return recipe
 

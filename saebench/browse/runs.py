@@ -7,6 +7,7 @@ from typing import Any
 
 from saebench.evaluate.evaluate import EVALUATION
 from saebench.evaluate.report import summarise
+from saebench.files import found_from
 from saebench.index import IndexConfig
 from saebench.index.schema import open_index
 from saebench.runlog import read_metrics
@@ -50,7 +51,7 @@ class Trained:
     def store(self) -> Path | None:
         """The store it was trained on, whether or not it is still there."""
         folder = self.metadata.get("saebench", {}).get("store")
-        return None if folder is None else Path(folder)
+        return None if folder is None else found_from(self.folder / "cfg.json", Path(folder))
 
     @cached_property
     def figures(self) -> dict[str, Any]:
@@ -72,12 +73,24 @@ class Trained:
         return read_metrics(path) if path.exists() else []
 
     @cached_property
-    def share_indexed(self) -> float:
-        """0 without an index, 1 with a whole one, between them while it is built."""
+    def _index(self) -> tuple[float, str | None]:
         if not self.index_path.exists():
-            return 0.0
-        with open_index(self.index_path) as file:
-            return 1.0 if file.attrs["complete"] else min(0.999, float(file.attrs["share_done"]))
+            return 0.0, None
+        try:
+            with open_index(self.index_path) as file:
+                return 1.0 if file.attrs["complete"] else min(0.999, float(file.attrs["share_done"])), None
+        except (ValueError, KeyError, OSError) as error:
+            return 0.0, f"{self.index_path} cannot be read ({error}): delete it and index again"
+
+    @property
+    def share_indexed(self) -> float:
+        """0 without an index that can be read, 1 with a whole one, between them while it is built."""
+        return self._index[0]
+
+    @property
+    def index_error(self) -> str | None:
+        """What is wrong with the index file, where it cannot be read."""
+        return self._index[1]
 
     def python(self, latent: int) -> str:
         """How to get at all that the page of a latent shows, from Python."""
@@ -129,6 +142,11 @@ def saes_of(run: Path) -> tuple[dict[str, Trained], dict[str, str]]:
         try:
             _ = sae.figures["architecture"], sae.hook, sae.share_indexed
             found[folder.name] = sae
-        except (ValueError, KeyError, OSError) as error:
-            broken[folder.name] = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
+        except (ValueError, OSError) as error:
+            broken[folder.name] = str(error)
+        except (KeyError, TypeError, AttributeError) as error:  # JSON, but not what an SAE's files hold
+            broken[folder.name] = (
+                f"cfg.json or {EVALUATION} in {folder} is not as saebench writes it ({type(error).__name__}: {error}); "
+                f"restore it, or delete {EVALUATION} and evaluate again"
+            )
     return found, broken

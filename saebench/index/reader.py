@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from saebench.files import found_from
 from saebench.index.derive import FLAGS
 from saebench.index.evidence import Sample
 from saebench.index.rules import OPERATORS, holding
@@ -342,7 +343,7 @@ def open_feature_index(
     """
     path = Path(path)
     with open_index(path) as file:
-        folder = Path(store or file.attrs["store"])
+        folder = Path(store) if store else found_from(path, Path(file.attrs["store"]))
         identity = json.loads(file.attrs["identity"])
     sae = Path(sae or path.parent.parent / "saes" / path.stem)
     opened = open_store(folder) if need_store or (folder / MANIFEST).exists() else None

@@ -35,7 +35,7 @@ from saebench.sae.architectures import normalized
 from saebench.text import encoder_of
 
 Mode = Literal["add", "clamp", "scale", "ablate", "orthogonal"]
-_MOST = 1e9
+MOST = 1e9
 _STRENGTH = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)([xn]?)", re.IGNORECASE)
 
 
@@ -125,8 +125,8 @@ class Units:
                 f"strength {strength!r} is not known; expected 12 (raw), 6x (times the latent's maximum) or 0.5n (of the median norm)"
             )
         value, unit = float(match[1]), match[2].lower()
-        if not abs(value) <= _MOST:
-            raise ValueError(f"strength {strength!r} is beyond {_MOST:g}; expected what a residual stream can hold")
+        if not abs(value) <= MOST:
+            raise ValueError(f"strength {strength!r} is beyond {MOST:g}; expected what a residual stream can hold")
         if not unit:
             return value
         if mode == "scale":
@@ -143,8 +143,12 @@ class Units:
     def _in(self, unit: str) -> float:
         known = self.maximum if unit == "x" else self.median_norm
         if known is None:
-            what = "the latent's maximum" if unit == "x" else "the median norm"
-            raise ValueError(f"{what} is not known without an index; run `saebench index` or give a raw strength")
+            what = (
+                "the latent's maximum is not known without an index"
+                if unit == "x"
+                else "the median norm is not known without an index and its store"
+            )
+            raise ValueError(f"{what}: run `saebench index`, or give a raw strength")
         if known == 0:
             raise ValueError(
                 "the latent never fired in the index, so that its maximum is 0; give a strength in n or raw"
