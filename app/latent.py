@@ -5,9 +5,11 @@ from typing import Any
 
 import numpy as np
 import streamlit as st
-from shell import clickable, fragment, go, link_to, said, weights_of
+from opened import weights_of
+from shell import clickable, fragment, said
 from trials import ablation, own_text
 from turns import usual_strength
+from where import go, link_to
 
 from saebench.browse.runs import Trained
 from saebench.browse.table import LatentTable, Query

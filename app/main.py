@@ -4,12 +4,12 @@ from pathlib import Path
 
 import streamlit as st
 import torch
-from shell import (
+from opened import jobs
+from shell import clickable, watch_jobs
+from where import (
     chosen_run,
     chosen_sae,
-    clickable,
     forget_latents,
-    jobs,
     keep_in_address,
     leave,
     navigation_html,
@@ -17,7 +17,6 @@ from shell import (
     root,
     runs,
     set_out,
-    watch_jobs,
 )
 
 from saebench.browse.runs import saes_of

@@ -1,7 +1,8 @@
 """What one can try on a latent: lines of one's own, and what its ablation changes."""
 
 import streamlit as st
-from shell import clickable, fragment, model_of, said, weights_of
+from opened import model_of, weights_of
+from shell import clickable, fragment, said
 
 from saebench.browse.runs import Trained
 from saebench.browse.table import LatentTable

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import streamlit as st
-from shell import clickable, link_to
+from shell import clickable
+from where import link_to
 
 from saebench.browse.recipes import MODES, Turn, format_turns
 from saebench.browse.table import LatentTable, Query

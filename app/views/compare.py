@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 import streamlit as st
-from shell import chosen_run, chosen_sae, clickable, go, keep_in_address, link_to, offer, said, table_of, weights_of
+from opened import table_of, weights_of
+from shell import clickable, offer, said
+from where import chosen_run, chosen_sae, go, keep_in_address, link_to
 
 from saebench.browse.runs import Trained, saes_of
 from saebench.browse.table import LatentTable

@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import streamlit as st
 from latent import show_latent
-from shell import chosen_sae, clickable, fragment, link_to, missing, own_query, said, table_of
+from opened import table_of
+from shell import clickable, fragment, missing, said
+from where import chosen_sae, link_to, own_query
 
 from saebench.browse.table import HEADINGS, MAX_SIZE, LatentTable, Query
 from saebench.index.derive import FLAGS

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import streamlit as st
-from shell import changed, chosen_run, chosen_sae, clickable, go, link_to, missing, offer, root, said
+from opened import changed
+from shell import clickable, missing, offer, said
+from where import chosen_run, chosen_sae, go, link_to, root
 
 from saebench.browse.runs import Trained, saes_of
 from saebench.browse.stores import norms_html

@@ -4,8 +4,10 @@ import html
 
 import numpy as np
 import streamlit as st
-from shell import chosen_sae, clickable, fragment, go, link_to, missing, model_of, said, table_of, weights_of
+from opened import model_of, table_of, weights_of
+from shell import clickable, fragment, missing, said
 from turns import usual_strength
+from where import chosen_sae, go, link_to
 
 from saebench.browse.runs import Trained
 from saebench.browse.table import LatentTable

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import streamlit as st
 from kept import recipes
-from shell import bench_of, chosen_sae, clickable, fragment, offer, said, table_of
+from opened import bench_of, table_of
+from shell import clickable, fragment, offer, said
 from turns import another, turn_row
+from where import chosen_sae
 
 from saebench.browse.recipes import MAX_TEXTS, POSITIONS, Recipe, Turn, parse_turns
 from saebench.browse.runs import Trained
