@@ -439,7 +439,7 @@ _CONTRAST = """() => {
   let worst = 99, where = '';
   const visit = (root) => root.querySelectorAll('*').forEach((e) => {
     if (e.shadowRoot) visit(e.shadowRoot);
-    if (!e.closest('.sb-app, .xtick, .ytick, [data-testid=stCaptionContainer], button[data-testid^=stBaseButton]:enabled') || e.matches('title, [data-testid=stIconMaterial]') || ![...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim())) return;
+    if (!e.closest('.sb-app, .xtick, .ytick, [data-testid=stCaptionContainer], [data-testid=stCode], .annotation-text, button[data-testid^=stBaseButton]:enabled') || e.matches('title, [data-testid=stIconMaterial]') || ![...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim())) return;
     const style = getComputedStyle(e);
     const back = behind(e), front = mix(parse(e instanceof SVGElement ? style.fill : style.color), back);
     const [a, b] = [light(front.rgb), light(back.rgb)]; const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
