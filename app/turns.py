@@ -66,8 +66,7 @@ def turn_row(bench: Bench, turns: tuple[Turn, ...], place: int, table: LatentTab
             on_change=change_mode,
             width=130,
         )
-        fine = False
-        problem = st.session_state.pop(f"problem {key}", None)
+        fine, problem = False, ""
         try:
             fine = there and strength_inputs(bench, turn, key, lambda text: change(strength=text))
         except ValueError as error:

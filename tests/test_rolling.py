@@ -158,6 +158,7 @@ def test_the_head_stays_and_the_windows_go(whole: tuple[Path, Path, str], head: 
     assert open_store(folder).verify() == []
     kept = all_of_it.rows("train", kept=True)
     assert f"the text ended after {kept:,} rows to train on, and was begun again" in printed
+    assert re.search(r"has [\d,]+ held-out rows, those of its own stretch of text: figures on so few are not", printed)
     assert re.search(r"training waited \d+\.\d s for the harvester", printed)
     metadata = read_config(run / "saes" / f"topk-k4-{HOOK}")["metadata"]["saebench"]
     assert metadata["epochs"] == pytest.approx(TOKENS / kept)
@@ -303,6 +304,7 @@ def test_a_head_that_holds_all_of_its_text_is_trained_on_as_it_is(
         assert train(config(all_of_it, out, rolling=rolling))
     assert same_saes(tmp_path / "one", tmp_path / "two")
     assert "holds all of its text: there are no windows to follow" in caplog.text
+    assert "held-out rows" not in caplog.text
 
 
 def test_what_cannot_roll_is_said(

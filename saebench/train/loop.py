@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 LOG_EVERY = 50  # steps
 CHECKPOINT_SECONDS = 60.0
+FEW = 10_000  # held-out rows, fewer than which leave the figures of an evaluation wide apart
 
 
 class Stream(NamedTuple):
@@ -206,7 +207,13 @@ def _window_shards(config: TrainConfig, store: Store, hooks: Sequence[str]) -> i
     if store.manifest["exhausted"]:
         log.warning("%s holds all of its text: there are no windows to follow, it is trained on as it is", store.folder)
         return None
-    return window_shards(store, config.rolling)
+    size = window_shards(store, config.rolling)
+    if (held_out := store.rows("validation")) < FEW:
+        log.warning(
+            "%s has %s held-out rows, those of its own stretch of text: figures on so few are not to be trusted; a larger "
+            "--rolling, or -- --validation-fraction, gives more", store.folder, f"{held_out:,}",
+        )  # fmt: skip
+    return size
 
 
 def _only_hook(store: Store) -> str:
