@@ -57,9 +57,13 @@ def show_latent(sae: Trained, table: LatentTable, number_: int, query: Query, ti
     )
     left, right = st.columns([5, 2], gap="large")
     with left, said():
+        # Closed, above the examples: below them they would be pages away.
+        with st.expander("Try your own text", expanded=bool(st.query_params.get("try"))):
+            own_text(sae, table, latent)
+        if latent.top and table.index.has_store:
+            with st.expander("What its ablation changes"):
+                ablation(sae, table, latent)
         examples(sae, table, latent)
-        own_text(sae, table, latent)
-        ablation(sae, table, latent)
     with right:
         neighbours(table, latent)
         note_form(table, number_, note)

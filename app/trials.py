@@ -15,7 +15,6 @@ from saebench.view.tokens import number, text_html
 
 @fragment
 def own_text(sae: Trained, table: LatentTable, latent: Latent) -> None:
-    st.subheader("Try your own text")
     with st.form("own text", border=False):
         text = st.text_area("Lines, each by itself", key="try", bind="query-params", height=100)
         st.form_submit_button("See where it fires")
@@ -45,9 +44,6 @@ def own_text(sae: Trained, table: LatentTable, latent: Latent) -> None:
 
 @fragment
 def ablation(sae: Trained, table: LatentTable, latent: Latent) -> None:
-    st.subheader("Ablation")
-    if not latent.top or not table.index.has_store:
-        return
     st.caption("What the model loses on the strongest example when the latent is set to 0 there, all else kept.")
     if not st.button("Measure"):
         return

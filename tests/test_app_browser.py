@@ -268,9 +268,15 @@ def test_contexts_switch_and_hostile_text_shows_as_text(page: Page, address: str
 
 def test_own_lines_show_where_the_latent_fires(page: Page, address: str) -> None:
     page.goto(f"{address}/features?sae={SAE}&latent=3")
+    page.get_by_text("Try your own text").click()
     page.get_by_role("textbox", name="Lines, each by itself").fill("the red cat\n<b>blue</b> dog")
     page.get_by_role("button", name="See where it fires").click()
     expect(page.get_by_text("of 2 lines")).to_be_visible()
+    settled(page)
+    assert "try=" in page.url
+    page.reload()
+    expect(page.get_by_text("of 2 lines")).to_be_visible()
+    page.get_by_text("What its ablation changes").click()
     page.get_by_role("button", name="Measure").click()
     expect(page.get_by_text("nats over the context")).to_be_visible()
 
