@@ -42,7 +42,7 @@ def no_run() -> None:
     st.title("No run yet")
     st.write(
         f"A run is a folder under {code(str(root()))} with trained SAEs. The demo makes one from the embedded model and corpus, "
-        "in about ten minutes on two cores:"
+        "in about seven minutes on two cores:"
     )
     offer("Run the demo", ["demo", "--out", str(root() / "demo")], root())
     st.write(
