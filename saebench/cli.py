@@ -14,6 +14,7 @@ from saebench.config import add_arguments, from_arguments
 from saebench.demo.demo import INDEXED, run_demo
 from saebench.evaluate import EvalConfig, equal_l0_table, evaluate, table, write_report
 from saebench.harvest import ExtendConfig, HarvestConfig, extend, harvest
+from saebench.harvest.extend import settings_of
 from saebench.index import IndexConfig, build_index
 from saebench.index.export import ExportConfig, export
 from saebench.runlog import progress
@@ -21,6 +22,8 @@ from saebench.steer import Generation
 from saebench.steer.run import SteerConfig, rank, steer, sweep
 from saebench.store import open_store
 from saebench.store.norms import describe
+from saebench.store.reader import read_manifest
+from saebench.store.schema import MANIFEST
 from saebench.text import TextConfig
 from saebench.train import TrainConfig, train
 
@@ -124,7 +127,7 @@ def _train(arguments: argparse.Namespace) -> int:
     device, trusted = None, False
     if arguments.behind:
         head, text, spare = _head_of(config, arguments.behind)
-        if harvest(head, text, spare) is None:
+        if spare and harvest(head, text, spare) is None:
             return INTERRUPTED
         device, trusted = head.device, head.trust_remote_code
     folders = train(config, model_device=device, trust_remote_code=trusted)
@@ -136,7 +139,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _head_of(config: TrainConfig, behind: list[str]) -> tuple[HarvestConfig, TextConfig, int]:
-    """(head of a rolling run by the options of `harvest`, its text, training tokens of the windows behind it)."""
+    """(head of a rolling run by the options of `harvest`, its text, training tokens of the windows behind it; 0 for one that is finished)."""
     if config.rolling is None:
         raise ValueError(
             f"options after `--` are those of `harvest` for --rolling N, which is not given: {' '.join(behind)}"
@@ -147,13 +150,25 @@ def _head_of(config: TrainConfig, behind: list[str]) -> tuple[HarvestConfig, Tex
     )  # fmt: skip
     add_arguments(parser, HarvestConfig)
     add_arguments(parser, TextConfig)
-    given = parser.parse_args(["--out", str(config.store), *behind])
+    manifest = read_manifest(config.store) if (config.store / MANIFEST).exists() else None
+    made = manifest["identity"] if manifest and manifest["complete"] else None
+    usual = ["--layers", ",".join(map(str, made["layers"]))] if made else []
+    given = parser.parse_args(["--out", str(config.store), *usual, *behind])
     if "tokens" in given or given.out != config.store:
         raise ValueError(
             "after `--`, --tokens and --out are not for you to give: they follow from --rolling and --store"
         )
     head, text = from_arguments(HarvestConfig, given), from_arguments(TextConfig, given)
-    assert config.rolling
+    if made:
+        told, told_text = settings_of(config.store, made, ExtendConfig(tokens=1))
+        for new, old in ((head, told), (text, told_text)):
+            for name in vars(given).keys() & vars(old).keys() - {"out", "device", "trust_remote_code"}:
+                if getattr(new, name) != getattr(old, name):
+                    raise ValueError(
+                        f"{name} is {getattr(new, name)!r} after `--`, and {config.store} was made with {getattr(old, name)!r}: "
+                        "leave the option out, or choose another --store"
+                    )
+        return head, text, 0
     shard = head.shard_contexts * head.context
     tokens = config.rolling // 3 * shard
     return dataclasses.replace(head, tokens=tokens), text, config.rolling * shard - tokens

@@ -21,8 +21,9 @@ from saebench.files import locked, read_json, write_json
 from saebench.harvest import harvest
 from saebench.harvest.window import Windows, folder_of
 from saebench.sae import SAE, read_config, save_sae
-from saebench.store import Shard, Store, open_store, shuffled_batches
+from saebench.store import Cursor, Shard, Store, open_store, shuffled_batches
 from saebench.train import TrainConfig, train
+from saebench.train.rolling import Rolling
 
 HOOKS = ("blocks.0.hook_resid_post", HOOK)
 N, PER_SHARD = 7, 64 * CONTEXT
@@ -243,6 +244,15 @@ def test_a_damaged_window_stops_the_training(head: Store, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"rolling/00000001/shard-00001.h5: rows \d+ to \d+ of .* do not match"):
         train(config(head, tmp_path / "run"))
     assert not list((tmp_path / "run").rglob("cfg.json"))
+    assert not folder_of(head.folder, 1).exists()  # so that the next run makes it again
+    windows = Windows(head, WINDOW, "cpu")
+    for number in (1, 2):
+        windows.make(number)
+    (folder_of(head.folder, 2) / "shard-00000.h5").unlink()
+    with Rolling(head, WINDOW, 3000, [], lambda: False, device="cpu") as rolling:
+        assert not folder_of(head.folder, 2).exists()
+        assert len(rolling.shards(1)) == WINDOW
+        assert rolling.offered([Cursor(1)]) > head.rows("train", kept=True)
 
 
 def test_a_stop_between_the_last_saves_loses_nothing(
@@ -290,9 +300,13 @@ def test_a_stop_between_the_last_saves_loses_nothing(
 # --------------------------------------------------------------------------------------- other ends
 
 
-def test_a_run_that_ends_within_the_head_is_an_ordinary_one(head: Store, tmp_path: Path) -> None:
+def test_a_run_that_ends_within_the_head_is_an_ordinary_one(
+    head: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     for out, rolling in ((tmp_path / "one", N), (tmp_path / "two", None)):
         assert train(config(head, out, rolling=rolling, tokens=1500))
+    assert "harvested by process" not in caplog.text
     assert same_saes(tmp_path / "one", tmp_path / "two")
     assert not (head.folder / "rolling").exists()
 
@@ -317,6 +331,8 @@ def test_what_cannot_roll_is_said(
         train(config(head, out, rolling=3))
     with pytest.raises(ValueError, match=r"rolling with exclude_outliers expects one hook, there are 2: each leaves"):
         train(config(head, out, exclude_outliers=10.0))
+    with pytest.raises(ValueError, match=r"batch is 1000 and a window of 1 shards has about \d+ rows to train on"):
+        train(config(head, out, batch=1000, rolling=4))
     with locked(head.folder), pytest.raises(ValueError, match="wait for it or choose another --store"):
         train(config(head, out))
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
@@ -330,6 +346,7 @@ def test_what_cannot_roll_is_said(
         (["--", "--layers", "0"], "options after `--` are those of `harvest` for --rolling N, which is not given"),
         (["--rolling", "7", "--", "--layers", "0", "--tokens", "5"], "--tokens and --out are not for you to give"),
         (["--rolling", "7", "--", "--layers", "0", "--out", "x"], "they follow from --rolling and --store"),
+        (["--rolling", "7", "--", "--context", "8"], "context is 8 after `--`, and "),
     ):
         assert main([*command, *options]) == 2
         assert message in capsys.readouterr().err

@@ -3,7 +3,7 @@
 A window is a function of the head, of how many shards it has, and of its number. What lies on disk of it may
 therefore be deleted at any time: made again, it has the same bytes. After the text's last context comes its first.
 
-    python -m saebench.harvest.window HEAD SHARDS [--device cuda:1] [--trust-remote-code]
+    python -m saebench.harvest.window HEAD SHARDS [--device cuda:1] [--trust-remote-code] [--answers FILE_NUMBER]
 
 reads numbers of windows from its input, a line each, and answers each with a line of JSON once that window is
 whole, or with an error. It ends at once when its input does, as it does when the other process has died.
@@ -71,7 +71,7 @@ def window_manifest(head: Store, number: int, shards: int) -> dict[str, Any] | N
 def delete(folder: Path) -> None:
     """Delete a window, all of it or none that could be read."""
     (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def delete_windows(head: Path) -> None:
@@ -173,10 +173,9 @@ def main() -> None:
     parser.add_argument("shards", type=int)
     parser.add_argument("--device")
     parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument("--answers", type=int, default=1, help="open file to answer to, where it is not the output")
     args = parser.parse_args()
-    # What libraries print must not come between the answers.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
+    answers = os.fdopen(args.answers, "w", buffering=1)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     asked: queue.SimpleQueue[int] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(asked,), daemon=True).start()

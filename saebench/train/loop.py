@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 LOG_EVERY = 50  # steps
 CHECKPOINT_SECONDS = 60.0
+MARGIN = 1.2  # batches that a window must have, since how many rows of it are kept is an estimate
 FEW = 10_000  # held-out rows, fewer than which leave the figures of an evaluation wide apart
 
 
@@ -98,8 +99,10 @@ def train(
             try:
                 # All hooks' before the first SAE takes a step: what cannot be had leaves all of them where they are.
                 drawn = source.drawn(lambda: {hook: next(stream.batches) for hook, stream in streams.items()})
-            except Stopped:
+            except (Stopped, ValueError) as end:
                 checkpoint.save(members, step, cursors, clock.total)
+                if isinstance(end, ValueError):
+                    raise
                 log.warning("stopped before step %d of %d; the same command continues", step + 1, config.n_steps)
                 return None
             for hook, (rows, cursor) in drawn.items():
@@ -208,6 +211,13 @@ def _window_shards(config: TrainConfig, store: Store, hooks: Sequence[str]) -> i
         log.warning("%s holds all of its text: there are no windows to follow, it is trained on as it is", store.folder)
         return None
     size = window_shards(store, config.rolling)
+    made = store.manifest["identity"]
+    kept = size * made["shard_contexts"] * made["context"] * store.rows("train", kept=True) / store.rows("train")
+    if kept < MARGIN * config.batch:  # a batch may then need three windows at once
+        raise ValueError(
+            f"batch is {config.batch} and a window of {size} shards has about {kept:.0f} rows to train on; expected at least "
+            f"{MARGIN} batches in a window: use a larger --rolling, or a smaller --batch"
+        )
     if (held_out := store.rows("validation")) < FEW:
         log.warning(
             "%s has %s held-out rows, those of its own stretch of text: figures on so few are not to be trusted; a larger "

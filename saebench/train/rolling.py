@@ -5,6 +5,7 @@ checkpoint lies beyond it. The head and two windows are on disk at most: one tha
 """
 
 import contextlib
+import gc
 import json
 import logging
 import math
@@ -99,13 +100,16 @@ class Rolling:
         kept, made = head.rows("train", kept=True), head.manifest["identity"]
         self._window_rows = shards * made["shard_contexts"] * made["context"]
         # An estimate, so that the last windows are not made in vain; one that is waited for is made in any case.
-        self._wanted = math.ceil((rows - kept) / (self._window_rows * kept / head.rows("train")))
+        self._window_kept = self._window_rows * kept / head.rows("train")
+        self._wanted = math.ceil((rows - kept) / self._window_kept)
         self._whole: set[int] = set()
         self._passes = 0
         self._failure: str | None = None
         self._harvester: subprocess.Popen[str] | None = None
         self._changed = threading.Condition()
         self._waiting = 0
+        self._drawing = 0.0
+        """when the draw began that is under way"""
         self._held = contextlib.ExitStack()
         # On one CPU, two processes with a thread for each core are slower than with half of them each (measured: 1.5 times).
         self._threads = torch.get_num_threads()
@@ -135,11 +139,14 @@ class Rolling:
         Raises Stopped when the user asked to stop while it was waited for, and ValueError when the harvester failed.
         """
         with self._changed:
-            self._wanted = max(self._wanted, epoch)
             self._ask()
             self._waiting += 1
             try:
                 while epoch and epoch not in self._whole:
+                    # Beyond the estimate only what training itself waits for, not what is read ahead.
+                    if self._drawing and time.perf_counter() - self._drawing > _GLANCE:
+                        self._wanted = max(self._wanted, epoch)
+                        self._ask()
                     if self._failure:
                         raise ValueError(self._failure)
                     if self._stopped():
@@ -150,9 +157,24 @@ class Rolling:
         return (open_store(folder_of(self.head.folder, epoch)) if epoch else self.head).of_split("train")
 
     def drawn(self, draw: Callable[[], T]) -> T:
-        """What `draw` returns; the time that it takes counts as waiting where a window is waited for."""
+        """What `draw` returns; the time that it takes counts as waiting where a window is waited for.
+
+        A window that it finds damaged is deleted, to be made again by the next run.
+        """
         began, waiting = time.perf_counter(), self._waiting
-        result = draw()
+        self._drawing = began
+        try:
+            result = draw()
+        except ValueError as error:
+            for number in sorted(self._whole):
+                if str(folder := folder_of(self.head.folder, number)) in str(error):
+                    delete(folder)
+                    raise ValueError(
+                        f"{error}. The window is deleted: run the same command again, to have it made anew"
+                    ) from error
+            raise
+        finally:
+            self._drawing = 0.0
         self.stall += time.perf_counter() - began if waiting else 0.0
         return result
 
@@ -173,7 +195,9 @@ class Rolling:
         """Kept rows of the head and the windows up to these cursors, those of the text's first pass alone."""
         newest = max((cursor.epoch for cursor in cursors), default=0)
         manifest = window_manifest(self.head, newest, self._size) if newest else None
-        return manifest["after"]["fresh"] if manifest else self.head.rows("train", kept=True)
+        if manifest and manifest["complete"]:
+            return manifest["after"]["fresh"]
+        return int(self.head.rows("train", kept=True) + newest * self._window_kept)  # as if the text had not ended
 
     def delete(self) -> None:
         """Leave the head as the ordinary store that it was."""
@@ -211,25 +235,27 @@ class Rolling:
                 self._harvester.stdin.flush()
 
     def _start(self) -> "subprocess.Popen[str]":
-        torch.cuda.empty_cache()  # of a head that was harvested in this process
-        known = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": str(self._share)}
+        gc.collect()  # of a head that was harvested in this process
+        torch.cuda.empty_cache()
+        known = {"PYTHONPATH": os.pathsep.join(map(str, sys.path)), "OMP_NUM_THREADS": str(self._share)}
+        answers, end = os.pipe()  # not its output, to which any library may print
         with open(self._log, "w") as output:
             process = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True,
-                pass_fds=[self._lock.fileno()], env=os.environ | known,
+                [*self._command, f"--answers={end}"], stdin=subprocess.PIPE, stdout=output, stderr=output, text=True,
+                pass_fds=[self._lock.fileno(), end], env=os.environ | known,
                 process_group=0,  # Ctrl-C in a terminal is the trainer's alone
             )  # fmt: skip
+        os.close(end)
         log.info("windows of %d shards are harvested by process %d", self._size, process.pid)
-        self._reader = threading.Thread(target=self._read, args=(process,), daemon=True)
+        self._reader = threading.Thread(target=self._read, args=(process, answers), daemon=True)
         self._reader.start()
         return process
 
-    def _read(self, process: "subprocess.Popen[str]") -> None:
+    def _read(self, process: "subprocess.Popen[str]", answers: int) -> None:
         """Take the harvester's answers, until its end."""
-        assert process.stdout
         error = None
-        with process.stdout as answers:
-            for line in answers:
+        with open(answers) as lines:
+            for line in lines:
                 answer = json.loads(line)
                 error = answer.get("error")
                 if error is None:
@@ -268,6 +294,13 @@ class Rolling:
         needed = {folder_of(self.head.folder, number): number for number in (self._first, self._first + 1)}
         for folder in (self.head.folder / ROLLING).glob("[0-9]*"):
             manifest = window_manifest(self.head, needed[folder], self._size) if folder in needed else None
+            try:
+                if manifest:
+                    for entry in manifest["shards"]:
+                        Shard(folder, entry, manifest).check()
+            except ValueError as error:
+                log.warning("%s; the window is made again", error)
+                manifest = None
             if manifest is None:
                 delete(folder)
             elif manifest["complete"]:
