@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 import saebench.demo
 from saebench.labels import Stream, Vocabulary, choose_literals, label, syntax
 from saebench.labels.literals import _documents
-from saebench.text import Document, TokenBytes, encoder_of, pack
+from saebench.pieces import TokenBytes
+from saebench.text import Document, encoder_of, pack
 
 DEMO = Path(saebench.demo.__file__).parent / "model"
 TOKENIZER = AutoTokenizer.from_pretrained(DEMO)

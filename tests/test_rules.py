@@ -11,8 +11,9 @@ from transformers import AutoTokenizer
 import saebench.demo
 from saebench.index.rules import MINIMUM, OPERATORS, RULE, WINDOW, Rows, describe, fit_rules
 from saebench.labels import Stream, Vocabulary, choose_literals, label
+from saebench.pieces import TokenBytes
 from saebench.sae.sparse import SparseCode
-from saebench.text import Document, TokenBytes, encoder_of, pack
+from saebench.text import Document, encoder_of, pack
 
 TOKENIZER = AutoTokenizer.from_pretrained(Path(saebench.demo.__file__).parent / "model")
 TEXTS = TokenBytes(TOKENIZER).all()

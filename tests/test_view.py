@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saebench.text import show_text
+from saebench.pieces import show_text
 from saebench.view.markdown import code, plain
 from saebench.view.tokens import CSS, number, text_html, token_html, units
 

@@ -145,14 +145,17 @@ def shown(live: Live, arm: str) -> tuple[list[list[str]], list[Any]]:
 def dose(sae: Trained, bench: Bench) -> None:
     """The dose-response of the first latent, measured by the command line."""
     st.subheader("Dose-response")
+    turns, now = (), None
     with contextlib.suppress(ValueError):  # which the settings have told
-        turn = turns_now()[0] if turns_now() else None
-        if turn is None or turn.mode == "ablate" or turn.latent >= bench.sae.d_sae:
-            st.caption("Of the first latent, in a mode that has a strength.")
-            return
-        units = units_of(bench.sae, turn.latent, bench.index)
-        raw = units.raw(turn.strength, turn.mode)
-        response(sae, turn, raw if turn.mode == "scale" else units.all(raw)["norm"])
+        turns = turns_now()
+    if not turns or turns[0].mode == "ablate" or turns[0].latent >= bench.sae.d_sae:
+        st.caption("Of the first latent, in a mode that has a strength.")
+        return
+    units = units_of(bench.sae, turns[0].latent, bench.index)
+    with contextlib.suppress(ValueError):
+        raw = units.raw(turns[0].strength, turns[0].mode)
+        now = raw if turns[0].mode == "scale" else units.all(raw)["norm"]
+    response(sae, turns[0], now)
 
 
 def measured(path: Path, now: float | None) -> Any:

@@ -11,9 +11,9 @@ from saebench.index.evidence import Sample
 from saebench.index.memory import give_back
 from saebench.index.rules import RULE, Rows, describe, fit_rules
 from saebench.labels import Stream, Vocabulary, choose_literals, label
+from saebench.pieces import TokenBytes
 from saebench.runlog import progress
 from saebench.store import Store
-from saebench.text import TokenBytes
 
 FIT_ROWS = 50_000
 """Rows of the training sample that rules are fitted to; labelling is the slowest part of an index of few rows."""

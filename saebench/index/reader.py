@@ -17,10 +17,10 @@ from saebench.index.rules import OPERATORS, holding
 from saebench.index.schema import check_identity, identity_of, open_index
 from saebench.labels import Stream, Vocabulary, label
 from saebench.models import load_tokenizer
+from saebench.pieces import TokenBytes, show_bytes, show_text
 from saebench.sae import read_config
 from saebench.store import Store, open_store
 from saebench.store.schema import MANIFEST
-from saebench.text import TokenBytes, show_bytes, show_text
 
 COLUMNS = {
     "density": "latents/density",

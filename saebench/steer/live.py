@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from saebench.models import LanguageModel
+from saebench.pieces import TokenBytes, show_text
 from saebench.steer.generate import Arms, Generation, Sampling, generate
-from saebench.text import TokenBytes, show_text
 
 
 class Live:

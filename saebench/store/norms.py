@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saebench.pieces import TokenBytes, show_bytes
 from saebench.store.reader import Store
 from saebench.store.schema import Moments, norm_at, norm_quantile
-from saebench.text import TokenBytes, show_bytes
 
 OUTLIER = 10.0  # times the median norm
 DOMINANT = 0.05  # of the variance: a fiftieth of it is what a heavy tail may have

@@ -67,7 +67,7 @@ def token_html(
 
 
 class Unit(NamedTuple):
-    """A token of a text, or several that make one character (`saebench.text.show_text`)."""
+    """A token of a text, or several that make one character (`saebench.pieces.show_text`)."""
 
     text: str
     places: range
