@@ -8,7 +8,7 @@ B contexts in the batch, L positions, D d_model, V vocabulary.
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,8 @@ EMBEDDED_MODEL_PATH = Path(__file__).parent / "demo" / "model"
 
 HookKind = Literal["resid_pre", "resid_post", "mlp_out", "attn_out"]
 ModelDtype = Literal["float32", "bfloat16", "float16"]
-_HOOK = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|mlp_out|attn_out)")
+HOOK = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|mlp_out|attn_out)")
+"""The hooks that can be harvested and trained on: layer and kind."""
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 
 
@@ -186,7 +187,7 @@ def hook_name(layer: int, kind: HookKind = "resid_post") -> str:
 
 def check_hook(model: LanguageModel, hook: str) -> None:
     """Raises ValueError unless `hook` names a residual-stream position of this model."""
-    match = _HOOK.fullmatch(hook)
+    match = HOOK.fullmatch(hook)
     if match is None:
         raise ValueError(
             f"hook {hook!r} is not known; expected blocks.LAYER.hook_KIND with KIND one of resid_pre, resid_post, mlp_out, attn_out"
@@ -308,91 +309,6 @@ def next_logits(
         tokens, past_key_values=cache, use_cache=use_cache, logits_to_keep=keep, **extra
     )
     return output.logits, output.past_key_values
-
-
-# ------------------------------------------------------- many replacements for the same contexts
-
-
-class CleanPass(NamedTuple):
-    """An undisturbed forward pass, and what `resumed_logits` needs to begin in its middle."""
-
-    tokens: Int[Tensor, "B L"]
-    hook: str
-    value: Float[Tensor, "B L D"]
-    """the vectors at the hook"""
-    logits: Float[Tensor, "B L V"]
-    block_output: Any
-    """of the last block that a resumed pass skips: a tensor or a tuple that begins with it; None where none is skipped"""
-
-
-def _skipped(hook: str) -> int:
-    """How many blocks are over before a replacement at `hook` changes anything but their output."""
-    match = _HOOK.fullmatch(hook)
-    assert match, hook
-    return int(match[1]) + (match[2] == "resid_post")
-
-
-@torch.inference_mode()
-def clean_pass(model: LanguageModel, tokens: Int[Tensor, "B L"], hook: str) -> CleanPass:
-    """Logits of the model as it is, with the vectors at `hook`."""
-    seen: dict[str, Any] = {"output": None}
-
-    def save_value(value: Tensor, hook: Any) -> None:
-        seen["value"] = value.clone()  # later layers may add to it in place
-
-    def save_output(block: Any, args: Any, output: Any) -> None:
-        first, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-        seen["output"] = first.clone() if rest is None else (first.clone(), *rest)
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(model.bridge.hooks(fwd_hooks=[(hook, save_value)]))
-        if skipped := _skipped(hook):
-            stack.enter_context(model.bridge.blocks[skipped - 1].register_forward_hook(save_output))
-        logits = model.bridge(tokens, return_type="logits")
-    return CleanPass(tokens, hook, seen["value"], logits, seen["output"])
-
-
-@torch.inference_mode()
-def resumed_logits(model: LanguageModel, clean: CleanPass, value: Float[Tensor, "B L D"]) -> Float[Tensor, "B L V"]:
-    """`spliced_logits` with `value` at the hook of the clean pass, running only the blocks it changes.
-
-    The blocks before them are stood in for by the clean pass, so that the model's own code still makes
-    masks and positions: equal to the last bit. `value` is in the model's dtype.
-    """
-    output = clean.block_output
-    if clean.hook.endswith("resid_post"):
-        output = (value, *output[1:]) if isinstance(output, tuple) else value
-    with (
-        model.bridge.hooks(fwd_hooks=[(clean.hook, lambda old, hook: value)]),
-        _stand_in(model.bridge.blocks[: _skipped(clean.hook)], output),
-    ):
-        return model.bridge(clean.tokens, return_type="logits")
-
-
-@contextlib.contextmanager
-def _stand_in(blocks: Iterable[Any], output: Any) -> Iterator[None]:
-    """Every one of `blocks` returns `output` without running.
-
-    Past `setattr`, with which a bridge's block writes through to the module that it wraps.
-    """
-    try:
-        for block in blocks:
-            vars(block)["forward"] = lambda *args, **kwargs: output
-        yield
-    finally:
-        for block in blocks:
-            vars(block).pop("forward", None)
-
-
-def resumes(model: LanguageModel, clean: CleanPass) -> bool:
-    """Whether `resumed_logits` gives what `spliced_logits` gives, on the contexts of a clean pass.
-
-    It does not where later blocks read more of earlier ones than the residual stream, for instance their keys and values.
-    """
-    zeros = torch.zeros_like(clean.value)
-    want = spliced_logits(model, clean.tokens, clean.hook, lambda value: zeros).float()
-    difference = (resumed_logits(model, clean, zeros).float() - want).abs().max()
-    return bool(difference <= 0.01 * want.abs().max())
 
 
 # ----------------------------------------------------------------------------------------- output

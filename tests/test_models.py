@@ -13,14 +13,12 @@ from saebench.models import (
     capturer,
     check_hook,
     choose_device,
-    clean_pass,
     hook_name,
     load_model,
     model_path,
-    resumed_logits,
-    resumes,
     spliced_logits,
 )
+from saebench.resume import clean_pass, resumed_logits, resumes
 
 TOKENS = torch.randint(1, VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(0))
 

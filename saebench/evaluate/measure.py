@@ -16,7 +16,8 @@ from torch import Tensor
 
 from saebench.evaluate.baselines import PCA
 from saebench.metrics import Sums, loss_and_kl, next_token_loss, reconstruction_terms
-from saebench.models import CleanPass, LanguageModel, clean_pass, resumed_logits, resumes, spliced_logits
+from saebench.models import LanguageModel, spliced_logits
+from saebench.resume import CleanPass, clean_pass, resumed_logits, resumes
 from saebench.runlog import progress
 from saebench.sae import SAE, TopKSAE, new_sae
 from saebench.store import Store

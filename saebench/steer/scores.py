@@ -18,7 +18,8 @@ from torch import Tensor
 
 from saebench.files import replacing
 from saebench.index import FeatureIndex
-from saebench.models import LanguageModel, clean_pass, resumed_logits, resumes
+from saebench.models import LanguageModel
+from saebench.resume import clean_pass, resumed_logits, resumes
 from saebench.runlog import progress
 from saebench.sae import SAE
 from saebench.sae.architectures import normalized
