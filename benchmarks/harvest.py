@@ -75,11 +75,11 @@ class Harvest:
             model=str(args.model), layers=layers, tokens=args.tokens, validation_tokens=1, context=args.context,
             batch=args.batch, shard_contexts=shard_contexts, device=args.device, dtype=args.dtype, out=out,
         )  # fmt: skip
-        self.model, self.encoder = open_model(self.config, args.device)
+        self.model = open_model(self.config, args.device)
         widths = dict.fromkeys(self.config.hooks, self.model.d_model)
         out.mkdir()
         self.writer = StoreWriter(out, {}, widths, self.config.dtype)
-        self.plans = plans(self.config, TextConfig(dataset=args.dataset), self.encoder, [])
+        self.plans = plans(self.config, TextConfig(dataset=args.dataset), self.model.encoder, [])
         self.bare = bare_forward(args.model, max(layers), args.device)
         self.seconds: list[float] = []
         self.bare_seconds: list[float] = []

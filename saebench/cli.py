@@ -212,9 +212,14 @@ def _print_ranking(config: SteerConfig) -> None:
     rows = [["latent", "output", "input", "top logits", "rule"]]
     for latent in latents:
         tokens = " ".join(map(repr, bench.index.pieces(tops[latent, :5])))
-        figures = (f"{scores.output[latent]:.3f}", f"{scores.input[latent]:.3f}")
+        figures = (
+            f"{scores.output[latent]:.3f}{'' if scores.measured[latent] else ' ~'}",
+            f"{scores.input[latent]:.3f}",
+        )
         rows.append([str(latent), *figures, tokens, bench.index.explanations[latent]])
     print(format_table(rows, left=(0, 3, 4)))
+    if not scores.measured[latents].all():
+        print("~ estimated on a few short prompts; `--latent N` measures it whole")
 
 
 def show_texts(prompt: str, made: Generation) -> str:

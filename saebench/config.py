@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import math
 import re
 import textwrap
 import types
@@ -33,11 +34,14 @@ def parse_count(text: str) -> int:
     return int(value)
 
 
-class _Count:
-    """Marks an integer that the command line may abbreviate (`1M`)."""
+def parse_multiple(text: str) -> float:
+    """A number, or `none` for infinity. Raises ValueError for anything else."""
+    return math.inf if text.strip().lower() == "none" else float(text)
 
 
-Count = Annotated[int, _Count]
+# A type with the function that reads it from the command line.
+Count = Annotated[int, parse_count]
+Multiple = Annotated[float, parse_multiple]
 
 
 def add_arguments(parser: argparse.ArgumentParser, config: type) -> None:
@@ -104,11 +108,14 @@ def _shown(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+_METAVARS = {int: "N", float: "X"}
+
+
 def _parser_of(hint: Any) -> tuple[Any, str | None, list[Any] | None]:
     """(function from a string, metavar, choices) for a field's type."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return _argument(parse_count), "N", None
+        return _argument(args[1]), _METAVARS[args[0]], None
     if origin in (typing.Union, types.UnionType):
         return _parser_of(next(arg for arg in args if arg is not type(None)))
     if origin is typing.Literal:
@@ -120,7 +127,7 @@ def _parser_of(hint: Any) -> tuple[Any, str | None, list[Any] | None]:
             f"{metavar or '|'.join(map(str, choices or []))},…",
             None,
         )
-    return hint, {int: "N", float: "X"}.get(hint, "TEXT"), None
+    return hint, _METAVARS.get(hint, "TEXT"), None
 
 
 def _parse_list(parse: Any, choices: list[Any] | None, text: str) -> tuple[Any, ...]:

@@ -63,7 +63,7 @@ def hash_files(paths: list[Path]) -> str:
     """xxh3-128 over the names and contents of files, in the order given."""
     digest = xxhash.xxh3_128()
     for path in paths:
-        digest.update(path.name.encode())
+        digest.update(os.fsencode(path.name))
         with open(path, "rb") as file:
             while chunk := file.read(1 << 24):
                 digest.update(chunk)

@@ -43,24 +43,17 @@ def reconstruction_terms(
     }
 
 
-def next_token_loss(log_p: Float[Tensor, "B L V"], tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L-1"]:
-    """-ln p of each token given those before it, in nats; position t predicts token t + 1."""
-    return -log_p[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2)
-
-
 def loss_and_kl(
-    clean: Float[Tensor, "B L V"], logits: Float[Tensor, "B L V"], tokens: Int[Tensor, "B L"]
-) -> tuple[Float[Tensor, "B L-1"], Float[Tensor, "B L"]]:
-    """`next_token_loss` of other logits, and KL(clean ‖ other) in nats. `clean` is log p, in float32."""
+    log_p: Float[Tensor, "N V"], logits: Float[Tensor, "N V"], following: Int[Tensor, " N"]
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """(−ln q of the token that follows, KL(p ‖ q)) at each position, in nats: p the clean model's, as log p in float32, q of other logits."""
     chunk = max(1, (_CHUNK_CPU if logits.device.type == "cpu" else _CHUNK) // logits.shape[-1])
-    following = tokens.roll(-1, 1).flatten()  # the last position of a context has none: its loss is dropped below
-    columns = (clean.flatten(0, 1), logits.flatten(0, 1), following)
     losses, divergences = [], []
-    for log_p, row, wanted in zip(*(column.split(chunk) for column in columns), strict=True):
-        log_q = row.float().log_softmax(-1)
-        losses.append(-log_q.gather(1, wanted[:, None]).squeeze(1))
-        divergences.append(torch.linalg.vecdot(log_p.exp(), log_p - log_q))
-    return torch.cat(losses).view(tokens.shape)[:, :-1], torch.cat(divergences).view(tokens.shape)
+    for log_p_nV, row_nV, wanted in zip(*(column.split(chunk) for column in (log_p, logits, following)), strict=True):
+        log_q_nV = row_nV.float().log_softmax(-1)
+        losses.append(-log_q_nV.gather(1, wanted[:, None]).squeeze(1))
+        divergences.append(torch.linalg.vecdot(log_p_nV.exp(), log_p_nV - log_q_nV))
+    return torch.cat(losses), torch.cat(divergences)
 
 
 class Sums:
@@ -128,6 +121,28 @@ def reconstruction_metrics(sums: Mapping[str, Any]) -> dict[str, Any]:
         "cosine": sums["cosine"] / rows,
         "l2_ratio": sums["norm_ratio"] / rows,
         "gamma": _ratio(sums["squared_norm_hat"], sums["dot"]),
+    }
+
+
+def massive_metrics(sums: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the sums of rows that are scored, and of those of massive ones beside them (`massive_…`, absent where there are none).
+
+    massive_share = share of Σ‖x−x̄‖² that massive rows hold, x̄ the mean of all rows; fvu_all = FVU over all rows.
+    """
+    rows, massive = sums["rows"], sums.get("massive_rows", 0.0)
+    everything = {
+        "rows": rows + massive,
+        "squared_norm": sums["squared_norm"] + sums.get("massive_norm", 0.0),
+        "vector": sums["vector"] + sums.get("massive_vector", 0.0),
+    }
+    variance = total_variance(everything)
+    # Σ‖x−x̄‖² of the others about the mean of all: about their own, and as many times the square of the way between the means.
+    between = np.asarray(everything["vector"]) / np.asarray(everything["rows"])[..., None]
+    between = between - np.asarray(sums["vector"]) / np.asarray(rows)[..., None]
+    usual = total_variance(sums) + rows * (between**2).sum(-1)
+    return {
+        "fvu_all": _ratio(sums["squared_error"] + sums.get("massive_error", 0.0), variance),
+        "massive_share": np.where(massive > 0, 1 - _ratio(usual, variance), 0.0),
     }
 
 

@@ -81,9 +81,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedT
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of sixty text files."""
+    """A folder of text files."""
     folder = tmp_path_factory.mktemp("corpus")
-    for number in range(60):
+    for number in range(64):
         (folder / f"{number:02d}.txt").write_text(sentences(number, 30 + 7 * number))
     return folder
 

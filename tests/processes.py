@@ -15,9 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["processes", "saebench.cli", "transformer_lens.model_bridge", "transformers.models.llama"]
-)
+_CONTEXT.set_forkserver_preload(["processes", "saebench.cli", "transformers.models.llama"])
 _PATIENCE = 120  # seconds
 
 

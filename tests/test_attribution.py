@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from saebench.evaluate.attribution import ablation_effects, attribute, logit_of
-from saebench.models import LanguageModel, capture, load_model
+from saebench.models import LanguageModel, capture, edits, load_model, logits
 from saebench.sae import SAE, initialise, new_sae
 from saebench.sae.architectures import normalized
 
@@ -36,9 +36,9 @@ def vectors(model: LanguageModel, tokens: np.ndarray) -> torch.Tensor:
     return capture(model, torch.from_numpy(tokens)[None], [HOOK])[HOOK][0].clone()
 
 
-def logits(model: LanguageModel, tokens: np.ndarray, x_LD: torch.Tensor) -> torch.Tensor:
-    with model.bridge.hooks(fwd_hooks=[(HOOK, lambda value, hook: x_LD[None])]):
-        return model.bridge(torch.from_numpy(tokens)[None], return_type="logits")[0]
+def logits_at(model: LanguageModel, tokens: np.ndarray, x_LD: torch.Tensor) -> torch.Tensor:
+    with edits(model, {HOOK: lambda value: x_LD[None]})():
+        return logits(model, torch.from_numpy(tokens)[None])[0]
 
 
 @pytest.mark.parametrize("steps", [1, 12])
@@ -53,11 +53,11 @@ def test_effects_and_errors_sum_to_the_difference(
     _, scale, shift = normalized(x_LD, sae.normalize)
     base_LD = (sae.b_dec * scale + shift).expand_as(x_LD).detach()
     with torch.no_grad():
-        assert got.metric == pytest.approx(float(metric(logits(model, tokens, x_LD))), rel=1e-4)
-        assert got.baseline == pytest.approx(float(metric(logits(model, tokens, base_LD))), rel=1e-4)
+        assert got.metric == pytest.approx(float(metric(logits_at(model, tokens, x_LD))), rel=1e-4)
+        assert got.baseline == pytest.approx(float(metric(logits_at(model, tokens, base_LD))), rel=1e-4)
     if steps == 1:
         leaf = x_LD.requires_grad_(True)
-        metric(logits(model, tokens, leaf)).backward()
+        metric(logits_at(model, tokens, leaf)).backward()
         assert leaf.grad is not None
         expected = float((leaf.grad * (x_LD - base_LD)).sum().detach())
         assert got.total == pytest.approx(expected, rel=1e-3, abs=1e-3)

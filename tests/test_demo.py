@@ -47,7 +47,7 @@ def test_the_embedded_model_predicts_modules_it_never_saw() -> None:
     held_out = itertools.islice((context for context in contexts if context.split == "validation"), 16)
     tokens = torch.from_numpy(np.stack([context.tokens for context in held_out])).long()
     with torch.inference_mode():
-        logits = model.bridge(tokens, return_type="logits")[:, :-1].flatten(0, 1)
+        logits = model.module(tokens).logits[:, :-1].flatten(0, 1)
     nats = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten(), reduction="sum").item()
     text = "".join(model.tokenizer.batch_decode(tokens[:, 1:], skip_special_tokens=True))
     bits = nats / math.log(2) / len(text.encode())

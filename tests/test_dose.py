@@ -12,7 +12,7 @@ from conftest import CONTEXT, HOOK, WIDTH
 
 from saebench.cli import main
 from saebench.index import FeatureIndex, IndexConfig, build_index
-from saebench.models import LanguageModel, load_model
+from saebench.models import LanguageModel, load_model, logits
 from saebench.sae import initialise, new_sae, save_sae
 from saebench.steer import Sampling, arms_of, generate, steered
 from saebench.steer.dose import (
@@ -32,7 +32,7 @@ from saebench.store import Store
 from saebench.text import encoder_of
 from saebench.view import charts
 
-LATENTS, PLANTED = 24, 5
+LATENTS, PLANTED = 24, 7
 ARMS = ("unsteered", "steered", "random", "negative")
 DOSES = DoseConfig(
     strengths=("0.5n", "2n", "8n"), prompts=6, prompt_tokens=6, n_samples=4, max_new_tokens=6, held_out=3
@@ -59,8 +59,8 @@ def folder(store: Store, token: int, tmp_path_factory: pytest.TempPathFactory, c
     with torch.no_grad():
         sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
         sae.W_enc[:, PLANTED] = direction
-        sae.b_enc[PLANTED] = sae.b_dec @ direction - (x_RD[there] @ direction).quantile(0.1)
-        unembedding = load_model(str(checkpoints["llama"]), device="cpu", dtype="float32").bridge.W_U[:, token]
+        sae.b_enc[PLANTED] = sae.b_dec @ direction - (x_RD[there] @ direction).quantile(0.4)
+        unembedding = load_model(str(checkpoints["llama"]), device="cpu", dtype="float32").module.lm_head.weight[token]
         sae.W_dec[PLANTED] = unembedding / unembedding.norm()
     path = tmp_path_factory.mktemp("planted") / "saes" / "planted"
     metadata = {"model_name": "m", "hook_name": HOOK, "context_size": CONTEXT, "saebench": {"store": str(store.folder)}}
@@ -103,7 +103,7 @@ def test_a_direction_that_brings_its_token_is_found_to(response: DoseResponse, i
     assert strong.rule > 0.9
     assert unsteered.rule is not None
     assert strong.concept == pytest.approx(strong.rule - unsteered.rule)
-    assert strong.logits > 10 * abs(random.logits)
+    assert strong.logits > 4 * abs(random.logits)  # of 32 dimensions a random direction has about a fifth
     assert random.rule is not None
     assert random.rule < 0.7
     assert doses[0].kl < doses[2].kl < doses[4].kl
@@ -128,9 +128,9 @@ def test_figures_of_a_dose_are_those_of_its_texts(
     assert dose.repetition == pytest.approx(np.mean([repetition(text.tokens) for text in texts]))
     ids = torch.tensor(np.stack(held_out(index.store, 3, CONTEXT, 0))).long()
     with torch.inference_mode():
-        clean = model.bridge(ids, return_type="logits")
+        clean = logits(model, ids)
         with steered(model, [bench.intervention(PLANTED, dose.strength)]):
-            own = model.bridge(ids, return_type="logits")
+            own = logits(model, ids)
     change = own - clean
     assert dose.logits == pytest.approx(float(change[..., top].mean() - change.mean()), rel=1e-3)
     clean, own = clean.log_softmax(-1), own.log_softmax(-1)
@@ -166,9 +166,9 @@ def test_output_scores_are_the_gain_of_the_top_tokens_when_clamped(
     for latent in (PLANTED, 11):
         one = bench.intervention(latent, "2n", "clamp")
         with torch.inference_mode():
-            before = model.bridge(prompts, return_type="logits")[:, -1].softmax(-1)
+            before = logits(model, prompts)[:, -1].softmax(-1)
             with steered(model, [one]):
-                after = model.bridge(prompts, return_type="logits")[:, -1].softmax(-1)
+                after = logits(model, prompts)[:, -1].softmax(-1)
         gain = (after - before)[:, top_tokens(index)[latent]].sum(-1)
         assert found.output[latent] == pytest.approx(float(gain.mean()), abs=1e-5)
         assert found.rising[latent] == float((gain > 0).float().mean())
@@ -297,6 +297,6 @@ def test_bad_input_says_what_is_wrong(folder: Path, store: Store, tmp_path: Path
 
 def test_a_model_that_changed_since_is_refused(folder: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     changed = dataclasses.replace(bench.model, weights_hash="0")
-    monkeypatch.setattr("saebench.steer.run.load_model", lambda name, device: changed)
-    with pytest.raises(ValueError, match="is not the one that was indexed: its weights hash to 0"):
+    monkeypatch.setattr("saebench.store.source.load_model", lambda name, **options: changed)
+    with pytest.raises(ValueError, match=r"has weights 0, store .* was made with"):
         open_bench(folder, device="cpu")

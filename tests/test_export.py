@@ -14,7 +14,7 @@ from conftest import CONTEXT, HOOK, WIDTH
 from saebench.index import FeatureIndex, IndexConfig, build_index, open_feature_index
 from saebench.index.export import BATCH, Correlated, ExportConfig, check_neuronpedia, export
 from saebench.index.notes import Note, Notes
-from saebench.models import load_model, unembedding
+from saebench.models import load_model
 from saebench.sae import SAE, initialise, load_sae, new_sae, save_sae
 from saebench.store import Store
 
@@ -122,7 +122,7 @@ def test_dashboard_features_have_every_field(dashboard: list[dict[str, Any]], in
     assert sum(feature["freq_hist_data_bar_heights"]) == latent.figures["fires"]
     assert len(feature["freq_hist_data_bar_values"]) == len(feature["freq_hist_data_bar_heights"])
     model = load_model(index.store.manifest["identity"]["model"]["id"], dtype="float32")
-    assert sum(feature["logits_hist_data_bar_heights"]) == unembedding(model).W_U.shape[1]
+    assert sum(feature["logits_hist_data_bar_heights"]) == len(model.tokenizer)
     for activation in feature["activations"]:
         value = activation["values"][activation["qualifying_token_index"]]
         top = activation["bin_contains"] == -1

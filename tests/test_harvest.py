@@ -71,7 +71,8 @@ def test_rows_are_the_models_hidden_states_of_the_packed_text(
 def test_splits_follow_the_documents_and_provenance_is_kept(store: Store, corpus: Path) -> None:
     names = store.document_names()
     for shard in store.shards:
-        assert {split_of(names[int(i)], 0.2) for i in shard.column("doc_id")} == {shard.split}
+        texts = {(corpus / names[int(i)]).read_text() for i in shard.column("doc_id")}
+        assert {split_of(text, 0.2) for text in texts} == {shard.split}
         assert np.array_equal(shard.column("position"), np.tile(np.arange(CONTEXT), shard.n_rows // CONTEXT))
         assert np.array_equal(shard.column("keep"), shard.column("tokens") != 0)
     assert store.rows("train") == 12_000
@@ -266,7 +267,13 @@ def test_a_tokenizer_that_cannot_open_a_context_is_refused(checkpoints: dict[str
     vocabulary |= {f"<{i}>": i for i in range(len(vocabulary), 512)}  # as many tokens as embeddings
     (tmp_path / "bare" / "tokenizer.json").write_text(json.dumps(tokens))
     (tmp_path / "a.txt").write_text("a cat")
-    with pytest.raises(ValueError, match=r"opens contexts with token \d+, beyond the model's 512 embeddings"):
+    with pytest.raises(ValueError, match=r"has neither a BOS nor an EOS token"):
+        harvest(config(tmp_path / "bare", tmp_path / "s"), text(tmp_path / "a.txt"))
+    (tmp_path / "bare" / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "<new>"}))
+    token = {"id": 512, "content": "<new>", "special": True}
+    tokens["added_tokens"] = [token | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)]
+    (tmp_path / "bare" / "tokenizer.json").write_text(json.dumps(tokens))
+    with pytest.raises(ValueError, match=r"opens contexts with token 512, beyond the model's 512 embeddings"):
         harvest(config(tmp_path / "bare", tmp_path / "s"), text(tmp_path / "a.txt"))
 
 

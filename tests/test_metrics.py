@@ -7,7 +7,7 @@ from saebench.metrics import (
     density_metrics,
     fidelity_metrics,
     loss_and_kl,
-    next_token_loss,
+    massive_metrics,
     reconstruction_metrics,
     reconstruction_terms,
     resampled,
@@ -79,23 +79,37 @@ def test_batches_of_any_size_give_the_same_figures(chunk: int) -> None:
     assert metrics_of(x, x + noise, doc=doc, chunk=chunk) == pytest.approx(metrics_of(x, x + noise, doc=doc), rel=1e-12)
 
 
-def test_next_token_loss_by_hand() -> None:
-    log_p = torch.log(torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [1 / 3, 1 / 3, 1 / 3]]]))
-    losses = next_token_loss(log_p, torch.tensor([[2, 0, 1]]))
-    assert torch.allclose(losses, -torch.log(torch.tensor([[0.5, 0.8]])))
-
-
-def test_kl_by_hand_and_without_underflow() -> None:
+def test_loss_and_kl_by_hand_and_without_underflow() -> None:
     p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.1])
     want = 0.5 * np.log(0.5 / 0.9) + 0.5 * np.log(0.5 / 0.1)
-    clean, other = p.log().expand(1, 2, 2), q.log().expand(1, 2, 2) + 7.0  # logits need not be normalised
-    loss, kl = loss_and_kl(clean, other, torch.tensor([[0, 1]]))
-    assert kl.flatten().tolist() == pytest.approx([want, want], rel=1e-6)
-    assert loss.item() == pytest.approx(-np.log(0.1), rel=1e-6)
-    ends = torch.tensor([[[0.0, -200.0]]]), torch.tensor([[[0.0, -400.0]]])
-    assert torch.isfinite(loss_and_kl(*ends, torch.tensor([[0]]))[1]).all()
-    random = torch.randn(2, 3, 5).log_softmax(-1), torch.randn(2, 3, 5)
-    assert loss_and_kl(*random, torch.zeros(2, 3, dtype=torch.int64))[1].min() >= 0
+    clean, other = p.log().expand(2, 2), q.log().expand(2, 2) + 7.0  # logits need not be normalised
+    loss, kl = loss_and_kl(clean, other, torch.tensor([0, 1]))
+    assert kl.tolist() == pytest.approx([want, want], rel=1e-6)
+    assert loss.tolist() == pytest.approx([-np.log(0.9), -np.log(0.1)], rel=1e-6)
+    ends = torch.tensor([[0.0, -200.0]]), torch.tensor([[0.0, -400.0]])
+    assert torch.isfinite(loss_and_kl(*ends, torch.tensor([0]))[1]).all()
+    random = torch.randn(6, 5).log_softmax(-1), torch.randn(6, 5)
+    assert loss_and_kl(*random, torch.zeros(6, dtype=torch.int64))[1].min() >= 0
+
+
+def test_figures_with_massive_rows_are_those_of_all_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 4, generator=generator).double() + 1.0
+    x[:3] *= 200
+    x_hat = x + torch.randn(x.shape, generator=generator)
+    terms = {
+        "rows": 47.0, "squared_norm": float(x[3:].pow(2).sum()), "vector": x[3:].sum(0).numpy(),
+        "squared_error": float((x - x_hat)[3:].pow(2).sum()), "massive_rows": 3.0,
+        "massive_norm": float(x[:3].pow(2).sum()), "massive_vector": x[:3].sum(0).numpy(),
+        "massive_error": float((x - x_hat)[:3].pow(2).sum()),
+    }  # fmt: skip
+    found = massive_metrics(terms)
+    spread = (x - x.mean(0)).pow(2).sum(1)
+    assert found["fvu_all"] == pytest.approx(float((x - x_hat).pow(2).sum() / spread.sum()))
+    assert found["massive_share"] == pytest.approx(float(spread[:3].sum() / spread.sum()))
+    without = massive_metrics({name: value for name, value in terms.items() if "massive" not in name})
+    own = float((x - x_hat)[3:].pow(2).sum() / (x[3:] - x[3:].mean(0)).pow(2).sum())
+    assert (without["fvu_all"], without["massive_share"]) == (pytest.approx(own), pytest.approx(0.0))
 
 
 SUMS = {

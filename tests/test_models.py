@@ -1,4 +1,5 @@
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,18 @@ from saebench.models import (
     capturer,
     check_hook,
     choose_device,
+    clean_pass,
+    edits,
+    head,
     hook_name,
     load_model,
+    logits,
     model_path,
+    resumed_states,
+    resumes,
     spliced_logits,
+    spliced_states,
 )
-from saebench.resume import clean_pass, resumed_logits, resumes
 
 TOKENS = torch.randint(1, VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(0))
 
@@ -41,39 +48,35 @@ def test_residual_stream_equals_hugging_face_hidden_states(pair: tuple[LanguageM
         assert torch.allclose(pre[hook_name(layer, "resid_pre")], want.hidden_states[layer], atol=1e-4, rtol=1e-4)
     for layer in range(LAYERS - 1):  # the last of Hugging Face's states comes after the final norm
         assert torch.allclose(post[hook_name(layer)], want.hidden_states[layer + 1], atol=1e-4, rtol=1e-4)
-    logits = spliced_logits(model, TOKENS, hook_name(1), lambda x: x)
-    assert torch.allclose(logits, want.logits, atol=1e-3, rtol=1e-3)
+    assert torch.equal(spliced_logits(model, TOKENS, hook_name(1), lambda x: x), want.logits)
 
 
-def test_a_bridge_runs_the_attention_of_the_model_it_wraps(checkpoints: dict[str, Path]) -> None:
-    """To the last bit, where the bridge does not split a matrix. Gemma 2 caps its scores, which no fused kernel does."""
-    kinds = {}
-    for name in SHAPES:
-        model = load_model(str(checkpoints[name]), device="cpu", dtype="float32")
-        reference = AutoModelForCausalLM.from_pretrained(checkpoints[name], dtype=torch.float32).eval()
-        kinds[name] = model.bridge.original_model.config._attn_implementation
-        assert kinds[name] == reference.config._attn_implementation
-        if name in ("llama", "neox"):
-            with torch.inference_mode():
-                want = reference(TOKENS, output_hidden_states=True).hidden_states
-            got = capture(model, TOKENS, [hook_name(i) for i in range(LAYERS - 1)])
-            assert all(torch.equal(got[hook_name(i)], want[i + 1]) for i in range(LAYERS - 1))
-    assert kinds == {"gpt2": "sdpa", "neox": "sdpa", "llama": "sdpa", "gemma2": "eager"}
+def test_the_model_runs_as_it_does_without_us(pair: tuple[LanguageModel, torch.nn.Module]) -> None:
+    """To the last bit, with the attention that Hugging Face chooses."""
+    model, reference = pair
+    assert model.module.config._attn_implementation == reference.config._attn_implementation
+    with torch.inference_mode():
+        want = reference(TOKENS, output_hidden_states=True).hidden_states
+    got = capture(model, TOKENS, [hook_name(i) for i in range(LAYERS - 1)])
+    assert all(torch.equal(got[hook_name(i)], want[i + 1]) for i in range(LAYERS - 1))
 
 
 def test_vectors_handed_out_are_those_of_the_named_hooks(pair: tuple[LanguageModel, torch.nn.Module]) -> None:
     model, _ = pair
     names = [hook_name(layer, kind) for layer in range(LAYERS) for kind in KINDS]
     want: dict[str, torch.Tensor] = {}
-    hooks = [(name, lambda value, hook, name=name: want.update({name: value.clone()})) for name in names]
-    with torch.inference_mode(), model.bridge.hooks(fwd_hooks=hooks):
-        model.bridge(TOKENS, return_type=None)
+    with torch.inference_mode(), edits(model, {name: keeps(want, name) for name in names})():
+        logits(model, TOKENS)
     run = capturer(model, names)
     for _ in range(2):  # a second pass finds nothing of the first
         got: dict[str, torch.Tensor] = {}
         run(TOKENS, lambda name, value, got=got: got.update({name: value.clone()}))
         assert got.keys() == want.keys()
         assert all(torch.equal(got[name], want[name]) for name in names)
+
+
+def keeps(kept: dict[str, torch.Tensor], name: str) -> Callable[[torch.Tensor], None]:
+    return lambda value: kept.update({name: value.clone()})
 
 
 def test_attention_and_mlp_outputs_make_up_the_difference_of_the_stream(
@@ -89,8 +92,7 @@ def test_attention_and_mlp_outputs_make_up_the_difference_of_the_stream(
 def test_capture_stops_after_the_deepest_hook(pair: tuple[LanguageModel, torch.nn.Module]) -> None:
     model, _ = pair
     ran: list[int] = []
-    hooks = [(hook_name(i, "resid_pre"), lambda value, hook, i=i: ran.append(i)) for i in range(LAYERS)]
-    with model.bridge.hooks(fwd_hooks=hooks):
+    with edits(model, {hook_name(i, "resid_pre"): lambda value, i=i: ran.append(i) for i in range(LAYERS)})():
         capture(model, TOKENS, [hook_name(0), hook_name(1)])
     assert ran == [0, 1]
     # and leaves nothing behind: a whole pass still runs
@@ -100,11 +102,11 @@ def test_capture_stops_after_the_deepest_hook(pair: tuple[LanguageModel, torch.n
 def test_identity_splice_changes_no_bit_and_zero_splice_does(pair: tuple[LanguageModel, torch.nn.Module]) -> None:
     model, _ = pair
     with torch.inference_mode():
-        clean = model.bridge(TOKENS, return_type="logits")
+        clean = logits(model, TOKENS)
     assert torch.equal(spliced_logits(model, TOKENS, hook_name(1), lambda x: x.clone()), clean)
     assert not torch.allclose(spliced_logits(model, TOKENS, hook_name(1), torch.zeros_like), clean)
     with torch.inference_mode():
-        assert torch.equal(model.bridge(TOKENS, return_type="logits"), clean)
+        assert torch.equal(logits(model, TOKENS), clean)
 
 
 def test_hooks_are_gone_after_an_exception(pair: tuple[LanguageModel, torch.nn.Module]) -> None:
@@ -130,14 +132,26 @@ def test_a_resumed_pass_equals_the_whole_spliced_one_to_the_last_bit(
     hook = hook_name(layer, kind)
     clean = clean_pass(model, TOKENS, hook)
     assert torch.equal(clean.value, capture(model, TOKENS, [hook])[hook])
-    assert torch.equal(clean.logits, spliced_logits(model, TOKENS, hook, lambda x: x))
-    assert torch.equal(resumed_logits(model, clean, clean.value), clean.logits)
+    assert torch.equal(resumed_states(model, clean, clean.value), clean.states)
     noise = torch.randn(clean.value.shape, generator=torch.Generator().manual_seed(2))
     for value in (torch.zeros_like(noise), clean.value + noise):
-        logits = resumed_logits(model, clean, value)
-        assert torch.equal(logits, spliced_logits(model, TOKENS, hook, lambda x, value=value: value))
-        assert not torch.allclose(logits, clean.logits)
+        states = resumed_states(model, clean, value)
+        assert torch.equal(states, spliced_states(model, clean, value))
+        assert not torch.allclose(states, clean.states)
+        want = spliced_logits(model, TOKENS, hook, lambda x, value=value: value)
+        assert torch.equal(head(model, states.flatten(0, 1)).view_as(want), want)
     assert resumes(model, clean)
+
+
+def test_logits_at_some_positions_are_those_of_all(pair: tuple[LanguageModel, torch.nn.Module]) -> None:
+    model, _ = pair
+    clean = clean_pass(model, TOKENS, hook_name(0))
+    with torch.inference_mode():
+        want = logits(model, TOKENS)
+    some = head(model, clean.states[:, 3:5].flatten(0, 1))
+    torch.testing.assert_close(some, want[:, 3:5].flatten(0, 1), rtol=1e-4, atol=1e-4)
+    with torch.inference_mode():
+        assert torch.equal(logits(model, TOKENS), want)  # and the model is whole again
 
 
 def test_a_resumed_pass_runs_no_earlier_block_and_leaves_the_model_whole(
@@ -146,21 +160,16 @@ def test_a_resumed_pass_runs_no_earlier_block_and_leaves_the_model_whole(
     model, _ = pair
     clean = clean_pass(model, TOKENS, hook_name(1))
     ran: list[int] = []
-    hooks = [(hook_name(i, "resid_pre"), lambda value, hook, i=i: ran.append(i)) for i in range(LAYERS)]
-    with model.bridge.hooks(fwd_hooks=hooks):
-        resumed_logits(model, clean, clean.value)
+    with edits(model, {hook_name(i, "mlp_out"): lambda value, i=i: ran.append(i) for i in range(LAYERS)})():
+        resumed_states(model, clean, clean.value)
     assert ran == [2]
 
-    def fail(value: torch.Tensor, hook: object) -> None:
+    def fail(value: torch.Tensor) -> None:
         raise RuntimeError("in the middle")
 
-    with (
-        pytest.raises(RuntimeError, match="in the middle"),
-        model.bridge.hooks(fwd_hooks=[(hook_name(2, "resid_pre"), fail)]),
-    ):
-        resumed_logits(model, clean, clean.value)
-    with torch.inference_mode():
-        assert torch.equal(model.bridge(TOKENS, return_type="logits"), clean.logits)
+    with pytest.raises(RuntimeError, match="in the middle"), edits(model, {hook_name(2, "resid_pre"): fail})():
+        resumed_states(model, clean, clean.value)
+    assert torch.equal(clean_pass(model, TOKENS, hook_name(1)).states, clean.states)
 
 
 def test_a_block_that_reads_more_than_the_residual_stream_is_noticed(
@@ -169,11 +178,11 @@ def test_a_block_that_reads_more_than_the_residual_stream_is_noticed(
     model, _ = pair
     clean = clean_pass(model, TOKENS, hook_name(1))
     first: list[torch.Tensor] = []
-    leak = [
-        (hook_name(0, "resid_pre"), lambda value, hook: first.append(value)),
-        (hook_name(2, "mlp_out"), lambda value, hook: value + 10 * first.pop() if first else value),
-    ]
-    with model.bridge.hooks(fwd_hooks=leak):
+    leak = {
+        hook_name(0, "mlp_out"): lambda value: first.append(value),
+        hook_name(2, "mlp_out"): lambda value: value + 10 * first.pop() if first else value,
+    }
+    with edits(model, leak)():
         assert not resumes(model, clean)
 
 

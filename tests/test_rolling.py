@@ -329,8 +329,6 @@ def test_what_cannot_roll_is_said(
         config(head, out, rolling=2)
     with pytest.raises(ValueError, match=r"rolling is 3 and .* has 2 training shards, which stay; expected at least 4"):
         train(config(head, out, rolling=3))
-    with pytest.raises(ValueError, match=r"rolling with exclude_outliers expects one hook, there are 2: each leaves"):
-        train(config(head, out, exclude_outliers=10.0))
     with pytest.raises(ValueError, match=r"batch is 1000 and a window of 1 shards has about \d+ rows to train on"):
         train(config(head, out, batch=1000, rolling=4))
     with locked(head.folder), pytest.raises(ValueError, match="wait for it or choose another --store"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saebench.models import LanguageModel, capture, load_model
+from saebench.models import LanguageModel, capture, edits, load_model, logits
 from saebench.sae import SAE, initialise, latent_encoder, new_sae
 from saebench.steer import Intervention, Sampling, Units, Where, arms_of, generate, mask_of, steered, stream, units_of
 from saebench.steer.generate import _nucleus
@@ -44,9 +44,8 @@ def residual(model: LanguageModel, ids: list[int]) -> Tensor:
 
 
 def logits_with(model: LanguageModel, ids: list[int], change: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    hooks = [] if change is None else [(HOOK, lambda value, hook: change(value))]
-    with torch.inference_mode(), model.bridge.hooks(fwd_hooks=hooks):
-        return model.bridge(torch.tensor([ids]), return_type="logits")[0]
+    with torch.inference_mode(), edits(model, {} if change is None else {HOOK: change})():
+        return logits(model, torch.tensor([ids]))[0]
 
 
 def near(left: Tensor, right: Tensor, tolerance: float = 2e-4) -> None:
@@ -289,7 +288,7 @@ def test_an_interruption_in_the_middle_of_a_pass_leaves_the_model_clean(llama: L
         if next(passes) == 4:
             raise KeyboardInterrupt
 
-    handle = llama.bridge.blocks[2].register_forward_pre_hook(interrupt)
+    handle = llama.blocks[2].register_forward_pre_hook(interrupt)
     strong = Intervention(sae=sae, hook=HOOK, latent=LATENT, strength=40.0)
     with pytest.raises(KeyboardInterrupt):
         generate(llama, PROMPTS[0], [strong], Sampling(max_new_tokens=10))

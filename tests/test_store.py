@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from saebench.files import block_checksums, hash_files, read_json, write_json
 from saebench.store import Cursor, Store, StoreWriter, open_store, shuffled_batches
 from saebench.store.coding import PEAKS, TAIL, decode, encode
-from saebench.store.norms import moments_within, norm_report
+from saebench.store.norms import norm_report, usual_moments
 from saebench.store.norms import show as describe_norms
 from saebench.store.schema import BLOCK_ROWS, NORM_BINS, PROVENANCE, Moments, digest, norm_quantile
 from saebench.store.shuffle import shuffled_documents
@@ -200,19 +200,25 @@ def test_a_few_rows_that_dominate_are_named_counted_and_left_out(store: Store, t
     report = norm_report(made, HOOK)
     norms = rows.norm(dim=1)[torch.from_numpy(keep)]
     assert report.rows == report.sampled == 3999
-    assert report.outlier_rows == 3 == int((norms > 10 * norms.median()).sum())
+    assert report.massive == 3 == int((norms > 10 * norms.median()).sum())
     assert report.counts.sum() == 3999
     assert len(report.edges) == len(report.counts) + 1
     assert report.quantiles[0.9] == pytest.approx(norms.quantile(0.9).item(), rel=0.01)
     assert {carrier.token for carrier in report.carriers} >= {17, 1000, 3999}  # tokens count up
-    assert report.dominated
-    assert report.top_share == pytest.approx(1 - 3995 / (3995 + 1600 * 3), abs=0.15)
-    assert "--exclude-outliers 10" in describe_norms(HOOK, report)[-1]
+    assert report.massive_share == pytest.approx(1 - 3995 / (3995 + 1600 * 3), abs=0.15)
+    assert not report.dominated  # by those that are left
+    assert report.top_share < 0.01
+    assert "3 of 3,999 rows are longer than 10 × the median and are left out" in "\n".join(describe_norms(HOOK, report))
+    bounds = made.norms(HOOK)
     longest = 10 * made.statistics(HOOK)["median_norm"]
-    batches = islice(shuffled_batches(made, HOOK, 1998, seed=0, longest=longest), 2)
+    assert (bounds.bound, bounds.rows, bounds.massive) == (longest, 3999, 3)
+    assert bounds.median == pytest.approx(norms[norms < longest].median().item(), rel=0.01)
+    batches = islice(shuffled_batches(made, HOOK, 1998, seed=0, longest={HOOK: longest}), 2)
     seen = torch.cat([batch for batch, _ in batches])
     assert torch.equal(sorted_rows(seen), sorted_rows(rows[torch.from_numpy(keep) & (rows.norm(dim=1) <= longest)]))
-    mean, squared = moments_within(made, HOOK, longest)
+    assert torch.equal(sorted_rows(torch.cat(list(made.kept_rows(HOOK, "train", 10**6, 100)))), sorted_rows(seen))
+    assert torch.equal(sorted_rows(torch.cat(list(made.spread_rows(HOOK, 10**6)))), sorted_rows(seen))
+    mean, squared = usual_moments(made, HOOK)
     assert np.allclose(mean, seen.double().mean(0), atol=1e-6)
     assert squared == pytest.approx(seen.double().pow(2).sum(1).mean().item())
 

@@ -1,4 +1,6 @@
+import gzip
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from saebench.text import (
     SPLITS,
@@ -114,9 +118,29 @@ def test_text_files_are_documents_named_by_their_path(tmp_path: Path) -> None:
     assert [d.name for d in open_documents(TextConfig(dataset=str(tmp_path)), start=1)] == ["one.txt"]
 
 
-def test_broken_utf8_and_nul_do_not_stop_reading(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"ok \xff\x00 end")
-    assert read(tmp_path)[0].text == "ok \ufffd\x00 end"
+def test_text_is_read_as_what_it_is_or_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("mit \x00 Ä".encode())
+    (tmp_path / "b.txt").write_bytes("mit Ä".encode("utf-8-sig"))
+    (tmp_path / "c.txt").write_bytes("mit Ä".encode("utf-16"))
+    (tmp_path / "d.py").write_bytes("# coding: latin-1\ns = 'Ä'\n".encode("latin-1"))
+    assert [d.text for d in read(tmp_path)] == ["mit \x00 Ä", "mit Ä", "mit Ä", "# coding: latin-1\ns = 'Ä'\n"]
+    (tmp_path / "e.txt").write_bytes("mit Ä".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"'.*e.txt' is not text in utf-8 \(byte 4\): .*iconv -f LATIN1 -t UTF-8"):
+        fingerprint(TextConfig(dataset=str(tmp_path)))  # before anything is harvested
+
+
+def test_a_file_name_that_is_not_utf8_does_no_harm(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("text")
+    (document,) = read(tmp_path)
+    assert document.name.encode() == b"caf\\xe9.txt"
+    assert fingerprint(TextConfig(dataset=str(tmp_path)))
+
+
+def test_equal_documents_under_two_names_fall_into_one_split(tmp_path: Path) -> None:
+    for number in range(8):
+        (tmp_path / f"{number}.txt").write_text("the same")
+    assert len({split_of(d.key, 0.5) for d in read(tmp_path)}) == 1
+    assert {d.key for d in read(tmp_path, split_by="name")} == {f"{number}.txt" for number in range(8)}
 
 
 ROWS = [{"text": f"row {i}", "id": f"n{i}", "other": i} for i in range(5)]
@@ -145,7 +169,10 @@ def test_rows_are_documents(kind: str, tmp_path: Path) -> None:
     assert [d.text for d in rows] == [row["text"] for row in ROWS]
     assert [d.name for d in rows] == [f"train/{i}" for i in range(5)]
     assert [d.key for d in rows] == [row["text"] for row in ROWS]  # without an id, the content decides the split
-    assert [d.key for d in read(path, id_column="id")] == ["n0", "n1", "n2", "n3", "n4"]
+    named = read(path, id_column="id")
+    assert [d.name for d in named] == ["n0", "n1", "n2", "n3", "n4"]
+    assert [d.key for d in named] == [row["text"] for row in ROWS]
+    assert [d.key for d in read(path, id_column="id", split_by="name")] == ["n0", "n1", "n2", "n3", "n4"]
     assert [d.number for d in open_documents(TextConfig(dataset=str(path)), start=3)] == [3, 4]
 
 
@@ -180,7 +207,12 @@ def test_pretokenized_rows_pass_unchanged(tmp_path: Path) -> None:
     config = TextConfig(dataset=str(tmp_path))
     contexts = list(pack(open_documents(config), ENCODER, 4, ONLY_TRAIN))
     assert [c.tokens.tolist() for c in contexts] == [[5, 6, 0, 7], [1, 2, 3, 4]]
-    assert contexts[0].keep.tolist() == [True, True, False, True]
+    assert contexts[0].keep.tolist() == [
+        False,
+        True,
+        False,
+        True,
+    ]  # BOS or not, the first position is an attention sink
     assert [c.cursor for c in contexts] == [(1, 0), (2, 0)]
 
 
@@ -265,7 +297,46 @@ def test_the_fingerprint_follows_the_files(tmp_path: Path) -> None:
     assert fingerprint(config) == before
     (tmp_path / "a.txt").write_text("two")  # as long as before
     assert fingerprint(config) != before
-    assert fingerprint(TextConfig(dataset="org/name")) is None
+
+
+def test_a_text_that_begins_with_bos_gets_no_second_one() -> None:
+    contexts = packed("`ab", "c")  # ` is token 0
+    assert [c.tokens.tolist() for c in contexts] == [[0, 1, 2, 0], [0, 3, 0, 0]]
+    assert ENCODER.opened([0, 1]) == [0, 1]
+    assert ENCODER.opened([1]) == [0, 1]
+
+
+def test_columns_that_are_not_used_are_not_read(tmp_path: Path) -> None:
+    """One that is null for long and then a string has no type, for a library that wants one."""
+    rows = [{"text": "a", "url": None}] * 30_000 + [{"text": "b", "url": "x"}, {"text": "c", "url": 3}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(lines)
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    for name in ("rows.jsonl", "rows.jsonl.gz"):
+        found = list(open_documents(TextConfig(dataset=str(tmp_path / name)), start=29_999))
+        assert [d.text for d in found] == ["a", "b", "c"]
+
+
+def test_a_list_of_rows_and_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text("\ufeff" + json.dumps(ROWS))
+    assert [d.text for d in read(tmp_path / "list.json")] == [row["text"] for row in ROWS]
+
+
+def test_a_row_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n\n{"text": \n')
+    with pytest.raises(ValueError, match=r"line 3 of '.*rows.jsonl' is not JSON"):
+        read(path)
+    path.write_bytes('{"text": "Ä"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"'.*rows.jsonl' is not text in UTF-8"):
+        read(path)
+    path.write_text('"only a string"\n')
+    with pytest.raises(ValueError, match=r"row 0 of dataset '.*' is no set of columns but str"):
+        read(path)
+    datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "cut.parquet")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "cut.parquet").read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"dataset '.*cut.parquet' cannot be read: Parquet magic bytes not found"):
+        read(tmp_path / "cut.parquet")
 
 
 def test_the_embedded_corpus_is_the_standard_library_without_tests() -> None:
@@ -277,12 +348,14 @@ def test_the_embedded_corpus_is_the_standard_library_without_tests() -> None:
 
 
 def test_tokenizers_without_bos_or_eos_are_refused(tokenizer: object) -> None:
-    class Bare:
-        bos_token_id = eos_token_id = None
-        name_or_path = "bare"
-
+    words = Tokenizer(models.WordPiece({"[UNK]": 0, "[CLS]": 1, "a": 2}, unk_token="[UNK]"))
+    bare = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", bos_token="[BOS]")
+    bare.name_or_path = "bare"
+    bare.bos_token = None
     with pytest.raises(ValueError, match="tokenizer 'bare' has neither a BOS nor an EOS token"):
-        encoder_of(Bare())
+        encoder_of(bare)
+    named = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", cls_token="[CLS]")
+    assert encoder_of(named).bos == 1  # as WordPiece models open a text
     encoder = encoder_of(tokenizer)
     assert encoder.bos == 0
     assert encoder.special == {0}

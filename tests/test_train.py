@@ -217,7 +217,8 @@ def test_outliers_are_left_out_said_and_part_of_the_identity(
     assert out == pytest.approx(int((norms > 1.2 * norms.median()).sum()), rel=0.2)
     assert read_config(folder)["metadata"]["saebench"]["identity"]["exclude_outliers"] == 1.2
     with pytest.raises(ValueError, match=r"trained with other settings: exclude_outliers: 1\.2 -> None"):
-        train(config(store, tmp_path, **options))
+        train(config(store, tmp_path, exclude_outliers=math.inf, **options))
+    assert train(config(store, tmp_path, **options)) == [folder]  # what is not said is as it was begun
 
 
 def test_metadata_says_how_an_sae_came_about(run: Path, store: Store) -> None:

@@ -14,7 +14,7 @@ HOSTILE = (
     b"<script>document.title='broken'</script> <b>bold</b> &amp; <img src=x onerror=\"document.title='broken'\"> ",
     b"**markdown** [link](javascript:alert(1)) $x^2$ :material/home: ``` # heading ",
     "\U0001f600 \u0634\u0643\u0631\u0627 \u202e\u05e2\u05d1\u05e8\u05d9\u05ea ".encode(),
-    b"\x00 \xff\xfe\xc3 \t\r\n ",
+    b"\x00 \t\r\n ",
 )
 
 

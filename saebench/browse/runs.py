@@ -7,11 +7,11 @@ from typing import Any
 
 from saebench.evaluate.evaluate import EVALUATION
 from saebench.evaluate.report import summarise
-from saebench.files import found_from
 from saebench.index import IndexConfig
 from saebench.index.schema import open_index
 from saebench.runlog import read_metrics
 from saebench.sae import read_config
+from saebench.store.source import model_name, recorded_store
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Trained:
     @property
     def model(self) -> str | None:
         """Name or path of the model whose vectors it was trained on."""
-        return self.metadata.get("model_name")
+        name = self.metadata.get("model_name")
+        return None if name is None else model_name(self.folder, name)
 
     @property
     def store(self) -> Path | None:
         """The store it was trained on, whether or not it is still there."""
-        folder = self.metadata.get("saebench", {}).get("store")
-        return None if folder is None else found_from(self.folder / "cfg.json", Path(folder))
+        return recorded_store(self.folder)
 
     @cached_property
     def figures(self) -> dict[str, Any]:

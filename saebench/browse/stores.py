@@ -2,7 +2,8 @@
 
 import html
 
-from saebench.store.norms import OUTLIER, NormReport
+from saebench.store.norms import NormReport
+from saebench.store.schema import MASSIVE
 from saebench.view import grid, svg
 from saebench.view.tokens import number, visible
 
@@ -15,8 +16,9 @@ def norms_html(hook: str, report: NormReport) -> str:
     figures = {
         "median norm": number(median),
         "99.9% are under": f"{number(report.quantiles[0.999])} ({report.quantiles[0.999] / median:.1f} ×)",
-        f"longer than {OUTLIER:g} × the median": f"{report.outlier_rows:,} of {report.rows:,} rows",
-        "variance in the farthest 0.1%": f"{report.top_share:.1%}",
+        f"massive (over {MASSIVE:g} × the median, left out)": f"{report.massive:,} of {report.rows:,} rows",
+        "variance in massive rows": f"{report.massive_share:.1%}",
+        "of the rest's, in the farthest 0.1%": f"{report.top_share:.1%}",
     }
     if report.left_out_norm is not None:
         figures["special tokens (not trained on)"] = f"{report.left_out_norm / median:.1f} ×"
@@ -39,7 +41,7 @@ def norms_html(hook: str, report: NormReport) -> str:
         for carrier in report.carriers[:CARRIERS]
     ]  # fmt: skip
     warning = (
-        f"<p><b>A few rows dominate the variance</b> and would dominate the loss: <code>saebench train --exclude-outliers {OUTLIER:g}</code> leaves them out.</p>"
+        f"<p><b>A few more rows dominate the variance</b> and would dominate the loss: <code>saebench train --exclude-outliers {MASSIVE / 2:g}</code> leaves them out.</p>"
         if report.dominated
         else ""
     )

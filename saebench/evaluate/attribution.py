@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saebench.models import LanguageModel, capture
+from saebench.models import LanguageModel, capture, edits, logits
 from saebench.sae import SAE, encode_sparse, latent_encoder
 from saebench.sae.architectures import normalized
 
@@ -139,5 +139,5 @@ def _gradient(model: LanguageModel, ids: Tensor, hook: str, x_LD: Tensor, metric
 
 
 def _logits(model: LanguageModel, ids: Tensor, hook: str, x_LD: Tensor) -> Float[Tensor, "L V"]:
-    with model.bridge.hooks(fwd_hooks=[(hook, lambda value, hook: x_LD[None].to(value.dtype))]):
-        return model.bridge(ids, return_type="logits")[0].float()
+    with edits(model, {hook: lambda value: x_LD[None].to(value.dtype)})():
+        return logits(model, ids)[0].float()

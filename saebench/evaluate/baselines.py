@@ -12,8 +12,11 @@ from torch.nn import functional
 from saebench.metrics import Sums, total, total_variance
 from saebench.sae import initialise, new_sae
 from saebench.store import Store
+from saebench.store.norms import usual_moments
 
 _FIT_ROWS = 262_144  # training rows behind the covariance: 64 per dimension at d_in 4,096
+_VALUES = 2**25  # pre-activations held at once
+_SCALE_ROWS = 8192  # training rows behind the factor of an untrained SAE
 
 
 class PCA:
@@ -27,11 +30,11 @@ class PCA:
 
     @classmethod
     def fit(cls, store: Store, hook: str, device: str) -> "PCA":
-        """From up to 262,144 kept training rows of the store."""
+        """From up to 262,144 kept training rows, massive ones left out, spread over all of the store's training text."""
         d_in = store.d_in(hook)
         second = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
         first, n = torch.zeros(d_in, dtype=torch.float64, device=device), 0
-        for rows in store.kept_rows(hook, "train", _FIT_ROWS, 8192):
+        for rows in store.spread_rows(hook, _FIT_ROWS):
             x = rows.to(device).double()
             second += x.T @ x
             first += x.sum(0)
@@ -65,16 +68,17 @@ def untrained_fvus(
     Its reconstruction is b_dec plus one factor, the best on training rows, times what it decodes:
     without it random rows overshoot, and any SAE would win. The SAEs differ in k alone, and share the encoder's product.
     """
-    d_in, statistics = store.d_in(hook), store.statistics(hook)
+    d_in, (mean_D, mean_square) = store.d_in(hook), usual_moments(store, hook)
     ks = [max(1, min(round(l0), d_sae)) for l0 in l0s]
     sae = new_sae("topk", d_in, d_sae, k=max(ks))
-    scale = math.sqrt(d_in / statistics["mean_squared_norm"])
-    initialise(sae, torch.tensor(statistics["mean"]) * scale, torch.Generator().manual_seed(seed))
+    scale = math.sqrt(d_in / mean_square)
+    initialise(sae, torch.from_numpy(mean_D).float() * scale, torch.Generator().manual_seed(seed))
     sae.to(device)
 
     def decoded(x_BD: Tensor) -> dict[int, Tensor]:
         """x̂ − b_dec of each k."""
-        values_BK, idx_BK = sae.project(x_BD).topk(max(ks), dim=-1)
+        parts = [sae.project(part).topk(max(ks), dim=-1) for part in x_BD.split(max(1, _VALUES // d_sae))]
+        values_BK, idx_BK = (torch.cat(column) for column in zip(*parts, strict=True))
         acts_BK = torch.relu(values_BK)
         return {
             k: functional.embedding_bag(
@@ -83,7 +87,7 @@ def untrained_fvus(
             for k in sorted(set(ks))
         }
 
-    x_BD = next(store.kept_rows(hook, "train", 8192, 8192)).to(device) * scale
+    x_BD = torch.cat(list(store.spread_rows(hook, _SCALE_ROWS))).to(device) * scale
     centred_BD = x_BD - sae.b_dec
     factors = {k: float((out * centred_BD).sum() / out.pow(2).sum()) for k, out in decoded(x_BD).items()}
     error = {k: torch.zeros((), dtype=torch.float64, device=device) for k in factors}

@@ -1,8 +1,9 @@
 """Evaluate SAEs on held-out documents: reconstruction, fidelity of the spliced model, baselines.
 
 Everything is measured on the same tokens: kept positions of the store's validation contexts, whose
-vectors come from the model's own clean forward pass. At special tokens the vectors are left alone in
-every arm, ablations included, and positions that start at one are not scored.
+vectors come from the model's own clean forward pass. At special tokens and in massive rows the vectors are
+left alone in every arm, ablations included; positions that start at one of them, or that a special token
+follows, are not scored.
 """
 
 from dataclasses import dataclass
@@ -20,22 +21,25 @@ from saebench.metrics import (
     SMALL_DENOMINATOR,
     density_metrics,
     fidelity_metrics,
+    massive_metrics,
     reconstruction_metrics,
     resampled,
     total,
     total_variance,
 )
-from saebench.models import ModelDtype, choose_device, load_model
+from saebench.models import ModelDtype, check_hook, choose_device
 from saebench.runlog import progress, provenance
 from saebench.sae import load_sae, read_config, update_metadata
 from saebench.store import Store, open_store
+from saebench.store.norms import usual_moments
 from saebench.store.schema import MANIFEST
+from saebench.store.source import model_of, recorded_store
 
 EVALUATION = "evaluation.json"
-_VERSION = 1  # of the figures' definitions: another one evaluates again
+_VERSION = 2  # of the figures' definitions: another one evaluates again
 MASK = (
-    "kept tokens of the validation documents (special tokens are not scored and their vectors are not replaced); "
-    "losses at kept positions that have a next token in their context"
+    "kept tokens of the validation documents whose vectors are not massive (neither those nor special tokens are scored, and "
+    "their vectors are not replaced); losses at those of them that an ordinary token follows in their context"
 )
 
 
@@ -58,7 +62,7 @@ class EvalConfig:
     resamples: Count = 1000
     """bootstrap samples of documents behind each interval"""
     model_dtype: ModelDtype | None = None
-    """how the model computes (default: bfloat16 on GPUs that have it, else float32)"""
+    """how the model computes (default: as it did when the store was made)"""
     device: str | None = None
     """cuda or cpu (default: cuda where it is at hand)"""
     trust_remote_code: bool = False
@@ -81,7 +85,7 @@ def evaluate(config: EvalConfig) -> list[Path]:
     groups: dict[tuple[Path, str], list[Path]] = {}
     for folder in folders:
         metadata = read_config(folder).get("metadata", {})
-        store = config.store or metadata.get("saebench", {}).get("store")
+        store = config.store or recorded_store(folder)
         if "hook_name" not in metadata:
             raise ValueError(f"{folder} does not say which hook it reads: add metadata.hook_name to its cfg.json")
         if store is None:
@@ -98,9 +102,10 @@ def evaluate(config: EvalConfig) -> list[Path]:
 
 
 def _identity(config: EvalConfig, folder: Path, store: Store) -> dict[str, Any]:
-    settings = {name: to_json(config)[name] for name in ("tokens", "dead_rows", "resamples", "model_dtype")}
+    settings = {name: to_json(config)[name] for name in ("tokens", "dead_rows", "resamples")}
     return {
         **settings,
+        "model_dtype": config.model_dtype or store.manifest["identity"]["model_dtype"],
         "version": _VERSION,
         "store": hash_files([store.folder / MANIFEST]),
         "weights": hash_files([folder / "sae_weights.safetensors"]),
@@ -114,29 +119,18 @@ def _is_current(config: EvalConfig, folder: Path, store: Store) -> bool:
 
 @torch.inference_mode()
 def _evaluate_hook(config: EvalConfig, store: Store, hook: str, folders: list[Path]) -> None:
-    made_with = store.manifest["identity"]["model"]
-    model = load_model(
-        made_with["id"],
-        device=choose_device(config.device, float64=True),
-        dtype=config.model_dtype,
-        revision=made_with["revision"],
-        trust_remote_code=config.trust_remote_code,
-    )
-    if model.weights_hash != made_with["weights"]:
-        raise ValueError(
-            f"model {model.id!r} has weights {model.weights_hash}, store {store.folder} was made with {made_with['weights']}: "
-            "use the model it was made with, or harvest again"
-        )
-    device = str(model.device)
+    device = choose_device(config.device, float64=True)
+    model = model_of(store, device, config.model_dtype, trust_remote_code=config.trust_remote_code)
+    check_hook(model, hook)
     subjects = [Subject(folder, load_sae(folder, device=device)) for folder in folders]
     for subject in subjects:
         if subject.sae.d_in != store.d_in(hook):
             raise ValueError(
                 f"{subject.folder} takes vectors of {subject.sae.d_in}, {hook} in {store.folder} has {store.d_in(hook)}"
             )
-    mean_D = torch.tensor(store.statistics(hook)["mean"], device=device)
+    mean_D = torch.from_numpy(usual_moments(store, hook)[0]).float().to(device)
     pca = PCA.fit(store, hook, device)
-    measured = Measurement(model, hook, mean_D, pca, subjects)
+    measured = Measurement(model, hook, mean_D, pca, subjects, store.norms(hook).bound)
     tokens = min(config.tokens, store.rows("validation"))
     with progress(tokens, f"evaluate {hook}") as bar:
         for batch in validation_batches(store, config.tokens, config.batch):
@@ -178,11 +172,13 @@ def _write(
         for name, values in samples.items()
     }
     rows, l0 = int(sums["rows"]), float(sums["l0"] / sums["rows"])
+    massive = int(sums.get("massive_rows", 0))
     metrics |= density_metrics(subject.fires_F.cpu(), rows)
     metrics |= {
         "dead_fraction": float(dead["silent"].double().mean()),
         "dead_window": dead["window"],
         "n_tokens_eval": rows,
+        "massive_rows": massive,
     }
     small = [
         arm
@@ -201,8 +197,9 @@ def _write(
             "baselines": baselines,
             "small_denominators": small,
             "mask": MASK,
-            "sums": {name: float(value) for name, value in sums.items() if name != "vector"}
+            "sums": {name: float(value) for name, value in sums.items() if not name.endswith("vector")}
             | {
+                "massive_rows": massive,
                 "total_variance": variance,
                 "latents": subject.sae.d_sae,
                 "dead_latents": int(dead["silent"].sum()),
@@ -216,7 +213,7 @@ def _write(
 
 
 def _metrics(sums: dict[str, Any]) -> dict[str, Any]:
-    return {**reconstruction_metrics(sums), **fidelity_metrics(sums)}
+    return {**reconstruction_metrics(sums), **massive_metrics(sums), **fidelity_metrics(sums)}
 
 
 def _number(value: Any) -> float | None:

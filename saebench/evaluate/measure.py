@@ -1,8 +1,9 @@
 """One pass over held-out contexts: sums of the clean, the ablated and every spliced model's losses, and of each SAE's errors.
 
-The model runs whole once per batch; each arm runs only what lies behind the hook.
+The model runs whole once per batch; each arm runs only what lies behind the hook. Logits are made at scored positions alone, some
+at a time, for all arms together.
 
-B contexts, L positions, D d_in, F latents, N kept tokens of a batch, V vocabulary.
+B contexts, L positions, D d_in, F latents, N replaced vectors and P scored positions of a batch, V vocabulary.
 """
 
 import logging
@@ -15,15 +16,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saebench.evaluate.baselines import PCA
-from saebench.metrics import Sums, loss_and_kl, next_token_loss, reconstruction_terms
-from saebench.models import LanguageModel, spliced_logits
-from saebench.resume import CleanPass, clean_pass, resumed_logits, resumes
+from saebench.metrics import Sums, loss_and_kl, reconstruction_terms
+from saebench.models import CleanPass, LanguageModel, clean_pass, head, resumed_states, resumes, spliced_states
 from saebench.runlog import progress
-from saebench.sae import SAE, TopKSAE, new_sae
+from saebench.sae import SAE, TopKSAE, encode_sparse, new_sae, reconstruct_sparse
 from saebench.store import Store
 
 _log = logging.getLogger(__name__)
-_ROWS = 8192  # rows encoded at once, to bound memory at wide SAEs
+_ROWS = 8192  # rows encoded at once
+_LOGITS = 2**26  # logits of an arm held at once: 256 MiB in float32
 
 
 class Batch(NamedTuple):
@@ -32,11 +33,6 @@ class Batch(NamedTuple):
     tokens: Int[Tensor, "B L"]
     doc_id: Int[Tensor, "B L"]
     keep: Bool[Tensor, "B L"]
-
-    @property
-    def scored(self) -> Bool[Tensor, "B P"]:
-        """Positions whose next-token loss counts; P = L - 1."""
-        return self.keep[:, :-1]
 
 
 def validation_batches(store: Store, tokens: int, contexts: int) -> Iterator[Batch]:
@@ -52,11 +48,11 @@ def validation_batches(store: Store, tokens: int, contexts: int) -> Iterator[Bat
 
 
 def splice(
-    x_BLD: Float[Tensor, "B L D"], keep: Bool[Tensor, "B L"], rows_ND: Float[Tensor, "N D"]
+    x_BLD: Float[Tensor, "B L D"], where: Bool[Tensor, "B L"], rows_ND: Float[Tensor, "N D"]
 ) -> Float[Tensor, "B L D"]:
-    """Kept positions become `rows_ND`, special tokens stay as they are."""
+    """The vectors with `rows_ND` at some positions, and as they are at the others."""
     out_BLD = x_BLD.clone()
-    out_BLD[keep] = rows_ND.to(x_BLD.dtype)
+    out_BLD[where] = rows_ND.to(x_BLD.dtype)
     return out_BLD
 
 
@@ -74,91 +70,134 @@ class Subject:
         """(x̂ `[N, D]`, L0 `[N]`, decoder-weighted L1 `[N]`); counts what fires."""
         parts = []
         for rows in x_ND.split(_ROWS):
-            out = self.sae(rows)
-            row, latent = out.acts.nonzero(as_tuple=True)  # few: cheaper to find once than to sum all thrice
-            self.fires_F += latent.bincount(minlength=self.sae.d_sae)
-            weighted = out.acts[row, latent].abs() * self.norms_F[latent]
-            l1 = torch.zeros_like(rows[:, 0]).index_add_(0, row, weighted)
-            parts.append((out.x_hat, row.bincount(minlength=len(rows)), l1))
+            x_hat, code, values = reconstruct_sparse(self.sae, rows)
+            self.fires_F += code.latents.bincount(minlength=self.sae.d_sae)
+            l1 = torch.zeros_like(rows[:, 0]).index_add_(0, code.rows, values.abs() * code.at(self.norms_F))
+            parts.append((x_hat, code.offsets.diff(), l1))
         x_hat, l0, l1 = (torch.cat(column) for column in zip(*parts, strict=True))
         return x_hat, l0, l1
 
 
 class Measurement:
-    """What is summed over the batches of one hook: `shared` for all SAEs, `subjects` for each, and the PCA."""
+    """What is summed over the batches of one hook: `shared` for all SAEs, `subjects` for each, and the PCA.
+
+    Vectors of a norm above `bound` are massive: treated as those of special tokens are, and counted in sums of their own.
+    """
 
     def __init__(
-        self, model: LanguageModel, hook: str, mean_D: Float[Tensor, " D"], pca: PCA, subjects: list[Subject]
+        self,
+        model: LanguageModel,
+        hook: str,
+        mean_D: Float[Tensor, " D"],
+        pca: PCA,
+        subjects: list[Subject],
+        bound: float = float("inf"),
     ) -> None:
         self.model, self.hook, self.mean_D, self.pca, self.subjects = model, hook, mean_D, pca, subjects
+        self.bound = bound
         self.shared = Sums()
         self._resume: bool | None = None
 
     def add(self, batch: Batch) -> None:
         """Run the clean, the zero-ablated, the mean-ablated and each SAE's spliced model on a batch."""
-        tokens, keep, scored = batch.tokens, batch.keep, batch.scored
+        tokens, keep_BL = batch.tokens, batch.keep
         clean = clean_pass(self.model, tokens, self.hook)
-        x_ND = clean.value[keep].float()
-        log_p = clean.logits.float().log_softmax(-1)
-        docs_N, docs_P = batch.doc_id[keep], batch.doc_id[:, :-1][scored]
+        usual_BL = keep_BL & (clean.value.float().norm(dim=2) <= self.bound)
+        scored_BL = usual_BL.clone()
+        scored_BL[:, :-1] &= keep_BL[:, 1:]  # a special token is no fair thing to predict
+        scored_BL[:, -1] = False
+        following_P = tokens.roll(-1, 1)[scored_BL]
+        docs_N, docs_P = batch.doc_id[usual_BL], batch.doc_id[scored_BL]
+        x_ND = clean.value[usual_BL].float()
 
-        def ce_and_kl(rows_ND: Tensor) -> tuple[Tensor, Tensor]:
-            loss, kl = loss_and_kl(log_p, self._logits(clean, splice(clean.value, keep, rows_ND)), tokens)
-            return loss[scored], kl[:, :-1][scored]
+        def states_of(rows_ND: Tensor) -> Tensor:
+            return self._states(clean, splice(clean.value, usual_BL, rows_ND))[scored_BL]
 
-        squared_norm = x_ND.double().pow(2).sum(1)
-        self.shared.add(docs_N, {"rows": torch.ones_like(docs_N), "squared_norm": squared_norm, "vector": x_ND})
-        ce_zero, kl_zero = ce_and_kl(torch.zeros_like(x_ND))
+        arms = [states_of(torch.zeros_like(x_ND)), states_of(self.mean_D.expand_as(x_ND))]
+        for subject in self.subjects:
+            x_hat_ND, l0_N, l1_N = subject.reconstruct(x_ND)
+            subject.sums.add(docs_N, reconstruction_terms(x_ND, x_hat_ND, l0_N, l1_N))
+            arms.append(states_of(x_hat_ND))
+        clean_P, found = self._losses(clean.states[scored_BL], arms, following_P)
+        (zero_P, kl_zero_P), (mean_P, _), *spliced = found
+        squared_norm_N = x_ND.double().pow(2).sum(1)
+        self.shared.add(docs_N, {"rows": torch.ones_like(docs_N), "squared_norm": squared_norm_N, "vector": x_ND})
         self.shared.add(
             docs_P,
             {
                 "positions": torch.ones_like(docs_P),
-                "ce_clean": next_token_loss(log_p, tokens)[scored],
-                "ce_zero": ce_zero,
-                "ce_mean": ce_and_kl(self.mean_D.expand_as(x_ND))[0],
-                "kl_zero": kl_zero,
+                "ce_clean": clean_P,
+                "ce_zero": zero_P,
+                "ce_mean": mean_P,
+                "kl_zero": kl_zero_P,
             },
         )
         self.pca.observe(x_ND)
-        for subject in self.subjects:
-            x_hat_ND, l0_N, l1_N = subject.reconstruct(x_ND)
-            ce_spliced, kl = ce_and_kl(x_hat_ND)
-            subject.sums.add(docs_N, reconstruction_terms(x_ND, x_hat_ND, l0_N, l1_N))
-            subject.sums.add(docs_P, {"ce_spliced": ce_spliced, "kl": kl})
+        for subject, (ce_P, kl_P) in zip(self.subjects, spliced, strict=True):
+            subject.sums.add(docs_P, {"ce_spliced": ce_P, "kl": kl_P})
+        if bool((massive_BL := keep_BL & ~usual_BL).any()):
+            self._count_massive(clean.value[massive_BL].float(), batch.doc_id[massive_BL])
 
-    def _logits(self, clean: CleanPass, value_BLD: Tensor) -> Tensor:
-        """Logits of the model with `value_BLD` at the hook; the first batch decides whether blocks may be skipped."""
+    def _losses(
+        self, clean_PD: Float[Tensor, "P D"], arms: list[Float[Tensor, "P D"]], following_P: Int[Tensor, " P"]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """(loss of the clean model, (loss, KL) of each arm) at each position, from the vectors that logits are made of."""
+        step = max(1, _LOGITS // self.model.n_vocab)
+        clean: list[Tensor] = []
+        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in arms]
+        for start in range(0, len(clean_PD), step):
+            part = slice(start, start + step)
+            log_p = head(self.model, clean_PD[part]).float().log_softmax(-1)
+            clean.append(-log_p.gather(1, following_P[part, None]).squeeze(1))
+            for arm_PD, losses in zip(arms, found, strict=True):
+                losses.append(loss_and_kl(log_p, head(self.model, arm_PD[part]), following_P[part]))
+        joined = [(torch.cat(losses), torch.cat(kls)) for losses, kls in (zip(*arm, strict=True) for arm in found)]
+        return torch.cat(clean), joined
+
+    def _count_massive(self, x_MD: Float[Tensor, "M D"], docs_M: Int[Tensor, " M"]) -> None:
+        """What figures over all rows need beside the sums of the others."""
+        squared_norm_M = x_MD.double().pow(2).sum(1)
+        self.shared.add(
+            docs_M, {"massive_rows": torch.ones_like(docs_M), "massive_norm": squared_norm_M, "massive_vector": x_MD}
+        )
+        for subject in self.subjects:
+            x_hat_MD = reconstruct_sparse(subject.sae, x_MD)[0]
+            subject.sums.add(docs_M, {"massive_error": (x_MD - x_hat_MD).double().pow(2).sum(1)})
+
+    def _states(self, clean: CleanPass, value_BLD: Tensor) -> Tensor:
+        """`last_states` of the model with `value_BLD` at the hook; the first batch decides whether blocks may be skipped."""
         if self._resume is None:
             self._resume = resumes(self.model, clean)
             if not self._resume:
                 _log.warning("%s has layers that read more than the stream: every arm runs it whole", self.model.id)
-        if self._resume:
-            return resumed_logits(self.model, clean, value_BLD)
-        return spliced_logits(self.model, clean.tokens, clean.hook, lambda old: value_BLD)
+        return (resumed_states if self._resume else spliced_states)(self.model, clean, value_BLD)
 
 
 @torch.inference_mode()
 def silent_latents(store: Store, hook: str, subjects: list[Subject], rows: int) -> tuple[list[Tensor], int]:
-    """Which latents fired neither on the held-out rows nor on up to `rows` training rows; and how many those are.
+    """Which latents fired neither on the held-out rows nor on up to `rows` training rows, massive ones apart; and how many those are.
 
     Latents once few are watched alone, and only rows on which one of them may fire are encoded whole.
     """
     silent = [subject.fires_F == 0 for subject in subjects]
-    rows = min(rows, store.rows("train", kept=True))
+    rows, seen = min(rows, store.rows("train", kept=True)), 0
     watches = [_watch(subject, silent_F) for subject, silent_F in zip(subjects, silent, strict=True)]
     with progress(rows, "count dead latents", "row") as bar:
         for chunk in store.kept_rows(hook, "train", rows, _ROWS):
             if not any(silent_F.any() for silent_F in silent):
+                seen = rows  # what came after could change nothing
                 break
+            seen += len(chunk)
             for place, (subject, silent_F) in enumerate(zip(subjects, silent, strict=True)):
                 x_ND = chunk.to(silent_F.device)
                 if not silent_F.any() or not len(x_ND := x_ND[watches[place](x_ND)]):
                     continue
-                still_F = silent_F & (subject.sae.encode(x_ND) == 0).all(0)
+                code, _ = encode_sparse(subject.sae, x_ND)
+                still_F = silent_F & (code.latents.bincount(minlength=len(silent_F)) == 0)
                 if not torch.equal(still_F, silent_F):
                     silent[place], watches[place] = still_F, _watch(subject, still_F)
             bar.update(len(chunk))
-    return silent, rows
+    return silent, seen
 
 
 def _watch(subject: Subject, silent_F: Bool[Tensor, " F"]) -> Callable[[Tensor], Tensor]:

@@ -15,6 +15,8 @@ from saebench.models import model_path
 from saebench.runlog import read_metrics
 from saebench.sae import read_config
 from saebench.store import open_store
+from saebench.store.schema import MASSIVE
+from saebench.store.source import model_name, recorded_store
 from saebench.view import charts
 
 SUMMARY = "summary.json"
@@ -25,6 +27,7 @@ COLUMNS = {
     "name": ("SAE", ""),
     "l0": ("L0", ".1f"),
     "fvu": ("FVU", ".4f"),
+    "fvu_all": ("all rows", ".4f"),
     "delta_ce": ("ΔCE (nats)", ".4f"),
     "loss_recovered_zero": ("rec. (zero)", ".4f"),
     "loss_recovered_mean": ("rec. (mean)", ".4f"),
@@ -35,6 +38,9 @@ COLUMNS = {
     "pca_fvu": ("FVU of PCA", ".4f"),
     "untrained_fvu": ("FVU untrained", ".4f"),
 }
+
+_OF_MASSIVE = ("fvu_all",)
+"""columns that are worth their room only where there were massive rows"""
 
 # name in an SAE's `baselines` -> label
 BASELINES = {"pca_fvu": "PCA of rank L0", "untrained_fvu": "untrained SAE"}
@@ -60,7 +66,7 @@ def summarise(folders: list[Path]) -> list[dict[str, Any]]:
             "hook": config["metadata"]["hook_name"], "d_in": config["d_in"], "d_sae": config["d_sae"],
             **evaluation["metrics"], **training, "baselines": evaluation["baselines"],
             "intervals": evaluation["intervals"], "small_denominators": evaluation["small_denominators"],
-            "store": own.get("store"),
+            "store": None if (store := recorded_store(folder)) is None else str(store),
         })  # fmt: skip
     return entries
 
@@ -77,7 +83,8 @@ def write_report(
     """Write the run's summary and report; returns the summary."""
     saes = summarise(folders)
     used = sorted({str(store or sae["store"]) for sae in saes})
-    model = open_store(used[0]).manifest["identity"]["model"]["id"]
+    opened = open_store(used[0])
+    model = model_name(opened.folder, opened.manifest["identity"]["model"]["id"])
     earlier = read_json(run / SUMMARY).get("seconds", {}) if (run / SUMMARY).exists() else {}
     summary = {
         "model": relative(model_path(model)) if Path(model_path(model)).exists() else model,
@@ -127,13 +134,26 @@ def equal_l0_table(comparisons: list[dict[str, Any]]) -> list[list[str]]:
 
 def table(saes: list[dict[str, Any]]) -> list[list[str]]:
     """Headings and formatted rows, a list of strings each."""
-    rows = [[heading for heading, _ in COLUMNS.values()]]
+    massive = any(sae.get("massive_rows") for sae in saes)
+    columns = {name: shown for name, shown in COLUMNS.items() if massive or name not in _OF_MASSIVE}
+    rows = [[heading for heading, _ in columns.values()]]
     for sae in saes:
         values = {**sae, **sae["baselines"]}
+        # An evaluation of an earlier version lacks what came later.
         rows.append(
-            ["—" if values[name] is None else format(values[name], style) for name, (_, style) in COLUMNS.items()]
+            ["—" if values.get(name) is None else format(values[name], style) for name, (_, style) in columns.items()]
         )
     return rows
+
+
+def massive_note(saes: list[dict[str, Any]]) -> str:
+    """What was left out of the figures as massive, in a sentence a hook; empty where nothing was."""
+    shares = {sae["hook"]: sae for sae in saes if sae.get("massive_rows")}
+    return " ".join(
+        f"Left out at {hook}: {sae['massive_rows']:,} massive rows, longer than {MASSIVE:g} times the median norm, which hold "
+        f"{sae['massive_share']:.1%} of the variance; FVU with them is under 'all rows'."
+        for hook, sae in shares.items()
+    )
 
 
 _STYLE = """
@@ -172,7 +192,7 @@ def _page(summary: dict[str, Any], folders: list[Path]) -> str:
         f"Cross-entropy of the model on these tokens: clean {first['ce_clean']:.4f}, zero-ablated {first['ce_zero']:.4f}, "
         f"mean-ablated {first['ce_mean']:.4f} nats ({html.escape(first['hook'])})."
     )
-    flagged = [sae["name"] for sae in saes if sae["small_denominators"]]
+    flagged = [html.escape(sae["name"]) for sae in saes if sae["small_denominators"]]
     warning = (
         f"<p><b>Loss recovered is over a denominator under 0.05 nats for {', '.join(flagged)}: read ΔCE instead.</b></p>"
         if flagged
@@ -181,7 +201,7 @@ def _page(summary: dict[str, Any], folders: list[Path]) -> str:
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>saebench report</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>
 <h1>Sparse autoencoders of {html.escape(summary["model"])}</h1>
-<p>{len(saes)} SAEs on {html.escape(summary["store"])}, measured on {first["n_tokens_eval"]:,} held-out tokens. {losses}</p>{warning}
+<p>{len(saes)} SAEs on {html.escape(summary["store"])}, measured on {first["n_tokens_eval"]:,} held-out tokens. {losses} {html.escape(massive_note(saes))}</p>{warning}
 {_html_table(table(saes))}
 <p class="note">FVU: share of variance not explained. ΔCE: what splicing the SAE in costs the model. Rec.: share of an ablation's cost
 (zero or mean) that the SAE recovers. γ under 1 means shrinkage. Dead: no firing in {first["dead_window"]:,} rows; dense: fires on over 1% of tokens.

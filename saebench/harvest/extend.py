@@ -8,11 +8,11 @@ from saebench.config import Count, differences, flat
 from saebench.files import locked, read_json
 from saebench.harvest.ranks import World
 from saebench.harvest.run import fill, open_model
-from saebench.harvest.settings import HarvestConfig, identity_of
+from saebench.harvest.settings import HarvestConfig, as_noted, identity_of
 from saebench.models import LanguageModel
 from saebench.store import Store, StoreWriter, open_store
 from saebench.store.schema import EXTENSION
-from saebench.text import Encoder, TextConfig, fingerprint
+from saebench.text import TextConfig, fingerprint, pinned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,23 +47,21 @@ def extend(folder: Path, config: ExtendConfig) -> Store | None:
             raise ValueError(
                 f"{folder} holds all {store.rows('train'):,} training tokens of {text.dataset!r}: there is no more text to extend it with"
             )
-        model, encoder = open_as_made(folder, target, told, text)
+        model = open_as_made(folder, target, told, text)
         widths = dict.fromkeys(told.hooks, model.d_model)
         writer = StoreWriter(folder, target, widths, told.dtype, finished=store.manifest)
-        return fill(told, text, model, encoder, writer, World())
+        return fill(told, pinned(text, made["text"]["fingerprint"]), model, writer, World())
 
 
-def open_as_made(
-    folder: Path, made: dict[str, Any], told: HarvestConfig, text: TextConfig
-) -> tuple[LanguageModel, Encoder]:
-    """The model of a store, and how it reads text. Raises ValueError where model, tokenizer or text are no longer those that it was made with."""
-    model, encoder = open_model(told, told.device)
-    found = made | identity_of(told, text, model, fingerprint(text))
+def open_as_made(folder: Path, made: dict[str, Any], told: HarvestConfig, text: TextConfig) -> LanguageModel:
+    """The model of a store. Raises ValueError where model, tokenizer or text are no longer those that it was made with."""
+    model = open_model(told, told.device)
+    found = made | identity_of(told, text, model, fingerprint(text, made["text"]))
     if changed := differences(flat(made), flat(found)):
         raise ValueError(
             f"{folder} was made with others than are here now: {'; '.join(changed)}. Restore them, or harvest a new store"
         )
-    return model, encoder
+    return model
 
 
 def settings_of(folder: Path, made: dict[str, Any], config: ExtendConfig) -> tuple[HarvestConfig, TextConfig]:
@@ -80,7 +78,7 @@ def settings_of(folder: Path, made: dict[str, Any], config: ExtendConfig) -> tup
         out=folder,
         **{name: made[name] for name in kept},
     )
-    return told, TextConfig(**{name: value for name, value in made["text"].items() if name != "fingerprint"})
+    return told, as_noted(made["text"])
 
 
 def _check_unfinished(folder: Path, made: dict[str, Any], target: dict[str, Any], tokens: int) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 
@@ -12,15 +13,17 @@ from saebench.files import locked
 from saebench.harvest.pipeline import BackgroundWriter
 from saebench.harvest.plan import Plan, plans
 from saebench.harvest.ranks import World, joined
-from saebench.harvest.settings import HarvestConfig, identity_of
-from saebench.models import LanguageModel, capturer, check_hook, load_model, unembedding
+from saebench.harvest.settings import HarvestConfig, identity_of, text_of
+from saebench.models import LanguageModel, capturer, check_hook, head, last_states, load_model, unembedding
 from saebench.runlog import interruptible, progress
 from saebench.store import Store, StoreWriter, open_store
 from saebench.store.coding import row_bytes
 from saebench.store.schema import PROVENANCE
-from saebench.text import SPLITS, Context, Encoder, TextConfig, encoder_of, fingerprint
+from saebench.text import SPLITS, Context, TextConfig, fingerprint, pinned
 
 log = logging.getLogger(__name__)
+
+_TASTE = 4  # contexts on which a model is asked what it makes of the text
 
 
 def harvest(config: HarvestConfig, text: TextConfig, spare: int = 0) -> Store | None:
@@ -31,11 +34,12 @@ def harvest(config: HarvestConfig, text: TextConfig, spare: int = 0) -> Store | 
     model, hook or data set that does not exist, for a data set with nothing in one of the splits, for a disk
     too small, and for a store made with other settings.
     """
-    source = fingerprint(text)
+    text, begun = text_of(config, text)
+    source = fingerprint(text, begun)
     other = "--store" if spare else "--out"
     with joined() as world, contextlib.ExitStack() as held:
         world.agreed(lambda: held.enter_context(locked(config.out, other=other)) if world.leads else None)
-        model, encoder = world.agreed(lambda: open_model(config, world.device(config.device)))
+        model = world.agreed(lambda: open_model(config, world.device(config.device)))
         identity = identity_of(config, text, model, source)
 
         def open_writer() -> StoreWriter:
@@ -50,11 +54,11 @@ def harvest(config: HarvestConfig, text: TextConfig, spare: int = 0) -> Store | 
         if writer.manifest["complete"]:
             log.info("%s is complete already", config.out)
             return open_store(config.out)
-        return fill(config, text, model, encoder, writer, world, spare)
+        return fill(config, pinned(text, source), model, writer, world, spare)
 
 
-def open_model(config: HarvestConfig, device: str | None) -> tuple[LanguageModel, Encoder]:
-    """The model, and how it reads text. Raises ValueError where it cannot give what is asked for."""
+def open_model(config: HarvestConfig, device: str | None) -> LanguageModel:
+    """The model. Raises ValueError where it cannot give what is asked for."""
     model = load_model(
         config.model,
         device=device,
@@ -66,19 +70,18 @@ def open_model(config: HarvestConfig, device: str | None) -> tuple[LanguageModel
         check_hook(model, hook)
     if config.context > model.max_context:
         raise ValueError(f"context is {config.context}, model {model.id!r} takes at most {model.max_context} tokens")
-    encoder = encoder_of(model.tokenizer)
-    if encoder.bos >= model.n_vocab:
+    bos = model.encoder.bos
+    if bos is not None and bos >= model.n_vocab:
         raise ValueError(
-            f"the tokenizer of model {model.id!r} opens contexts with token {encoder.bos}, beyond the model's "
+            f"the tokenizer of model {model.id!r} opens contexts with token {bos}, beyond the model's "
             f"{model.n_vocab} embeddings: set a bos_token that the model knows and save the tokenizer again"
         )
-    return model, encoder
+    return model
 
 
 def fill(
-    config: HarvestConfig, text: TextConfig, model: LanguageModel, encoder: Encoder, writer: StoreWriter, world: World,
-    spare: int = 0,
-) -> Store | None:  # fmt: skip
+    config: HarvestConfig, text: TextConfig, model: LanguageModel, writer: StoreWriter, world: World, spare: int = 0
+) -> Store | None:
     """Write the shards that a store still lacks, and complete it; None when Ctrl-C ended that early."""
     expected = _expected_rows(config, text.validation_fraction)
     done = sum(entry["rows"] for entry in writer.shards)
@@ -103,7 +106,7 @@ def fill(
 
         planned = (
             plan
-            for plan in plans(config, text, encoder, writer.shards)
+            for plan in plans(config, text, model.encoder, writer.shards)
             if plan.number % world.size == world.rank and plan.number not in present
         )
         stall = run_model(config, model, writer, planned, written, lambda: interrupt.requested)
@@ -131,6 +134,8 @@ def run_model(
     forward = capturer(model, config.hooks)
     with BackgroundWriter(writer, config.batch, model.device, written) as background:
         for plan in planned:
+            if plan.number == 0:
+                _warn_of_nonsense(model, plan.contexts[:_TASTE])
             background.begin(plan)
             for start in range(0, len(plan.contexts), config.batch):
                 batch = plan.contexts[start : start + config.batch]
@@ -175,7 +180,23 @@ def _add_unembedding(writer: StoreWriter, model: LanguageModel) -> None:
     except ValueError as error:  # only the index needs it
         log.info("%s", error)
         return
-    writer.add_unembedding(found.W_U, found.gamma, centred=found.centred)
+    writer.add_unembedding(found.W_U, found.gamma, centred=found.centred, scale=found.scale)
+
+
+@torch.inference_mode()
+def _warn_of_nonsense(model: LanguageModel, contexts: Sequence[Context]) -> None:
+    """Say so where the model predicts the text worse than by a guess among all tokens: it is then not what it was trained on."""
+    _check_vocabulary(contexts, model)
+    tokens, keep = (torch.from_numpy(np.stack([getattr(c, name) for c in contexts])) for name in ("tokens", "keep"))
+    tokens = tokens.long().to(model.device)
+    wanted = (keep[:, :-1] & keep[:, 1:]).to(model.device)
+    log_p = head(model, last_states(model, tokens)[:, :-1][wanted]).float().log_softmax(-1)
+    loss = float(-log_p.gather(1, tokens[:, 1:][wanted][:, None]).mean())
+    if loss > math.log(model.n_vocab):
+        log.warning(
+            "%s predicts this text worse than a guess among its %d tokens (%.2f against %.2f nats): is the tokenizer its own, "
+            "and the text what it was made for?", model.id, model.n_vocab, loss, math.log(model.n_vocab),
+        )  # fmt: skip
 
 
 def _check_vocabulary(contexts: Sequence[Context], model: LanguageModel) -> None:

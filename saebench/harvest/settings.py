@@ -1,14 +1,15 @@
 """What a harvest is told, and the identity that its store is known by."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from saebench.config import Count, to_json
-from saebench.files import hash_files
+from saebench.files import hash_files, read_json
 from saebench.models import EMBEDDED_MODEL, HookKind, LanguageModel, ModelDtype, hook_name
-from saebench.store.schema import StoreDtype
-from saebench.text import TextConfig
+from saebench.store.schema import MANIFEST, StoreDtype
+from saebench.text import EMBEDDED, TextConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,39 @@ class HarvestConfig:
         return [hook_name(layer, kind) for layer in self.layers for kind in self.kinds]
 
 
+def text_of(config: HarvestConfig, text: TextConfig) -> tuple[TextConfig, dict[str, Any] | None]:
+    """(the text to read, what a harvest begun in the same folder noted of its own, None where there is none).
+
+    Raises ValueError where none is named for a model that has none of its own.
+    """
+    if text.dataset is None:
+        if config.model != EMBEDDED_MODEL:
+            raise ValueError(
+                f"no text was named for model {config.model!r}: give --dataset with a file or folder (txt, md, jsonl, parquet), "
+                "a data set on the hub, for instance NeelNanda/pile-10k, or `embedded`, the source of Python's standard library"
+            )
+        text = dataclasses.replace(text, dataset=EMBEDDED)
+    path = config.out / MANIFEST
+    begun = read_json(path)["identity"]["text"] if path.exists() else None
+    if begun is not None and "split_by" not in begun:
+        text = dataclasses.replace(text, split_by="name")
+    return text, begun
+
+
+def noted(text: TextConfig) -> dict[str, Any]:
+    """What an identity says of a text; of how it is split only what stores did not always do."""
+    values = to_json(text)
+    return (
+        values if text.split_by == "content" else {name: value for name, value in values.items() if name != "split_by"}
+    )
+
+
+def as_noted(values: dict[str, Any]) -> TextConfig:
+    """The inverse of `noted`."""
+    known: dict[str, Any] = {"split_by": "name"}
+    return TextConfig(**known | {name: value for name, value in values.items() if name != "fingerprint"})
+
+
 def identity_of(config: HarvestConfig, text: TextConfig, model: LanguageModel, source: str | None) -> dict[str, Any]:
     """Everything that decides the store's contents."""
     kept = to_json(config)
@@ -70,5 +104,5 @@ def identity_of(config: HarvestConfig, text: TextConfig, model: LanguageModel, s
         "model_dtype": model.dtype,
         "model": {"id": model.id, "revision": config.model_revision, "weights": model.weights_hash},
         "tokenizer": {"files": hash_files(list(model.tokenizer_files))},
-        "text": {**to_json(text), "fingerprint": source},
+        "text": {**noted(text), "fingerprint": source},
     }

@@ -31,7 +31,7 @@ from saebench.harvest.settings import HarvestConfig
 from saebench.store import Store, StoreWriter, open_store
 from saebench.store.reader import read_manifest
 from saebench.store.schema import MANIFEST
-from saebench.text import SPLITS, Context, Encoder, TextConfig, open_documents, pack, split_of
+from saebench.text import SPLITS, Context, Encoder, TextConfig, open_documents, pack, pinned, split_of
 
 ROLLING = "rolling"  # the folder of the windows, in that of their head
 
@@ -110,10 +110,9 @@ class Windows:
         self.shards = shards
         made = head.manifest["identity"]
         further = ExtendConfig(tokens=1, device=device, trust_remote_code=trust_remote_code)
-        self.config, self.text = settings_of(head.folder, made, further)
-        self.model, self.encoder = open_as_made(
-            head.folder, made | {"tokens": self.config.tokens}, self.config, self.text
-        )
+        self.config, text = settings_of(head.folder, made, further)
+        self.model = open_as_made(head.folder, made | {"tokens": self.config.tokens}, self.config, text)
+        self.text = pinned(text, made["text"]["fingerprint"])
         self.next = 0
         """the window that `contexts` stands before; 0 for none"""
         self.place = Place((0, 0), 0, 0)
@@ -152,7 +151,7 @@ class Windows:
         else:
             last = [entry for entry in self.head.manifest["shards"] if entry["split"] == "train"][-1]
             self.place = Place(tuple(last["cursor"]), self.head.rows("train", kept=True), 0)
-        self.contexts = contexts_behind(self.config, self.text, self.encoder, self.place)
+        self.contexts = contexts_behind(self.config, self.text, self.model.encoder, self.place)
         missing = (number - 1 - before) * self.shards * self.config.shard_contexts
         deque(self._take(missing), maxlen=0)
 

@@ -26,18 +26,23 @@ from saebench.index.evidence import (
     Summary,
     Unit,
     bin_edges,
+    passages,
     position_edges,
+    rows_of_top,
     sample,
     summarise,
 )
 from saebench.index.explain import explain
 from saebench.index.memory import give_back
-from saebench.index.schema import INDEX_SCHEMA, INDEX_VERSION, identity_of, open_index
-from saebench.models import Unembedding, choose_device, load_model, unembedding
+from saebench.index.schema import INDEX_SCHEMA, INDEX_VERSIONS, identity_of, open_index
+from saebench.models import Unembedding, choose_device, unembedding
+from saebench.pieces import TokenBytes
 from saebench.runlog import Interrupt, interruptible, progress, provenance
 from saebench.sae import SAE, encode_sparse, load_sae, read_config
 from saebench.store import Store, open_store
 from saebench.store.reader import Shard
+from saebench.store.schema import MASSIVE
+from saebench.store.source import model_of, recorded_store
 
 Groups = dict[str, dict[str, np.ndarray]]
 """Columns of the file by group and name."""
@@ -101,6 +106,8 @@ class Plan:
     sae: SAE
     store: Store
     hook: str
+    bound: float
+    """rows of a greater norm are massive"""
     scale: float
     """a power of two near the median norm, from which bins of strength are counted"""
     pieces: list[Piece]
@@ -129,6 +136,10 @@ def build_index(config: IndexConfig) -> Path | None:
         plan = _plan(config)
         identity = identity_of(config.sae, plan.store)
         settings = {"tokens": config.tokens, "sample": config.sample, "logits": config.logits, "rules": config.rules}
+        if plan.store.norms(
+            plan.hook
+        ).massive:  # where there are none, an index of before they were left out is the same
+            settings["massive"] = MASSIVE
         before = _before(path, {"identity": identity, "settings": settings})
         if before == "complete":
             log.info("%s is complete already", path)
@@ -157,7 +168,7 @@ def _plan(config: IndexConfig) -> Plan:
     device = choose_device(config.device)
     sae = load_sae(config.sae, device=device)
     metadata = read_config(config.sae).get("metadata", {})
-    folder, hook = config.store or metadata.get("saebench", {}).get("store"), metadata.get("hook_name")
+    folder, hook = config.store or recorded_store(config.sae), metadata.get("hook_name")
     if folder is None:
         raise ValueError(f"{config.sae} does not say what it was trained on; give a store of its hook with --store")
     if hook is None:
@@ -174,8 +185,8 @@ def _plan(config: IndexConfig) -> Plan:
     if sum(shard.n_rows for shard in store.shards) >= MAX_ROWS:
         raise ValueError(f"{store.folder} has more than {MAX_ROWS} rows; an index holds no more")
     below = {"train": min(2**64 - 1, config.sample * 2**64 // rows["train"]), "validation": 2**64 - 1}
-    scale = 2.0 ** round(math.log2(store.statistics(hook)["median_norm"]))
-    return Plan(sae, store, hook, scale, pieces, below)
+    norms = store.norms(hook)
+    return Plan(sae, store, hook, norms.bound, 2.0 ** round(math.log2(norms.median)), pieces, below)
 
 
 def _pieces(store: Store, limits: dict[str, int]) -> Iterator[Piece]:
@@ -223,15 +234,21 @@ def _reduce(plan: Plan, piece: Piece) -> tuple[Summary | None, Sample]:
 
 def _read(plan: Plan, piece: Piece) -> Unit:
     stop = piece.start + piece.n_rows
-    keep = piece.shard.column("keep", piece.start, stop)
+    keep, positions, tokens = (piece.shard.column(name, piece.start, stop) for name in ("keep", "position", "tokens"))
     kept = np.flatnonzero(keep)
-    x_RD = piece.shard.rows(plan.hook, piece.start, stop)[torch.from_numpy(kept)]
-    code, values = encode_sparse(plan.sae, x_RD.to(plan.sae.W_dec.device, torch.float32))
-    positions = piece.shard.column("position", piece.start, stop)
-    latents = code.latents.cpu().numpy().astype(np.min_scalar_type(plan.sae.d_sae - 1))
+    x_RD = piece.shard.rows(plan.hook, piece.start, stop)[torch.from_numpy(kept)].to(
+        plan.sae.W_dec.device, torch.float32
+    )
+    usual = x_RD.norm(dim=1) <= plan.bound
+    code, values = encode_sparse(plan.sae, x_RD[usual])
+    massive = code.latents[:0] if bool(usual.all()) else encode_sparse(plan.sae, x_RD[~usual])[0].latents
+    usual = usual.cpu().numpy()
+    keep = keep.copy()
+    keep[kept[~usual]] = False
     return Unit(
-        piece.first_row, piece.n_rows, plan.store.context, kept[code.rows.cpu().numpy()], latents,
-        values.cpu().numpy(), keep, positions,
+        piece.first_row, piece.n_rows, plan.store.context, kept[usual][code.rows.cpu().numpy()],
+        code.latents.cpu().numpy().astype(np.min_scalar_type(plan.sae.d_sae - 1)), values.cpu().numpy(), keep, positions,
+        passages(tokens, positions), massive.cpu().numpy(),
     )  # fmt: skip
 
 
@@ -239,7 +256,8 @@ def _static(config: IndexConfig, plan: Plan) -> Groups:
     """What does not depend on the store's rows."""
     groups: Groups = {"decoder": geometry(plan.sae)}
     if config.logits:
-        groups["logits"] = logit_effects(plan.sae.W_dec, _unembedding(plan))
+        known = TokenBytes(plan.store.tokenizer()).known
+        groups["logits"] = logit_effects(plan.sae.W_dec, _unembedding(plan), known)
         give_back()
     return groups
 
@@ -248,10 +266,9 @@ def _unembedding(plan: Plan) -> Unembedding:
     """The store's own, or the model's where the store is of before it was kept."""
     device = plan.sae.W_dec.device
     if plan.store.has_unembedding:
-        W_U, gamma, centred = plan.store.unembedding()
-        return Unembedding(W_U.to(device, torch.float32), gamma.to(device), centred)
-    model = load_model(plan.store.manifest["identity"]["model"]["id"], device=str(device), dtype="float32")
-    return unembedding(model)
+        W_U, gamma, centred, scale = plan.store.unembedding()
+        return Unembedding(W_U.to(device, torch.float32), gamma.to(device), centred, scale)
+    return unembedding(model_of(plan.store, str(device), "float32"))
 
 
 # -------------------------------------------------------------------------------------------- the file
@@ -267,7 +284,7 @@ class _Publisher:
         self.rules = config.rules
         self.attributes: dict[str, Any] = {
             "schema": INDEX_SCHEMA,
-            "schema_version": INDEX_VERSION,
+            "schema_version": INDEX_VERSIONS[-1],
             "identity": json.dumps(identity),
             "settings": json.dumps(settings),
             "store": str(plan.store.folder),
@@ -325,7 +342,8 @@ class _Publisher:
 def _write(file: h5py.File, groups: Groups) -> None:
     for group, columns in groups.items():
         for name, values in columns.items():
-            file.create_dataset(f"{group}/{name}", data=values)
+            kind = h5py.string_dtype() if values.dtype == object else None
+            file.create_dataset(f"{group}/{name}", data=values, dtype=kind)
 
 
 def _before(path: Path, wanted: dict[str, Any]) -> Literal["complete"] | tuple[Gathered, Groups] | None:
@@ -349,6 +367,11 @@ def _before(path: Path, wanted: dict[str, Any]) -> Literal["complete"] | tuple[G
             if name in file
         }
     done = state.pop("done")
+    if "massive" not in state:  # of before massive rows and repeated passages were known
+        state |= {
+            "massive": np.zeros(len(state["top"]), np.int64),
+            "top_texts": rows_of_top(state["top"]).astype(np.uint32),
+        }
     return Gathered(Evidence(**state), samples, done), static
 
 

@@ -3,6 +3,8 @@
 Legend: F latents, D d_in, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -41,7 +43,11 @@ def geometry(sae: SAE) -> dict[str, np.ndarray]:
 
 
 @torch.no_grad()
-def logit_effects(W_dec_FD: Float[Tensor, "F D"], unembedding: Unembedding) -> dict[str, np.ndarray]:
+def logit_effects(
+    W_dec_FD: Float[Tensor, "F D"],
+    unembedding: Unembedding,
+    known: Callable[[int], np.ndarray] = lambda n: np.ones(n, bool),
+) -> dict[str, np.ndarray]:
     """The change of each token's logit by a unit of activation, on the direct path to the output.
 
     (d_f - mean(d_f)) γ W_U with γ the final norm's weight; the mean is that of a LayerNorm, not of an RMSNorm. The
@@ -49,13 +55,16 @@ def logit_effects(W_dec_FD: Float[Tensor, "F D"], unembedding: Unembedding) -> d
     of tokens is exact, and magnitudes hold where that scale is 1. Biases and a soft cap of the logits are left out too.
     (nostalgebraist 2020, "interpreting GPT: the logit lens".)
 
-    Returns `top_ids`, `top`, `bottom_ids`, `bottom` `[F, 20]`, `std [F]`, and a histogram `[F, 40]` of all V effects in
-    equal bins between `low` and `high [F]`.
+    `known` tells which of n ids are tokens: an unembedding may be padded beyond them. Magnitudes include the model's own scale of
+    its logits. Returns `top_ids`, `top`, `bottom_ids`, `bottom` `[F, 20]`, `std [F]`, and a histogram `[F, 40]` of all V effects in
+    equal bins between `low` and `high [F]`; over the tokens alone.
     """
     parts: dict[str, list[np.ndarray]] = {}
-    n_vocab = unembedding.W_U.shape[1]
-    size = min(LOGIT_TOKENS, n_vocab)
-    for _, block_BD in _blocks(W_dec_FD, n_vocab):
+    ids = torch.from_numpy(np.flatnonzero(known(unembedding.W_U.shape[1]))).to(W_dec_FD.device)
+    size = min(LOGIT_TOKENS, len(ids))
+    if len(ids) < unembedding.W_U.shape[1]:
+        unembedding = unembedding._replace(W_U=unembedding.W_U[:, ids])
+    for _, block_BD in _blocks(W_dec_FD, len(ids)):
         effects_BV = unembedding.effects(block_BD)
         top, bottom = effects_BV.topk(size, dim=1), effects_BV.topk(size, dim=1, largest=False)
         low_B, high_B = bottom.values[:, :1], top.values[:, :1]
@@ -63,9 +72,9 @@ def logit_effects(W_dec_FD: Float[Tensor, "F D"], unembedding: Unembedding) -> d
         bins_BV = ((effects_BV - low_B) * (LOGIT_BINS / width_B)).long().clamp_(0, LOGIT_BINS - 1)
         bins_BV += torch.arange(len(block_BD), device=block_BD.device)[:, None] * LOGIT_BINS
         found = {
-            "top_ids": top.indices.int(),
+            "top_ids": ids[top.indices].int(),
             "top": top.values,
-            "bottom_ids": bottom.indices.int(),
+            "bottom_ids": ids[bottom.indices].int(),
             "bottom": bottom.values,
             "std": effects_BV.std(1),
             "low": low_B[:, 0],

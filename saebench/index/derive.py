@@ -54,6 +54,7 @@ def derive(
             "mean": first,
             "std": np.sqrt(np.maximum(second - first**2, 0)),
             "max": strongest[:, 0],
+            "massive": evidence.massive,
             "in_sample": in_sample,
             "flags": flags(fires, by_token["counts"], in_sample, evidence.positions, evidence.position_rows),
         },
@@ -96,6 +97,8 @@ def intervals(evidence: Evidence, scale: float) -> dict[str, np.ndarray]:
         keys, strengths = evidence.strata[part].ravel(), evidence.strata_values[part].ravel()
         cell = np.repeat((cells[first : first + step] - first * (INTERVALS + 1)).ravel(), PER_BIN)
         order = np.lexsort((keys, cell))
+        same = (np.diff(cell[order]) == 0) & (np.diff(keys[order] >> 32) == 0) & (rows_of(keys[order[1:]]) >= 0)
+        order = np.delete(order, np.flatnonzero(same) + 1)  # a passage that lies in two of the interval's bins
         n_cells = len(interval[first : first + step]) * (INTERVALS + 1)
         bounds = np.searchsorted(cell[order], np.arange(n_cells + 1))
         place = bounds[:-1, None] + np.arange(PER_BIN)

@@ -7,7 +7,8 @@ in the result. Legend: F latents, N firings in a unit, S contexts in a unit.
 
 Firings in order of strength and samples in order of hash are both kept as sorted int64 keys: the
 high half decides (bits of the activation, which for positive floats sort as the numbers do; or the
-hash), the low half is the row.
+hash), the low half is the row. A passage that is repeated counts once in a list of examples, in whatever
+document: firings whose last few tokens are the same have the same `text`, of which the hash is made, too.
 """
 
 import itertools
@@ -19,6 +20,7 @@ import numpy as np
 TOP = 20  # strongest firings, one of each context
 PER_BIN = 5  # samples of each bin of strength
 RANDOM = 10  # samples of all firings
+PASSAGE = 8  # tokens, up to the one that a latent fires on, by which a passage is known again
 OCTAVES = (-10, 6)  # of strength, relative to `scale`; what lies outside counts in the first or last bin
 BINS_PER_OCTAVE = 4
 N_BINS = (OCTAVES[1] - OCTAVES[0]) * BINS_PER_OCTAVE
@@ -29,7 +31,7 @@ _NOTHING = np.int64(2**63 - 1)  # a sample's place not yet taken
 
 
 class Unit(NamedTuple):
-    """The firings of whole contexts, special tokens left out."""
+    """The firings of whole contexts, special tokens and massive rows left out."""
 
     first_row: int  # in the store
     n_rows: int
@@ -37,8 +39,10 @@ class Unit(NamedTuple):
     rows: np.ndarray  # [N] within the unit, ascending
     latents: np.ndarray  # [N]
     values: np.ndarray  # [N] float32, positive
-    keep: np.ndarray  # [n_rows] not a special token
+    keep: np.ndarray  # [n_rows] neither a special token nor massive
     positions: np.ndarray  # [n_rows] within the context
+    texts: np.ndarray  # [n_rows] hash of the last tokens (`passages`)
+    massive: np.ndarray  # [M] latents of the firings on massive rows
 
 
 class Summary(NamedTuple):
@@ -50,6 +54,8 @@ class Summary(NamedTuple):
     position_rows: np.ndarray  # [P]
     top_cells: np.ndarray  # latent of each context's strongest firing of it
     top_keys: np.ndarray
+    top_texts: np.ndarray
+    massive: np.ndarray  # [F] firings on massive rows
     cells: np.ndarray  # [N] latent * N_BINS + bin
     keys: np.ndarray  # [N] hash and row
     values: np.ndarray  # [N]
@@ -135,9 +141,18 @@ def position_edges(context: int) -> np.ndarray:
     return np.array([edge for edge in edges if edge < context])
 
 
-def _sample_keys(rows: np.ndarray, latents: np.ndarray) -> np.ndarray:
-    """31 bits of hash over 32 bits of row, another draw for each latent."""
-    high = hashed(rows, latents + 1) >> np.uint64(33)
+def passages(tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """A hash of the last PASSAGE tokens at each of some rows in a row, uint32; none reaches beyond the context's first."""
+    total = np.zeros(len(tokens), np.uint64)
+    for back in range(PASSAGE):
+        before = np.roll(tokens, back)
+        total += np.where(positions >= back, hashed(before, back + 1), np.uint64(0))
+    return (total >> np.uint64(32)).astype(np.uint32)
+
+
+def _sample_keys(rows: np.ndarray, texts: np.ndarray, latents: np.ndarray) -> np.ndarray:
+    """31 bits of the text's hash over 32 bits of row, another draw for each latent."""
+    high = hashed(texts, latents + 1) >> np.uint64(33)
     return ((high << np.uint64(32)) | rows.astype(np.uint64)).astype(np.int64)
 
 
@@ -187,8 +202,10 @@ def summarise(unit: Unit, d_sae: int, scale: float) -> Summary:
         position_rows=np.bincount(bucket[unit.keep], minlength=len(edges)),
         top_cells=fired % d_sae,
         top_keys=strongest[fired],
+        top_texts=unit.texts[rows_of_top(strongest[fired]) - unit.first_row],
+        massive=np.bincount(unit.massive, minlength=d_sae),
         cells=cells,
-        keys=_sample_keys(rows, latents),
+        keys=_sample_keys(rows, unit.texts[unit.rows], latents),
         values=unit.values,
     )
 
@@ -201,7 +218,9 @@ class Evidence:
     sums: np.ndarray  # [F, 2] Σ and Σ² in fixed point
     positions: np.ndarray  # [F, P] firings by position
     position_rows: np.ndarray  # [P] rows by position
+    massive: np.ndarray  # [F] firings on massive rows, which count in nothing else
     top: np.ndarray  # [F, TOP] strength keys, descending; 0 where there is none
+    top_texts: np.ndarray  # [F, TOP]
     strata: np.ndarray  # [F * N_BINS, PER_BIN] sample keys, ascending
     strata_values: np.ndarray
     random: np.ndarray  # [F, RANDOM]
@@ -215,7 +234,9 @@ class Evidence:
             sums=np.zeros((d_sae, 2), np.int64),
             positions=np.zeros((d_sae, n_positions), np.int64),
             position_rows=np.zeros(n_positions, np.int64),
+            massive=np.zeros(d_sae, np.int64),
             top=np.zeros((d_sae, TOP), np.int64),
+            top_texts=np.zeros((d_sae, TOP), np.uint32),
             strata=np.full((d_sae * N_BINS, PER_BIN), _NOTHING),
             strata_values=np.zeros((d_sae * N_BINS, PER_BIN), np.float32),
             random=np.full((d_sae, RANDOM), _NOTHING),
@@ -227,8 +248,11 @@ class Evidence:
         self.sums += unit.sums
         self.positions += unit.positions
         self.position_rows += unit.position_rows
+        self.massive += unit.massive
         stronger = unit.top_keys > self.top[unit.top_cells, -1]
-        _merge(self.top, None, unit.top_cells[stronger], unit.top_keys[stronger], None, largest=True)
+        _merge_top(
+            self.top, self.top_texts, unit.top_cells[stronger], unit.top_keys[stronger], unit.top_texts[stronger]
+        )
         _keep_smallest(self.strata, self.strata_values, unit.cells, unit.keys, unit.values)
         _keep_smallest(self.random, self.random_values, unit.cells // N_BINS, unit.keys, unit.values)
 
@@ -245,30 +269,46 @@ class Evidence:
 def _keep_smallest(
     kept: np.ndarray, kept_values: np.ndarray, cells: np.ndarray, keys: np.ndarray, values: np.ndarray
 ) -> None:
+    """Merge sample keys into the sorted rows `[cell, size]` of `kept`, with their values; of one text the lowest row."""
     smaller = keys < kept[cells, -1]
-    _merge(kept, kept_values, cells[smaller], keys[smaller], values[smaller], largest=False)
-
-
-def _merge(
-    kept: np.ndarray,
-    kept_values: np.ndarray | None,
-    cells: np.ndarray,
-    keys: np.ndarray,
-    values: np.ndarray | None,
-    *,
-    largest: bool,
-) -> None:
-    """Merge keys into the sorted rows `[cell, size]` of `kept`, with their values where there are any."""
-    if not len(cells):
-        return
-    size = kept.shape[1]
-    touched = np.unique(cells)
-    cells = np.concatenate([np.repeat(touched, size), cells])
+    cells, keys, values = cells[smaller], keys[smaller], values[smaller]
+    touched, cells = _with_kept(kept, cells)
     keys = np.concatenate([kept[touched].ravel(), keys])
-    order = np.lexsort((-keys if largest else keys, cells))
+    order = np.lexsort((keys, cells))
+    place = _first_of_each(
+        order[~_again(cells[order], keys[order] >> 32, keys[order] == _NOTHING)], cells, kept, touched
+    )
+    kept[touched] = keys[place]
+    kept_values[touched] = np.concatenate([kept_values[touched].ravel(), values])[place]
+
+
+def _merge_top(
+    kept: np.ndarray, kept_texts: np.ndarray, cells: np.ndarray, keys: np.ndarray, texts: np.ndarray
+) -> None:
+    """Merge strength keys into the sorted rows `[cell, size]` of `kept`, with their texts; of one text the strongest."""
+    touched, cells = _with_kept(kept, cells)
+    keys = np.concatenate([kept[touched].ravel(), keys])
+    texts = np.concatenate([kept_texts[touched].ravel(), texts])
+    order = np.lexsort((-keys, texts, cells))
+    order = order[~_again(cells[order], texts[order], keys[order] == 0)]
+    order = order[np.lexsort((-keys[order], cells[order]))]
+    place = _first_of_each(order, cells, kept, touched)
+    kept[touched], kept_texts[touched] = keys[place], texts[place]
+
+
+def _with_kept(kept: np.ndarray, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(cells that are to change, the cell of each entry that they have and of each new one)."""
+    touched = np.unique(cells)
+    return touched, np.concatenate([np.repeat(touched, kept.shape[1]), cells])
+
+
+def _again(cells: np.ndarray, texts: np.ndarray, nothing: np.ndarray) -> np.ndarray:
+    """Which of entries sorted by cell and text are of the same text as the one before."""
+    same = (np.diff(cells) == 0) & (np.diff(texts) == 0) & ~nothing[1:]
+    return np.concatenate([np.zeros(min(1, len(cells)), bool), same])
+
+
+def _first_of_each(order: np.ndarray, cells: np.ndarray, kept: np.ndarray, touched: np.ndarray) -> np.ndarray:
+    """Of each cell the first entries in an order, as many as it keeps: what it kept were all different, so it has enough."""
     first = np.searchsorted(cells[order], touched)
-    place = first[:, None] + np.arange(size)  # of each cell, the first `size` in order
-    chosen = order[place]
-    kept[touched] = keys[chosen]
-    if kept_values is not None and values is not None:
-        kept_values[touched] = np.concatenate([kept_values[touched].ravel(), values])[chosen]
+    return order[first[:, None] + np.arange(kept.shape[1])]

@@ -39,7 +39,7 @@ def explain(store: Store, samples: dict[str, Sample], d_sae: int) -> dict[str, d
     )
     names = vocabulary.names
     columns = {name: rules[name] for name in RULE.names or ()}
-    columns["text"] = np.array([describe(rule, names).encode() for rule in rules])
+    columns["text"] = np.array([describe(rule, names) for rule in rules], dtype=object)
     kept = {"tokens": vocabulary.tokens, "previous": vocabulary.previous, "bigrams": vocabulary.bigrams}
     return {"rules": columns, "literals": kept}
 

@@ -34,6 +34,7 @@ COLUMNS = {
     "logit_std": "logits/std",
     "rule_f1": "rules/f1",
     "detection": "rules/detection",
+    "massive": "latents/massive",
     "flags": "latents/flags",
 }
 """Columns of the table over all latents, where the file has them; of a column with several values a latent, the first."""
@@ -216,7 +217,12 @@ class FeatureIndex:
         if "rules/first" not in self._data or self._data["rules/first"][latent] < 0:
             return None
         found = {name: self._data[f"rules/{name}"][latent] for name in Rule._fields}
-        return Rule(**{name: value.decode() if name == "text" else value.item() for name, value in found.items()})
+        return Rule(
+            **{
+                name: value.decode(errors="replace") if name == "text" else value.item()
+                for name, value in found.items()
+            }
+        )
 
     @cached_property
     def top_logits(self) -> np.ndarray | None:
@@ -239,7 +245,7 @@ class FeatureIndex:
         if "rules/first" not in self._data:
             return [""] * self.d_sae
         known = self._data["rules/first"][:] >= 0
-        texts = self._data["rules/text"].asstr()[:]
+        texts = self._data["rules/text"].asstr("utf-8", errors="replace")[:]
         return [text if has else "" for text, has in zip(texts, known, strict=True)]
 
     def holds(self, latent: int, texts: Sequence[np.ndarray]) -> list[np.ndarray] | None:

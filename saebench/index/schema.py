@@ -11,7 +11,8 @@ from saebench.store import Store
 from saebench.store.schema import MANIFEST
 
 INDEX_SCHEMA = "saebench-index"
-INDEX_VERSION = 1
+INDEX_VERSIONS = (1, 2)
+"""Version 2 leaves out massive rows and repeated passages, and says so of each latent; what 1 lacks is not shown."""
 
 
 def identity_of(sae: Path, store: Store | None) -> dict[str, str]:
@@ -36,10 +37,10 @@ def open_index(path: Path) -> Any:
     except OSError as error:
         raise ValueError(f"{path} cannot be read as HDF5 ({error}); delete it and index again") from error
     schema, version = file.attrs.get("schema"), file.attrs.get("schema_version")
-    if (schema, version) != (INDEX_SCHEMA, INDEX_VERSION):
+    if schema != INDEX_SCHEMA or version not in INDEX_VERSIONS:
         file.close()
         raise ValueError(
-            f"{path} has schema {schema!r} version {version}, this saebench reads {INDEX_SCHEMA!r} version {INDEX_VERSION}; "
+            f"{path} has schema {schema!r} version {version}, this saebench reads {INDEX_SCHEMA!r} version {' and '.join(map(str, INDEX_VERSIONS))}; "
             "delete it and index again"
         )
     return file

@@ -7,9 +7,8 @@ import torch
 
 from saebench.evaluate.attribution import attribute, logit_of
 from saebench.index.reader import FeatureIndex
-from saebench.models import LanguageModel, capture
+from saebench.models import LanguageModel, capture, next_logits
 from saebench.sae import SAE, encode_sparse, latent_encoder
-from saebench.text import encoder_of
 
 Ranking = Literal["activation", "quantile", "attribution"]
 
@@ -70,7 +69,7 @@ def features_for_text(
     Raises ValueError for a text of no tokens or of more than the model takes, a position not in it, and a `target` that the
     vocabulary lacks.
     """
-    tokens = np.array(tokenize(model, text))
+    tokens = np.array(model.tokens_of(text))
     if position is not None and not 0 <= position < len(tokens):
         raise ValueError(f"position is {position}; the text has tokens 0 to {len(tokens) - 1}")
     effects = None
@@ -82,7 +81,7 @@ def features_for_text(
         target = None
         rows, latents, acts = _firings(model, sae, index.hook, tokens)
     density = index.columns["density"]
-    special = np.isin(tokens, list(encoder_of(model.tokenizer).special))
+    special = np.isin(tokens, list(model.encoder.special))
     wanted = ~special[rows] & (density[latents] <= max_density)
     if position is not None:
         wanted &= rows == position
@@ -103,11 +102,11 @@ def features_for_text(
 
 def activations_on(model: LanguageModel, sae: SAE, hook: str, text: str, latent: int) -> tuple[np.ndarray, np.ndarray]:
     """(tokens of a text, BOS first, and one latent's activation on each, 0 on special ones). Raises ValueError as `features_for_text`."""
-    tokens = np.array(tokenize(model, text))
+    tokens = np.array(model.tokens_of(text))
     with torch.no_grad():
         x_LD = capture(model, torch.tensor(tokens, device=model.device)[None], [hook])[hook][0]
         values = latent_encoder(sae, [latent])(x_LD.to(sae.W_dec.device, torch.float32))[:, 0].cpu().numpy()
-    special = np.isin(tokens, list(encoder_of(model.tokenizer).special))
+    special = np.isin(tokens, list(model.encoder.special))
     return tokens, np.where(special, 0.0, values)
 
 
@@ -129,23 +128,10 @@ def _firings(
 
 def _target(model: LanguageModel, tokens: np.ndarray, position: int | None, target: int | None) -> int:
     """The token whose logit after `position` is attributed."""
-    with torch.no_grad():
-        logits_LV = model.bridge(torch.tensor(tokens, device=model.device)[None], return_type="logits")[0]
     if target is not None:
-        if not 0 <= target < logits_LV.shape[1]:
-            raise ValueError(f"target is {target}; the model's tokens are 0 to {logits_LV.shape[1] - 1}")
+        if not 0 <= target < model.n_vocab:
+            raise ValueError(f"target is {target}; the model's tokens are 0 to {model.n_vocab - 1}")
         return target
     if position is not None and position + 1 < len(tokens):
         return int(tokens[position + 1])
-    return int(logits_LV[-1].argmax())
-
-
-def tokenize(model: LanguageModel, text: str) -> list[int]:
-    """Token ids of a text as contexts have them, BOS first. Raises ValueError where there are none or too many."""
-    encoder = encoder_of(model.tokenizer)
-    ids = [encoder.bos, *encoder.encode([text])[0]]
-    if len(ids) == 1:
-        raise ValueError("the text is empty; expected at least one token")
-    if len(ids) > model.max_context:
-        raise ValueError(f"the text has {len(ids)} tokens; the model takes at most {model.max_context}")
-    return ids
+    return int(next_logits(model, torch.tensor(tokens, device=model.device)[None])[0][0, -1].argmax())

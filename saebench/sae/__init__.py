@@ -11,7 +11,7 @@ from saebench.sae.architectures import (
     new_sae,
     topk_relu,
 )
-from saebench.sae.encode import encode_sparse, latent_encoder
+from saebench.sae.encode import encode_sparse, latent_encoder, reconstruct_sparse
 from saebench.sae.io import fold, load_sae, read_config, save_sae, update_metadata
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "load_sae",
     "new_sae",
     "read_config",
+    "reconstruct_sparse",
     "save_sae",
     "topk_relu",
     "update_metadata",

@@ -32,6 +32,16 @@ def encode_sparse(sae: SAE, x_RD: Float[Tensor, "R D"]) -> tuple[SparseCode, Flo
 
 
 @torch.no_grad()
+def reconstruct_sparse(
+    sae: SAE, x_RD: Float[Tensor, "R D"]
+) -> tuple[Float[Tensor, "R D"], SparseCode, Float[Tensor, " N"]]:
+    """(x̂, which latents are active, their values): `sae(x)` without anything dense of the width of the SAE."""
+    code, values = encode_sparse(sae, x_RD)
+    _, scale, shift = normalized(x_RD, sae.normalize)
+    return (code.decode(values, sae.W_dec) + sae.b_dec) * scale + shift, code, values
+
+
+@torch.no_grad()
 def latent_encoder(sae: SAE, latents: Sequence[int]) -> Callable[[Float[Tensor, "R D"]], Float[Tensor, "R G"]]:
     """The encoder of some latents alone: rows to their activations, in the order given.
 

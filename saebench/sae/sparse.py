@@ -188,10 +188,10 @@ class Encoder:
                 self.z_RD, self.W_enc_DF = self.z_RD.float(), self.W_enc_DF.float()
 
     def blocks(self) -> list[tuple[int, int]]:
-        """First and last row (exclusive) of each block; on a GPU there is one."""
+        """First and last row (exclusive) of each block, at least one; on a GPU there is no more."""
         n_rows, d_sae = len(self.z_RD), len(self.bias_F)
-        step = n_rows if self.z_RD.is_cuda else max(1, BLOCK_VALUES // d_sae)
-        return [(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
+        step = max(1, n_rows if self.z_RD.is_cuda else BLOCK_VALUES // d_sae)
+        return [(start, min(start + step, n_rows)) for start in range(0, max(n_rows, 1), step)]
 
     def dense(self) -> Float[Tensor, "R F"]:
         return self._product(self.z_RD, None)

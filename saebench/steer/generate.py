@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saebench.models import LanguageModel, next_logits
+from saebench.models import LanguageModel, check_padding, next_logits, repeated
+from saebench.pieces import show_text
 from saebench.steer.interventions import Editor, Intervention
-from saebench.text import encoder_of
 
 Arms = Mapping[str, Sequence[Intervention]]
 Prompts = str | Sequence[str] | Sequence[Int[np.ndarray, " _"]]
@@ -171,25 +171,25 @@ class _Batch:
     ) -> None:
         self.model, self.arms, self.sampling = model, arms, sampling
         self.lock = lock or contextlib.nullcontext()
-        encoder = encoder_of(model.tokenizer)
         prompts = [prompts] if isinstance(prompts, str) else prompts
         if not len(prompts):
             raise ValueError("there is no prompt; expected at least one")
         self.prompts = [
-            [encoder.bos, *encoder.encode([prompt])[0]] if isinstance(prompt, str) else prompt.tolist()
+            model.encoder.opened(model.encoder.encode([prompt])[0]) if isinstance(prompt, str) else prompt.tolist()
             for prompt in prompts
         ]
         room = model.max_context - sampling.max_new_tokens
         for number, ids in enumerate(self.prompts):
+            model.check_tokens(ids)
             if len(ids) > room:
                 if not truncate or room < 2:
                     raise ValueError(
                         f"a prompt has {len(ids)} tokens; with {sampling.max_new_tokens} new ones at most {room} fit into the model's context of {model.max_context}: shorten one, or allow truncation"
                     )
                 self.prompts[number] = [ids[0], *ids[-(room - 1) :]]
-        self.pieces = [[model.tokenizer.decode([token]) for token in ids] for ids in self.prompts]
+        self.pieces = [show_text([model.pieces[token] for token in ids]) for ids in self.prompts]
         self.columns = max(map(len, self.prompts))
-        self.end, self.n_tokens = model.tokenizer.eos_token_id, len(model.tokenizer)
+        self.end = torch.tensor(sorted(model.end_tokens), device=model.device)
         self.editor = Editor(model, list(arms.values()), self._arm_of_row(1))
 
     def _arm_of_row(self, n_samples: int) -> list[int]:
@@ -197,11 +197,14 @@ class _Batch:
 
     def _start(self, n_samples: int) -> tuple[Tensor, Tensor | None]:
         """(prompts `[R, columns]` padded at the left, padding `[R]`, None where there is none)."""
-        padded = [[self.end or 0] * (self.columns - len(ids)) + ids for ids in self.prompts]
+        padded = [[ids[0]] * (self.columns - len(ids)) + ids for ids in self.prompts]
         ids = torch.tensor(padded, device=self.model.device).repeat_interleave(n_samples, 0).repeat(len(self.arms), 1)
         lengths = torch.tensor([len(ids) for ids in self.prompts], device=self.model.device)
         padding = (self.columns - lengths).repeat_interleave(n_samples).repeat(len(self.arms))
-        return ids, padding if bool(padding.any()) else None
+        if not bool(padding.any()):
+            return ids, None
+        check_padding(self.model)
+        return ids, padding
 
     def by_arm(self, tokens_R: Int[np.ndarray, " R"]) -> Int[np.ndarray, "A P S"]:
         return tokens_R.reshape(len(self.arms), len(self.prompts), self.sampling.n_samples)
@@ -217,8 +220,8 @@ class _Batch:
         with self.lock, self._place(self.editor, 0, padding).attached():
             logits, cache = next_logits(self.model, ids, padding=padding)
         if n > 1:
-            cache.batch_repeat_interleave(n)
-            logits = logits.repeat_interleave(n, 0)
+            logits, cache = logits.repeat_interleave(n, 0), repeated(cache, n)
+        unknown = torch.from_numpy(~self.model.pieces.known(logits.shape[-1])).to(ids.device)
         ids, padding = self._start(n)
         editor = self.editor if n == 1 else Editor(self.model, list(self.arms.values()), self._arm_of_row(n))
         seen = _Seen(ids, padding, logits.shape[-1]) if settings.repetition_penalty != 1 else None
@@ -230,21 +233,23 @@ class _Batch:
         ended, tokens = torch.zeros(len(ids), dtype=torch.bool, device=ids.device), ids[:, -1]
         for step in range(settings.max_new_tokens):
             if step:
-                with self.lock, self._place(editor, self.columns + step - 1, padding).attached():
-                    logits, cache = next_logits(self.model, tokens[:, None], cache=cache, padding=padding)
-            tokens = self._draw(logits[:, -1].float().clone(), noise, seen)
+                ids = torch.cat([ids, tokens[:, None]], 1)
+                column = 0 if cache is None else self.columns + step - 1
+                with self.lock, self._place(editor, column, padding).attached():
+                    logits, cache = next_logits(self.model, ids[:, column:], cache=cache, seen=column, padding=padding)
+            tokens = self._draw(logits[:, -1].float().clone(), noise, seen, unknown)
             yield torch.where(ended, -1, tokens).cpu().numpy()
-            if self.end is not None:
-                ended |= tokens == self.end
+            if len(self.end):
+                ended |= torch.isin(tokens, self.end)
                 if bool(ended.all()):
                     return
 
     def _draw(
-        self, logits_RV: Float[Tensor, "R V"], noise: list[np.random.Generator], seen: "_Seen | None"
+        self, logits_RV: Float[Tensor, "R V"], noise: list[np.random.Generator], seen: "_Seen | None", unknown: Tensor
     ) -> Int[Tensor, " R"]:
         """The next tokens, by the Gumbel trick: argmax of logits / temperature + noise is a draw from their softmax."""
         settings = self.sampling
-        logits_RV[:, self.n_tokens :] = -torch.inf  # rows of the embedding that are no token of the tokenizer
+        logits_RV[:, unknown] = -torch.inf  # rows of the embedding that are no token of the tokenizer
         if seen is not None:
             logits_RV = seen.penalised(logits_RV, settings.repetition_penalty)
         if settings.temperature > 0:
@@ -299,7 +304,7 @@ class _Batch:
         """The rows as texts."""
         shape = (len(self.arms), len(self.prompts), self.sampling.n_samples)
         clean = list(self.arms).index(UNSTEERED)
-        decode = self.model.tokenizer.decode
+        pieces, special = self.model.pieces, self.model.encoder.special
         for row, (arm, prompt, sample) in enumerate(np.ndindex(shape)):
             tokens = generated_RT[row]
             apart = np.flatnonzero(tokens != generated_RT[np.ravel_multi_index((clean, prompt, sample), shape)])
@@ -307,7 +312,8 @@ class _Batch:
             tokens = tokens[:length]
             yield Text(
                 list(self.arms)[arm], prompt, sample, tokens,
-                [decode([token]) for token in tokens.tolist()], decode(tokens.tolist(), skip_special_tokens=True),
+                show_text([pieces[token] for token in tokens.tolist()]),
+                pieces.text([token for token in tokens.tolist() if token not in special]),
                 int(apart[0]) if len(apart) else None,
                 *(np.zeros((3, 0), np.float32) if measured is None else measured[:, row, :length]),
             )  # fmt: skip

@@ -32,7 +32,6 @@ from saebench.index import FeatureIndex
 from saebench.models import Edit, LanguageModel, check_hook, edits
 from saebench.sae import SAE, latent_encoder
 from saebench.sae.architectures import normalized
-from saebench.text import encoder_of
 
 Mode = Literal["add", "clamp", "scale", "ablate", "orthogonal"]
 MOST = 1e9
@@ -202,8 +201,7 @@ class Editor:
         """columns that are prompt, padding included; None where all are"""
         self.padding: Tensor | None = None
         """`[B]` columns of padding before each row's text"""
-        self._ids: Tensor | None = None
-        self._bos = encoder_of(model.tokenizer).bos
+        self._bos = model.encoder.bos
         groups: dict[str, list[_Group]] = {}
         for number, arm in enumerate(arms):
             rows = None if arm_of_row is None else [row for row, its in enumerate(arm_of_row) if its == number]
@@ -215,16 +213,13 @@ class Editor:
                 if mine and rows != []:
                     groups.setdefault(hook, []).append(_Group(mine, rows, model.device))
         functions: dict[str, Edit] = {hook: functools.partial(self._edit, its) for hook, its in groups.items()}
-        self._attached = edits(model, {"embed.hook_in": self._see, **functions} if functions else {})
+        self._attached = edits(model, functions)
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
         """The hooks are on the model within the block, and off it after, whatever happens."""
         with self._attached():
             yield
-
-    def _see(self, ids: Tensor) -> None:
-        self._ids = ids
 
     @torch.no_grad()
     def _edit(self, groups: "list[_Group]", value: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
@@ -241,14 +236,15 @@ class Editor:
 
     def _mask(self, one: Intervention, group: "_Group", n_rows: int, n_columns: int) -> Bool[Tensor, "b L"]:
         """Where in the group's rows an intervention acts, as far as that is a question of position."""
-        assert self._ids is not None
-        rows = torch.arange(n_rows, device=self._ids.device) if group.rows is None else group.rows
+        ids = self.model.passing.ids
+        assert ids is not None
+        rows = torch.arange(n_rows, device=ids.device) if group.rows is None else group.rows
         columns_L = self.first_column + torch.arange(n_columns, device=rows.device)
         padding_b = torch.zeros_like(rows) if self.padding is None else self.padding[rows]
         place_bL = columns_L - padding_b[:, None]
         mask_bL = place_bL >= 0
         if not one.bos:
-            mask_bL &= self._ids[rows] != self._bos
+            mask_bL &= ids[rows] != self._bos
         end = self.first_column + n_columns if self.prompt_columns is None else self.prompt_columns
         if one.positions == "generated":
             return mask_bL & (columns_L >= end)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from saebench.models import LanguageModel
-from saebench.pieces import TokenBytes, show_text
+from saebench.pieces import show_text
 from saebench.steer.generate import Arms, Generation, Sampling, generate
 
 
@@ -23,7 +23,7 @@ class Live:
         self.error: str | None = None
         self._tokens: list[np.ndarray] = []
         self._stop = threading.Event()
-        self._bytes = TokenBytes(model.tokenizer)
+        self._bytes = model.pieces
         self._arguments = (model, prompt, arms, sampling)
         self._lock = lock
         self._thread = threading.Thread(target=self._run, daemon=True)

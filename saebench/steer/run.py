@@ -10,13 +10,13 @@ import numpy as np
 from saebench.config import Count
 from saebench.files import write_json
 from saebench.index import FeatureIndex, IndexConfig, open_feature_index
-from saebench.index.search import tokenize
-from saebench.models import LanguageModel, load_model
+from saebench.models import LanguageModel, choose_device, default_dtype, load_model
 from saebench.sae import SAE, load_sae, read_config
 from saebench.steer.dose import FACTORS, STRENGTHS, DoseConfig, DoseResponse, dose_response
 from saebench.steer.generate import Generation, Sampling, arms_of, generate
 from saebench.steer.interventions import Intervention, Mode, units_of
 from saebench.steer.scores import Scores, read_scores, score
+from saebench.store.source import model_name, model_of
 from saebench.view import charts
 
 
@@ -46,15 +46,15 @@ def open_bench(
     metadata = read_config(sae).get("metadata", {})
     path = index or IndexConfig(sae=sae).path
     opened = open_feature_index(path, sae=sae, store=store) if index is not None or path.exists() else None
-    name = opened.store.manifest["identity"]["model"]["id"] if opened else metadata.get("model_name")
-    hook = opened.hook if opened else metadata.get("hook_name")
-    if name is None or hook is None:
+    name, hook = metadata.get("model_name"), opened.hook if opened else metadata.get("hook_name")
+    if (opened is None and name is None) or hook is None:
         raise ValueError(f"{sae} does not say of which model and hook it is; index it with --store")
-    model = load_model(name, device=device)
-    if opened and model.weights_hash != opened.identity["model"]:
-        raise ValueError(
-            f"model {name!r} is not the one that was indexed: its weights hash to {model.weights_hash}, {path} says {opened.identity['model']}"
-        )
+    # Not in the store's dtype: a bench computes as this machine does best.
+    chosen = choose_device(device)
+    if opened:
+        model = model_of(opened.store, chosen, default_dtype(chosen))
+    else:
+        model = load_model(model_name(sae, name), device=chosen)
     return Bench(model, load_sae(sae, device=str(model.device)), hook, opened)
 
 
@@ -151,7 +151,7 @@ def sweep(config: SteerConfig) -> DoseResponse:
     usual = FACTORS if config.mode == "scale" else STRENGTHS
     strengths = usual if config.strength == ("0.5n",) else config.strength
     doses = DoseConfig(strengths=strengths, seed=config.seed, max_new_tokens=config.max_new_tokens)
-    prompts = None if not config.prompt else [np.array(tokenize(bench.model, config.prompt))]
+    prompts = None if not config.prompt else [np.array(bench.model.tokens_of(config.prompt))]
     found = dose_response(bench.model, start, bench.index, doses, prompts=prompts, shown=True)
     if config.out is not None:
         write_json(config.out, found.to_json())
@@ -160,17 +160,22 @@ def sweep(config: SteerConfig) -> DoseResponse:
 
 
 def rank(config: SteerConfig) -> tuple[Bench, Scores, np.ndarray]:
-    """(what was opened, scores, the latents of highest output score first). Scores are measured once and kept beside the index.
+    """(what was opened, scores, the latents of highest output score first).
 
-    Raises ValueError for an SAE without an index, and as `score` does.
+    Scores are measured once and kept beside the index; latents that are named are measured whole. Ctrl-C ends it with
+    KeyboardInterrupt, once what was scored is kept. Raises ValueError for an SAE without an index, and as `score` does.
     """
     bench = config.open()
     if bench.index is None:
         raise ValueError(f"{config.sae} has no index; run `saebench index --sae {config.sae}` first")
-    scores = read_scores(bench.index) or score(bench.model, bench.sae, bench.index)
-    among = np.array(config.latent or range(bench.sae.d_sae))
     if wrong := [latent for latent in config.latent if latent >= bench.sae.d_sae]:
         raise ValueError(f"latent is {wrong[0]}; the SAE has 0 to {bench.sae.d_sae - 1}")
+    among = np.array(config.latent or range(bench.sae.d_sae))
+    scores = read_scores(bench.index)
+    if scores is None or not scores.whole or (config.latent and not scores.measured[among].all()):
+        scores = score(bench.model, bench.sae, bench.index, among=among if config.latent else None)
+        if scores is None:
+            raise KeyboardInterrupt
     return bench, scores, among[np.argsort(-scores.output[among], kind="stable")][: config.top]
 
 

@@ -2,31 +2,33 @@
 
 The two rarely coincide, and only the output score says that turning a latent up brings what it stands for
 (Arad et al. 2025, "SAEs Are Good for Steering – If You Select the Right Features").
+All latents are screened on short prompts, and the best of them measured whole: the others' scores are estimates, and marked.
 Legend: P prompts, L positions, D d_in, F latents, f latents of one batch, V vocabulary.
 """
 
+import dataclasses
 import json
+import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saebench.files import replacing
 from saebench.index import FeatureIndex
-from saebench.models import LanguageModel
-from saebench.resume import clean_pass, resumed_logits, resumes
-from saebench.runlog import progress
-from saebench.sae import SAE
+from saebench.models import LanguageModel, clean_pass, head, resumed_states, resumes
+from saebench.runlog import interruptible, progress
+from saebench.sae import SAE, encode_sparse
 from saebench.sae.architectures import normalized
 from saebench.steer.dose import held_out, top_tokens
 
 _LOGITS = 2**25  # logits held at once
-_VERSION = 1
+_VERSION = 2
+_SAVE_SECONDS = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,12 @@ class ScoreConfig:
     """of each, BOS included"""
     seed: int = 0
     """of their choice"""
+    screen_prompts: int = 3
+    """of them, on whose beginnings every latent is screened"""
+    screen_tokens: int = 4
+    """of each of these, BOS included"""
+    whole: int = 400
+    """latents measured on all prompts, those that the screen puts first"""
 
 
 class Scores(NamedTuple):
@@ -49,55 +57,119 @@ class Scores(NamedTuple):
     input: np.ndarray
     """`[F]` F1 of the latent's rule on held-out documents; NaN where it has none"""
     output: np.ndarray
-    """`[F]` probability that its top 10 logit tokens gain when it is clamped: mean over prompts, of the next token"""
+    """`[F]` probability that its top 10 logit tokens gain when it is clamped: mean over prompts, of the next token; NaN where not known yet"""
     rising: np.ndarray
     """`[F]` share of the prompts on which they gain"""
+    measured: np.ndarray
+    """`[F]` bool: on all prompts; the others' figures are estimates of the screen"""
+
+    @property
+    def whole(self) -> bool:
+        """Whether every latent was screened at least."""
+        return bool(np.isfinite(self.output).all())
 
 
-def scores_path(index: FeatureIndex) -> Path:
+def scores_path(index: FeatureIndex) -> Any:
     """`<sae>.scores.h5` beside the index."""
     return index.path.with_suffix(".scores.h5")
 
 
-def score(model: LanguageModel, sae: SAE, index: FeatureIndex, config: ScoreConfig = ScoreConfig()) -> Scores:
-    """Score every latent, and write `scores_path`. One pass of the layers after the hook per latent and prompt.
+def score(
+    model: LanguageModel,
+    sae: SAE,
+    index: FeatureIndex,
+    config: ScoreConfig = ScoreConfig(),
+    *,
+    among: Int[np.ndarray, " n"] | None = None,
+) -> Scores | None:
+    """Score every latent, or some measured whole, and write `scores_path`; None where Ctrl-C ended it early.
 
-    Raises ValueError for an index without logits, a store with too few held-out contexts, and a model whose later layers
-    read more than the residual stream.
+    What was scored is kept, and the same call goes on from there. Raises ValueError for an index without logits, a store with too
+    few held-out contexts, and a model whose later layers read more than the residual stream.
     """
-    picked = torch.as_tensor(top_tokens(index), device=model.device).long()
-    prompts = held_out(index.store, config.prompts, config.prompt_tokens, config.seed)
-    raw_F = config.strength * index.store.statistics(index.hook)["median_norm"] / sae.W_dec.norm(dim=1)
-    gains = torch.zeros(sae.d_sae, len(prompts))
-    size = max(1, _LOGITS // (len(prompts) * config.prompt_tokens * model.n_vocab))
-    tokens = torch.as_tensor(np.stack(prompts), device=model.device).long()
-    clean = clean_pass(model, tokens.repeat(size, 1), index.hook)
-    if not resumes(model, clean_pass(model, tokens, index.hook)):
-        raise ValueError(f"model {model.id!r} cannot be scored: layers after {index.hook} read more than its output")
-    x_PLD = clean.value[: len(prompts)].float()
-    with torch.no_grad():
-        acts_PLF = sae.encode(x_PLD.flatten(0, 1)).unflatten(0, x_PLD.shape[:2])
-        scale = normalized(x_PLD, sae.normalize)[1]
-        before_PV = clean.logits[: len(prompts), -1].float().softmax(-1)
-        with progress(sae.d_sae, f"score {index.path.stem}", "latent") as bar:
-            for start in range(0, sae.d_sae, size):
-                latents = torch.arange(start, start + size, device=model.device).clamp(max=sae.d_sae - 1)
-                change_fPL = raw_F[latents, None, None] - acts_PLF.movedim(-1, 0)[latents]
-                change_fPL[:, :, 0] = 0  # BOS
-                edited = x_PLD + (change_fPL[..., None] * scale) * sae.W_dec[latents, None, None]
-                logits = resumed_logits(model, clean, edited.flatten(0, 1).to(clean.value.dtype))
-                after_fPV = logits[:, -1].float().softmax(-1).unflatten(0, (size, len(prompts)))
-                gains[latents.cpu()] = _gain(after_fPV, before_PV, picked[latents]).cpu()
-                bar.update(min(size, sae.d_sae - start))
-    output = gains.mean(1).numpy()
-    found = Scores(
-        index.columns.get("rule_f1", np.full(sae.d_sae, np.nan)), output, (gains > 0).float().mean(1).numpy()
-    )
-    with replacing(scores_path(index)) as temporary, h5py.File(temporary, "w") as file:
-        file.attrs.update(version=_VERSION, identity=json.dumps(index.identity), **vars(config))
-        for name, values in found._asdict().items():
-            file[name] = values.astype(np.float32)
-    return found
+    config = dataclasses.replace(config, screen_tokens=min(config.screen_tokens, config.prompt_tokens))
+    scores = _begun(index, config) or Scores(
+        index.columns.get("rule_f1", np.full(sae.d_sae, np.nan)).astype(np.float32),
+        np.full(sae.d_sae, np.nan, np.float32), np.full(sae.d_sae, np.nan, np.float32), np.zeros(sae.d_sae, bool),
+    )  # fmt: skip
+    prompts = np.stack(held_out(index.store, config.prompts, config.prompt_tokens, config.seed))
+    short = prompts[: config.screen_prompts, : config.screen_tokens]
+    with interruptible() as interrupt:
+        for stage, tokens in (("screen", short), ("measure", prompts)):
+            whole = stage == "measure"
+            if whole:
+                best = np.argsort(-scores.output, kind="stable")[: config.whole] if among is None else among
+                todo = best[~scores.measured[best]]
+            else:
+                todo = np.flatnonzero(np.isnan(scores.output)) if among is None else among[:0]
+            trial, saved = _Trial(model, sae, index, tokens, config) if len(todo) else None, time.monotonic()
+            with progress(len(todo), f"{stage} {index.path.stem}", "latent", shown=len(todo) > 0) as bar:
+                while len(todo) and trial is not None and not interrupt.requested:
+                    latents, todo = todo[: trial.size], todo[trial.size :]
+                    gains_fP = trial(latents)
+                    scores.output[latents] = gains_fP.mean(1)
+                    scores.rising[latents] = (gains_fP > 0).mean(1)
+                    scores.measured[latents] = whole
+                    bar.update(len(latents))
+                    if time.monotonic() - saved > _SAVE_SECONDS:
+                        _write(index, config, scores)
+                        saved = time.monotonic()
+            if trial is not None:
+                _write(index, config, scores)
+            if interrupt.requested:
+                return None
+    return scores
+
+
+class _Trial:
+    """Latents clamped on some prompts: passes that begin at the hook."""
+
+    def __init__(
+        self, model: LanguageModel, sae: SAE, index: FeatureIndex, prompts: Int[np.ndarray, "P L"], config: ScoreConfig
+    ) -> None:
+        self.model, self.sae = model, sae
+        self.size = max(1, _LOGITS // (len(prompts) * model.n_vocab))
+        """latents at once"""
+        self._picked = torch.as_tensor(top_tokens(index), device=model.device).long()
+        norms = index.store.norms(index.hook)
+        self._raw_F = config.strength * norms.median / sae.W_dec.norm(dim=1)
+        tokens = torch.as_tensor(prompts, device=model.device).long()
+        if not resumes(model, once := clean_pass(model, tokens, index.hook)):
+            raise ValueError(
+                f"model {model.id!r} cannot be scored: layers after {index.hook} read more than its output"
+            )
+        self._clean = clean_pass(model, tokens.repeat(self.size, 1), index.hook)
+        self._x_PLD = once.value.float()
+        self._left_alone_PL = self._x_PLD.norm(dim=2) > norms.bound
+        self._left_alone_PL[:, 0] = True  # BOS
+        with torch.no_grad():
+            self._scale = normalized(self._x_PLD, sae.normalize)[1]
+            self._before_PV = head(model, once.states[:, -1]).float().softmax(-1)
+            self._code, self._values = encode_sparse(sae, self._x_PLD.flatten(0, 1))
+
+    @torch.no_grad()
+    def __call__(self, latents: Int[np.ndarray, " f"]) -> Float[np.ndarray, "f P"]:
+        """Gain in the probability of each latent's tokens on each prompt."""
+        picked_f = torch.as_tensor(latents, device=self.model.device)
+        n, shape = len(picked_f), self._x_PLD.shape[:2]
+        acts_fR = torch.stack([self._of(latent) for latent in picked_f])
+        change_fPL = self._raw_F[picked_f, None, None] - acts_fR.unflatten(1, shape)
+        change_fPL[:, self._left_alone_PL] = 0
+        edited = self._x_PLD + (change_fPL[..., None] * self._scale) * self.sae.W_dec[picked_f, None, None]
+        rows = edited.flatten(0, 1).to(self._clean.value.dtype)
+        clean = self._clean
+        if n < self.size:  # the last of them
+            clean = clean_pass(self.model, self._clean.tokens[: len(rows)], self._clean.hook)
+        states = resumed_states(self.model, clean, rows)[:, -1]
+        after_fPV = head(self.model, states).float().softmax(-1).unflatten(0, (n, shape[0]))
+        return _gain(after_fPV, self._before_PV, self._picked[picked_f]).cpu().numpy()
+
+    def _of(self, latent: Tensor) -> Float[Tensor, " R"]:
+        """A latent's activation at each position of the prompts."""
+        mine = self._code.latents == latent
+        acts_R = self._x_PLD.new_zeros(self._code.n_rows)
+        acts_R[self._code.rows[mine].long()] = self._values[mine]
+        return acts_R
 
 
 def _gain(
@@ -110,6 +182,25 @@ def _gain(
     return (gain_fPk * there_fk[:, None]).sum(-1)
 
 
+def _write(index: FeatureIndex, config: ScoreConfig, scores: Scores) -> None:
+    with replacing(scores_path(index)) as temporary, h5py.File(temporary, "w") as file:
+        file.attrs.update(version=_VERSION, identity=json.dumps(index.identity), **vars(config))
+        for name, values in scores._asdict().items():
+            file[name] = values
+
+
+def _begun(index: FeatureIndex, config: ScoreConfig) -> Scores | None:
+    """What an earlier call with the same settings left."""
+    path = scores_path(index)
+    if not path.exists():
+        return None
+    with h5py.File(path) as file:
+        attributes: Any = file.attrs
+        if any(attributes.get(name) != value for name, value in vars(config).items()):
+            return None
+    return read_scores(index)
+
+
 def read_scores(index: FeatureIndex) -> Scores | None:
     """The scores beside an index; None where there are none, or of another index than this."""
     path = scores_path(index)
@@ -117,6 +208,8 @@ def read_scores(index: FeatureIndex) -> Scores | None:
         return None
     with h5py.File(path) as file:
         columns: Any = file
-        if columns.attrs.get("version") != _VERSION or json.loads(columns.attrs["identity"]) != index.identity:
+        version = columns.attrs.get("version")
+        if version not in (1, _VERSION) or json.loads(columns.attrs["identity"]) != index.identity:
             return None
-        return Scores(*(columns[name][:] for name in Scores._fields))
+        known = {name: columns[name][:] for name in Scores._fields if name in columns}
+    return Scores(**{"measured": np.ones(len(known["output"]), bool)} | known)  # version 1 measured all

@@ -11,13 +11,11 @@ from torch import Tensor
 
 from saebench.pieces import TokenBytes, show_bytes
 from saebench.store.reader import Store
-from saebench.store.schema import Moments, norm_at, norm_quantile
+from saebench.store.schema import MASSIVE, Moments, norm_at, norm_quantile
 
-OUTLIER = 10.0  # times the median norm
 DOMINANT = 0.05  # of the variance: a fiftieth of it is what a heavy tail may have
 QUANTILES = (0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 1.0)
 _TOP = 0.001  # of the rows
-_STRETCH = 256  # consecutive rows of a sample
 
 
 class Carrier(NamedTuple):
@@ -44,14 +42,16 @@ class NormReport:
     """of the histogram's bins, `[n + 1]`, a quarter octave each"""
     counts: np.ndarray
     """rows in each bin, `[n]`"""
-    outlier_rows: int
-    """of all rows, those longer than OUTLIER times the median"""
+    massive: int
+    """of all rows, those longer than MASSIVE times the median, which training, evaluation and index leave out"""
     sampled: int
     """rows that the figures below are of"""
     longest: int
     """of them, a thousandth, at least one"""
+    massive_share: float
+    """of the variance, that massive rows hold"""
     top_share: float
-    """of the variance, that the thousandth of the rows farthest from the mean holds"""
+    """of the other rows' variance, that the thousandth of them farthest from the mean holds"""
     carriers: list[Carrier]
     """tokens of the longest rows, most frequent first"""
     left_out_norm: float | None
@@ -69,8 +69,8 @@ def norm_report(store: Store, hook: str, sample: int = 100_000) -> NormReport:
     norms, mean = rows.norm(dim=1), torch.tensor(store.statistics(hook)["mean"])
     left_out = norms[~keep]
     kept, norms, tokens, positions = rows[keep], norms[keep], tokens[keep], positions[keep]
-    n_top = max(round(len(kept) * _TOP), 1)
-    distances = (kept - mean).square().sum(1).double()
+    n_top = max(int(len(kept) * _TOP), 1)
+    distances, usual = (kept - mean).square().sum(1).double(), norms <= store.norms(hook).bound
     top = norms.topk(n_top).indices
     first, last = (np.flatnonzero(histogram)[[0, -1]] // 16).tolist()
     return NormReport(
@@ -78,10 +78,11 @@ def norm_report(store: Store, hook: str, sample: int = 100_000) -> NormReport:
         quantiles={q: norm_quantile(histogram, q) for q in QUANTILES},
         edges=np.array([norm_at(16 * step) for step in range(first, last + 2)]),
         counts=histogram.reshape(-1, 16).sum(1)[first : last + 1],
-        outlier_rows=rows_beyond(histogram, OUTLIER),
+        massive=store.norms(hook).massive,
         sampled=len(kept),
         longest=n_top,
-        top_share=float(distances.topk(n_top).values.sum() / distances.sum()),
+        massive_share=float(distances[~usual].sum() / distances.sum()),
+        top_share=float(distances[usual].topk(n_top).values.sum() / distances[usual].sum()),
         carriers=_carriers(store, norms[top].numpy(), tokens[top].numpy(), positions[top].numpy()),
         left_out_norm=float(left_out.median()) if len(left_out) else None,
     )
@@ -94,27 +95,30 @@ def rows_beyond(histogram: np.ndarray, multiple: float) -> int:
     return int(histogram[middles > limit].sum())
 
 
+def usual_moments(store: Store, hook: str) -> tuple[np.ndarray, float]:
+    """(mean `[d_in]`, mean squared norm) of kept training rows that are not massive: exact where there are none, else of a sample."""
+    norms, statistics = store.norms(hook), store.statistics(hook)
+    if not norms.massive:
+        return np.array(statistics["mean"]), statistics["mean_squared_norm"]
+    return moments_within(store, hook, norms.bound)
+
+
 def moments_within(store: Store, hook: str, longest: float, sample: int = 500_000) -> tuple[np.ndarray, float]:
     """(mean `[d_in]`, mean squared norm) of kept training rows of a norm of at most `longest`, from a sample spread evenly."""
     total = Moments.zero(store.d_in(hook))
-    for rows, _, _, keep in _stretches(store, hook, sample):
+    for rows, _, _, keep in _columns(store, hook, sample):
         total = total.plus(Moments.of(rows[keep & (rows.norm(dim=1) <= longest)].numpy()))
     return total.total / max(total.rows, 1), total.total_squared_norm / max(total.rows, 1)
 
 
 def _sample(store: Store, hook: str, limit: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    vectors, tokens, positions, keep = (
-        torch.cat(column) for column in zip(*_stretches(store, hook, limit), strict=True)
-    )
+    vectors, tokens, positions, keep = (torch.cat(column) for column in zip(*_columns(store, hook, limit), strict=True))
     return vectors, tokens, positions, keep
 
 
-def _stretches(store: Store, hook: str, limit: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def _columns(store: Store, hook: str, limit: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """(vectors, tokens, positions, keep) of stretches of rows, evenly spread over the training shards."""
-    places = [(shard, start) for shard in store.of_split("train") for start in range(0, shard.n_rows, _STRETCH)]
-    for i in np.unique(np.linspace(0, len(places) - 1, max(limit // _STRETCH, 1)).round().astype(int)):
-        shard, start = places[i]
-        stop = min(start + _STRETCH, shard.n_rows)
+    for shard, start, stop in store.spread("train", limit):
         tokens, position, keep = (
             torch.from_numpy(shard.column(name, start, stop)) for name in ("tokens", "position", "keep")
         )
@@ -145,15 +149,16 @@ def show(hook: str, report: NormReport) -> list[str]:
     lines = [
         f"    norms    {quantiles}",
         f"             {report.edges[0]:.3g} {bars} {report.edges[-1]:.3g}  (bins of a quarter octave; height: √rows)",
-        f"    outliers {report.outlier_rows:,} of {report.rows:,} rows are longer than {OUTLIER:g} × the median"
-        + (f"; rows never trained on: {report.left_out_norm / median:.1f} ×" if report.left_out_norm is not None else ""),
+        f"    massive  {report.massive:,} of {report.rows:,} rows are longer than {MASSIVE:g} × the median and are left out by training, "
+        f"evaluation and index; they hold {100 * report.massive_share:.1f}% of the variance"
+        + (f". BOS and its kin: {report.left_out_norm / median:.1f} ×" if report.left_out_norm is not None else ""),
         f"    longest  {report.longest:,} of {report.sampled:,} sampled rows: {carriers}",
-        f"    variance {100 * report.top_share:.1f}% of it is in 0.1% of the sampled rows",
+        f"    variance {100 * report.top_share:.1f}% of that of the other rows is in 0.1% of them",
     ]  # fmt: skip
     if report.dominated:
         lines.append(
-            f"    warning: a few rows dominate the variance at {hook}, and would dominate the loss: "
-            f"`saebench train --exclude-outliers {OUTLIER:g}` leaves out rows longer than {OUTLIER:g} × the median"
+            f"    warning: a few more rows dominate the variance at {hook}, and would dominate the loss: "
+            f"`saebench train --exclude-outliers {MASSIVE / 2:g}` leaves out rows longer than {MASSIVE / 2:g} × the median"
         )
     return lines
 

@@ -27,10 +27,14 @@ from saebench.store.schema import (
     SCHEMA_VERSIONS,
     TOKENIZER,
     UNEMBEDDING,
+    Norms,
     activations_path,
     digest,
 )
+from saebench.text import encoder_of
 
+_SPREAD_ROWS = 256  # consecutive rows of a sample
+_STRETCHES = 32  # of them given at once
 _STRETCH_BYTES = 1 << 20  # read and checked at once: in the cache of a core
 
 
@@ -205,6 +209,7 @@ class Store:
         self.hooks: list[str] = sorted(manifest["hooks"])
         self.context: int = manifest["identity"]["context"]
         self.shards = [Shard(folder, entry, manifest) for entry in manifest["shards"]]
+        self._norms: dict[str, Norms] = {}
 
     def of_split(self, split: str) -> list[Shard]:
         return [shard for shard in self.shards if shard.split == split]
@@ -227,6 +232,12 @@ class Store:
                 total += file[f"statistics/{hook}/norm_histogram"][:]
         return total
 
+    def norms(self, hook: str) -> Norms:
+        """Which rows are massive, and how long the others are."""
+        if hook not in self._norms:
+            self._norms[hook] = Norms.of(self.norm_histogram(hook))
+        return self._norms[hook]
+
     def _hook(self, hook: str) -> dict[str, Any]:
         if hook not in self.manifest["hooks"]:
             raise ValueError(f"hook {hook!r} is not in {self.folder}; it has {', '.join(self.hooks)}")
@@ -237,19 +248,50 @@ class Store:
         return sum(entry["kept" if kept else "rows"] for entry in entries)
 
     def kept_rows(self, hook: str, split: str, limit: int, chunk: int) -> Iterator[Tensor]:
-        """Kept rows of a split in order, float32 `[at most chunk, d_in]`, `limit` of them at most."""
+        """Kept rows of a split in order, but for massive ones, float32 `[at most chunk, d_in]`, `limit` of them at most."""
         for shard in self.of_split(split):
             for start in range(0, shard.n_rows, chunk):
                 if limit <= 0:
                     return
-                stop = min(start + chunk, shard.n_rows)
-                keep = torch.from_numpy(shard.column("keep", start, stop).copy())
-                rows = shard.rows(hook, start, stop)[keep][:limit].float()
+                rows = self._usual(shard, hook, start, min(start + chunk, shard.n_rows))[:limit]
                 limit -= len(rows)
                 yield rows
 
+    def spread_rows(self, hook: str, limit: int) -> Iterator[Tensor]:
+        """Kept training rows but for massive ones, float32 `[n, d_in]` at a time: of about `limit` rows in stretches that are
+        spread evenly over all of the training text."""
+        pending: list[Tensor] = []
+        for shard, start, stop in self.spread("train", limit):
+            pending.append(self._usual(shard, hook, start, stop))
+            if len(pending) == _STRETCHES:
+                yield torch.cat(pending)
+                pending = []
+        if pending:
+            yield torch.cat(pending)
+
+    def spread(self, split: str, limit: int) -> Iterator[tuple[Shard, int, int]]:
+        """(shard, first row, after the last) of stretches of rows, evenly spread over a split: of all of it, where it has no more than `limit`."""
+        places = [(shard, start) for shard in self.of_split(split) for start in range(0, shard.n_rows, _SPREAD_ROWS)]
+        for i in np.unique(np.linspace(0, len(places) - 1, max(limit // _SPREAD_ROWS, 1)).round().astype(int)):
+            shard, start = places[i]
+            yield shard, start, min(start + _SPREAD_ROWS, shard.n_rows)
+
+    def _usual(self, shard: Shard, hook: str, start: int, stop: int) -> Tensor:
+        """Kept rows of a stretch that are not massive, float32."""
+        keep = torch.from_numpy(shard.column("keep", start, stop).copy())
+        rows = shard.rows(hook, start, stop)[keep].float()
+        return rows[rows.norm(dim=1) <= self.norms(hook).bound]
+
+    @property
+    def prepends_bos(self) -> bool:
+        """Whether contexts open with BOS: those of a data set that came as tokens need not."""
+        tokenizer = self.tokenizer()
+        return tokenizer is not None and int(self.shards[0].column("tokens", 0, 1)[0]) == encoder_of(tokenizer).bos
+
     def tokenizer(self) -> Any:
-        """The tokenizer copied beside the store."""
+        """The tokenizer copied beside the store; None where the model came without."""
+        if not any((self.folder / TOKENIZER).iterdir()):
+            return None
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         # AutoTokenizer imports the code of the model that the tokenizer belongs to, ten times what is needed here.
@@ -261,14 +303,15 @@ class Store:
         """Whether the model's unembedding lies beside the store; not beside stores made before it was kept."""
         return "unembedding_hash" in self.manifest
 
-    def unembedding(self) -> tuple[Tensor, Tensor, bool]:
-        """(`W_U` `[D, V]`, the final norm's weight `[D]`, whether it takes off the mean first).
+    def unembedding(self) -> tuple[Tensor, Tensor, bool, float]:
+        """(`W_U` `[D, V]`, the final norm's weight `[D]`, whether it takes off the mean first, what the logits are multiplied by).
 
         Raises ValueError where the file is not the one that the harvest wrote.
         """
         self._check_beside(UNEMBEDDING, self.manifest["unembedding_hash"])
         with safetensors.safe_open(self.folder / UNEMBEDDING, "pt") as file:
-            return file.get_tensor("weight").T, file.get_tensor("gamma"), file.metadata()["centred"] == "true"
+            scale = float(file.get_tensor("scale")) if "scale" in file.keys() else 1.0  # noqa: SIM118
+            return file.get_tensor("weight").T, file.get_tensor("gamma"), file.metadata()["centred"] == "true", scale
 
     def verify(self, checked: Callable[[int], object] = lambda rows: None) -> list[str]:
         """What is wrong, a line for every damaged shard and what lies beside them; reports rows as they are checked.

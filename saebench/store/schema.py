@@ -37,6 +37,11 @@ NORM_BINS = 40 * 64
 _NORM_FLOOR = 2.0**-20
 
 
+MASSIVE = 10.0
+"""times the median norm of a hook's kept training rows: longer rows are massive (Sun et al. 2024, "Massive activations in large
+language models"). Attention sinks that are not BOS, a few in a thousand rows at most, which no figure of an SAE should be about."""
+
+
 def schema_version(dtype: StoreDtype) -> int:
     return 2 if dtype == "int8" else 1
 
@@ -99,6 +104,27 @@ class Moments(NamedTuple):
             "median_norm": norm_quantile(self.norm_histogram, 0.5),
             "norms": {"first_bin": first, "rows": self.norm_histogram[first : last + 1].tolist()},
         }
+
+
+class Norms(NamedTuple):
+    """How long the kept training rows of a hook are."""
+
+    bound: float
+    """rows of a greater norm are massive"""
+    rows: int
+    massive: int
+    """of the rows, to a bin of half a percent"""
+    median: float
+    """norm of the rows that are not massive"""
+
+    @staticmethod
+    def of(histogram: np.ndarray) -> "Norms":
+        """From the rows in each bin of norms, `[NORM_BINS]`."""
+        bound = MASSIVE * norm_quantile(histogram, 0.5)
+        usual = np.array([norm_at(index + 0.5) for index in range(len(histogram))]) <= bound
+        return Norms(
+            bound, int(histogram.sum()), int(histogram[~usual].sum()), norm_quantile(np.where(usual, histogram, 0), 0.5)
+        )
 
 
 def norm_at(index: int | float) -> float:

@@ -9,7 +9,7 @@ A caller may give each epoch shards of its own.
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby, islice
 from operator import itemgetter
@@ -52,12 +52,13 @@ class _Buffer(NamedTuple):
 
 def shuffled_batches(
     store: Store, hook: str, batch: int, *,
-    seed: int, memory: int = 2 << 30, start: Cursor = Cursor(), longest: float = math.inf,
+    seed: int, memory: int = 2 << 30, start: Cursor = Cursor(), longest: Mapping[str, float] | None = None,
     shards: ShardsOf | None = None,
 ) -> Iterator[tuple[Tensor, Cursor]]:  # fmt: skip
     """Endless batches `[batch, d_in]` of kept training rows, as `Shard.rows` gives them, each with the cursor after it.
 
-    Rows of a norm above `longest` are left out as those are that are not kept; hooks then part company.
+    Rows whose norm is above `longest` at one of the hooks that it names are left out as those are that are not kept: hooks of
+    which each leaves out its own part company.
     `shards` gives the shards of an epoch (default: all of the store's, each time) and may wait until they are there;
     it is called in another thread, while the epoch before is still being served, and its errors are raised here.
     `memory` bounds the bytes held: one buffer being served and one being read. Raises ValueError
@@ -78,7 +79,7 @@ def shuffled_documents(
 
 def _batches(
     store: Store, hook: str, column: str, batch: int, seed: int, memory: int, start: Cursor,
-    longest: float = math.inf, shards: ShardsOf | None = None,
+    longest: Mapping[str, float] | None = None, shards: ShardsOf | None = None,
 ) -> Iterator[tuple[Tensor, Cursor]]:  # fmt: skip
     kept = store.rows("train", kept=True)
     if kept < batch:
@@ -86,7 +87,7 @@ def _batches(
     budget = memory / row_bytes(store.manifest["dtype"], store.d_in(hook))
     always = store.of_split("train")
     left: list[Tensor] = []
-    for buffer in _prefetched(_buffers(shards or (lambda epoch: always), column, seed, budget, start, longest)):
+    for buffer in _prefetched(_buffers(shards or (lambda epoch: always), column, seed, budget, start, longest or {})):
         position = start.row if buffer[:2] == start[:2] else 0
         while (missing := batch - sum(map(len, left))) <= len(buffer.order) - position:
             parts = [*left, buffer.serve(position, position + missing)]
@@ -96,7 +97,7 @@ def _batches(
 
 
 def _buffers(
-    shards_of: ShardsOf, column: str, seed: int, budget: float, start: Cursor, longest: float
+    shards_of: ShardsOf, column: str, seed: int, budget: float, start: Cursor, longest: Mapping[str, float]
 ) -> Iterator[_Buffer]:
     """From the buffer that `start` names on. `budget` is the rows of two of them; their memory is used in turn."""
     epoch, index = start.epoch, start.buffer
@@ -149,7 +150,7 @@ def _pieces(blocks: Sequence[tuple[Shard, int]]) -> list[_Piece]:
 
 
 def _fill(
-    pool: ThreadPoolExecutor, pieces: list[_Piece], column: str, buffer: np.ndarray, longest: float
+    pool: ThreadPoolExecutor, pieces: list[_Piece], column: str, buffer: np.ndarray, longest: Mapping[str, float]
 ) -> np.ndarray:
     """Read the pieces into the buffer; returns the places of the rows to serve."""
 
@@ -160,8 +161,12 @@ def _fill(
         piece.shard.read_into(column, piece.ranges, rows)
         if rows.ndim == 2 and not all_finite(from_disk(rows)):
             _refuse(piece, column, from_disk(rows), keep)
-        if longest < math.inf:
-            keep &= (decode(from_disk(rows)).float().norm(dim=1) <= longest).numpy()
+        for hook, bound in longest.items():
+            vectors = rows
+            if (other := activations_path(hook)) != column:
+                vectors = piece.shard.empty(other, len(rows))
+                piece.shard.read_into(other, piece.ranges, vectors)
+            keep &= (decode(from_disk(vectors)).float().norm(dim=1) <= bound).numpy()
         return piece.start + np.flatnonzero(keep)
 
     return np.concatenate(list(pool.map(read, pieces)))

@@ -250,12 +250,16 @@ class StoreWriter:
     def has_unembedding(self) -> bool:
         return (self.folder / UNEMBEDDING).exists()
 
-    def add_unembedding(self, W_U: Tensor, gamma: Tensor, *, centred: bool) -> None:
+    def add_unembedding(self, W_U: Tensor, gamma: Tensor, *, centred: bool, scale: float) -> None:
         """Write what leads from the residual stream to the logits, so that logit effects are known without the model.
 
-        `W_U` `[D, V]` in the model's dtype, the final norm's weight `gamma` `[D]` and whether it is `centred`.
+        `W_U` `[D, V]` in the model's dtype, the final norm's weight `gamma` `[D]`, whether it is `centred`, and the logits' `scale`.
         """
-        tensors = {"weight": W_U.detach().T.cpu().contiguous(), "gamma": gamma.detach().cpu().contiguous()}
+        tensors = {
+            "weight": W_U.detach().T.cpu().contiguous(),
+            "gamma": gamma.detach().cpu().contiguous(),
+            "scale": torch.tensor(scale),  # metadata of more than one key come in an order of chance
+        }
         with replacing(self.folder / UNEMBEDDING) as temporary:
             safetensors.torch.save_file(tensors, temporary, {"centred": str(centred).lower()})
 

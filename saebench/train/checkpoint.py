@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from saebench.config import differences
 from saebench.files import read_json, replacing, write_json
+from saebench.sae import read_config
 from saebench.store import Cursor
 from saebench.train.member import Member
 
@@ -85,6 +86,14 @@ class Checkpoint:
 
     def _file(self, name: str, step: int) -> Path:
         return self.folder / name / "checkpoint" / f"step-{step:09d}.safetensors"
+
+
+def begun_as(folder: Path) -> dict[str, dict[str, Any]]:
+    """What decides the training of each SAE under `folder` that is done, or in its checkpoint."""
+    done = {path.parent.name: read_config(path.parent) for path in folder.glob("*/cfg.json")}
+    begun = {name: config["metadata"]["saebench"]["identity"] for name, config in done.items()}
+    path = folder / POINTER
+    return begun | (read_json(path)["identity"] if path.exists() else {})
 
 
 @contextmanager

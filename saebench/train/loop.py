@@ -20,9 +20,9 @@ from saebench.runlog import MetricsLog, interruptible, progress, provenance
 from saebench.sae import fold, read_config, save_sae
 from saebench.store import Cursor, Store, open_store, shuffled_batches
 from saebench.store.norms import moments_within, rows_beyond
-from saebench.store.schema import MANIFEST
+from saebench.store.schema import MANIFEST, MASSIVE
 from saebench.store.shuffle import ShardsOf
-from saebench.train.checkpoint import Checkpoint, full_disk_is_a_value_error
+from saebench.train.checkpoint import Checkpoint, begun_as, full_disk_is_a_value_error
 from saebench.train.member import Member, Spec
 from saebench.train.rolling import Rolling, Stopped, Whole, window_shards
 from saebench.train.settings import TrainConfig, grid
@@ -61,7 +61,8 @@ def train(
     specs = grid(config, store.d_in(hooks[0]), hooks)
     window = _window_shards(config, store, hooks)
     with locked(config.out), contextlib.ExitStack() as held:
-        identity = {spec.name: _identity(config, spec, store, len(hooks), window) for spec in specs}
+        multiples = {hook: _multiple(config, store, hook, specs, folder, window) for hook in hooks}
+        identity = {spec.name: _identity(config, spec, store, multiples, window) for spec in specs}
         todo = [spec for spec in specs if not _done(folder / spec.name, identity[spec.name])]
         checkpoint = Checkpoint(folder, identity)
         if not todo:
@@ -72,7 +73,7 @@ def train(
             log.info("%s: all %d SAEs are trained already", folder, len(specs))
             return [folder / spec.name for spec in specs]
 
-        means = {hook: _input_scale(config, store, hook) for hook in hooks}
+        means = {hook: _input_scale(store, hook, multiples[hook]) for hook in hooks}
         members = [
             Member(spec, means[spec.hook][1], config.dead_steps, config.n_steps, device, config.dtype == "bfloat16")
             for spec in todo
@@ -92,7 +93,7 @@ def train(
             )  # fmt: skip
         held.enter_context(source)
         streams = {
-            hook: Stream(_batches(config, store, hook, len(hooks), cursors, source.shards), *means[hook])
+            hook: Stream(_batches(config, store, hook, multiples, window, cursors, source.shards), *means[hook])
             for hook in {spec.hook: None for spec in todo}
         }
         for step in range(first, config.n_steps):
@@ -130,7 +131,10 @@ def train(
         bar.close()
         epochs = total / source.offered(cursors.values())
         for member in active:
-            facts = _facts(config, store, member, identity[member.spec.name], clock.total / len(members), epochs)
+            multiple = multiples[member.spec.hook]
+            facts = _facts(
+                config, store, member, identity[member.spec.name], clock.total / len(members), epochs, multiple
+            )
             fold(member.sae, streams[member.spec.hook].scale)
             with full_disk_is_a_value_error(f"{folder / member.spec.name} (its checkpoint is safe)"):
                 save_sae(member.sae, folder / member.spec.name, facts)
@@ -167,32 +171,55 @@ class Clock:
         self.last_save = time.monotonic()
 
 
-def _longest(config: TrainConfig, store: Store, hook: str) -> float:
+def _multiple(
+    config: TrainConfig, store: Store, hook: str, specs: list[Spec], folder: Path, window: int | None
+) -> float | None:
+    """How many times the median norm is too long for a row at a hook; None where no row is left out.
+
+    What is not said is as the run was begun, which may have been before massive rows were left out.
+    """
+    begun = begun_as(folder)
+    mine = [begun[spec.name] for spec in specs if spec.hook == hook and spec.name in begun]
+    before = mine[0].get("exclude_outliers") if mine else None
+    if config.exclude_outliers is None and mine:
+        return before
+    asked = MASSIVE if config.exclude_outliers is None else config.exclude_outliers
+    # Windows may have such rows where their head has none.
+    if asked == math.inf or asked == before or window or rows_beyond(store.norm_histogram(hook), asked):
+        return None if asked == math.inf else asked
+    return None
+
+
+def _longest(store: Store, hook: str, multiple: float | None) -> float:
     """The norm of the longest row to train on."""
-    return (config.exclude_outliers or math.inf) * store.statistics(hook)["median_norm"]
+    return (multiple or math.inf) * store.statistics(hook)["median_norm"]
 
 
-def _input_scale(config: TrainConfig, store: Store, hook: str) -> tuple[float, Tensor]:
+def _input_scale(store: Store, hook: str, multiple: float | None) -> tuple[float, Tensor]:
     """(the factor that brings E‖x‖² to D, the mean of the rows times it), both of the rows trained on."""
     statistics = store.statistics(hook)
     mean, squared = np.array(statistics["mean"]), statistics["mean_squared_norm"]
-    if config.exclude_outliers is not None:
+    if multiple is not None:
         histogram = store.norm_histogram(hook)
         log.info(
             "%s: %s of %s rows are left out, longer than %g × the median norm of %.4g",
-            hook, f"{rows_beyond(histogram, config.exclude_outliers):,}", f"{int(histogram.sum()):,}",
-            config.exclude_outliers, statistics["median_norm"],
+            hook, f"{rows_beyond(histogram, multiple):,}", f"{int(histogram.sum()):,}",
+            multiple, statistics["median_norm"],
         )  # fmt: skip
-        mean, squared = moments_within(store, hook, _longest(config, store, hook))
+        mean, squared = moments_within(store, hook, _longest(store, hook, multiple))
     scale = math.sqrt(store.d_in(hook) / squared)
     return scale, torch.tensor(mean, dtype=torch.float32) * scale
 
 
 def _batches(
-    config: TrainConfig, store: Store, hook: str, n_hooks: int, cursors: dict[str, Cursor], shards: ShardsOf
-) -> Iterator[tuple[Tensor, Cursor]]:
+    config: TrainConfig, store: Store, hook: str, multiples: dict[str, float | None], window: int | None,
+    cursors: dict[str, Cursor], shards: ShardsOf,
+) -> Iterator[tuple[Tensor, Cursor]]:  # fmt: skip
     start = cursors.get(hook, Cursor())
-    memory, longest = int(config.memory_gb * 2**30 / n_hooks), _longest(config, store, hook)
+    memory = int(config.memory_gb * 2**30 / len(multiples))
+    # In a rolling run a row is left out at every hook if at one, so that no hook gets ahead of the others' windows.
+    apart = multiples if window else {hook: multiples[hook]}
+    longest = {name: _longest(store, name, multiple) for name, multiple in apart.items() if multiple is not None}
     return shuffled_batches(
         store, hook, config.batch, seed=config.seed[0], memory=memory, start=start, longest=longest, shards=shards
     )
@@ -202,11 +229,6 @@ def _window_shards(config: TrainConfig, store: Store, hooks: Sequence[str]) -> i
     """Shards of a window of a rolling run; None where there are to be none."""
     if config.rolling is None:
         return None
-    if len(hooks) > 1 and config.exclude_outliers is not None:
-        raise ValueError(
-            f"rolling with exclude_outliers expects one hook, there are {len(hooks)}: each leaves out other rows, until "
-            "they are windows apart. Train the hooks one after another, or without --exclude-outliers"
-        )
     if store.manifest["exhausted"]:
         log.warning("%s holds all of its text: there are no windows to follow, it is trained on as it is", store.folder)
         return None
@@ -232,19 +254,23 @@ def _only_hook(store: Store) -> str:
     return store.hooks[0]
 
 
-def _identity(config: TrainConfig, spec: Spec, store: Store, n_hooks: int, window: int | None) -> dict[str, Any]:
+def _identity(
+    config: TrainConfig, spec: Spec, store: Store, multiples: dict[str, float | None], window: int | None
+) -> dict[str, Any]:
     """Everything that decides the weights of one SAE."""
     shared = {
         **{name: to_json(config)[name] for name in ("tokens", "batch", "dtype")},
-        "memory_gb": config.memory_gb / n_hooks,
+        "memory_gb": config.memory_gb / len(multiples),
         "order": config.seed[0],
         "dead_steps": config.dead_steps,
         "store": hash_files([store.folder / MANIFEST]),
     }
-    if config.exclude_outliers is not None:
-        shared["exclude_outliers"] = config.exclude_outliers
+    if (multiple := multiples[spec.hook]) is not None:
+        shared["exclude_outliers"] = multiple
     if window:
         shared["window_shards"] = window
+        if len(multiples) > 1 and any(multiples.values()):
+            shared["left_out_at"] = sorted(multiples)
     return {**spec.to_json(), **shared}
 
 
@@ -302,8 +328,9 @@ def _log(members: list[Member], logs: dict[str, MetricsLog], bar: Any, step: int
 
 
 def _facts(
-    config: TrainConfig, store: Store, member: Member, identity: dict[str, Any], seconds: float, epochs: float
-) -> dict[str, Any]:
+    config: TrainConfig, store: Store, member: Member, identity: dict[str, Any], seconds: float, epochs: float,
+    multiple: float | None,
+) -> dict[str, Any]:  # fmt: skip
     """Metadata of a saved SAE: what SAELens' tools read, and under `saebench` how it came about."""
     made = store.manifest["identity"]
     return {
@@ -312,7 +339,7 @@ def _facts(
         "hook_name": member.spec.hook,
         "hook_head_index": None,
         "context_size": store.context,
-        "prepend_bos": True,
+        "prepend_bos": store.prepends_bos,
         "seqpos_slice": [None],
         "dataset_path": made["text"]["dataset"],
         "exclude_special_tokens": True,
@@ -321,6 +348,7 @@ def _facts(
         "saebench": {
             "identity": identity,
             "store": str(config.store),
+            "longest_row": None if multiple is None else _longest(store, member.spec.hook, multiple),
             "tokens_trained": config.n_steps * config.batch,
             "epochs": epochs,
             "seconds": seconds,

@@ -6,7 +6,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from saebench.config import Count
+from saebench.config import Count, Multiple
 from saebench.train.member import RECIPES, Spec
 from saebench.train.schedules import DECAY, WARMUP, default_learning_rate
 
@@ -52,8 +52,8 @@ class TrainConfig:
     """memory for the shuffle buffer"""
     rolling: Count | None = None
     """keep at most so many training shards on disk: the store stays, and windows of the text behind it are harvested while training, and deleted; for a new store, the options of `harvest` follow at the end, after ` -- `"""
-    exclude_outliers: float | None = None
-    """leave out rows longer than this many times the median norm, for instance 10 (`saebench store info` says how many)"""
+    exclude_outliers: Multiple | None = None
+    """leave out rows longer than this many times the median norm, `none` for all rows (default: 10, massive rows, or as the run was begun; `saebench store info` says how many)"""
     seed: tuple[int, ...] = (0,)
     """fixes initialisation, one SAE for each; the first also fixes the order of the data"""
     dtype: Precision = "float32"

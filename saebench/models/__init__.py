@@ -1,0 +1,68 @@
+"""Language models: load one, find its hooks, take vectors there, put others in their place.
+
+A model is the Hugging Face module, which runs as it does without us. What is assumed of it is tried after loading.
+"""
+
+from saebench.models.checks import check_hook, check_padding, has_place
+from saebench.models.load import (
+    EMBEDDED_MODEL,
+    EMBEDDED_MODEL_PATH,
+    LanguageModel,
+    ModelDtype,
+    choose_device,
+    default_dtype,
+    load_model,
+    load_tokenizer,
+    model_path,
+)
+from saebench.models.passes import (
+    Edit,
+    capture,
+    capturer,
+    edits,
+    head,
+    last_states,
+    logits,
+    next_logits,
+    repeated,
+    spliced_logits,
+)
+from saebench.models.places import HOOK, HookKind, hook_name, parse_hook
+from saebench.models.resume import CleanPass, clean_pass, resumed_states, resumes, spliced_states
+from saebench.models.unembedding import Unembedding, unembedding
+
+__all__ = [
+    "EMBEDDED_MODEL",
+    "EMBEDDED_MODEL_PATH",
+    "HOOK",
+    "CleanPass",
+    "Edit",
+    "HookKind",
+    "LanguageModel",
+    "ModelDtype",
+    "Unembedding",
+    "capture",
+    "capturer",
+    "check_hook",
+    "check_padding",
+    "choose_device",
+    "clean_pass",
+    "default_dtype",
+    "edits",
+    "has_place",
+    "head",
+    "hook_name",
+    "last_states",
+    "load_model",
+    "load_tokenizer",
+    "logits",
+    "model_path",
+    "next_logits",
+    "parse_hook",
+    "repeated",
+    "resumed_states",
+    "resumes",
+    "spliced_logits",
+    "spliced_states",
+    "unembedding",
+]

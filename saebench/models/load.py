@@ -1,0 +1,318 @@
+"""From a name to a language model: the Hugging Face module as it is, its tokenizer, and what both say of themselves."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from saebench.files import hash_files
+from saebench.pieces import TokenBytes
+from saebench.text import Encoder, encoder_of
+
+log = logging.getLogger(__name__)
+
+EMBEDDED_MODEL = "embedded"
+EMBEDDED_MODEL_PATH = Path(__file__).parent.parent / "demo" / "model"
+
+ModelDtype = Literal["float32", "bfloat16", "float16"]
+UNLIMITED = 2**31 - 1
+"""the context of a model that knows no longest one"""
+_CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+_WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+_TOKENIZER_FILES = (
+    "tokenizer", "vocab", "merges", "special_tokens_map", "added_tokens", "spiece", "chat_template",
+)  # fmt: skip
+
+
+@dataclass
+class Passing:
+    """What a model's forward passes were given, and give."""
+
+    ids: Tensor | None = None
+    """`[B, L]` of the one under way, or the last"""
+    output: type = tuple
+    """what the module without its head returns"""
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A loaded model: `module` is the Hugging Face one, which runs as it does without us; the rest is read once from it."""
+
+    id: str
+    module: Any
+    tokenizer: Any
+    """None where the model came without: it then takes token ids alone"""
+    encoder: Encoder
+    """how it reads text"""
+    weights_hash: str
+    tokenizer_files: tuple[Path, ...]
+    base: Any
+    """the part of `module` that makes the vectors of which its own forward makes logits"""
+    blocks: tuple[nn.Module, ...]
+    """one for each layer, in order"""
+    d_model: int
+    n_vocab: int
+    """rows of the embedding: token ids are below it"""
+    max_context: int
+    end_tokens: frozenset[int]
+    """each of them ends a text"""
+    device: torch.device
+    dtype: ModelDtype
+    passing: Passing = field(default_factory=Passing)
+    checked: dict[str, str | None] = field(default_factory=dict)
+    """what was tried on it, with what is wrong, or None"""
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.blocks)
+
+    @cached_property
+    def pieces(self) -> TokenBytes:
+        """What each token stands for."""
+        return TokenBytes(self.tokenizer)
+
+    def tokens_of(self, text: str) -> list[int]:
+        """Token ids of a text as contexts have them: BOS first, once.
+
+        Raises ValueError where there are none or too many of them, for one beyond the embedding, and for a model without tokenizer.
+        """
+        ids = self.encoder.opened(self.encoder.encode([text])[0])
+        if len(ids) == 1:
+            raise ValueError("the text is empty; expected at least one token")
+        if len(ids) > self.max_context:
+            raise ValueError(f"the text has {len(ids)} tokens; the model takes at most {self.max_context}")
+        self.check_tokens(ids)
+        return ids
+
+    def check_tokens(self, ids: list[int]) -> None:
+        """Raises ValueError naming the first token that the model's embedding does not have."""
+        for token in ids:
+            if not 0 <= token < self.n_vocab:
+                said = "" if self.tokenizer is None else f" ({self.tokenizer.convert_ids_to_tokens(token)!r})"
+                raise ValueError(
+                    f"the text has token {token}{said}, model {self.id!r} knows 0 to {self.n_vocab - 1}: it was added to the "
+                    "tokenizer, and not to the model. Leave it out of the text, or resize the model's embedding"
+                )
+
+
+# ---------------------------------------------------------------------------------------- devices
+
+
+def choose_device(device: str | None, *, float64: bool = False) -> str:
+    """The device asked for, or else CUDA, then MPS, then CPU. Raises ValueError for one that is not at hand.
+
+    With `float64`, in which training and evaluation add up, MPS does not count: it has none.
+    """
+    mps = torch.backends.mps.is_available() and not float64
+    at_hand = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
+    if device is None:
+        return next(name for name, here in at_hand.items() if here)
+    if not at_hand.get(device.split(":")[0], False):
+        raise ValueError(
+            f"device {device!r} is not at hand; expected {' or '.join(n for n, h in at_hand.items() if h)}"
+        )
+    return device
+
+
+def default_dtype(device: str) -> ModelDtype:
+    """bfloat16 on a GPU that computes in it, else float32."""
+    return "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
+
+
+# ---------------------------------------------------------------------------------------- loading
+
+
+def model_path(name: str) -> str:
+    """A path or hub id: the name itself, but for the embedded model."""
+    return str(EMBEDDED_MODEL_PATH) if name == EMBEDDED_MODEL else name
+
+
+def load_model(
+    name: str,
+    *,
+    device: str | None = None,
+    dtype: ModelDtype | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """Load a hub model or a local `save_pretrained` directory; `embedded` is the model shipped here.
+
+    No process is started for it, nothing is installed, and of a folder nothing is downloaded. Raises ValueError when there is
+    no such model, its weights are not all there, or it is not what `check_model` expects.
+    """
+    from saebench.models.checks import check_model  # which runs it
+
+    device = choose_device(device)
+    dtype = dtype or default_dtype(device)
+    path = _path(name)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _silent():
+        module = _load_module(name, path, dtype, options)
+        folder = _checkpoint_folder(path, revision)
+        tokenizer_files = tuple(sorted(file for file in folder.iterdir() if file.name.startswith(_TOKENIZER_FILES)))
+        tokenizer = _load_tokenizer(name, path, options) if tokenizer_files else None
+    module.to(device).eval()
+    text_config = module.config.get_text_config(decoder=True)
+    blocks = _blocks(name, module, text_config.num_hidden_layers)
+    embedding = module.get_input_embeddings()
+    n_vocab = embedding.weight.shape[0]
+    if tokenizer is not None and tokenizer.vocab_size > n_vocab:
+        raise ValueError(
+            f"the tokenizer of model {name!r} has {tokenizer.vocab_size} tokens, its embedding {n_vocab} rows: "
+            "it is the tokenizer of another model; put the model's own files beside its weights"
+        )
+    model = LanguageModel(
+        id=name,
+        module=module,
+        tokenizer=tokenizer,
+        encoder=encoder_of(tokenizer),
+        weights_hash=hash_files(sorted(file for pattern in _WEIGHT_PATTERNS for file in folder.glob(pattern))),
+        tokenizer_files=tokenizer_files,
+        base=_base(name, module, blocks[0]),
+        blocks=blocks,
+        d_model=text_config.hidden_size,
+        n_vocab=n_vocab,
+        max_context=next(
+            (value for key in _CONTEXT_FIELDS if isinstance(value := getattr(text_config, key, None), int)), UNLIMITED
+        ),
+        end_tokens=_end_tokens(module, tokenizer),
+        device=torch.device(device),
+        dtype=dtype,
+    )
+    embedding.register_forward_pre_hook(lambda _, args: setattr(model.passing, "ids", args[0]))
+    check_model(model)
+    return model
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model alone. Raises ValueError where it cannot be loaded."""
+    return _load_tokenizer(name, _path(name), {})
+
+
+def _path(name: str) -> str:
+    path = Path(model_path(name)).expanduser()
+    if path.is_dir():
+        return str(path)
+    if name.startswith((".", "/", "~")):
+        raise ValueError(
+            f"model {name!r} is not a directory; give a folder made by save_pretrained, 'embedded' or a hub id"
+        )
+    return model_path(name)
+
+
+def _load_module(name: str, path: str, dtype: ModelDtype, options: dict[str, Any]) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    try:
+        config = AutoConfig.from_pretrained(path, **options)
+    except Exception as error:  # whatever a library, or code from the hub, makes of other people's files
+        raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    architecture = ", ".join(getattr(config, "architectures", None) or [type(config).__name__])
+    if config.is_encoder_decoder or architecture.endswith(("ForMaskedLM", "ForPreTraining")):
+        raise ValueError(f"model {name!r} ({architecture}) is {_NOT_CAUSAL}")
+    causal = hasattr(config, "auto_map") or type(config) in AutoModelForCausalLM._model_mapping
+    auto: Any = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    if not causal and type(config) not in auto._model_mapping:
+        raise ValueError(f"model {name!r} ({architecture}) is {_NOT_CAUSAL}")
+    try:
+        module, loaded = auto.from_pretrained(
+            path, config=config, dtype=getattr(torch, dtype), output_loading_info=True, **options
+        )
+    except Exception as error:
+        raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    if missing := sorted(loaded["missing_keys"]):
+        raise ValueError(
+            f"model {name!r} lacks {len(missing)} of the weights that {architecture} has, {missing[0]!r} for one: "
+            "a part of the checkpoint is missing, or it is of another architecture"
+        )
+    return module
+
+
+_NOT_CAUSAL = (
+    "no decoder of text from left to right, for which alone loss recovered, logit effects and generation are defined. "
+    "Its vectors can be kept in a store with saebench.store.StoreWriter, and SAEs be trained and indexed on them"
+)
+
+
+def _load_tokenizer(name: str, path: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, **options)
+    except Exception as error:
+        raise ValueError(f"the tokenizer of model {name!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def _blocks(name: str, module: Any, n_layers: int) -> tuple[nn.Module, ...]:
+    """The list of so many modules that lies outermost in the text's part of a model."""
+    decoder = module.get_decoder() if hasattr(module, "get_decoder") else module
+    for root in (decoder, module):
+        for part in root.modules() if isinstance(root, nn.Module) else ():
+            if isinstance(part, nn.ModuleList) and len(part) == n_layers:
+                return tuple(part)
+    raise ValueError(
+        f"model {name!r} ({type(module).__name__}) has no list of its {n_layers} layers: its residual stream is not known here"
+    )
+
+
+@torch.inference_mode()
+def _base(name: str, module: Any, block: nn.Module) -> Any:
+    """The outermost part around the layers that a pass calls. Raises ValueError where no pass runs."""
+    called: list[Any] = []
+    around = [part for part in module.modules() if part not in (module, block) and block in part.modules()]
+    handles = [part.register_forward_hook(lambda part, *_: called.append(part)) for part in around]
+    try:
+        module(torch.ones(1, 1, dtype=torch.long, device=module.device), use_cache=False)
+    except Exception as error:
+        raise ValueError(f"model {name!r} does not run on token ids alone: {_first_line(error)}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not called:
+        raise ValueError(
+            f"model {name!r} ({type(module).__name__}) does not keep its layers apart from its unembedding"
+        )
+    return called[-1]
+
+
+def _end_tokens(module: Any, tokenizer: Any) -> frozenset[int]:
+    """Those of the tokenizer, the model's configuration and that of its generation."""
+    named = [getattr(getattr(module, part, None), "eos_token_id", None) for part in ("config", "generation_config")]
+    named.append(getattr(tokenizer, "eos_token_id", None))
+    return frozenset(token for ids in named for token in (ids if isinstance(ids, list) else [ids]) if token is not None)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _checkpoint_folder(path: str, revision: str | None) -> Path:
+    """Where the files of a loaded model lie: the folder given, or the hub's local snapshot."""
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.txt", "*.model"], local_files_only=True)
+    )
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """No bar of a library for what takes a moment, unless details are asked for; downloads keep theirs."""
+    from transformers.utils import logging as library
+
+    shown = library.is_progress_bar_enabled()
+    if not log.isEnabledFor(logging.DEBUG):
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            library.enable_progress_bar()

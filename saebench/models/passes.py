@@ -1,0 +1,218 @@
+"""Forward passes: vectors taken at hooks, others put in their place, logits where they are wanted.
+
+B contexts in the batch, L positions, D d_model, V vocabulary, N chosen positions.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from saebench.models.load import LanguageModel
+from saebench.models.places import Place, place_of
+
+Edit = Callable[[Tensor], Tensor | None]
+"""The new value `[B, L, D]` of a hook, or None for the old one."""
+Replace = Callable[[Float[Tensor, "B L D"]], Float[Tensor, "B L D"]]
+
+
+def attach(model: LanguageModel, place: Place, function: Edit) -> Any:
+    """Put a function in the way of the vectors of a place; returns the handle that takes it away again."""
+
+    def see(value: Tensor) -> Tensor | None:
+        shaped = value
+        if value.dim() == 2:  # some families run their MLP on positions in one row
+            assert model.passing.ids is not None
+            shaped = value.view(*model.passing.ids.shape, -1)
+        new = function(shaped if place.scale == 1 else shaped * place.scale)
+        if new is None:
+            return None
+        return (new if place.scale == 1 else new / place.scale).view(value.shape)
+
+    def see_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            new = see(args[0])
+            return None if new is None else ((new, *args[1:]), kwargs)
+        name = next(key for key, value in kwargs.items() if isinstance(value, Tensor) and value.is_floating_point())
+        new = see(kwargs[name])
+        return None if new is None else (args, kwargs | {name: new})
+
+    def see_output(_: nn.Module, args: Any, output: Any) -> Any:
+        new = see(first_of(output))
+        return None if new is None else with_first(output, new)
+
+    if place.inward:
+        return place.module.register_forward_pre_hook(see_input, with_kwargs=True)
+    return place.module.register_forward_hook(see_output)
+
+
+def first_of(output: Any) -> Tensor:
+    """The vectors in what a module returns."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def with_first(output: Any, value: Tensor) -> Any:
+    """What a module returns, with other vectors."""
+    return value if isinstance(output, Tensor) else type(output)((value, *output[1:]))
+
+
+class _AllCaptured(Exception):
+    """Ends a forward pass once the last hook wanted has fired."""
+
+
+def capturer(
+    model: LanguageModel, hooks: Sequence[str]
+) -> Callable[[Int[Tensor, "B L"], Callable[[str, Tensor], None]], None]:
+    """A forward pass, to be run many times, that hands each vector wanted to a function and ends after the deepest.
+
+    The function gets the hook's name and a tensor `[B, L, D]` in the model's dtype, which later layers may write over.
+    Keeps no keys and values. Raises ValueError for a hook that the model does not have.
+    """
+    places = {name: place_of(model, name) for name in hooks}
+
+    @torch.inference_mode()
+    def run(tokens: Int[Tensor, "B L"], take: Callable[[str, Tensor], None]) -> None:
+        missing = set(hooks)
+
+        def see(name: str, value: Tensor) -> None:
+            take(name, value)
+            missing.discard(name)
+            if not missing:
+                raise _AllCaptured
+
+        handles = [attach(model, place, lambda value, name=name: see(name, value)) for name, place in places.items()]
+        try:
+            model.base(tokens, use_cache=False)
+        except _AllCaptured:
+            return
+        finally:
+            for handle in handles:
+                handle.remove()
+        raise ValueError(f"hook {sorted(missing)[0]!r} never fired in model {model.id!r}; it has no such position")
+
+    return run
+
+
+def capture(
+    model: LanguageModel, tokens: Int[Tensor, "B L"], hooks: Sequence[str]
+) -> dict[str, Float[Tensor, "B L D"]]:
+    """The vectors at `hooks`, from one forward pass that stops after the deepest of them."""
+    captured: dict[str, Tensor] = {}
+    capturer(model, hooks)(tokens, lambda name, value: captured.update({name: value.clone()}))
+    return captured
+
+
+def edits(model: LanguageModel, functions: Mapping[str, Edit]) -> Callable[[], AbstractContextManager[None]]:
+    """A context manager, to be had many times, under which the vectors at each hook go through its function."""
+    places = {name: place_of(model, name) for name in functions}
+
+    @contextlib.contextmanager
+    def attached() -> Iterator[None]:
+        handles: list[Any] = []
+        try:
+            for name, function in functions.items():
+                handles.append(attach(model, places[name], function))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return attached
+
+
+# ----------------------------------------------------------------------------------------- logits
+
+
+def logits(model: LanguageModel, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L V"]:
+    """The logits at every position; with gradients where the caller wants them."""
+    return model.module(tokens, use_cache=False).logits
+
+
+@torch.inference_mode()
+def spliced_logits(
+    model: LanguageModel, tokens: Int[Tensor, "B L"], hook: str, replace: Replace
+) -> Float[Tensor, "B L V"]:
+    """Logits of the model whose vectors at `hook` went through `replace`.
+
+    `replace` sees them in the model's dtype and returns the same shape and dtype.
+    """
+    with edits(model, {hook: replace})():
+        return logits(model, tokens)
+
+
+@torch.inference_mode()
+def last_states(model: LanguageModel, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+    """What the logits are made of, at every position: the vectors behind the final norm."""
+    return first_of(model.base(tokens, use_cache=False))
+
+
+@torch.inference_mode()
+def head(model: LanguageModel, states_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+    """The logits of `last_states` at chosen positions, by the model's own code: its scale and soft cap are in them."""
+    output = model.passing.output(last_hidden_state=states_ND[None])
+    with standing_in([model.base], output):
+        return model.module(states_ND.new_zeros(1, len(states_ND), dtype=torch.long), use_cache=False).logits[0]
+
+
+@contextlib.contextmanager
+def standing_in(modules: Iterable[nn.Module], output: Any) -> Iterator[None]:
+    """Every one of `modules` returns `output` without running."""
+    modules = list(modules)
+    try:
+        for module in modules:
+            vars(module)["forward"] = lambda *args, **kwargs: output
+        yield
+    finally:
+        for module in modules:
+            vars(module).pop("forward", None)
+
+
+# ------------------------------------------------------------------------------------- generation
+
+
+@torch.inference_mode()
+def next_logits(
+    model: LanguageModel,
+    tokens: Int[Tensor, "B L"],
+    *,
+    cache: Any = None,
+    seen: int = 0,
+    padding: Int[Tensor, " B"] | None = None,
+    keep: int = 1,
+    use_cache: bool = True,
+) -> tuple[Float[Tensor, "B keep V"], Any]:
+    """(logits after the last `keep` tokens, cache) of texts of which `cache` holds the first `seen` columns.
+
+    `padding` counts the columns before each text's first token, cached ones included. The cache is None for a family that
+    keeps its state in a form of its own: the next call is then given the whole texts again.
+    """
+    from transformers.cache_utils import Cache
+
+    taken = inspect.signature(model.base.forward).parameters
+    name = next((name for name in ("past_key_values", "cache_params") if name in taken), None)
+    extra: dict[Any, Any] = {} if cache is None else {name: cache}
+    if padding is not None:
+        columns = torch.arange(seen + tokens.shape[1], device=tokens.device)
+        places = columns - padding[:, None]
+        masks = {"attention_mask": (places >= 0).long(), "position_ids": places[:, seen:].clamp(min=0)}
+        extra |= {name: value for name, value in masks.items() if name in taken}
+    output = model.base(tokens, use_cache=use_cache, **extra)
+    states_BkD = first_of(output)[:, -keep:]
+    made = head(model, states_BkD.flatten(0, 1)).unflatten(0, states_BkD.shape[:2])
+    found = getattr(output, name, None) if name and use_cache else None
+    return made, found if isinstance(found, Cache) else None
+
+
+def repeated(cache: Any, times: int) -> Any:
+    """A cache with every text so many times in a row; None where it holds recurrent states, which cannot be repeated."""
+    from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+    if cache is None or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers):
+        return None
+    cache.batch_repeat_interleave(times)
+    return cache

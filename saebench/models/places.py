@@ -1,0 +1,96 @@
+"""Where in a model a hook is: the module on whose way in, or out of which, its vectors are.
+
+Hook names are TransformerLens' own. What goes into a block and comes out of it is found in any model; where attention and
+MLP write to the stream is what TransformerLens knows of a family, and this is the only file that imports it.
+"""
+
+import functools
+import re
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from saebench.models.load import LanguageModel
+
+HookKind = Literal["resid_pre", "resid_post", "mlp_out", "attn_out"]
+HOOK = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|mlp_out|attn_out)")
+"""The hooks that can be harvested and trained on: layer and kind."""
+
+
+class Place(NamedTuple):
+    """Vectors on the way into a module, or out of it."""
+
+    module: nn.Module
+    inward: bool = False
+    scale: float = 1.0
+    """what the module's output is multiplied by as it is added to the stream"""
+
+
+def hook_name(layer: int, kind: HookKind = "resid_post") -> str:
+    return f"blocks.{layer}.hook_{kind}"
+
+
+def parse_hook(hook: str) -> tuple[int, HookKind]:
+    """(layer, kind). Raises ValueError for what is no hook's name."""
+    match = HOOK.fullmatch(hook)
+    if match is None:
+        raise ValueError(
+            f"hook {hook!r} is not known; expected blocks.LAYER.hook_KIND with KIND one of resid_pre, resid_post, mlp_out, attn_out"
+        )
+    return int(match[1]), match[2]  # type: ignore[return-value]
+
+
+def place_of(model: LanguageModel, hook: str) -> Place:
+    """Where a hook of a model is. Raises ValueError where it has none of that name."""
+    layer, kind = parse_hook(hook)
+    if layer >= model.n_layers:
+        raise ValueError(f"hook {hook!r} is beyond model {model.id!r}, whose layers are 0 to {model.n_layers - 1}")
+    block = model.blocks[layer]
+    if kind in ("resid_pre", "resid_post"):
+        return Place(block, inward=kind == "resid_pre")
+    family = type(model.module).__name__
+    path = _paths(model).get(kind)
+    if path is None:
+        raise ValueError(
+            f"hook {hook!r} of model {model.id!r} is not known: TransformerLens does not say where {family} has it"
+        )
+    try:
+        module = block.get_submodule(path)
+    except AttributeError as error:
+        raise ValueError(
+            f"hook {hook!r} is not in model {model.id!r}: layer {layer} of this {family} has no {path}"
+        ) from error
+    return Place(module, scale=float(getattr(_text_config(model), "residual_multiplier", 1.0)))
+
+
+def _text_config(model: LanguageModel) -> Any:
+    return model.module.config.get_text_config(decoder=True)
+
+
+@functools.lru_cache(maxsize=8)
+def _paths(model: LanguageModel) -> dict[str, str]:
+    """Where within a block the modules are whose outputs are `attn_out` and `mlp_out`, as far as TransformerLens knows."""
+    from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
+
+    config, family = model.module.config, type(model.module).__name__
+    try:
+        built = build_bridge_config_from_hf(config, family, model.id, torch.float32)
+        mapping: Any = ArchitectureAdapterFactory.select_architecture_adapter(built).component_mapping
+        block = mapping["blocks"]
+    except (ValueError, KeyError, AttributeError, TypeError):  # a family that it does not have
+        return {}
+    # A family whose MLP and attention are scaled on their way to the stream has no alias for either.
+    usual = {"attn_out": "attn.hook_out", "mlp_out": "mlp.hook_out"}
+    found: dict[str, str] = {}
+    for kind, default in usual.items():
+        alias = block.hook_aliases.get(f"hook_{kind}", default)
+        part: Any = block
+        names: list[str] = []
+        for name in (alias[0] if isinstance(alias, list) else alias).split(".")[:-1]:
+            part = part.submodules.get(name) if part is not None else None
+            names += [part.name] if part is not None and part.name else []
+        if part is not None and names:
+            found[kind] = ".".join(names)
+    return found
