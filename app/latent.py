@@ -41,7 +41,8 @@ def show_latent(sae: Trained, table: LatentTable, number_: int, query: Query, ti
     with title:
         st.title(f"Latent {number_}" + (f": {plain(note.label)}" if note.label else ""))
     steps(table, number_, query)
-    scores = {name: float(table.columns[name][number_]) for name in ("output",) if name in table.columns}
+    name = "estimate" if table.estimated[number_] else "output"
+    scores = {name: float(table.columns["output"][number_])} if "output" in table.columns else {}
     tops = (
         f"<div><h3>Logits up</h3>{ranked_html(index, latent.top_logits)}</div>"
         f"<div><h3>Logits down</h3>{ranked_html(index, latent.bottom_logits)}</div>"

@@ -25,7 +25,7 @@ def own_text(sae: Trained, table: LatentTable, latent: Latent) -> None:
         shared = model_of(sae)
         peaks, body = [], []
         with shared.lock:
-            found = [activations_on(shared.model, weights_of(sae), sae.hook, line, latent.latent) for line in lines]
+            found = [activations_on(shared.model, weights_of(sae), table.index, line, latent.latent) for line in lines]
         for tokens, values in found:
             peak = int(values.argmax())
             peaks.append(float(values[peak]))
@@ -51,5 +51,7 @@ def ablation(sae: Trained, table: LatentTable, latent: Latent) -> None:
         shared = model_of(sae)
         context = table.index.context_of(latent.top[0].row)
         with shared.lock:
-            logits, loss = ablation_effects(shared.model, weights_of(sae), sae.hook, context.tokens, latent.latent)
+            logits, loss = ablation_effects(
+                shared.model, weights_of(sae), sae.hook, context.tokens, latent.latent, longest=table.index.longest
+            )
         clickable(effects_html(table.index, context, logits.numpy(), loss.numpy()), "ablation")

@@ -139,7 +139,7 @@ def another(bench: Bench, turns: tuple[Turn, ...], table: LatentTable | None) ->
         grid.Column("", "latent"),
         grid.Column("", "label or rule", text=True),
         grid.Column("", "density"),
-        grid.Column("", "output score"),
+        grid.Column("", "output score", "~ estimated by a screen"),
     ]
     clickable(grid.grid_html(columns, rows, "found"), "found", picked)
 
@@ -149,5 +149,6 @@ def _row(latent: int, table: LatentTable | None) -> grid.Row:
     if table is None:
         return grid.Row([grid.link(str(latent), str(latent), address), "", "", ""], str(latent))
     output = number(float(table.columns["output"][latent])) if "output" in table.columns else "–"
+    output += " ~" * bool(table.estimated[latent])
     cells = [html.escape(table.name(latent)), f"{table.columns['density'][latent]:.2%}", output]
     return grid.Row([grid.link(str(latent), str(latent), address), *cells], str(latent))

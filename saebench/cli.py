@@ -9,14 +9,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from saebench import __version__
 from saebench.browse.serve import AppConfig, serve
 from saebench.config import add_arguments, from_arguments
-from saebench.demo.demo import INDEXED, run_demo
-from saebench.evaluate import EvalConfig, equal_l0_table, evaluate, table, write_report
+from saebench.demo import demo
+from saebench.evaluate import EvalConfig, equal_l0_table, evaluate, massive_note, table, write_report
 from saebench.harvest import ExtendConfig, HarvestConfig, extend, harvest
 from saebench.harvest.extend import settings_of
 from saebench.index import IndexConfig, build_index
 from saebench.index.export import ExportConfig, export
+from saebench.pipeline import RunConfig, run, run_stages
 from saebench.runlog import progress
 from saebench.steer import Generation
 from saebench.steer.run import SteerConfig, rank, steer, sweep
@@ -66,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="saebench", description="A workbench for sparse autoencoders on language models."
     )
+    parser.add_argument("--version", action="version", version=f"saebench {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="debug messages, and tracebacks of errors")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -78,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
             add_arguments(sub, config)
         return sub
 
+    add_arguments(command("run", _run, "all stages for one model: from its name to the browser"), RunConfig, "model")
     command(
         "harvest", _harvest, "run a model over text and keep its residual-stream vectors", HarvestConfig, TextConfig
     )
@@ -93,24 +97,34 @@ def _parser() -> argparse.ArgumentParser:
     app.add_argument(
         "run", type=Path, nargs="?", default=Path("runs"), help="a run, or a folder of runs (default: runs)"
     )
-    demo = command("demo", _demo, "the whole pipeline on the embedded model and corpus")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="run directory (default: runs/demo)")
+    small = command("demo", _demo, "the whole pipeline on the embedded model and corpus")
+    small.add_argument("--out", type=Path, default=Path("runs/demo"), help="run directory (default: runs/demo)")
     store = commands.add_parser("store", help="look into an activation store, or check it").add_subparsers(
         required=True, metavar="ACTION"
     )
-    for action, run, about in (
+    for action, act, about in (
         ("info", _store_info, "what is in a store, and how long its rows are"),
         ("verify", _store_verify, "check every block of a store"),
     ):
         sub = store.add_parser(action, help=about, description=about)
         sub.add_argument("path", type=Path)
-        sub.set_defaults(command=run)
+        sub.set_defaults(command=act)
     about = "continue a finished store with more tokens, from where its data set stood"
     growing = store.add_parser("extend", help=about, description=about)
     add_arguments(growing, ExtendConfig)
     growing.add_argument("path", type=Path)
     growing.set_defaults(command=_store_extend)
     return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    config = from_arguments(RunConfig, arguments)
+    summary = run(config)
+    if summary is None:
+        return INTERRUPTED
+    _show_run(summary, config.folder)
+    print(f"next: saebench app {config.folder}")
+    return 0
 
 
 def _harvest(arguments: argparse.Namespace) -> int:
@@ -256,6 +270,8 @@ def _print_sweep(config: SteerConfig) -> None:
 
 def _show(summary: dict[str, Any], run: Path) -> None:
     print(format_table(table(summary["saes"])))
+    if note := massive_note(summary["saes"]):
+        print(note)
     if summary["equal_l0"]:
         print("\n" + format_table(equal_l0_table(summary["equal_l0"])) + "\n")
     print(f"report: {run / 'report.html'}")
@@ -266,13 +282,17 @@ def _app(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    summary = run_demo(arguments.out)
+    summary = run_stages(demo.stages(arguments.out))
     if summary is None:
         return INTERRUPTED
-    _show(summary, arguments.out)
-    print("took " + ", ".join(f"{stage} {value:.0f} s" for stage, value in summary["seconds"].items()))
-    print(f"next: saebench steer rank --sae {arguments.out}/saes/{INDEXED}")
+    _show_run(summary, arguments.out)
+    print(f"next: saebench app {arguments.out}, or saebench steer rank --sae {arguments.out}/saes/{demo.INDEXED}")
     return 0
+
+
+def _show_run(summary: dict[str, Any], run: Path) -> None:
+    _show(summary, run)
+    print("took " + ", ".join(f"{stage} {value:.0f} s" for stage, value in summary["seconds"].items()))
 
 
 def _store_info(arguments: argparse.Namespace) -> int:

@@ -44,8 +44,8 @@ Count = Annotated[int, parse_count]
 Multiple = Annotated[float, parse_multiple]
 
 
-def add_arguments(parser: argparse.ArgumentParser, config: type) -> None:
-    """One option per field of `config`; a field without a default is required."""
+def add_arguments(parser: argparse.ArgumentParser, config: type, positional: str | None = None) -> None:
+    """One option per field of `config`; a field without a default is required, and one may be `positional`."""
     helps = _field_docs(config)
     for field in dataclasses.fields(config):
         hint = typing.get_type_hints(config, include_extras=True)[field.name]
@@ -63,7 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser, config: type) -> None:
                 "metavar": metavar,
                 "choices": choices,
             }
-        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+        if field.name == positional:
+            parser.add_argument(field.name, type=options["type"], metavar=field.name.upper(), help=helps[field.name])
+        else:
+            parser.add_argument("--" + field.name.replace("_", "-"), **options)
 
 
 def from_arguments(config: type[T], arguments: argparse.Namespace) -> T:

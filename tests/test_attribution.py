@@ -1,5 +1,7 @@
 """Attribution to latents: sums, and agreement with what ablation does."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -42,16 +44,22 @@ def logits_at(model: LanguageModel, tokens: np.ndarray, x_LD: torch.Tensor) -> t
 
 
 @pytest.mark.parametrize("steps", [1, 12])
+@pytest.mark.parametrize("everywhere", [True, False])
 def test_effects_and_errors_sum_to_the_difference(
-    model: LanguageModel, sae: SAE, tokens: np.ndarray, steps: int
+    model: LanguageModel, sae: SAE, tokens: np.ndarray, steps: int, everywhere: bool
 ) -> None:
+    """BOS is an attention sink and left as it is, unless asked for."""
     target = int(model.tokenizer(" line", add_special_tokens=False)["input_ids"][0])
     metric = logit_of(target)
-    got = attribute(model, sae, HOOK, tokens, metric, steps=steps)
+    got = attribute(model, sae, HOOK, tokens, metric, steps=steps, longest=None if everywhere else math.inf)
     x_LD = vectors(model, tokens)
     # At x₀ the decoder bias stands at every position, brought back to the size of the row where the SAE rescales.
     _, scale, shift = normalized(x_LD, sae.normalize)
-    base_LD = (sae.b_dec * scale + shift).expand_as(x_LD).detach()
+    base_LD = (sae.b_dec * scale + shift).expand_as(x_LD).detach().clone()
+    if not everywhere:
+        base_LD[0] = x_LD[0]
+        assert 0 not in got.positions
+        assert got.errors[0] == 0
     with torch.no_grad():
         assert got.metric == pytest.approx(float(metric(logits_at(model, tokens, x_LD))), rel=1e-4)
         assert got.baseline == pytest.approx(float(metric(logits_at(model, tokens, base_LD))), rel=1e-4)
@@ -89,6 +97,20 @@ def test_ablating_a_latent_that_does_not_fire_changes_nothing(
     assert logits.abs().max() == 0
     assert loss[:-1].abs().max() == 0
     assert loss[-1].isnan()
+
+
+def test_massive_vectors_are_left_alone(model: LanguageModel, sae: SAE, tokens: np.ndarray) -> None:
+    norms = vectors(model, tokens).norm(dim=1)
+    longest = float(norms[1:].median())
+    short = np.flatnonzero((norms <= longest).numpy() & (np.arange(len(tokens)) > 0))
+    got = attribute(model, sae, HOOK, tokens, logit_of(5), longest=longest)
+    assert set(got.positions) == set(short)
+    everywhere = attribute(model, sae, HOOK, tokens, logit_of(5), longest=None)
+    assert set(everywhere.positions) == set(range(len(tokens)))
+    at = {int(latent): set(everywhere.positions[everywhere.latents == latent]) for latent in everywhere.latents}
+    latent = next(latent for latent, places in at.items() if not places & set(short))
+    assert ablation_effects(model, sae, HOOK, tokens, latent, longest=longest)[0].abs().max() == 0
+    assert ablation_effects(model, sae, HOOK, tokens, latent, longest=None)[0].abs().max() > 0
 
 
 def test_nonsense_is_refused(model: LanguageModel, sae: SAE, tokens: np.ndarray) -> None:

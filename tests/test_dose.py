@@ -1,5 +1,6 @@
 """Dose-response and scores on an SAE with one planted latent: it fires on a token, and its direction brings that token."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -14,7 +15,7 @@ from saebench.cli import main
 from saebench.index import FeatureIndex, IndexConfig, build_index
 from saebench.models import LanguageModel, load_model, logits
 from saebench.sae import initialise, new_sae, save_sae
-from saebench.steer import Sampling, arms_of, generate, steered
+from saebench.steer import Sampling, arms_of, generate, scores, steered
 from saebench.steer.dose import (
     Dose,
     DoseConfig,
@@ -175,6 +176,67 @@ def test_output_scores_are_the_gain_of_the_top_tokens_when_clamped(
     again = read_scores(index)
     assert again is not None
     np.testing.assert_array_equal(again.output, found.output)
+    assert again.measured.all()
+
+
+def test_a_screen_chooses_which_latents_are_measured_whole(
+    bench: Bench, index: FeatureIndex, model: LanguageModel
+) -> None:
+    """The others' scores are estimates, and say so; what was measured stays when more is asked for."""
+    scores_path(index).unlink(missing_ok=True)
+    config = ScoreConfig(strength=2.0, prompts=4, prompt_tokens=8, whole=6)
+    every = score(model, bench.sae, index, dataclasses.replace(config, whole=LATENTS))
+    assert every is not None
+    scores_path(index).unlink()
+    found = score(model, bench.sae, index, config)
+    assert found is not None
+    assert found.measured.sum() == 6
+    assert found.measured[PLANTED]
+    np.testing.assert_allclose(found.output[found.measured], every.output[found.measured], atol=1e-6)
+    assert np.isfinite(found.output).all()
+    assert found.whole
+    others = np.flatnonzero(~found.measured)[:2]
+    more = score(model, bench.sae, index, config, among=others)
+    assert more is not None
+    assert more.measured.sum() == 8
+    np.testing.assert_allclose(more.output[others], every.output[others], atol=1e-6)
+    # Of another index they are not read, and of other settings they are begun anew.
+    alone = score(model, bench.sae, index, dataclasses.replace(config, strength=1.0), among=others)
+    assert alone is not None
+    assert not alone.whole
+    assert alone.measured.sum() == 2
+
+
+def test_scoring_that_is_stopped_keeps_what_it_has(folder: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, config = bench.index, ScoreConfig(prompts=2, whole=4)
+    assert index
+    scores_path(index).unlink(missing_ok=True)
+    want = score(bench.model, bench.sae, index, config)
+    assert want is not None
+    scores_path(index).unlink()
+    monkeypatch.setattr(scores, "_LOGITS", 5 * 2 * bench.model.n_vocab)  # five latents at once
+    with monkeypatch.context() as patch:
+        patch.setattr(scores, "interruptible", lambda: contextlib.nullcontext(Stops(after=2)))
+        assert score(bench.model, bench.sae, index, config) is None
+    kept = read_scores(index)
+    assert kept is not None
+    assert np.isfinite(kept.output).sum() == 10
+    got = score(bench.model, bench.sae, index, config)
+    assert got is not None
+    for name, values in want._asdict().items():
+        np.testing.assert_allclose(getattr(got, name), values, atol=1e-6)
+
+
+class Stops:
+    """An interruption after so many looks."""
+
+    def __init__(self, after: int) -> None:
+        self.looks, self.after = 0, after
+
+    @property
+    def requested(self) -> bool:
+        self.looks += 1
+        return self.looks > self.after
 
 
 def test_scores_of_another_index_are_not_read(bench: Bench, index: FeatureIndex, model: LanguageModel) -> None:

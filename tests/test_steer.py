@@ -141,6 +141,18 @@ def test_several_read_what_was_there_before_any_of_them(model: LanguageModel) ->
     near(got, logits_with(model, ids, change))
 
 
+def test_vectors_too_long_are_left_alone(model: LanguageModel) -> None:
+    sae, ids = sae_for(model), ids_of(model, PROMPTS[1])
+    norms_L = residual(model, ids).norm(dim=1)
+    longest = float(norms_L[1:].median())
+    short_L = (norms_L <= longest) & (torch.arange(len(ids)) > 0)
+    assert 0 < int(short_L.sum()) < len(ids) - 1
+    one = Intervention(sae=sae, hook=HOOK, latent=LATENT, strength=4.0, longest=longest)
+    with steered(model, [one]):
+        got = logits_with(model, ids)
+    near(got, logits_with(model, ids, lambda x: x + short_L[None, :, None] * 4.0 * sae.W_dec[LATENT].detach()))
+
+
 def test_layers_and_conditions(model: LanguageModel) -> None:
     """At two hooks, the second reads what the first made; where a latent fires, and nowhere else."""
     sae, ids = sae_for(model), ids_of(model, PROMPTS[1])

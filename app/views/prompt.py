@@ -64,10 +64,13 @@ def tokens_html(found: TextFeatures, position: int | None, focus: int | None) ->
     for unit in units(found.pieces):
         place = unit.strongest(values.tolist())
         value = float(values[place])
+        massive = bool(found.massive[list(unit.places)].any())
+        title = f"{value:.0f} of these latents" if focus is None else number(value)
         spans.append(
             token_html(
-                unit.text, value, float(values.max()), pick=f"at:{place}", kind="chosen" if position in unit.places else "",
-                title=unit.named(f"{value:.0f} of these latents" if focus is None else number(value)),
+                unit.text, value, float(values.max()), pick=f"at:{place}",
+                kind=" ".join(["chosen"] * (position in unit.places) + ["massive"] * massive),
+                title=unit.named("massive activation: left out, and left alone by steering" if massive else title),
             )
         )  # fmt: skip
     return f'<div class="sb-text">{"".join(spans)}</div>'
@@ -124,6 +127,8 @@ def results(sae: Trained, table: LatentTable) -> None:
         if focus not in {firing.latent for firing in found.firings}:
             focus = None
         clickable(tokens_html(found, position, focus), "tokens", picked)
+        if found.massive.any():
+            st.caption("A dashed frame marks a massive activation, an attention sink: no latent is looked for there.")
         if position is not None:
             st.caption(f"Only token {position}: pick it again for the whole text.")
         if found.target is not None:

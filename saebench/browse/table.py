@@ -70,8 +70,11 @@ class LatentTable:
     def __init__(self, index: FeatureIndex, notes: Notes, scores: Scores | None = None) -> None:
         self.index, self.notes = index, notes
         self.columns = dict(index.columns)
+        self.estimated = np.zeros(index.d_sae, bool)
+        """`[F]` whose output score is an estimate of the screen"""
         if scores is not None:
             self.columns |= {"input": scores.input, "output": scores.output}
+            self.estimated |= ~scores.measured
         elif "rule_f1" in self.columns:
             self.columns["input"] = self.columns["rule_f1"]
 

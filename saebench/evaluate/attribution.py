@@ -4,12 +4,13 @@ At a hook x = x₀ + Σ f d + ε: latents' activations f times their decoder row
 each at every position. Legend: L positions, N active latents (pairs of position and latent), D d_in, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from saebench.models import LanguageModel, capture, edits, logits
@@ -55,25 +56,29 @@ def logit_of(token: int, position: int = -1, against: int | None = None) -> Metr
 
 
 def attribute(
-    model: LanguageModel, sae: SAE, hook: str, tokens: Int[np.ndarray, " L"], metric: Metric, *, steps: int = 1
-) -> Attribution:
+    model: LanguageModel, sae: SAE, hook: str, tokens: Int[np.ndarray, " L"], metric: Metric, *, steps: int = 1,
+    longest: float | None = math.inf,
+) -> Attribution:  # fmt: skip
     """Attribute a metric of the logits of one text to the latents of an SAE at `hook`.
 
     With `steps` 1: gradient × activation, f ∇m·d at x (Marks et al. 2024, "Sparse feature circuits", section 2, with
     the error as a node). With more: integrated gradients, ∇m averaged along the straight line from x₀ to x at the `steps`
     points of Gauss and Legendre (Sundararajan et al. 2017, section 3); `total` then comes to metric − baseline, within
     a percent at 10 steps, unless x₀ is near zero: a model's norms have no derivative there, and no number of steps helps.
-    Raises ValueError when `steps` is under 1.
+    Special tokens and vectors of a norm above `longest` are left as they are, x₀ included, and no effect is theirs; None leaves
+    out nothing. Raises ValueError when `steps` is under 1.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; expected 1 (gradient × activation) or more (integrated gradients)")
     ids = torch.as_tensor(tokens, device=model.device).long()[None]
     x_LD = capture(model, ids, [hook])[hook][0].float().clone()
     with torch.no_grad():
+        alone_L = left_alone(model, ids[0], x_LD, longest)
         code, values = encode_sparse(sae, x_LD)
-        rows, latents = code.rows.long(), code.latents.long()
+        counted = ~alone_L[code.rows.long()]
+        rows, latents, values = code.rows.long()[counted], code.latents.long()[counted], values[counted]
         _, scale, shift = normalized(x_LD, sae.normalize)
-        base_LD = (sae.b_dec * scale + shift).expand_as(x_LD)
+        base_LD = torch.where(alone_L[:, None], x_LD, sae.b_dec * scale + shift)
         scale_L = torch.as_tensor(scale, device=x_LD.device).expand(len(x_LD), 1)[:, 0].float()
         parts_LD = torch.zeros_like(x_LD)
         for picked in _blocks(len(rows), sae.d_in):
@@ -95,20 +100,31 @@ def attribute(
     return Attribution(rows_N, latents_N, values_N, effects_N, errors, ends[0], ends[1])
 
 
+def left_alone(
+    model: LanguageModel, ids: Int[Tensor, " L"], x_LD: Float[Tensor, "L D"], longest: float | None
+) -> Bool[Tensor, " L"]:
+    """The positions of special tokens and of vectors of a norm above `longest`; none where it is None."""
+    if longest is None:
+        return torch.zeros_like(ids, dtype=torch.bool)
+    special = torch.tensor(sorted(model.encoder.special), device=ids.device)
+    return torch.isin(ids, special) | (x_LD.norm(dim=1) > longest)
+
+
 def ablation_effects(
-    model: LanguageModel, sae: SAE, hook: str, tokens: Int[np.ndarray, " L"], latent: int
-) -> tuple[Float[Tensor, "L V"], Float[Tensor, " L"]]:
+    model: LanguageModel, sae: SAE, hook: str, tokens: Int[np.ndarray, " L"], latent: int,
+    *, longest: float | None = math.inf,
+) -> tuple[Float[Tensor, "L V"], Float[Tensor, " L"]]:  # fmt: skip
     """(change of the logits, change of the next-token loss in nats; NaN at the last) when a latent is set to 0 on a text.
 
-    The SAE's error and all other latents are kept: f d is taken off wherever the latent fires. Raises ValueError for a
-    latent that the SAE does not have.
+    The SAE's error and all other latents are kept: f d is taken off wherever the latent fires, but for special tokens and vectors
+    of a norm above `longest`; None leaves out nothing. Raises ValueError for a latent that the SAE does not have.
     """
     encode = latent_encoder(sae, [latent])
     ids = torch.as_tensor(tokens, device=model.device).long()[None]
     x_LD = capture(model, ids, [hook])[hook][0].float().clone()
     with torch.no_grad():
         _, scale, _ = normalized(x_LD, sae.normalize)
-        acts_L = encode(x_LD)[:, 0]
+        acts_L = encode(x_LD)[:, 0].masked_fill(left_alone(model, ids[0], x_LD, longest), 0.0)
         off_LD = acts_L[:, None] * sae.W_dec[latent] * scale
         clean, without = (_logits(model, ids, hook, rows) for rows in (x_LD, x_LD - off_LD))
         loss = torch.full_like(acts_L, torch.nan)

@@ -96,7 +96,10 @@ class Measurement:
         self.model, self.hook, self.mean_D, self.pca, self.subjects = model, hook, mean_D, pca, subjects
         self.bound = bound
         self.shared = Sums()
-        self._resume: bool | None = None
+        self._resume = resumes(model, hook)
+        """whether a pass may begin at the hook"""
+        if not self._resume:
+            _log.warning("%s has layers that read more than the stream: every arm runs it whole", model.id)
 
     def add(self, batch: Batch) -> None:
         """Run the clean, the zero-ablated, the mean-ablated and each SAE's spliced model on a batch."""
@@ -165,11 +168,7 @@ class Measurement:
             subject.sums.add(docs_M, {"massive_error": (x_MD - x_hat_MD).double().pow(2).sum(1)})
 
     def _states(self, clean: CleanPass, value_BLD: Tensor) -> Tensor:
-        """`last_states` of the model with `value_BLD` at the hook; the first batch decides whether blocks may be skipped."""
-        if self._resume is None:
-            self._resume = resumes(self.model, clean)
-            if not self._resume:
-                _log.warning("%s has layers that read more than the stream: every arm runs it whole", self.model.id)
+        """`last_states` of the model with `value_BLD` at the hook."""
         return (resumed_states if self._resume else spliced_states)(self.model, clean, value_BLD)
 
 

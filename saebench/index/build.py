@@ -289,6 +289,7 @@ class _Publisher:
             "settings": json.dumps(settings),
             "store": str(plan.store.folder),
             "hook": plan.hook,
+            "longest": plan.bound,
             "d_sae": plan.sae.d_sae,
             "context": plan.store.context,
             "bin_edges": bin_edges(plan.scale),

@@ -22,6 +22,8 @@ FIGURES = {
     "detection": "rule: detection",
     "rule_f1": "rule: F1",
     "output": "output score",
+    "estimate": "output score, estimated",
+    "massive": "firings on massive rows, left out",
 }
 """Labels of a latent's figures, in the order in which every page has them."""
 
@@ -61,7 +63,7 @@ def figures_html(latent: Latent, scores: Mapping[str, float] | None = None) -> s
     cells = [
         f"<div><dt>{label}</dt><dd>{figure(name, figures[name])}</dd></div>"
         for name, label in FIGURES.items()
-        if name in figures and not np.isnan(figures[name])
+        if name in figures and not np.isnan(figures[name]) and (figures[name] or name != "massive")
     ]
     cells += [f'<div><dt>flag</dt><dd class="flag">{flag.replace("_", " ")}</dd></div>' for flag in latent.flags]
     return f'<dl class="figures">{"".join(cells)}</dl>'
@@ -199,7 +201,7 @@ def figure(name: str, value: float) -> str:
     """A figure of a latent as every page writes it."""
     if name == "density":
         return f"{value:.3%}"
-    return f"{value:,.0f}" if name == "fires" else number(value)
+    return f"{value:,.0f}" if name in ("fires", "massive") else number(value)
 
 
 def _spaced(piece: str) -> str:

@@ -1,6 +1,7 @@
 """Read a feature index: any latent at random, columns for the table, contexts cut from the store."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -130,6 +131,13 @@ class FeatureIndex:
         self.bin_edges: np.ndarray = attributes["bin_edges"]
         self.position_edges: np.ndarray = attributes["position_edges"]
         self.identity: dict[str, str] = json.loads(attributes["identity"])
+
+    @cached_property
+    def longest(self) -> float:
+        """The norm above which a vector at the hook is massive: left out here, and left alone by whatever edits the stream."""
+        if "longest" in self._file.attrs:
+            return float(self._file.attrs["longest"])
+        return self.store.norms(self.hook).bound if self.has_store else math.inf
 
     @property
     def store(self) -> Store:

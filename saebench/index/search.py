@@ -4,6 +4,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from saebench.evaluate.attribution import attribute, logit_of
 from saebench.index.reader import FeatureIndex
@@ -45,6 +47,8 @@ class TextFeatures(NamedTuple):
     pieces: list[str]
     firings: list[Firing]
     """ranked, the first first"""
+    massive: np.ndarray
+    """`[L]` whose vectors are massive: nothing is looked for there"""
     target: int | None = None
     """the token whose logit was attributed"""
 
@@ -63,7 +67,7 @@ def features_for_text(
 ) -> TextFeatures:
     """The latents that fire on a text, ranked by their strongest activation, by its quantile in the index, or by attribution.
 
-    Firings are looked for on all tokens but special ones, or at one `position` alone. A density above `max_density` leaves a
+    Firings are looked for on all tokens but special ones and those of massive vectors, or at one `position` alone. A density above `max_density` leaves a
     latent out. Attribution (gradient × activation) is to the logit, less the mean logit, of the token `target` after
     `position` or after the text; without a `target`, of the token that follows in the text, or that the model holds most likely.
     Raises ValueError for a text of no tokens or of more than the model takes, a position not in it, and a `target` that the
@@ -73,16 +77,19 @@ def features_for_text(
     if position is not None and not 0 <= position < len(tokens):
         raise ValueError(f"position is {position}; the text has tokens 0 to {len(tokens) - 1}")
     effects = None
+    x_LD = _vectors(model, index.hook, tokens)
+    massive = (x_LD.norm(dim=1) > index.longest).cpu().numpy()
     if rank == "attribution":
         target = _target(model, tokens, position, target)
         metric = logit_of(target, -1 if position is None else position)
-        rows, latents, acts, effects, *_ = attribute(model, sae, index.hook, tokens, metric)
+        rows, latents, acts, effects, *_ = attribute(model, sae, index.hook, tokens, metric, longest=index.longest)
     else:
         target = None
-        rows, latents, acts = _firings(model, sae, index.hook, tokens)
+        code, values = encode_sparse(sae, x_LD.to(sae.W_dec.device))
+        rows, latents, acts = (part.cpu().numpy() for part in (code.rows, code.latents, values))
     density = index.columns["density"]
-    special = np.isin(tokens, list(model.encoder.special))
-    wanted = ~special[rows] & (density[latents] <= max_density)
+    left_out = np.isin(tokens, list(model.encoder.special)) | massive
+    wanted = ~left_out[rows] & (density[latents] <= max_density)
     if position is not None:
         wanted &= rows == position
     order = np.flatnonzero(wanted)[np.argsort(latents[wanted], kind="stable")]
@@ -97,17 +104,19 @@ def features_for_text(
         for latent, group, quantile in zip(ids, groups, quantiles, strict=True)
     ]  # fmt: skip
     firings.sort(key=_KEYS[rank])
-    return TextFeatures(tokens, index.running(tokens), firings[:limit], target)
+    return TextFeatures(tokens, index.running(tokens), firings[:limit], massive, target)
 
 
-def activations_on(model: LanguageModel, sae: SAE, hook: str, text: str, latent: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens of a text, BOS first, and one latent's activation on each, 0 on special ones). Raises ValueError as `features_for_text`."""
+def activations_on(
+    model: LanguageModel, sae: SAE, index: FeatureIndex, text: str, latent: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens of a text, BOS first, and one latent's activation on each, 0 on special ones and massive vectors). Raises ValueError as `features_for_text`."""
     tokens = np.array(model.tokens_of(text))
+    x_LD = _vectors(model, index.hook, tokens)
     with torch.no_grad():
-        x_LD = capture(model, torch.tensor(tokens, device=model.device)[None], [hook])[hook][0]
-        values = latent_encoder(sae, [latent])(x_LD.to(sae.W_dec.device, torch.float32))[:, 0].cpu().numpy()
-    special = np.isin(tokens, list(model.encoder.special))
-    return tokens, np.where(special, 0.0, values)
+        values = latent_encoder(sae, [latent])(x_LD.to(sae.W_dec.device))[:, 0].cpu().numpy()
+    left_out = np.isin(tokens, list(model.encoder.special)) | (x_LD.norm(dim=1) > index.longest).cpu().numpy()
+    return tokens, np.where(left_out, 0.0, values)
 
 
 _KEYS = {
@@ -117,13 +126,8 @@ _KEYS = {
 }
 
 
-def _firings(
-    model: LanguageModel, sae: SAE, hook: str, tokens: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    with torch.no_grad():
-        x_LD = capture(model, torch.tensor(tokens, device=model.device)[None], [hook])[hook][0]
-        code, values = encode_sparse(sae, x_LD.to(sae.W_dec.device, torch.float32))
-    return code.rows.cpu().numpy(), code.latents.cpu().numpy(), values.cpu().numpy()
+def _vectors(model: LanguageModel, hook: str, tokens: np.ndarray) -> Float[Tensor, "L D"]:
+    return capture(model, torch.tensor(tokens, device=model.device)[None], [hook])[hook][0].float()
 
 
 def _target(model: LanguageModel, tokens: np.ndarray, position: int | None, target: int | None) -> int:

@@ -62,6 +62,8 @@ class Intervention:
     """of these positions only those"""
     bos: bool = False
     """whether BOS tokens are edited too: attention sinks, whose vectors are like no other"""
+    longest: float = math.inf
+    """vectors of a greater norm are left alone: sinks that are not BOS (`FeatureIndex.longest` says where they begin)"""
     random: int | None = None
     """a seed: a random direction as long as the latent's in its stead, everything else the same; a control"""
 
@@ -162,7 +164,7 @@ def units_of(sae: SAE, latent: int, index: FeatureIndex | None = None) -> Units:
     norm = float(sae.W_dec[latent].norm())
     if index is None:
         return Units(norm)
-    median = float(index.store.statistics(index.hook)["median_norm"]) if index.has_store else None
+    median = index.store.norms(index.hook).median if index.has_store else None
     return Units(norm, float(index.columns["max"][latent]), median)
 
 
@@ -281,8 +283,9 @@ class _Group:
 
     def edited(self, x_nD: Float[Tensor, "n D"], masks: list[Bool[Tensor, " n"]]) -> Float[Tensor, "n D"]:
         acts = {sae: (encode(x_nD), columns) for sae, (encode, columns) in self._encoders.items()}
-        change_nD, last = torch.zeros_like(x_nD), []
+        change_nD, last, norm_n = torch.zeros_like(x_nD), [], x_nD.norm(dim=1)
         for one, d_D, mask_n in zip(self.interventions, self.directions, masks, strict=True):
+            mask_n = mask_n & (norm_n <= one.longest)
             if one.where is not None:
                 acts_nG, columns = acts[one.sae]
                 mask_n = mask_n & (acts_nG[:, columns[one.where.latent]] > one.where.above)

@@ -1,6 +1,7 @@
 """Steering from the command line: what belongs together is opened, and one thing done with it."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,7 +33,12 @@ class Bench:
     def intervention(self, latent: int, strength: str | int | float = "0.5n", mode: Mode = "add") -> Intervention:
         """An intervention at a strength written `12`, `6x` or `0.5n` (see `Units`); for `scale` a plain factor."""
         raw = 0.0 if mode == "ablate" else units_of(self.sae, latent, self.index).raw(strength, mode)
-        return Intervention(sae=self.sae, hook=self.hook, latent=latent, mode=mode, strength=raw)
+        return Intervention(sae=self.sae, hook=self.hook, latent=latent, mode=mode, strength=raw, longest=self.longest)
+
+    @property
+    def longest(self) -> float:
+        """Longer vectors are massive, and left alone."""
+        return math.inf if self.index is None else self.index.longest
 
 
 def open_bench(
@@ -72,6 +78,8 @@ class SteerConfig:
     """add: x + c d; clamp: the latent set to c; scale: the latent times c; ablate: set to 0; orthogonal: x's part along d replaced by c d"""
     positions: Literal["all", "prompt", "generated"] = "all"
     """where; BOS is left alone, and `generated` begins with the first generated token's own vector"""
+    massive: bool = False
+    """edit massive vectors too: attention sinks that are not BOS"""
     prompt: str = ""
     """text to continue"""
     n: Count = 3
@@ -120,7 +128,11 @@ def steer(config: SteerConfig) -> Generation:
     bench = config.open()
     strengths = config.strength * (len(config.latent) if len(config.strength) == 1 else 1)
     interventions = [
-        dataclasses.replace(bench.intervention(latent, strength, config.mode), positions=config.positions)
+        dataclasses.replace(
+            bench.intervention(latent, strength, config.mode),
+            positions=config.positions,
+            **({"longest": math.inf} if config.massive else {}),
+        )
         for latent, strength in zip(config.latent, strengths, strict=True)
     ]
     sampling = Sampling(
@@ -147,7 +159,14 @@ def sweep(config: SteerConfig) -> DoseResponse:
     bench, latent = config.open(), max(config.latent)
     if len(config.latent) > 1 or bench.index is None:
         raise ValueError("--sweep is of one latent of an indexed SAE; run `saebench index` first, or name one latent")
-    start = Intervention(sae=bench.sae, hook=bench.hook, latent=latent, mode=config.mode, positions=config.positions)
+    start = Intervention(
+        sae=bench.sae,
+        hook=bench.hook,
+        latent=latent,
+        mode=config.mode,
+        positions=config.positions,
+        longest=bench.longest,
+    )
     usual = FACTORS if config.mode == "scale" else STRENGTHS
     strengths = usual if config.strength == ("0.5n",) else config.strength
     doses = DoseConfig(strengths=strengths, seed=config.seed, max_new_tokens=config.max_new_tokens)

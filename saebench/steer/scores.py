@@ -6,7 +6,6 @@ All latents are screened on short prompts, and the best of them measured whole: 
 Legend: P prompts, L positions, D d_in, F latents, f latents of one batch, V vocabulary.
 """
 
-import dataclasses
 import json
 import time
 from dataclasses import dataclass
@@ -43,12 +42,16 @@ class ScoreConfig:
     """of each, BOS included"""
     seed: int = 0
     """of their choice"""
-    screen_prompts: int = 3
-    """of them, on whose beginnings every latent is screened"""
-    screen_tokens: int = 4
-    """of each of these, BOS included"""
+    screen_tokens: int = 2
+    """of each, BOS and the last ones, on which every latent is screened"""
     whole: int = 400
     """latents measured on all prompts, those that the screen puts first"""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.screen_tokens <= self.prompt_tokens:
+            raise ValueError(
+                f"screen_tokens is {self.screen_tokens}; expected 2 to prompt_tokens = {self.prompt_tokens}"
+            )
 
 
 class Scores(NamedTuple):
@@ -87,13 +90,12 @@ def score(
     What was scored is kept, and the same call goes on from there. Raises ValueError for an index without logits, a store with too
     few held-out contexts, and a model whose later layers read more than the residual stream.
     """
-    config = dataclasses.replace(config, screen_tokens=min(config.screen_tokens, config.prompt_tokens))
     scores = _begun(index, config) or Scores(
         index.columns.get("rule_f1", np.full(sae.d_sae, np.nan)).astype(np.float32),
         np.full(sae.d_sae, np.nan, np.float32), np.full(sae.d_sae, np.nan, np.float32), np.zeros(sae.d_sae, bool),
     )  # fmt: skip
     prompts = np.stack(held_out(index.store, config.prompts, config.prompt_tokens, config.seed))
-    short = prompts[: config.screen_prompts, : config.screen_tokens]
+    short = np.concatenate([prompts[:, :1], prompts[:, 1 - config.screen_tokens :]], 1)
     with interruptible() as interrupt:
         for stage, tokens in (("screen", short), ("measure", prompts)):
             whole = stage == "measure"
@@ -134,10 +136,11 @@ class _Trial:
         norms = index.store.norms(index.hook)
         self._raw_F = config.strength * norms.median / sae.W_dec.norm(dim=1)
         tokens = torch.as_tensor(prompts, device=model.device).long()
-        if not resumes(model, once := clean_pass(model, tokens, index.hook)):
+        if not resumes(model, index.hook):
             raise ValueError(
                 f"model {model.id!r} cannot be scored: layers after {index.hook} read more than its output"
             )
+        once = clean_pass(model, tokens, index.hook)
         self._clean = clean_pass(model, tokens.repeat(self.size, 1), index.hook)
         self._x_PLD = once.value.float()
         self._left_alone_PL = self._x_PLD.norm(dim=2) > norms.bound

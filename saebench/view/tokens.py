@@ -23,6 +23,7 @@ CSS = """
 .sb-change .sb-on.sb-down { background: color-mix(in srgb, var(--sb-hue) calc(6% + 40% * var(--a)), transparent);
   border-bottom: calc(1px + 3px * var(--a)) dashed var(--sb-line); }
 .sb-t[data-pick] { cursor: pointer; } .sb-t.chosen { outline: 2px solid var(--sb-ink); outline-offset: 1px; }
+.sb-t.massive { outline: 1px dashed var(--sb-ink); outline-offset: 1px; }
 .sb-t:focus-visible { outline: 2px solid var(--sb-line); outline-offset: 1px; }
 .sb-t[data-v]:hover::after, .sb-t[data-v]:focus::after { content: attr(data-v); position: absolute; left: 0; top: 1.6em; z-index: 2;
   background: var(--sb-ink); color: var(--sb-paper); font-size: 11px; line-height: 1.5; padding: 1px 6px; border-radius: 3px;

@@ -1,0 +1,202 @@
+"""Every family of docs/models.md on a tiny checkpoint: loading, and what is tried of a loaded model. All stages, for some or for all.
+
+SAEBENCH_FAMILIES=all runs all stages for all of them (`make families`).
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, REFUSED, VOCABULARY, WIDTH, make
+from transformers import PreTrainedTokenizerFast
+
+from saebench.evaluate import EvalConfig, evaluate
+from saebench.files import read_json
+from saebench.harvest import HarvestConfig, harvest
+from saebench.index import IndexConfig, build_index, open_feature_index
+from saebench.index.search import features_for_text
+from saebench.models import (
+    LanguageModel,
+    capture,
+    check_hook,
+    check_padding,
+    head,
+    hook_name,
+    last_states,
+    load_model,
+    logits,
+    next_logits,
+    repeated,
+    spliced_logits,
+    unembedding,
+)
+from saebench.steer import Sampling, arms_of, generate, open_bench
+from saebench.text import TextConfig
+from saebench.train import TrainConfig, train
+
+TOKENS = torch.randint(1, 300, (2, 10), generator=torch.Generator().manual_seed(0))
+SOME = ("gpt2", "gemma3", "qwen3_next", "opt", "granite", "mamba")
+STAGED = tuple(FAMILIES) if os.environ.get("SAEBENCH_FAMILIES") == "all" else SOME
+AFTER = ("mamba", "mamba2", "falcon_mamba", "rwkv")
+"""whose hidden states in transformers are those behind each layer"""
+SLOPPY = ("bamba",)
+"""whose cached passes differ from whole ones by more than rounding, in transformers itself"""
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def named(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
+) -> tuple[str, LanguageModel]:
+    path = make(request.param, tmp_path_factory.mktemp("family"), tokenizer)
+    return request.param, load_model(str(path), device="cpu", dtype="float32")
+
+
+def test_what_is_tried_of_a_loaded_model(named: tuple[str, LanguageModel]) -> None:
+    name, model = named
+    family = FAMILIES[name]
+    assert (model.d_model, model.n_vocab) == (WIDTH, VOCABULARY)
+    post = [hook_name(layer) for layer in range(model.n_layers)]
+    pre = [hook_name(layer, "resid_pre") for layer in range(model.n_layers)]
+    got = capture(model, TOKENS, [*post, *pre])
+    with torch.inference_mode():
+        want = model.module(TOKENS, use_cache=False, output_hidden_states=True)
+    # The streams of Hugging Face, but for the last one, which comes after the final norm.
+    for layer, hook in enumerate(post[:-1] if name in AFTER else pre):
+        torch.testing.assert_close(got[hook], want.hidden_states[layer], rtol=1e-5, atol=1e-5)
+    for layer in range(1, model.n_layers):
+        assert torch.equal(got[pre[layer]], got[post[layer - 1]])
+    made = head(model, last_states(model, TOKENS).flatten(0, 1)).view_as(want.logits)
+    torch.testing.assert_close(made, want.logits, rtol=1e-3, atol=1e-3)
+    for hook in (*post, *pre):
+        check_hook(model, hook)
+    if family.logits:
+        found = unembedding(model)
+        assert found.scale == {"cohere": 0.25, "cohere2": 0.25, "granite": 0.25, "granitemoe": 0.25}.get(name, 1.0)
+    else:
+        with pytest.raises(
+            ValueError, match=r"the logit effects of model .* are not known: .*; index with --no-logits"
+        ):
+            unembedding(model)
+
+
+MISSING = {"attn_out": ("none", "attention", "attention alone"), "mlp_out": ("none", "attention alone")}
+
+
+def fault(model: LanguageModel, hook: str) -> str:
+    try:
+        check_hook(model, hook)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_attention_and_mlp_are_what_they_add_to_the_stream(named: tuple[str, LanguageModel]) -> None:
+    """Where they can be had; elsewhere they are refused by name, and never silently something else."""
+    name, model = named
+    parts = FAMILIES[name].parts
+    taken = 0
+    for layer in range(model.n_layers):
+        for kind in ("attn_out", "mlp_out"):
+            if refused := fault(model, hook_name(layer, kind)):
+                assert hook_name(layer, kind) in refused
+                assert "\n" not in refused
+                assert parts in MISSING[kind]
+                continue
+            taken += 1
+            value = capture(model, TOKENS, [hook_name(layer, kind)])[hook_name(layer, kind)]
+            assert value.shape == (*TOKENS.shape, WIDTH)
+            before, after = (hook_name(layer, "resid_pre"), hook_name(layer))
+            zero = spliced_logits(model, TOKENS, hook_name(layer, kind), torch.zeros_like)
+            with torch.inference_mode():
+                assert not torch.allclose(zero, logits(model, TOKENS))
+            if kind == "mlp_out" and parts == "all" and name != "falcon_h1":  # which has a mixer beside its attention
+                names = [before, hook_name(layer, "attn_out"), hook_name(layer, kind), after]
+                streams = capture(model, TOKENS, names)
+                total = sum(streams[part] for part in names[:3])
+                torch.testing.assert_close(total, streams[after], rtol=1e-3, atol=1e-3)
+    assert (taken == 0) == (parts == "none")
+    if parts == "all":
+        assert taken == 2 * model.n_layers
+
+
+def test_texts_go_on_from_a_cache(named: tuple[str, LanguageModel]) -> None:
+    name, model = named
+    _, cache = next_logits(model, TOKENS)
+    with torch.inference_mode():
+        whole = logits(model, TOKENS)
+    torch.testing.assert_close(next_logits(model, TOKENS, keep=3)[0], whole[:, -3:], rtol=1e-3, atol=1e-3)
+    if cache is not None and name not in SLOPPY:
+        cache = repeated(cache, 2)
+        tokens = TOKENS.repeat_interleave(2, 0)
+        if cache is None:  # recurrent states are made again
+            _, cache = next_logits(model, tokens)
+        more = torch.cat([tokens, torch.arange(7, 11)[:, None]], 1)
+        got, _ = next_logits(model, more[:, -1:], cache=cache, seen=TOKENS.shape[1])
+        with torch.inference_mode():
+            torch.testing.assert_close(got, logits(model, more)[:, -1:], rtol=1e-3, atol=1e-3)
+    if FAMILIES[name].lengths:
+        check_padding(model)
+    else:
+        with pytest.raises(ValueError, match="cannot be given texts of different lengths at once"):
+            check_padding(model)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_reads_from_both_sides_is_refused_in_one_line(
+    name: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(ValueError, match=r"is no decoder of text from left to right") as error:
+        load_model(str(make(name, tmp_path, tokenizer)))
+    assert "\n" not in str(error.value)
+    assert "StoreWriter" in str(error.value)  # what can be done instead
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_all_stages(name: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Path) -> None:
+    path, run = make(name, tmp_path, tokenizer), tmp_path / "run"
+    kinds = ("resid_post", "mlp_out") if FAMILIES[name].parts == "all" else ("resid_post",)
+    store = harvest(
+        HarvestConfig(
+            model=str(path), layers=(1,), kinds=kinds, tokens=2_000, context=16, shard_contexts=64, batch=16,
+            dtype="float32", device="cpu", out=tmp_path / "store",
+        ),
+        TextConfig(dataset=str(corpus), validation_fraction=0.3),
+    )  # fmt: skip
+    assert store
+    folders = train(
+        TrainConfig(
+            store=store.folder,
+            hook=tuple(store.hooks),
+            out=run,
+            k=(4,),
+            d_sae=(64,),
+            tokens=8_000,
+            batch=256,
+            device="cpu",
+        )
+    )
+    assert folders
+    assert len(folders) == len(kinds)
+    evaluate(EvalConfig(run=run, tokens=400, dead_rows=1_000, resamples=20, device="cpu"))
+    for folder in folders:
+        metrics = read_json(folder / "evaluation.json")["metrics"]
+        assert 0 < metrics["fvu"] < 1.5
+        assert np.isfinite(metrics["delta_ce"])
+    sae = next(folder for folder in folders if "mlp_out" not in folder.name)
+    index = build_index(IndexConfig(sae=sae, tokens=2_000, sample=500, logits=FAMILIES[name].logits, device="cpu"))
+    assert index
+    bench = open_bench(sae, device="cpu")
+    assert bench.index
+    found = features_for_text(bench.model, bench.sae, bench.index, "the red cat runs", rank="attribution")
+    assert found.firings
+    latent = found.firings[0].latent
+    made = generate(
+        bench.model, "the cat", arms_of([bench.intervention(latent, "2n")]), Sampling(max_new_tokens=4, n_samples=2)
+    )
+    assert len(made.texts) == 8
+    assert all(np.isfinite(text.kl).all() for text in made.texts)
+    assert any(text.kl.max() > 0 for text in made.of("steered"))
+    with open_feature_index(index) as opened:
+        assert (opened.top_logits is not None) == FAMILIES[name].logits
