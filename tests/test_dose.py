@@ -13,6 +13,7 @@ from conftest import CONTEXT, HOOK, WIDTH
 
 from saebench.cli import main
 from saebench.index import FeatureIndex, IndexConfig, build_index
+from saebench.labels import syntax
 from saebench.models import LanguageModel, load_model, logits
 from saebench.sae import initialise, new_sae, save_sae
 from saebench.steer import Sampling, arms_of, generate, scores, steered
@@ -22,9 +23,7 @@ from saebench.steer.dose import (
     DoseResponse,
     dose_response,
     held_out,
-    parses,
     repetition,
-    tokenizes,
     top_tokens,
 )
 from saebench.steer.run import Bench, SteerConfig, open_bench, rank, steer, sweep
@@ -140,7 +139,7 @@ def test_figures_of_a_dose_are_those_of_its_texts(
 
 def test_the_best_dose_is_that_of_the_highest_harmonic_mean() -> None:
     def dose(strength: float, concept: float, fluency: float, arm: str = "steered") -> Dose:
-        return Dose(arm, strength, None, 0.0, 0.0, 0.0, 0.0, 0.0, None, 0.0, 0.0, concept, fluency)
+        return Dose(arm, strength, None, 0.0, 0.0, 0.0, 0.0, 0.0, None, 0.0, concept, fluency)
 
     doses = [
         dose(0.0, 0.0, 1.0, "unsteered"),
@@ -258,26 +257,11 @@ def test_held_out_prompts_are_chosen_by_the_seed(store: Store) -> None:
         held_out(store, 10_000, 5, 0)
 
 
-@pytest.mark.parametrize(
-    ("text", "want"),
-    [
-        ("x = (1,\n     2", True), ("def f(a):\n    return a\n  brok", True), ("    if a:\n        b\n", True),
-        ("'''open\ntext\n", True), ("a = 'unclosed\nb\n", False), ("a = 1 $ 2\n", False), ("if a:\n        b\n    c\n", False), ("", True),
-    ],
-)  # fmt: skip
-def test_what_tokenizes(text: str, want: bool) -> None:
-    assert tokenizes(text) is want
-
-
-@pytest.mark.parametrize(
-    ("text", "want"),
-    [
-        ("x = (1,\n     2\n", True), ("def f(a):\n    return a\n  brok", True), ("    if a:\n        b\n", True), ("", True),
-        ("x = = 1\n", False), ("return a b\n", False), ("s = '\\d'\n", True), ("a = 'nul \0'\n", False), ("if a:\n", True),
-    ],
-)  # fmt: skip
-def test_what_parses(text: str, want: bool) -> None:
-    assert parses(text) is want
+def test_syntax_errors_are_a_share_of_the_text() -> None:
+    assert syntax.share_in_errors(b"") == 0
+    assert syntax.share_in_errors(b"def f(a):\n    return a\n") == 0
+    assert 0 < syntax.share_in_errors(b"x = 1\ny = = 2\nz = 3\n") < 0.5
+    assert syntax.share_in_errors(b"He said, that is: no $ ? (") > 0.2
 
 
 def test_repetition_by_hand() -> None:

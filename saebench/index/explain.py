@@ -10,7 +10,7 @@ from saebench.index.derive import firing
 from saebench.index.evidence import Sample
 from saebench.index.memory import give_back
 from saebench.index.rules import RULE, Rows, describe, fit_rules
-from saebench.labels import Stream, Vocabulary, choose_literals, label
+from saebench.labels import VERSION, Stream, Vocabulary, choose_literals, label
 from saebench.pieces import TokenBytes
 from saebench.runlog import progress
 from saebench.store import Store
@@ -25,13 +25,14 @@ def explain(store: Store, samples: dict[str, Sample], d_sae: int) -> dict[str, d
     """Columns `[d_sae]` of a rule for every latent, and the vocabulary of literals that they are made of.
 
     `samples` are of `train`, any rows of which the first `FIT_ROWS` are used, and `validation`, whole contexts. Where
-    either is empty there are no rules.
+    either is empty, or the store has no texts, there are no rules.
     """
-    if not all(len(samples[split].rows) for split in ("train", "validation")):
+    tokenizer = store.tokenizer()
+    if tokenizer is None or not all(len(samples[split].rows) for split in ("train", "validation")):
         return {}
     fit = samples["train"].stretch(0, FIT_ROWS)
     first = [stream for _, stream in itertools.islice(_streams(store, "train"), _CHUNKS_FOR_VOCABULARY)]
-    texts = TokenBytes(store.tokenizer()).all()
+    texts = TokenBytes(tokenizer).all()
     vocabulary = choose_literals(Stream(*(np.concatenate(parts) for parts in zip(*first, strict=True))), texts)
     rules = fit_rules(
         _rows(store, "train", fit, d_sae, vocabulary),
@@ -40,7 +41,12 @@ def explain(store: Store, samples: dict[str, Sample], d_sae: int) -> dict[str, d
     names = vocabulary.names
     columns = {name: rules[name] for name in RULE.names or ()}
     columns["text"] = np.array([describe(rule, names) for rule in rules], dtype=object)
-    kept = {"tokens": vocabulary.tokens, "previous": vocabulary.previous, "bigrams": vocabulary.bigrams}
+    kept = {
+        "version": np.array(VERSION.encode()),
+        "tokens": vocabulary.tokens,
+        "previous": vocabulary.previous,
+        "bigrams": vocabulary.bigrams,
+    }
     return {"rules": columns, "literals": kept}
 
 

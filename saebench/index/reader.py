@@ -16,7 +16,7 @@ from saebench.index.derive import FLAGS
 from saebench.index.evidence import Sample
 from saebench.index.rules import OPERATORS, holding
 from saebench.index.schema import check_identity, identity_of, open_index
-from saebench.labels import Stream, Vocabulary, label
+from saebench.labels import VERSION, Stream, Vocabulary, label
 from saebench.models import load_tokenizer
 from saebench.pieces import TokenBytes, show_bytes, show_text
 from saebench.sae import read_config
@@ -257,16 +257,24 @@ class FeatureIndex:
         return [text if has else "" for text, has in zip(texts, known, strict=True)]
 
     def holds(self, latent: int, texts: Sequence[np.ndarray]) -> list[np.ndarray] | None:
-        """`[n]` where the latent's rule holds on each of some texts, by token ids; None where it has no rule."""
-        if self._rule(latent) is None:
+        """`[n]` where the latent's rule holds on each of some texts, by token ids; None where it has no rule.
+
+        Nor is there one to apply where other labels were used than there are now: its literals would be others.
+        """
+        if self._rule(latent) is None or not self.rules_apply:
             return None
         first, operator, second = (int(self._data[f"rules/{name}"][latent]) for name in ("first", "operator", "second"))
         lengths = [len(tokens) for tokens in texts]
         tokens = np.concatenate([np.zeros(0, np.int64), *texts])
         places = np.concatenate([np.zeros(0, np.int64), *map(np.arange, lengths)])
-        keep = ~np.isin(tokens, self._tokenizer.all_special_ids)
+        keep = ~np.isin(tokens, [] if self._tokenizer is None else self._tokenizer.all_special_ids)
         held = label(Stream(tokens, np.repeat(np.arange(len(texts)), lengths), places, keep), self._literals, {})
         return np.split(holding(held.tocsc(), first, OPERATORS[operator], second), np.cumsum(lengths)[:-1])
+
+    @cached_property
+    def rules_apply(self) -> bool:
+        """Whether the rules were made with the labels that there are now."""
+        return "literals/version" in self._data and self._data["literals/version"][()].decode() == VERSION
 
     @cached_property
     def _literals(self) -> Vocabulary:

@@ -1,24 +1,20 @@
-"""Labels of Python source: what `tokenize` and `ast` say of the place of each token.
+"""Labels of Python source: what a syntax tree says of the place of each token.
 
-Nothing is executed. Source that is cut off or broken keeps the labels of the part that can be read:
-`tokenize` stops at its first error, `ast` gets the longest run of top-level statements found in a few tries.
+Nothing is executed. The tree is tree-sitter's, whose grammar of Python comes with a package and not with the interpreter, and
+which goes on after errors: source that is cut off or broken keeps the labels of all that can be read.
 Legend: n tokens of one document, k labels of them.
 """
 
-import ast
-import io
-import keyword
 import re
-import token
-import tokenize
-import warnings
-from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-_TRIES = 8  # attempts to find a part that parses
+VERSION = "syntax 2"
+"""of the labels and their order, by which an index knows whether its rules can be applied"""
+
 _MAX_BRACKETS = 4  # depths from here on share a literal
 _TREE_DEPTHS = (4, 7, 10)  # where the buckets of tree depth end
 
@@ -27,39 +23,64 @@ _ROLES = (
     "function name", "class name", "parameter", "keyword argument", "attribute", "called name", "called method",
     "imported name", "assigned name",
 )  # fmt: skip
-_FUNCTIONS = ("FunctionDef", "AsyncFunctionDef")
 _WHOLE = {  # what lies anywhere in such a node
-    "Lambda": "lambda",
-    **dict.fromkeys(("ListComp", "SetComp", "DictComp", "GeneratorExp"), "comprehension"),
-}
-_FIELD = {  # what lies in one field of such a node
-    **{(kind, "body"): "function body" for kind in _FUNCTIONS},
-    **{(kind, "decorator_list"): "decorator" for kind in (*_FUNCTIONS, "ClassDef")},
-    **{(kind, "returns"): "annotation" for kind in _FUNCTIONS},
-    ("arg", "annotation"): "annotation", ("AnnAssign", "annotation"): "annotation",
-    ("arguments", "defaults"): "default value", ("arguments", "kw_defaults"): "default value",
-    ("ClassDef", "body"): "class body", ("ClassDef", "bases"): "bases of a class",
-    ("If", "test"): "condition", ("While", "test"): "condition", ("IfExp", "test"): "condition",
-    ("If", "body"): "if body", ("If", "orelse"): "else branch",
-    ("For", "body"): "loop body", ("AsyncFor", "body"): "loop body", ("While", "body"): "loop body",
-    ("With", "body"): "with body", ("AsyncWith", "body"): "with body",
-    ("Try", "body"): "try body", ("Try", "handlers"): "except clause", ("Try", "finalbody"): "finally body",
-    ("Call", "args"): "call arguments", ("Call", "keywords"): "call arguments",
-    ("Subscript", "slice"): "subscript",
+    "lambda": "lambda",
+    **dict.fromkeys(
+        ("list_comprehension", "set_comprehension", "dictionary_comprehension", "generator_expression"), "comprehension"
+    ),
+    "type": "annotation", "else_clause": "else branch", "except_clause": "except clause", "finally_clause": "finally body",
 }  # fmt: skip
-_INSIDE = tuple(dict.fromkeys([*_WHOLE.values(), *_FIELD.values(), "docstring"]))
+_FIELD = {  # what lies in one field of such a node
+    ("function_definition", "body"): "function body",
+    ("class_definition", "body"): "class body",
+    ("default_parameter", "value"): "default value", ("typed_default_parameter", "value"): "default value",
+    ("if_statement", "condition"): "condition", ("elif_clause", "condition"): "condition",
+    ("while_statement", "condition"): "condition",
+    ("if_statement", "consequence"): "if body", ("elif_clause", "consequence"): "if body",
+    ("for_statement", "body"): "loop body", ("while_statement", "body"): "loop body",
+    ("with_statement", "body"): "with body", ("try_statement", "body"): "try body",
+    ("subscript", "subscript"): "subscript",
+}  # fmt: skip
+_BETWEEN = {  # what lies between the brackets, or behind the sign, of such a node in such a field
+    ("class_definition", "superclasses"): "bases of a class",
+    ("call", "arguments"): "call arguments",
+    ("decorated_definition", None): "decorator",
+}
+_INSIDE = tuple(dict.fromkeys([*_WHOLE.values(), *_FIELD.values(), *_BETWEEN.values(), "docstring"]))
 _BITS = {name: 1 << bit for bit, name in enumerate(_INSIDE)}
 
-_PLACED = (ast.AST, ast.stmt, ast.expr, ast.excepthandler, ast.pattern)
-_KINDS = (
-    "Module", "arguments", "comprehension", "withitem", "match_case",
-    *sorted(
-        name
-        for name, kind in vars(ast).items()
-        if isinstance(kind, type) and kind.__base__ in _PLACED and kind not in _PLACED and "lineno" in kind._attributes
-    ),
-)  # fmt: skip
-_STATEMENTS = tuple(kind for kind in _KINDS if issubclass(getattr(ast, kind), ast.stmt))
+_KINDS_TEXT = """
+aliased_import argument_list as_pattern as_pattern_target assert_statement assignment attribute augmented_assignment
+await binary_operator block boolean_operator break_statement call case_clause case_pattern class_definition
+class_pattern comment comparison_operator concatenated_string conditional_expression continue_statement
+decorated_definition decorator default_parameter delete_statement dict_pattern dictionary dictionary_comprehension
+dictionary_splat dictionary_splat_pattern dotted_name elif_clause ellipsis else_clause escape_sequence except_clause
+exec_statement expression_list expression_statement false finally_clause float for_in_clause for_statement
+format_specifier function_definition future_import_statement generator_expression generic_type global_statement
+identifier if_clause if_statement import_from_statement import_prefix import_statement integer interpolation
+keyword_argument keyword_separator lambda lambda_parameters line_continuation list list_comprehension list_pattern
+list_splat list_splat_pattern match_statement module named_expression none nonlocal_statement not_operator pair
+parameters parenthesized_expression pass_statement pattern_list positional_separator print_statement raise_statement
+relative_import return_statement set set_comprehension slice string string_content string_end string_start subscript
+true try_statement tuple tuple_pattern type type_alias_statement type_conversion type_parameter typed_default_parameter
+typed_parameter unary_operator union_type while_statement wildcard_import with_clause with_item with_statement yield
+"""
+_KINDS = tuple(_KINDS_TEXT.split())
+_STATEMENTS = tuple(
+    kind
+    for kind in _KINDS
+    if kind.endswith(("_statement", "_definition")) or kind in ("assignment", "augmented_assignment")
+)
+_KEYWORDS_TEXT = """
+False None True and as assert async await break case class continue def del elif else except exec finally for from
+global if import in is lambda match nonlocal not or pass print raise return try type while with yield
+"""
+_KEYWORDS = tuple(_KEYWORDS_TEXT.split())
+_OPERATORS_TEXT = """
+!= % %= & &= ( ) * ** **= *= + += , - -= -> . ... / // //= /= : := ; < << <<= <= = == > >= >> >>= @ @= [ ] ^ ^= { | |= }
+~
+"""
+_OPERATORS = tuple(_OPERATORS_TEXT.split())
 
 NAMES: tuple[str, ...] = (  # of rules that are equally good the first is taken, so the more telling come first
     "parsed as Python",
@@ -72,8 +93,8 @@ NAMES: tuple[str, ...] = (  # of rules that are equally good the first is taken,
     *(f"tree depth < {depth}" for depth in _TREE_DEPTHS), f"tree depth >= {_TREE_DEPTHS[-1]}",
     "lexeme: name", "lexeme: keyword", "lexeme: number", "lexeme: operator",
     "inside string", "inside f-string", "inside comment",
-    *(f"keyword: {word}" for word in keyword.kwlist),
-    *(f"operator: {symbol}" for symbol in sorted(token.EXACT_TOKEN_TYPES)),
+    *(f"keyword: {word}" for word in _KEYWORDS),
+    *(f"operator: {symbol}" for symbol in _OPERATORS),
     *(f"bracket depth {depth}" for depth in range(_MAX_BRACKETS)), f"bracket depth >= {_MAX_BRACKETS}",
     *(f"innermost bracket {bracket}" for bracket in "([{"),
 )  # fmt: skip
@@ -81,8 +102,23 @@ _ID = {name: number for number, name in enumerate(NAMES)}
 _NODE, _PARENT = ({kind: _ID[f"{what}: {kind}"] for kind in _KINDS} for what in ("node", "parent"))
 _STATEMENT = {kind: _ID[f"statement: {kind}"] for kind in _STATEMENTS}
 _DEPTH, _FIRST_INSIDE, _AFTER = _ID["tree depth < 4"], _ID[f"inside {_INSIDE[0]}"], len(_ROLES)
-_LEXEME = {tokenize.NUMBER: _ID["lexeme: number"], tokenize.OP: _ID["lexeme: operator"], tokenize.COMMENT: _ID["inside comment"]}  # fmt: skip
+_OPENS, _CLOSES = ("(", "[", "{"), (")", "]", "}")
 
+# Where a name stands: (kind of the node around it, field) -> its role.
+_ROLE_AT = {
+    ("function_definition", "name"): "function name", ("class_definition", "name"): "class name",
+    ("attribute", "attribute"): "attribute", ("call", "function"): "called name",
+    ("keyword_argument", "name"): "keyword argument",
+    ("parameters", None): "parameter", ("lambda_parameters", None): "parameter", ("typed_parameter", None): "parameter",
+    ("default_parameter", "name"): "parameter", ("typed_default_parameter", "name"): "parameter",
+    ("named_expression", "name"): "assigned name",
+}  # fmt: skip
+_TARGETS = {
+    ("assignment", "left"), ("augmented_assignment", "left"), ("for_statement", "left"), ("for_in_clause", "left"),
+    ("as_pattern", "alias"),
+}  # fmt: skip
+_TARGET_PARTS = ("pattern_list", "tuple_pattern", "list_pattern", "list_splat_pattern", "as_pattern_target")
+_SPLATS = ("list_splat_pattern", "dictionary_splat_pattern")
 
 _Found = tuple[np.ndarray, np.ndarray]  # token numbers, ids
 
@@ -99,152 +135,215 @@ class Pieces(NamedTuple):
     anchor: Int[np.ndarray, " n"]
 
 
-class _Lines(NamedTuple):
-    """Lines of valid text, each ending in a line feed, and the byte where each starts in the source."""
-
-    text: list[str]
-    start: list[int]
-
-    def byte(self, row: int, column: int) -> int:
-        """Where a column, counted in characters, is; rows count from 0."""
-        line = self.text[row]
-        return self.start[row] + (column if line.isascii() else len(line[:column].encode()))
-
-    def span(self, node: Any, first: int) -> tuple[int, int]:
-        """First and last byte (exclusive) of a node of the tree parsed from line `first` on."""
-        start = self.start[node.lineno - 1 + first] + node.col_offset
-        return start, self.start[node.end_lineno - 1 + first] + node.end_col_offset
-
-
 def label_source(pieces: Pieces, named_python: bool) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " k"]]:
     """(token numbers, indices into `NAMES`) of the labels that hold; none where the source is not Python.
 
     A document whose name does not say that it is Python is, when all of it parses and some statement of
     it is more than an expression (as every single word of prose is).
     """
-    lines = _lines(pieces.source)
-    parsed = _parse(lines.text, _TRIES if named_python else 1)
     found: list[_Found] = [(np.empty(0, np.int64), np.empty(0, np.int64))]
-    if not named_python and (parsed is None or all(isinstance(node, ast.Expr) for node in parsed[0].body)):
+    root = parse(pieces.source)
+    if not named_python and (root.has_error or not _is_program(root)):
         return found[0]
-    roles, first = [], 0
-    if parsed is not None:
-        tree, first, last = parsed
-        end = lines.start[last] if last < len(lines.start) else len(pieces.source)
-        nodes, roles = _walk(tree, lines, first, end)
-        found += _node_labels(pieces, nodes)
-    lexemes = _Lexemes()
-    lexemes.read(lines, first)
-    found += _lexeme_labels(pieces, lexemes)
-    found += _role_labels(pieces, roles + lexemes.roles)
+    seen = _Seen()
+    seen.walk(root)
+    found += _node_labels(pieces, seen.nodes)
+    found += _lexeme_labels(pieces, seen)
+    found += _role_labels(pieces, seen.roles)
     tokens, ids = (np.concatenate(part) for part in zip(*found, strict=True))
     return tokens, ids
 
 
-def _lines(source: bytes) -> _Lines:
-    """The same text made valid, every character as long as before: `?` for a byte that is not UTF-8, space for NUL."""
-    text = source.decode("utf-8", "surrogateescape").encode("utf-8", "replace").replace(b"\0", b" ")
-    start = [0, *(match.end() for match in re.finditer(rb"\r\n?|\n", text))]
-    ends = [*start[1:], len(text)]
-    if text.startswith(b"\xef\xbb\xbf"):
-        start[0] = 3
-    return _Lines([text[a:b].decode().rstrip("\r\n") + "\n" for a, b in zip(start, ends, strict=True)], start)
+@cache
+def _parser() -> Any:
+    import tree_sitter
+    import tree_sitter_python
+
+    return tree_sitter.Parser(tree_sitter.Language(tree_sitter_python.language()))
+
+
+def parse(source: bytes) -> Any:
+    """The root of the syntax tree of Python source; bytes count as they do in the source.
+
+    Source that was cut at its start may begin within a string: where it has errors, it is also read from its first line that
+    looks like one of a module, and the tree with less of it in errors is taken.
+    """
+    if source.startswith(b"\xef\xbb\xbf"):
+        source = b"\f\f\f" + source[3:]  # which indents nothing
+    source = re.sub(rb"\r(?!\n)", b"\n", source).replace(b"\0", b" ")
+    root = _parser().parse(source).root_node
+    head = _HEAD.search(source, 1) if root.has_error else None
+    if head is None:
+        return root
+    rest = _parser().parse(b"\n" * head.start() + source[head.start() :]).root_node
+    return rest if head.start() + _in_errors(rest) < _in_errors(root) else root
+
+
+_HEAD = re.compile(rb"^(?:def|class|import|from|if|for|while|with|try|async|@|[A-Za-z_]\w* *=)", re.MULTILINE)
+
+
+def share_in_errors(source: bytes) -> float:
+    """Share of some text that lies in syntax errors, were it Python; 0 where there is none."""
+    return _in_errors(parse(source)) / max(len(source), 1)
+
+
+def _in_errors(root: Any) -> int:
+    """Bytes that are in errors."""
+    total, stack = 0, [root]
+    while stack:
+        node = stack.pop()
+        if node.type == "ERROR":
+            total += node.end_byte - node.start_byte
+        elif node.has_error:
+            stack += node.children
+    return total
+
+
+def _is_program(root: Any) -> bool:
+    """Whether some statement is more than an expression."""
+    for node in root.named_children:
+        if node.type == "expression_statement":
+            if any(child.type in ("assignment", "augmented_assignment") for child in node.named_children):
+                return True
+        elif node.type != "comment":
+            return True
+    return False
 
 
 # ------------------------------------------------------------------------------------------- tree
 
 
-def _parse(lines: list[str], tries: int) -> tuple[ast.Module, int, int] | None:
-    """(tree, first line, last line + 1) of a run of top-level statements; None where there is none.
+class _Place(NamedTuple):
+    """What the nodes around a node say of it."""
 
-    After an error the part before the statement that holds it is tried; where there is no such part, what follows.
-    """
-    heads = [row for row, line in enumerate(lines) if re.match(r"(?!(?:el(se|if)|except|finally)\b)[^\W\d]|@", line)]
-    first, last = 0, len(lines)
-    for _ in range(tries):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of escapes in the source's strings
-                return ast.parse("".join(lines[first:last])), first, last
-        except SyntaxError as error:
-            wrong = first + (error.lineno or 1) - 1
-        except (RecursionError, MemoryError, ValueError):
-            return None
-        before = [row for row in heads if first < row <= wrong and row < last]
-        after = [row for row in heads if row > wrong]
-        if before:
-            last = before[-1]
-        elif after:
-            first, last = after[0], len(lines)
-        else:
-            return None
-    return None
+    parent: str = ""
+    field: str | None = None
+    statement: int = -1
+    depth: int = 0
+    bits: int = 0
+    called: bool = False  # the function of a call
+    target: bool = False  # assigned to
+    whole: bool = True  # in no error
+    string: bool = False
 
 
-_Node = tuple[int, int, int, int, int, int, int]  # start, end, ids of kind, parent, statement and depth, bits
-_Role = tuple[str, int, int]  # role, start, end
+class _Seen:
+    """What a walk over a tree finds: nodes with their facts, roles of names, and lexemes with the brackets open after them."""
+
+    def __init__(self) -> None:
+        self.nodes: list[tuple[int, int, int, int, int, int, int, int]] = []
+        """start, end, ids of kind, parent, statement and depth, bits, whether parsed; parents before children"""
+        self.roles: list[tuple[str, int, int]] = []
+        self.lexemes: list[tuple[int, int, int, int, int, int]] = []
+        """start, end, id, second id (-1: none), depth id, bracket id"""
+        self._open: list[str] = []
+
+    def walk(self, root: Any) -> None:
+        stack = [(root, _Place())]
+        while stack:
+            node, place = stack.pop()
+            kind = node.type
+            if not node.child_count or kind == "string":
+                self._lexeme(node, kind, place)
+            if not node.is_named:
+                continue
+            statement = _STATEMENT.get(kind, place.statement)
+            bits = place.bits | _BITS.get(_WHOLE.get(kind, ""), 0)
+            whole = place.whole and kind != "ERROR"
+            depth = _DEPTH + sum(place.depth >= limit for limit in _TREE_DEPTHS)
+            ids = (_NODE.get(kind, -1), _PARENT.get(place.parent, -1), statement, depth)
+            self.nodes.append((node.start_byte, node.end_byte, *ids, bits, whole))
+            self._role(node, kind, place)
+            doc = _docstring(node) if kind in ("module", "block") else None
+            between = _BITS.get(_BETWEEN.get((place.parent, place.field), ""), 0) if kind in _BRACKETED else 0
+            inner = _Place(
+                kind,
+                None,
+                statement,
+                place.depth + 1,
+                bits | between,
+                False,
+                False,
+                whole,
+                place.string or kind == "string",
+            )
+            children = node.children
+            for number in range(len(children) - 1, -1, -1):
+                child = children[number]
+                if not child.is_named:  # a sign or a word is a lexeme, and says nothing of its own
+                    stack.append((child, inner))
+                    continue
+                field = node.field_name_for_child(number)
+                stack.append((child, inner._replace(
+                    field=field,
+                    bits=inner.bits | _BITS.get(_FIELD.get((kind, field), ""), 0) | (_BITS["docstring"] if child == doc else 0),
+                    called=field == "function" and kind == "call",
+                    target=(kind, field) in _TARGETS or (place.target and kind in _TARGET_PARTS),
+                )))  # fmt: skip
+
+    def _role(self, node: Any, kind: str, place: _Place) -> None:
+        start, end = node.start_byte, node.end_byte
+        if kind == "identifier":
+            role = _ROLE_AT.get((place.parent, place.field))
+            if role is None and (place.target or place.parent == "as_pattern_target"):
+                role = "assigned name"
+            if role is not None:
+                self.roles.append((role, start, end))
+        elif kind == "attribute" and place.called:
+            name = node.child_by_field_name("attribute")
+            if name is not None:
+                self.roles.append(("called method", name.start_byte, name.end_byte))
+        elif kind in _SPLATS and place.parent in ("parameters", "lambda_parameters", "typed_parameter"):
+            for name in node.named_children:
+                self.roles.append(("parameter", name.start_byte, name.end_byte))
+        elif place.field == "name" and place.parent in ("import_statement", "import_from_statement"):
+            self.roles.append(("imported name", start, end))
+
+    def _lexeme(self, node: Any, kind: str, place: _Place) -> None:
+        if place.string:
+            return
+        first, second = -1, -1
+        if kind == "string":
+            first = _ID["inside string"]
+            opening = node.children[0].text if node.child_count else b""
+            second = _ID["inside f-string"] if b"f" in opening.lower() else -1
+        elif kind == "comment":
+            first = _ID["inside comment"]
+        elif kind in ("integer", "float"):
+            first = _ID["lexeme: number"]
+        elif kind == "identifier":
+            first = _ID["lexeme: name"]
+        elif f"keyword: {(word := _WORDS.get(kind, kind))}" in _ID:
+            first, second = _ID["lexeme: keyword"], _ID[f"keyword: {word}"]
+        elif f"operator: {(sign := _WORDS.get(kind, kind))}" in _ID:
+            first, second = _ID["lexeme: operator"], _ID[f"operator: {sign}"]
+            if sign in _OPENS:
+                self._open.append(sign)
+            elif sign in _CLOSES and self._open:
+                self._open.pop()
+        elif node.start_byte == node.end_byte:
+            return
+        depth = _ID["bracket depth 0"] + min(len(self._open), _MAX_BRACKETS)
+        bracket = _ID[f"innermost bracket {self._open[-1]}"] if self._open else -1
+        self.lexemes.append((node.start_byte, node.end_byte, first, second, depth, bracket))
 
 
-def _walk(tree: ast.Module, lines: _Lines, first: int, end: int) -> tuple[list[_Node], list[_Role]]:
-    """Every node, parents before children, and every name that has a role. Bytes count in the whole source."""
-    nodes: list[_Node] = [(lines.start[first], end, _NODE["Module"], -1, -1, _DEPTH, 0)]
-    roles: list[_Role] = []
-    marked: dict[ast.AST, str] = {}  # nodes of which their parent says more: docstrings and what is called
-    stack: list[tuple[ast.AST, str, int, int, int]] = [(tree, "", -1, 0, 0)]
-    while stack:
-        node, parent, statement, depth, bits = stack.pop()
-        kind = type(node).__name__
-        if isinstance(node, ast.stmt):
-            statement = _STATEMENT.get(kind, -1)
-        bits |= _BITS.get(_WHOLE.get(kind, marked.get(node, "")), 0)
-        if "lineno" in node._attributes:
-            start, stop = lines.span(node, first)
-            nodes.append((start, stop, _NODE.get(kind, -1), _PARENT.get(parent, -1), statement, _bucket(depth), bits))
-            roles += _roles(node, start, stop, marked.get(node, ""))
-        _mark(node, marked)
-        if kind in ("JoinedStr", "TemplateStr"):  # places inside f-strings are not reliable before Python 3.12
-            continue
-        for field, value in ast.iter_fields(node):
-            inner = bits | _BITS.get(_FIELD.get((kind, field), ""), 0)
-            children = value if isinstance(value, list) else (value,)
-            stack += [(child, kind, statement, depth + 1, inner) for child in children if isinstance(child, ast.AST)]
-    return nodes, roles
+_BRACKETED = ("argument_list", "decorator")
+_WORDS = {"true": "True", "false": "False", "none": "None", "ellipsis": "..."}
 
 
-def _bucket(depth: int) -> int:
-    return _DEPTH + sum(depth >= limit for limit in _TREE_DEPTHS)
+def _docstring(body: Any) -> Any:
+    """The statement that is the docstring of a module, or of the function or class whose block this is; None where there is none."""
+    owner = body.parent
+    if owner is not None and owner.type not in ("function_definition", "class_definition"):
+        return None
+    first = next((node for node in body.named_children if node.type != "comment"), None)
+    if first is None or first.type != "expression_statement":
+        return None
+    return first if [child.type for child in first.named_children] in (["string"], ["concatenated_string"]) else None
 
 
-def _mark(node: ast.AST, marked: dict[ast.AST, str]) -> None:
-    if isinstance(node, ast.Call):
-        marked[node.func] = "called"
-    elif isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.body:
-        opening = node.body[0].value if isinstance(node.body[0], ast.Expr) else None
-        if isinstance(opening, ast.Constant) and isinstance(opening.value, str):
-            marked[opening] = "docstring"
-
-
-def _roles(node: ast.AST, start: int, end: int, mark: str) -> Iterator[_Role]:
-    match node:
-        case ast.Name():
-            if mark == "called":
-                yield "called name", start, end
-            elif isinstance(node.ctx, ast.Store):
-                yield "assigned name", start, end
-        case ast.Attribute():
-            begin = end - len(node.attr.encode())
-            yield "attribute", begin, end
-            if mark == "called":
-                yield "called method", begin, end
-        case ast.arg():
-            yield "parameter", start, start + len(node.arg.encode())
-        case ast.keyword(arg=str(name)):
-            yield "keyword argument", start, start + len(name.encode())
-        case ast.alias():
-            yield "imported name", start, end
-
-
-def _node_labels(pieces: Pieces, nodes: list[_Node]) -> list[_Found]:
+def _node_labels(pieces: Pieces, nodes: list[tuple[int, ...]]) -> list[_Found]:
     """Each token's innermost node: nodes are painted over those that contain them."""
     table = np.array(nodes)
     first, last = (np.searchsorted(pieces.anchor, table[:, column]) for column in (0, 1))
@@ -253,7 +352,8 @@ def _node_labels(pieces: Pieces, nodes: list[_Node]) -> list[_Found]:
         innermost[begin:end] = number
     inside = np.flatnonzero(innermost >= 0)
     facts = table[innermost[inside]]
-    found = [(inside, np.zeros(len(inside), np.int64))]
+    parsed = inside[facts[:, 7] == 1]
+    found = [(parsed, np.zeros(len(parsed), np.int64))]
     for column in range(2, 6):
         known = facts[:, column] >= 0
         found.append((inside[known], facts[known, column]))
@@ -263,7 +363,7 @@ def _node_labels(pieces: Pieces, nodes: list[_Node]) -> list[_Found]:
     return found
 
 
-def _role_labels(pieces: Pieces, roles: list[_Role]) -> list[_Found]:
+def _role_labels(pieces: Pieces, roles: list[tuple[str, int, int]]) -> list[_Found]:
     """Tokens that hold a piece of a name, and the tokens right after such."""
     if not roles:
         return []
@@ -277,76 +377,15 @@ def _role_labels(pieces: Pieces, roles: list[_Role]) -> list[_Found]:
     return [(tokens, ids), (tokens[followed] + 1, ids[followed] + _AFTER)]
 
 
-# ---------------------------------------------------------------------------------------- lexemes
-
-
-class _Lexemes:
-    """What `tokenize` found: for each lexeme its span, ids that hold in it (-1: none), and the brackets open after it."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[int, int, int, int, int, int]] = []  # start, end, id, second id, depth id, bracket id
-        self.roles: list[_Role] = []
-        self.end = 0  # how many bytes of the source have been read
-        self._open: list[str] = []
-
-    def read(self, lines: _Lines, first: int) -> None:
-        """Read from line `first` to the first error."""
-        previous, string_starts = "", []
-        source: Callable[[], str] = io.StringIO("".join(lines.text[first:])).readline
-        try:
-            for kind, text, (row, column), (end_row, end_column), _ in tokenize.generate_tokens(source):
-                if not text.strip() or kind in (tokenize.ENCODING, tokenize.ENDMARKER):
-                    continue
-                name = tokenize.tok_name[kind]
-                if name == "ERRORTOKEN":
-                    return
-                start, end = lines.byte(first + row - 1, column), lines.byte(first + end_row - 1, end_column)
-                if name.endswith("STRING_START"):  # f-strings are lexemes of their own from Python 3.12 on
-                    string_starts.append(start)
-                elif name.endswith("STRING_END"):
-                    start = string_starts.pop()
-                    if not string_starts:
-                        self._add(start, end, _ID["inside string"], _ID["inside f-string"])
-                elif not string_starts:
-                    self._classify(kind, text, previous, start, end)
-                previous = text
-            self.end = lines.byte(-1, len(lines.text[-1]))
-        except (tokenize.TokenError, SyntaxError):
-            return
-
-    def _classify(self, kind: int, text: str, previous: str, start: int, end: int) -> None:
-        if kind == tokenize.STRING:
-            formatted = "f" in text[: text.index(text[-1])].lower()
-            self._add(start, end, _ID["inside string"], _ID["inside f-string"] if formatted else -1)
-        elif kind == tokenize.NAME and keyword.iskeyword(text):
-            self._add(start, end, _ID["lexeme: keyword"], _ID[f"keyword: {text}"])
-        elif kind == tokenize.NAME:
-            self._add(start, end, _ID["lexeme: name"], -1)
-            if previous in ("def", "class"):
-                self.roles.append(("function name" if previous == "def" else "class name", start, end))
-        else:
-            if text in ("(", "[", "{"):
-                self._open.append(text)
-            elif text in (")", "]", "}") and self._open:
-                self._open.pop()
-            self._add(start, end, _LEXEME.get(kind, -1), _ID.get(f"operator: {text}", -1))
-
-    def _add(self, start: int, end: int, kind: int, detail: int) -> None:
-        depth = _ID["bracket depth 0"] + min(len(self._open), _MAX_BRACKETS)
-        bracket = _ID[f"innermost bracket {self._open[-1]}"] if self._open else -1
-        self.rows.append((start, end, kind, detail, depth, bracket))
-        self.end = end
-
-
-def _lexeme_labels(pieces: Pieces, lexemes: _Lexemes) -> list[_Found]:
+def _lexeme_labels(pieces: Pieces, seen: _Seen) -> list[_Found]:
     """Kinds go by the lexeme that holds the anchor; open brackets by what has been read when the token ends."""
-    if not lexemes.rows:
+    if not seen.lexemes:
         return []
-    table = np.array(lexemes.rows)
+    table = np.array(seen.lexemes)
     at_anchor = np.searchsorted(table[:, 0], pieces.anchor, side="right") - 1
     held = (at_anchor >= 0) & (pieces.anchor < table[at_anchor, 1])
     at_end = np.searchsorted(table[:, 0], pieces.end - 1, side="right") - 1
-    read = (at_end >= 0) & (pieces.anchor < lexemes.end)
+    read = at_end >= 0
     found = []
     for column, place, valid in ((2, at_anchor, held), (3, at_anchor, held), (4, at_end, read), (5, at_end, read)):
         valid = valid & (table[place, column] >= 0)

@@ -3,13 +3,8 @@
 Legend: P prompts, L positions, V vocabulary.
 """
 
-import codeop
 import dataclasses
-import io
 import math
-import textwrap
-import tokenize
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saebench.index import FeatureIndex
+from saebench.labels import syntax
 from saebench.models import LanguageModel, next_logits
 from saebench.runlog import progress
 from saebench.steer.generate import UNSTEERED, Sampling, Text, generate
@@ -77,10 +73,8 @@ class Dose(NamedTuple):
     """share of texts that hold one of the latent's top tokens"""
     rule: float | None
     """share of texts in which the latent's rule holds at a generated token; None where it has none"""
-    tokenizes: float
-    """share of texts that `tokenize` reads as Python to the end of their last whole line"""
-    parses: float
-    """share of those lines that parse as Python, or could with more lines; prompts begin anywhere, so compare with unsteered"""
+    errors: float
+    """share of the texts that lies in syntax errors where they are read as Python; prompts begin anywhere, so compare with unsteered"""
     concept: float
     """by how much `rule` (or else `top_tokens`) exceeds its share without steering; 0 where it does not"""
     fluency: float
@@ -211,8 +205,7 @@ def _written(
         "repetition": float(np.mean([repetition(text.tokens) for text in texts])),
         "top_tokens": float(np.mean([np.isin(text.tokens, top).any() for text in texts])),
         "rule": rule,
-        "tokenizes": float(np.mean([tokenizes(text) for text in read])),
-        "parses": float(np.mean([parses(text) for text in read])),
+        "errors": float(np.mean([syntax.share_in_errors(text.encode()) for text in read])),
     }
 
 
@@ -220,37 +213,6 @@ def repetition(tokens: Int[np.ndarray, " T"], n: int = 4) -> float:
     """Share of a text's n-grams that came before in it; 0 where it is shorter than n."""
     grams = [tuple(tokens[start : start + n].tolist()) for start in range(len(tokens) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-def tokenizes(text: str) -> bool:
-    """Whether text, but for a last line that is not whole and an indent common to all lines, is made of Python's tokens.
-
-    A string or bracket left open at the end is no error.
-    """
-    try:
-        return all(
-            kind != tokenize.ERRORTOKEN
-            for kind, *_ in tokenize.generate_tokens(io.StringIO(_whole_lines(text)).readline)
-        )
-    except tokenize.TokenError as error:
-        return str(error.args[0]).startswith("EOF in")
-    except SyntaxError:
-        return False
-
-
-def parses(text: str) -> bool:
-    """Whether text, but for a last line that is not whole and an indent common to all lines, begins a Python module."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes in strings
-            codeop.compile_command(_whole_lines(text), symbol="exec")
-    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError):
-        return False
-    return True
-
-
-def _whole_lines(text: str) -> str:
-    return textwrap.dedent(text[: text.rfind("\n") + 1])
 
 
 def _logits(model: LanguageModel, interventions: Sequence[Intervention], ids: Tensor) -> Float[Tensor, "B L V"]:
