@@ -22,15 +22,17 @@ from saebench.files import write_text
 log = logging.getLogger(__name__)
 
 
-def progress(total: int, description: str, unit: str = "tok", initial: int = 0, *, shown: bool = True) -> "tqdm[Any]":
-    """A bar on stderr with rate and time left; where stderr is not a terminal a note now and then.
+def progress(
+    total: int, description: str, unit: str = "tok", initial: int = 0, *, shown: bool = True, delay: float = 0.0
+) -> "tqdm[Any]":
+    """A bar on stderr with rate and time left, once `delay` seconds are over; where stderr is not a terminal a note now and then.
 
     Every 20 s, or every SAEBENCH_PROGRESS_SECONDS of the environment, for a program that reads them.
     """
     interval = 0.2 if sys.stderr.isatty() else float(os.environ.get("SAEBENCH_PROGRESS_SECONDS", "20"))
     return tqdm(
         total=total, initial=initial, desc=description, unit=unit, unit_scale=True, mininterval=interval,
-        maxinterval=interval, dynamic_ncols=sys.stderr.isatty(), smoothing=0.1, disable=not shown,
+        maxinterval=interval, dynamic_ncols=sys.stderr.isatty(), smoothing=0.1, disable=not shown, delay=delay,
     )  # fmt: skip
 
 

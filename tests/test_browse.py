@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import shutil
 import socket
 import subprocess
@@ -297,12 +298,18 @@ def test_the_server_listens_to_this_machine_and_imports_nothing_from_where_it_st
     assert "--port" in shown.stdout
 
 
-def test_what_ends_the_command_ends_the_server(run: Path) -> None:
+@pytest.mark.parametrize("browser", [True, False])
+def test_the_server_just_starts_and_ends_with_the_command(run: Path, tmp_path: Path, browser: bool) -> None:
+    """On an account that never ran it, too, where Streamlit would ask for an email address."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    arguments = [sys.executable, "-m", "saebench.cli", "app", str(run), "--port", str(port), "--no-browser"]
-    server = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    arguments = [sys.executable, "-m", "saebench.cli", "app", str(run), "--port", str(port)]
+    server = subprocess.Popen(
+        arguments if browser else [*arguments, "--no-browser"],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env=os.environ | {"HOME": str(tmp_path), "BROWSER": "true"},
+    )  # fmt: skip
     deadline = time.monotonic() + 60
 
     def answers() -> bool:
@@ -315,4 +322,6 @@ def test_what_ends_the_command_ends_the_server(run: Path) -> None:
         time.sleep(0.2)
     server.terminate()
     server.wait(30)
+    assert server.stdin
+    server.stdin.close()
     assert not answers()

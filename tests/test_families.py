@@ -4,8 +4,11 @@ SAEBENCH_FAMILIES=all runs all stages for all of them (`make families`).
 """
 
 import os
+import socket
+import subprocess
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -151,6 +154,28 @@ def test_what_reads_from_both_sides_is_refused_in_one_line(
         load_model(str(make(name, tmp_path, tokenizer)))
     assert "\n" not in str(error.value)
     assert "StoreWriter" in str(error.value)  # what can be done instead
+
+
+def test_loading_from_a_folder_starts_and_fetches_nothing(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Of a multimodal checkpoint, for which a library would like to install another one; and it says nothing either."""
+    path = make("gemma3", tmp_path, tokenizer)
+    capfd.readouterr()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a process or a connection was begun")
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+    monkeypatch.setattr(os, "posix_spawn", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    model = load_model(str(path), device="cpu")
+    check_hook(model, hook_name(1, "mlp_out"))
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("name", STAGED)

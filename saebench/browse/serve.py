@@ -41,7 +41,10 @@ def app_script() -> Path:
 
 def command(config: AppConfig) -> list[str]:
     """The server's command line."""
-    options = {"server.port": config.port, "server.address": config.address, "server.headless": not config.browser}
+    options = {
+        "server.port": config.port, "server.address": config.address, "server.headless": not config.browser,
+        "server.showEmailPrompt": False,  # which Streamlit would wait for on an account that never ran it
+    }  # fmt: skip
     flags = [f"--{name}={str(value).lower()}" for name, value in options.items()]
     return [sys.executable, "-P", "-m", "streamlit", "run", str(app_script()), *flags]
 

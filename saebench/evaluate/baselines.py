@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from saebench.metrics import Sums, total, total_variance
+from saebench.runlog import progress
 from saebench.sae import initialise, new_sae
 from saebench.store import Store
 from saebench.store.norms import usual_moments
@@ -34,11 +35,14 @@ class PCA:
         d_in = store.d_in(hook)
         second = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
         first, n = torch.zeros(d_in, dtype=torch.float64, device=device), 0
-        for rows in store.spread_rows(hook, _FIT_ROWS):
-            x = rows.to(device).double()
-            second += x.T @ x
-            first += x.sum(0)
-            n += len(x)
+        rows = min(_FIT_ROWS, store.rows("train"))
+        with progress(rows, f"principal components of {hook}", "row", delay=1.0) as bar:
+            for part in store.spread_rows(hook, _FIT_ROWS):
+                x = part.to(device).double()
+                second += x.T @ x
+                first += x.sum(0)
+                n += len(x)
+                bar.update(len(x))
         mean = first / n
         _, vectors = torch.linalg.eigh(second / n - mean.outer(mean))
         return cls(mean.float(), vectors.flip(1).float())
@@ -92,12 +96,15 @@ def untrained_fvus(
     factors = {k: float((out * centred_BD).sum() / out.pow(2).sum()) for k, out in decoded(x_BD).items()}
     error = {k: torch.zeros((), dtype=torch.float64, device=device) for k in factors}
     sums = Sums()
+    bar = progress(n_rows, f"untrained SAE of {d_sae} latents", "row", delay=1.0)
     for rows in store.kept_rows(hook, "validation", n_rows, 8192):
+        bar.update(len(rows))
         x_BD = rows.to(device) * scale
         centred_BD = (x_BD - sae.b_dec).double()
         for k, out in decoded(x_BD).items():
             error[k] += (centred_BD - factors[k] * out).pow(2).sum()
         doc = torch.zeros(len(rows), dtype=torch.int64)
         sums.add(doc, {"rows": doc + 1, "squared_norm": x_BD.double().pow(2).sum(1), "vector": x_BD})
+    bar.close()
     variance = float(total_variance(total(sums.table())))
     return [float(error[k]) / variance for k in ks]

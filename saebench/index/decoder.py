@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saebench.models import Unembedding
+from saebench.runlog import progress
 from saebench.sae import SAE
 
 NEIGHBOURS = 20
@@ -27,13 +28,15 @@ def geometry(sae: SAE) -> dict[str, np.ndarray]:
     cosine_F = torch.nn.functional.cosine_similarity(sae.W_enc.T, sae.W_dec, dim=1)
     size = min(NEIGHBOURS, sae.d_sae - 1)
     ids, cosines = [], []
-    for first, block_BD in _blocks(rows_FD, sae.d_sae):
-        cosines_BF = block_BD @ rows_FD.T
-        here = torch.arange(len(block_BD), device=block_BD.device)
-        cosines_BF[here, here + first] = -torch.inf
-        best = cosines_BF.topk(size, dim=1)
-        ids.append(best.indices.int().cpu())
-        cosines.append(best.values.cpu())
+    with progress(sae.d_sae, "decoder neighbours", "latent", delay=1.0) as bar:
+        for first, block_BD in _blocks(rows_FD, sae.d_sae):
+            cosines_BF = block_BD @ rows_FD.T
+            here = torch.arange(len(block_BD), device=block_BD.device)
+            cosines_BF[here, here + first] = -torch.inf
+            best = cosines_BF.topk(size, dim=1)
+            ids.append(best.indices.int().cpu())
+            cosines.append(best.values.cpu())
+            bar.update(len(block_BD))
     return {
         "norm": norm_F.cpu().numpy(),
         "encoder_cosine": cosine_F.cpu().numpy(),
@@ -64,6 +67,7 @@ def logit_effects(
     size = min(LOGIT_TOKENS, len(ids))
     if len(ids) < unembedding.W_U.shape[1]:
         unembedding = unembedding._replace(W_U=unembedding.W_U[:, ids])
+    bar = progress(len(W_dec_FD), "logit effects", "latent", delay=1.0)
     for _, block_BD in _blocks(W_dec_FD, len(ids)):
         effects_BV = unembedding.effects(block_BD)
         top, bottom = effects_BV.topk(size, dim=1), effects_BV.topk(size, dim=1, largest=False)
@@ -85,6 +89,8 @@ def logit_effects(
         }
         for name, value in found.items():
             parts.setdefault(name, []).append(value.cpu().numpy())
+        bar.update(len(block_BD))
+    bar.close()
     return {name: np.concatenate(values) for name, values in parts.items()}
 
 

@@ -21,6 +21,7 @@ from saebench.index.evidence import (
     values_of_top,
 )
 from saebench.index.memory import give_back
+from saebench.runlog import progress
 
 INTERVALS = 10
 TOKENS = 50
@@ -142,7 +143,9 @@ def companions(sample: Sample, d_sae: int) -> dict[str, np.ndarray]:
     sample = affordable(sample)
     fires = sample.fires(d_sae)
     found: dict[str, list[np.ndarray]] = {name: [] for name in ("pmi_ids", "pmi", "jaccard_ids", "jaccard")}
+    bar = progress(d_sae, "companions", "latent", delay=1.0)
     for first, n_block, cells, both in together(sample, sample, d_sae, d_sae):
+        bar.update(n_block)
         i, j = cells // d_sae, cells % d_sae
         pmi = np.log(len(sample.rows) * both / (fires[i + first] * fires[j]))
         jaccard = both / (fires[i + first] + fires[j] - both)
@@ -151,6 +154,7 @@ def companions(sample: Sample, d_sae: int) -> dict[str, np.ndarray]:
             best, there = first_of_each(i[given], -score[given], n_block, COMPANIONS)
             found[f"{name}_ids"].append(np.where(there, at(j[given], best), -1).astype(np.int32))
             found[name].append(np.where(there, at(score[given], best), 0).astype(np.float32))
+    bar.close()
     return {name: np.concatenate(parts) for name, parts in found.items()} | {"rows": np.array(len(sample.rows))}
 
 

@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import sparse
 
+from saebench.runlog import progress
+
 WINDOW = 32  # consecutive rows of a context that are one window
 MINIMUM = (
     10  # firing rows below which nothing is fitted or scored, and windows of either kind below which none is detected
@@ -77,8 +79,10 @@ def fit_rules(fit: Rows, score: Rows | Callable[[], Rows], seed: int = 0) -> np.
         score = score()
         _check(fit, score)
     held_out = _HeldOut(fit, score, seed)
-    for latent in range(len(rules)):
-        held_out.score(latent, rules[latent : latent + 1])
+    with progress(len(rules), "score rules", "latent", delay=1.0) as bar:
+        for latent in range(len(rules)):
+            held_out.score(latent, rules[latent : latent + 1])
+            bar.update()
     return rules
 
 
@@ -115,6 +119,7 @@ def _search(fit: Rows, rules: np.ndarray) -> None:
     rules["fit_rows"] = np.diff(firing.indptr)
     step = max(1, _BLOCK // literals.shape[1])
     both_MM = _together(literals, step)
+    bar = progress(len(rules), "fit rules", "latent", delay=1.0)
     for start in range(0, len(rules), step):
         block = firing[:, start : start + step]
         hits_FM = (_counted(block.T) @ literals).toarray()
@@ -130,6 +135,8 @@ def _search(fit: Rows, rules: np.ndarray) -> None:
             chosen = rules[latent]
             chosen["first"], chosen["operator"], chosen["fit_f1"] = short[first], operator, f1
             chosen["second"] = short[second] if operator else -1
+        bar.update(len(shortlists))
+    bar.close()
 
 
 def _together(literals: Matrix, step: int) -> Float[np.ndarray, "M M"]:
