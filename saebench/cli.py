@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=logging.DEBUG if arguments.verbose else logging.INFO, format="%(message)s", stream=sys.stderr, force=True
     )
     if not arguments.verbose:
-        for name in ("datasets", "fsspec", "h5py", "httpx", "huggingface_hub", "transformers", "urllib3"):
+        for name in ("datasets", "fsspec", "h5py", "httpx", "httpx2", "huggingface_hub", "transformers", "urllib3"):
             logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:

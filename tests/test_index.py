@@ -1,3 +1,4 @@
+import json
 import shutil
 import signal
 from collections.abc import Iterator
@@ -9,9 +10,10 @@ import numpy as np
 import processes
 import pytest
 import torch
-from conftest import CONTEXT, HOOK, WIDTH
+from conftest import CONTEXT, HOOK, WIDTH, sentences
 from scipy.stats import chisquare
 
+from saebench.evaluate import EvalConfig, evaluate, write_report
 from saebench.evaluate.attribution import logit_of
 from saebench.files import write_json
 from saebench.harvest import HarvestConfig, harvest
@@ -37,8 +39,10 @@ from saebench.index.examples import show
 from saebench.index.search import features_for_text
 from saebench.models import capture, load_model, logits, spliced_logits, unembedding
 from saebench.sae import SAE, GatedSAE, JumpReLUSAE, encode_sparse, initialise, new_sae, save_sae
+from saebench.steer import open_bench
 from saebench.store import Store, open_store
 from saebench.text import TextConfig
+from saebench.train import TrainConfig, train
 
 LATENTS = 48
 
@@ -601,6 +605,80 @@ def test_a_file_that_is_no_index_is_refused(tmp_path: Path, saved: Path, index: 
         file.attrs["schema_version"] = 99
     with pytest.raises(ValueError, match="version 99, this saebench reads"):
         open_feature_index(tmp_path / "newer.h5", sae=saved)
+
+
+def test_an_index_of_the_first_version_opens_and_goes_on(saved: Path, index: FeatureIndex, tmp_path: Path) -> None:
+    """What it lacks is not shown, and its rules, of other labels, are words that are not applied."""
+    old = tmp_path / "old.h5"
+    shutil.copy(index.path, old)
+    with h5py.File(old, "a") as file:
+        file.attrs["schema_version"] = 1
+        del file.attrs["longest"], file["latents/massive"], file["literals/version"]
+        text = file["rules/text"].asstr()[:]
+        del file["rules/text"]
+        file["rules/text"] = np.array([line.encode() for line in text])
+    with open_feature_index(old, sae=saved) as opened:
+        assert "massive" not in opened.columns
+        assert opened.longest == index.longest
+        assert opened.explanations == index.explanations
+        latent = int(np.nanargmax(opened.columns["rule_f1"]))
+        assert opened[latent].rule == index[latent].rule
+        assert index.holds(latent, [np.array([0, 5, 6])]) is not None
+        assert opened.holds(latent, [np.array([0, 5, 6])]) is None
+    assert build_index(IndexConfig(sae=saved, sample=3_000, out=old)) == old
+    child = processes.start(
+        "index", "--sae", str(saved), "--sample", "3000", "--out", str(tmp_path / "cut.h5"), "--workers", "1", slow=0.05,
+        unit_rows=40 * CONTEXT,
+    )  # fmt: skip
+    processes.signal_when(child, (tmp_path / "cut.h5").exists, signal.SIGKILL)
+    with h5py.File(tmp_path / "cut.h5", "a") as file:
+        file.attrs["schema_version"] = 1
+        del file["state/massive"], file["state/top_texts"]
+    build_index(IndexConfig(sae=saved, sample=3_000, out=tmp_path / "cut.h5"))
+    with open_feature_index(tmp_path / "cut.h5", sae=saved) as made:
+        assert made.complete
+        assert np.array_equal(made.columns["fires"], index.columns["fires"])
+        assert np.array_equal(made.columns["max"], index.columns["max"])
+
+
+def test_texts_of_an_index_are_utf8(saved: Path, index: FeatureIndex, tmp_path: Path) -> None:
+    """A rule may name any token."""
+    path = tmp_path / "words.h5"
+    shutil.copy(index.path, path)
+    with h5py.File(path, "a") as file:
+        del file["rules/text"]
+        build._write(file, {"rules": {"text": np.array(['token is "漢"', *["é"] * (LATENTS - 1)], dtype=object)}})
+    with open_feature_index(path, sae=saved) as opened:
+        shown = {opened.explanations[latent] for latent in range(LATENTS) if opened[latent].rule}
+        assert shown <= {'token is "漢"', "é"}
+        assert "é" in shown
+        assert opened[1].rule is None or opened[1].rule.text == "é"
+
+
+def test_paths_are_found_wherever_one_stands(
+    store: Store, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of store and model, that were relative when the SAE was trained; from above the run, and from elsewhere."""
+    project = tmp_path / "project"
+    (project / "models").mkdir(parents=True)
+    shutil.copytree(checkpoints["llama"], project / "models" / "llama")
+    monkeypatch.chdir(project)
+    corpus_file = project / "text.jsonl"
+    corpus_file.write_text("".join(json.dumps({"text": sentences(number, 60)}) + "\n" for number in range(40)))
+    harvest(
+        HarvestConfig(model="models/llama", layers=(1,), tokens=1_000, context=CONTEXT, shard_contexts=64, dtype="float32", out=Path("store")),
+        TextConfig(dataset="text.jsonl", validation_fraction=0.3),
+    )  # fmt: skip
+    train(TrainConfig(store=Path("store"), out=Path("run"), k=(4,), d_sae=(48,), tokens=2_000, batch=128, device="cpu"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    sae = project / "run" / "saes" / "topk-k4"
+    write_report(project / "run", evaluate(EvalConfig(run=project / "run", resamples=20, device="cpu")))
+    assert build_index(IndexConfig(sae=sae, sample=500, device="cpu"))
+    bench = open_bench(sae, device="cpu")
+    assert bench.index
+    assert bench.index.has_store
+    assert bench.model.id == str(project / "models" / "llama")
 
 
 def test_gated_is_indexed_as_it_encodes(store: Store, tmp_path: Path) -> None:

@@ -1,13 +1,21 @@
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import LAYERS, SHAPES, VOCABULARY, WIDTH
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel
 
+from saebench.files import read_json
 from saebench.models import (
+    EMBEDDED_MODEL_PATH,
     HookKind,
     LanguageModel,
     capture,
@@ -26,6 +34,7 @@ from saebench.models import (
     spliced_logits,
     spliced_states,
 )
+from saebench.steer import Sampling, generate
 
 TOKENS = torch.randint(1, VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(0))
 
@@ -236,3 +245,145 @@ def test_unknown_models_and_hooks_are_named(checkpoints: dict[str, Path], tmp_pa
 def test_the_embedded_model_has_a_path() -> None:
     assert Path(model_path("embedded")).name == "model"
     assert model_path("org/name") == "org/name"
+
+
+# ------------------------------------------------------------------------------------ what a model must be
+
+
+def changed(checkpoints: dict[str, Path], folder: Path, name: str = "llama") -> Path:
+    shutil.copytree(checkpoints[name], folder)
+    return folder
+
+
+def test_a_tokenizer_is_the_one_on_disk(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """WordPiece without BOS opens a text with [CLS], and not with the unknown token."""
+    path = changed(checkpoints, tmp_path / "words", "gpt2")
+    for file in path.glob("tokenizer*"):
+        file.unlink()
+    vocabulary = {piece: number for number, piece in enumerate(["[UNK]", "[CLS]", "[SEP]", "the", "cat"])}
+    words = Tokenizer(tokenizer_models.WordPiece(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+    fast.save_pretrained(path)
+    model = load_model(str(path), device="cpu")
+    assert model.tokens_of("the cat") == [1, 3, 4]
+    assert model.tokenizer.bos_token is None
+    assert len(model.tokenizer) == 5
+
+
+def test_texts_get_bos_once_and_tokens_beyond_the_embedding_are_named(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    model = load_model(str(checkpoints["llama"]), device="cpu")
+    ids = model.tokens_of("the cat")
+    assert ids[0] == 0
+    assert model.tokens_of("<|endoftext|>the cat") == ids
+    with pytest.raises(ValueError, match="the text is empty"):
+        model.tokens_of("")
+    with pytest.raises(ValueError, match=r"the text has \d+ tokens; the model takes at most 64"):
+        model.tokens_of("the " * 100)
+    path = changed(checkpoints, tmp_path / "more")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens([f"<new{number}>" for number in range(VOCABULARY - len(tokenizer) + 1)])
+    tokenizer.save_pretrained(path)
+    more = load_model(str(path), device="cpu")
+    with pytest.raises(
+        ValueError, match=r"the text has token 512 \('<new\d+>'\), model .* knows 0 to 511: it was added"
+    ):
+        more.tokens_of(f"the cat <new{VOCABULARY - 318}>")
+    with pytest.raises(ValueError, match="the text has token 512"):
+        generate(more, [np.array([0, 512])], [])
+
+
+def test_a_text_ends_at_every_end_token(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    path = changed(checkpoints, tmp_path / "ends")
+    model = load_model(str(path), device="cpu")
+    assert model.end_tokens == {0}
+    free = generate(model, "the cat", [], Sampling(max_new_tokens=12, temperature=0.0)).texts[0].tokens
+    place = next(place for place in range(1, 12) if free[place] not in free[:place])
+    third = int(free[place])
+    settings = read_json(path / "generation_config.json") | {"eos_token_id": [0, third]}
+    (path / "generation_config.json").write_text(json.dumps(settings))
+    ends = load_model(str(path), device="cpu")
+    assert ends.end_tokens == {0, third}
+    stopped = generate(ends, "the cat", [], Sampling(max_new_tokens=12, temperature=0.0)).texts[0].tokens
+    assert stopped.tolist() == free[: place + 1].tolist()
+
+
+def test_a_damaged_model_is_named(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    path = changed(checkpoints, tmp_path / "nan")
+    weights = load_file(path / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, 5] = float("nan")
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model '.*nan' gives NaN or infinity on a few plain tokens in float32"):
+        load_model(str(path), device="cpu")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"lacks 1 of the weights that LlamaForCausalLM has, 'model.layers.1.mlp.down_proj.weight'"
+    ):
+        load_model(str(path), device="cpu")
+    (path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model '.*nan' cannot be loaded: .*model.safetensors") as error:
+        load_model(str(path), device="cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_of_another_model_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    path = changed(checkpoints, tmp_path / "other")
+    for file in EMBEDDED_MODEL_PATH.glob("tokenizer*"):
+        shutil.copy(file, path)
+    with pytest.raises(
+        ValueError, match=r"has 4\d\d\d tokens, its embedding 512 rows: it is the tokenizer of another model"
+    ):
+        load_model(str(path), device="cpu")
+
+
+def test_a_model_without_tokenizer_takes_ids_alone(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    path = changed(checkpoints, tmp_path / "ids")
+    for file in path.glob("*token*"):
+        file.unlink()
+    model = load_model(str(path), device="cpu")
+    assert model.tokenizer is None
+    with pytest.raises(ValueError, match="the model came without a tokenizer and takes no text"):
+        model.tokens_of("the cat")
+    made = generate(model, [np.array([3, 4, 5])], [], Sampling(max_new_tokens=3))
+    assert len(made.texts[0].tokens) == 3
+
+
+def test_blocks_that_run_twice_have_no_residual_stream(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = LlamaModel.forward
+
+    def twice(self: LlamaModel, *args: object, **kwargs: object) -> object:
+        forward(self, *args, **kwargs)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", twice)
+    with pytest.raises(ValueError, match="layer 0 of model .* runs 2 times in a pass, expected once"):
+        load_model(str(checkpoints["llama"]), device="cpu")
+
+
+def test_a_hook_whose_edits_are_ignored_is_refused(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a module returns need not be what is used of it."""
+    forward = LlamaMLP.forward
+
+    def deaf(self: torch.nn.Module, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        mlp, self.mlp = self.mlp, torch.nn.Identity()
+        try:
+            real = forward(mlp, hidden)
+            mlp(hidden)  # is seen, and not used
+            return decoder(self, hidden, *args[1:], **{k: v for k, v in kwargs.items() if k != "hidden_states"}) + real
+        finally:
+            self.mlp = mlp
+
+    decoder = LlamaDecoderLayer.forward
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", deaf)
+    model = load_model(str(checkpoints["llama"]), device="cpu")
+    check_hook(model, hook_name(1))
+    with pytest.raises(ValueError, match=r"an edit at 'blocks.1.hook_mlp_out' of model .* does not reach the logits"):
+        check_hook(model, hook_name(1, "mlp_out"))

@@ -321,6 +321,30 @@ def test_a_head_that_holds_all_of_its_text_is_trained_on_as_it_is(
     assert "held-out rows" not in caplog.text
 
 
+def test_hooks_leave_out_the_same_rows_and_stay_together(head: Store, tmp_path: Path) -> None:
+    """A row that is too long at one of them: else one would get ahead, and need windows that the others have not reached."""
+    folders = train(config(head, tmp_path / "run", exclude_outliers=1.1)) or []
+    assert len(folders) == 2
+    for folder in folders:
+        identity = read_config(folder)["metadata"]["saebench"]["identity"]
+        assert (identity["exclude_outliers"], identity["left_out_at"]) == (1.1, sorted(HOOKS))
+    assert not (head.folder / "rolling").exists()
+    longest = {hook: 1.1 * head.statistics(hook)["median_norm"] for hook in HOOKS}
+    streams = [shuffled_batches(head, hook, 20, seed=0, longest=longest) for hook in HOOKS]
+    for _ in range(20):
+        places = [next(stream)[1] for stream in streams]
+        assert places[0] == places[1]
+    keep = torch.from_numpy(columns(head.of_split("train"), "keep"))
+    rows = [torch.cat([shard.rows(hook) for shard in head.of_split("train")])[keep] for hook in HOOKS]
+    short = torch.stack([one.norm(dim=1) <= longest[hook] for one, hook in zip(rows, HOOKS, strict=True)])
+    shorter = int(short.all(0).sum())
+    assert 20 < shorter < int(short[0].sum())  # which leaves out more than either alone
+    first = islice(shuffled_batches(head, HOOKS[0], 10, seed=0, longest=longest), shorter // 10)
+    served = torch.cat([batch for batch, cursor in first if cursor.epoch == 0])
+    want = rows[0][short.all(0)]
+    assert all(bool((want == row).all(1).any()) for row in served)
+
+
 def test_what_cannot_roll_is_said(
     head: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,16 +69,15 @@ def check_model(model: LanguageModel) -> None:
                     f"layer {layer} of model {model.id!r} has vectors of shape {tuple(found[0].shape)}, expected {shape} "
                     "(contexts, positions, d_model): it has no residual stream of one vector a position"
                 )
+        if not all(seen[layer, inward][0].isfinite().all() for inward in (True, False)):
+            raise ValueError(_broken(model))
         if layer and not _close(seen[layer - 1, False][0], seen[layer, True][0]):
             raise ValueError(
                 f"layer {layer} of model {model.id!r} does not read what layer {layer - 1} writes: it has no single residual stream"
             )
     clean = logits(model, tokens)
-    if not clean.isfinite().all() or not all(values[0].isfinite().all() for values in seen.values()):
-        raise ValueError(
-            f"model {model.id!r} gives NaN or infinity on a few plain tokens in {model.dtype}: its weights are damaged, "
-            "or need a wider --model-dtype (float32)"
-        )
+    if not clean.isfinite().all():
+        raise ValueError(_broken(model))
     if not _close(head(model, last_states(model, tokens).flatten(0, 1)).view_as(clean), clean):
         raise ValueError(f"the logits of model {model.id!r} are not a function of its last vectors alone")
     other = tokens.clone()
@@ -88,6 +87,13 @@ def check_model(model: LanguageModel) -> None:
             f"model {model.id!r} ({type(model.module).__name__}) reads from both sides: an encoder. Loss recovered, logit "
             "effects and generation are defined from left to right alone"
         )
+
+
+def _broken(model: LanguageModel) -> str:
+    return (
+        f"model {model.id!r} gives NaN or infinity on a few plain tokens in {model.dtype}: its weights are damaged, "
+        "or need a wider --model-dtype (float32)"
+    )
 
 
 def check_hook(model: LanguageModel, hook: str) -> None:

@@ -154,9 +154,8 @@ def load_model(
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _silent():
         module = _load_module(name, path, dtype, options)
+        tokenizer, tokenizer_files = _tokenizer(name, path, options)
         folder = _checkpoint_folder(path, revision)
-        tokenizer_files = tuple(sorted(file for file in folder.iterdir() if file.name.startswith(_TOKENIZER_FILES)))
-        tokenizer = _load_tokenizer(name, path, options) if tokenizer_files else None
     module.to(device).eval()
     text_config = module.config.get_text_config(decoder=True)
     blocks = _blocks(name, module, text_config.num_hidden_layers)
@@ -247,6 +246,24 @@ def _load_tokenizer(name: str, path: str, options: dict[str, Any]) -> Any:
         return AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:
         raise ValueError(f"the tokenizer of model {name!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def _tokenizer(name: str, path: str, options: dict[str, Any]) -> tuple[Any, tuple[Path, ...]]:
+    """(the tokenizer, its files); (None, none) where the model came without."""
+
+    def files() -> tuple[Path, ...]:
+        folder = _checkpoint_folder(path, options["revision"])
+        return tuple(sorted(file for file in folder.iterdir() if file.name.startswith(_TOKENIZER_FILES)))
+
+    if Path(path).is_dir() and not files():
+        return None, ()
+    try:
+        tokenizer = _load_tokenizer(name, path, options)  # from the hub its files are fetched here
+    except ValueError:
+        if files():
+            raise
+        return None, ()
+    return (tokenizer if files() else None), files()
 
 
 def _blocks(name: str, module: Any, n_layers: int) -> tuple[nn.Module, ...]:

@@ -245,7 +245,7 @@ class Editor:
         padding_b = torch.zeros_like(rows) if self.padding is None else self.padding[rows]
         place_bL = columns_L - padding_b[:, None]
         mask_bL = place_bL >= 0
-        if not one.bos:
+        if not one.bos and self._bos is not None:
             mask_bL &= ids[rows] != self._bos
         end = self.first_column + n_columns if self.prompt_columns is None else self.prompt_columns
         if one.positions == "generated":
