@@ -18,13 +18,14 @@ from saebench.evaluate import EvalConfig, evaluate, write_report
 from saebench.files import read_json, write_json
 from saebench.harvest import HarvestConfig, harvest
 from saebench.harvest.run import open_model
+from saebench.harvest.settings import text_of
 from saebench.index import IndexConfig, build_index
-from saebench.models import EMBEDDED_MODEL, LanguageModel, capturer, choose_device, head, last_states, load_model
+from saebench.models import EMBEDDED_MODEL, LanguageModel, capturer, choose_device, head, last_states
 from saebench.sae import encode_sparse
 from saebench.store.coding import row_bytes
 from saebench.store.reader import read_manifest
 from saebench.store.schema import MANIFEST
-from saebench.text import TextConfig
+from saebench.text import TextConfig, fingerprint
 from saebench.train import TrainConfig, train
 from saebench.train.member import Member
 from saebench.train.settings import Architecture, grid
@@ -36,6 +37,7 @@ EPOCHS = 4
 _STEPS = 1000  # at least, unless a batch would be tiny
 _HELD_OUT = 100_000  # tokens that figures are measured on, at most
 _DEFAULT_K = 32
+_CONTEXT = 256  # tokens, where the model takes as many
 _TRIED = 4  # contexts whose passes are timed
 
 
@@ -92,38 +94,36 @@ def run(config: RunConfig) -> dict[str, Any] | None:
     Before it starts, the plan is logged. Raises ValueError as the stages do.
     """
     store = Path("activations") / config.folder.name
-    if (store / MANIFEST).exists() and read_manifest(store)["complete"]:
-        stages = stages_of(config, store, read_manifest(store)["identity"]["layers"])
-    else:
-        first = HarvestConfig(
-            model=config.model, layers=config.layers or (0,), out=store
-        )  # its checks come before the model
-        model = (
-            load_model(config.model, device=config.device) if not config.layers else open_model(first, config.device)
-        )
-        stages = stages_of(config, store, [model.n_layers // 2])
-        if not (store / MANIFEST).exists():
-            log.info("%s", "\n".join(plan(model, stages)))
-        del model
-        gc.collect()
+    if (store / MANIFEST).exists():
+        made = read_manifest(store)["identity"]
+        return run_stages(stages_of(config, store, made["layers"], made["context"]))
+    first = HarvestConfig(model=config.model, layers=config.layers or (0,), context=2, out=store)
+    text, _ = text_of(first, TextConfig(dataset=config.dataset))  # before a model is loaded that there is no text for
+    fingerprint(text)
+    model = open_model(first, config.device)
+    stages = stages_of(config, store, [model.n_layers // 2], min(_CONTEXT, model.max_context))
+    log.info("%s", "\n".join(plan(model, stages)))
+    del model
+    gc.collect()
     return run_stages(stages)
 
 
-def stages_of(config: RunConfig, store: Path, layers: list[int]) -> Stages:
-    """The settings of each stage; `layers` where none is named."""
+def stages_of(config: RunConfig, store: Path, layers: list[int], context: int) -> Stages:
+    """The settings of each stage, with contexts of so many tokens; `layers` where none is named."""
     chosen = config.layers or tuple(layers)
     hooks = HarvestConfig(layers=chosen, out=store).hooks
     sparsity = config.k or (() if config.target_l0 else (_DEFAULT_K,))
+    rows = EPOCHS * config.tokens
     return Stages(
         HarvestConfig(
-            model=config.model, layers=chosen, tokens=config.tokens, device=config.device, out=store,
-            validation_tokens=max(config.tokens // 10, 1),
+            model=config.model, layers=chosen, tokens=config.tokens, validation_tokens=max(config.tokens // 10, 1),
+            context=context, device=config.device, out=store,
         ),
         TextConfig(dataset=config.dataset),
         TrainConfig(
             store=store, hook=tuple(hooks), out=config.folder, arch=config.arch, k=sparsity,
             target_l0=config.target_l0 or tuple(map(float, sparsity)), d_sae=config.d_sae, expansion=config.expansion,
-            tokens=EPOCHS * config.tokens, batch=min(max(EPOCHS * config.tokens // _STEPS, 256), 4096), device=config.device,
+            tokens=rows, batch=min(max(rows // _STEPS, 256), 4096), device=config.device,
         ),
         EvalConfig(run=config.folder, tokens=min(max(config.tokens // 20, 1), _HELD_OUT), device=config.device),
         None,

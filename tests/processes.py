@@ -43,15 +43,16 @@ def start(
     checkpoint_seconds: float | None = None,
     unit_rows: int | None = None,
     environment: dict[str, str] | None = None,
+    folder: Path | None = None,
 ) -> Child:
-    """`saebench ARGV` in a child. `file_limit` is the largest file it may write, in bytes.
+    """`saebench ARGV` in a child, in `folder`. `file_limit` is the largest file it may write, in bytes.
 
     `slow` makes every training step, forward pass and unit of an index wait that many seconds; checkpoints are
     written every `checkpoint_seconds`. An index goes in units of `unit_rows`, and writes a snapshot after each.
     """
     return Child(
         argv, file_limit=file_limit, slow=slow, checkpoint_seconds=checkpoint_seconds, unit_rows=unit_rows,
-        environment=environment,
+        environment=environment, folder=folder,
     )  # fmt: skip
 
 
@@ -72,9 +73,9 @@ def start_ranks(size: int, *argv: str, slow: float = 0.0) -> list[Child]:
     ]
 
 
-def run(*argv: str, file_limit: int | None = None) -> tuple[int, str]:
+def run(*argv: str, file_limit: int | None = None, folder: Path | None = None) -> tuple[int, str]:
     """(exit status, what it printed) of a child that runs to its end."""
-    return start(*argv, file_limit=file_limit).ends()
+    return start(*argv, file_limit=file_limit, folder=folder).ends()
 
 
 def signal_when(child: Child, condition: Callable[[], bool], number: signal.Signals) -> tuple[int, str]:
@@ -98,6 +99,7 @@ def _main(
     checkpoint_seconds: float | None,
     unit_rows: int | None,
     environment: dict[str, str] | None,
+    folder: Path | None,
 ) -> None:
     import torch
 
@@ -114,6 +116,8 @@ def _main(
     sys.stdout = os.fdopen(1, "w", buffering=1)
     torch.set_num_threads(1)
     os.environ |= environment or {}
+    if folder is not None:
+        os.chdir(folder)
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if checkpoint_seconds is not None:

@@ -1,0 +1,161 @@
+"""All stages in one command, stopped and continued; and what it says before and after."""
+
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+from conftest import CONTEXT, sentences
+from datasets import Dataset
+
+from saebench.cli import main
+from saebench.evaluate import EvalConfig, evaluate
+from saebench.files import read_json
+from saebench.harvest import HarvestConfig, harvest
+from saebench.index import IndexConfig, build_index, open_feature_index
+from saebench.pipeline import RunConfig, run
+from saebench.sae import read_config
+from saebench.text import TextConfig
+from saebench.train import TrainConfig, train
+
+
+@pytest.fixture
+def lines(tmp_path: Path) -> Path:
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": sentences(number, 400)}) + "\n" for number in range(60)))
+    return path
+
+
+def test_a_model_from_its_name_to_the_browser(
+    checkpoints: dict[str, Path], lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    command = [
+        "run",
+        str(checkpoints["llama"]),
+        "--dataset",
+        str(lines),
+        "--tokens",
+        "4k",
+        "--arch",
+        "topk,relu",
+        "--k",
+        "4",
+    ]
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    assert "layer 1 of 3, 32 dimensions" in err  # the middle one, and the plan before anything is done
+    for what in ("rows    4,000 for training", "SAEs    2 of 256 latents", "disk ", "memory ", "time    about"):
+        assert what in err
+    shown = out.splitlines()
+    assert shown[-1] == "next: saebench app runs/llama"
+    assert re.fullmatch(r"took evaluate \d+ s, harvest \d+ s, index \d+ s, train \d+ s, total \d+ s", shown[-2])
+    assert [line.split()[0] for line in shown[2:4]] == ["relu-l0-4", "topk-k4"]
+    assert sorted(path.stem for path in Path("runs/llama/index").glob("*.h5")) == ["relu-l0-4", "topk-k4"]
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    assert "time    about" not in err  # nothing is left to plan
+    assert out.splitlines()[-1] == shown[-1]
+
+
+def test_stopped_at_any_moment_it_goes_on(checkpoints: dict[str, Path], lines: Path, tmp_path: Path) -> None:
+    """Ctrl-C and kill -9 within each stage; the same command then does what is left."""
+    argv = (
+        "run", str(checkpoints["llama"]), "--dataset", str(lines), "--layers", "1", "--tokens", "20k", "--d-sae", "64", "--k", "4",
+        "--out", str(tmp_path / "runs" / "one"),
+    )  # fmt: skip
+    out, store = tmp_path / "runs" / "one", tmp_path / "activations" / "one"
+    moments = (
+        (lambda: (store / "manifest.json").exists(), signal.SIGINT),
+        (lambda: (store / "shard-00000.h5").exists(), signal.SIGKILL),
+        (lambda: (out / "saes" / "topk-k4" / "metrics.jsonl").exists(), signal.SIGINT),
+        (lambda: (out / "saes" / "topk-k4" / "cfg.json").exists(), signal.SIGKILL),
+    )
+    for moment, number in moments:
+        status, printed = processes.signal_when(processes.start(*argv, folder=tmp_path, slow=0.02), moment, number)
+        assert status in (-number, 130, 0), printed  # or it was quicker
+    status, printed = processes.run(*argv, folder=tmp_path)
+    assert status == 0, printed
+    assert printed.splitlines()[-1] == f"next: saebench app {out}"
+    summary = read_json(out / "summary.json")
+    assert [sae["name"] for sae in summary["saes"]] == ["topk-k4"]
+    assert set(summary["seconds"]) == {"harvest", "train", "evaluate", "index", "total"}
+
+
+def test_what_a_run_cannot_do_is_one_line(
+    checkpoints: dict[str, Path], lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for options, message in (
+        ([str(checkpoints["llama"])], "no text was named for model '.*': give --dataset with a file or folder"),
+        (["./none", "--dataset", str(lines)], "model './none' is not a directory"),
+        (
+            [str(checkpoints["llama"]), "--dataset", str(lines), "--layers", "9"],
+            "hook 'blocks.9.hook_resid_post' is beyond model",
+        ),
+        ([str(checkpoints["llama"]), "--dataset", "./none.txt"], "dataset './none.txt' does not exist"),
+        (
+            [str(checkpoints["llama"]), "--dataset", str(lines), "--k", "999"],
+            "k is 999; expected more than 0 and at most d_sae = 256",
+        ),
+    ):
+        assert main(["run", *options]) == 2
+        err = capsys.readouterr().err
+        assert re.search(rf"saebench: error: {message}", err), err
+        assert "Traceback" not in err
+    assert not (tmp_path / "activations").exists() or not list((tmp_path / "activations").rglob("shard-*"))
+
+
+def test_the_python_of_it(
+    lines: Path, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    summary = run(
+        RunConfig(model=str(checkpoints["llama"]), dataset=str(lines), layers=(0, 2), tokens=2_000, k=(4,), d_sae=(64,))
+    )
+    assert summary
+    assert [sae["hook"] for sae in summary["saes"]] == ["blocks.0.hook_resid_post", "blocks.2.hook_resid_post"]
+
+
+def test_token_ids_without_a_tokenizer_go_through_all_stages(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Without texts: tokens are shown as their numbers, and there are no rules. No context opens with BOS, and that is said."""
+    path = tmp_path / "model"
+    shutil.copytree(checkpoints["llama"], path)
+    for file in path.glob("*token*"):
+        file.unlink()
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(5, 300, (300, CONTEXT), generator=generator).tolist()
+    Dataset.from_list([{"input_ids": row} for row in rows]).to_parquet(tmp_path / "ids.parquet")
+    store = harvest(
+        HarvestConfig(model=str(path), layers=(1,), tokens=3_000, context=CONTEXT, shard_contexts=64, dtype="float32", out=tmp_path / "store"),
+        TextConfig(dataset=str(tmp_path / "ids.parquet"), validation_fraction=0.2),
+    )  # fmt: skip
+    assert store
+    assert store.tokenizer() is None
+    assert not store.shards[0].column("keep").reshape(-1, CONTEXT)[:, 0].any()  # attention sinks, BOS or not
+    assert store.shards[0].column("keep").reshape(-1, CONTEXT)[:, 1:].all()
+    assert store.verify() == []
+    (sae,) = (
+        train(
+            TrainConfig(
+                store=store.folder, out=tmp_path / "run", k=(4,), d_sae=(64,), tokens=4_000, batch=128, device="cpu"
+            )
+        )
+        or []
+    )
+    assert read_config(sae)["metadata"]["prepend_bos"] is False
+    evaluate(EvalConfig(run=tmp_path / "run", resamples=20, device="cpu"))
+    build_index(IndexConfig(sae=sae, sample=500, device="cpu"))
+    with open_feature_index(tmp_path / "run" / "index" / "topk-k4.h5") as index:
+        latent = index[int(index.columns["fires"].argmax())]
+        context = index.context_of(latent.top[0].row, 2)
+        assert "".join(context.pieces) == "".join(f" {token}" for token in context.tokens)
+        assert latent.rule is None
+        assert index.top_logits is not None
+    assert main(["store", "info", str(store.folder)]) == 0
