@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo app check test faults bench
+.PHONY: install demo app check test families matrix faults bench
 
 install: .venv/installed
 
@@ -27,6 +27,12 @@ check: install
 
 test: install
 	$(BIN)/pytest
+
+families: install # every stage on a tiny checkpoint of every family of models
+	SAEBENCH_FAMILIES=all $(BIN)/pytest tests/test_families.py
+
+matrix: # install and suite on every supported Python at hand, or on PYTHON=… alone
+	scripts/matrix.sh $(if $(filter file,$(origin PYTHON)),,$(PYTHON))
 
 faults: install
 	SAEBENCH_KILLS=20 $(BIN)/pytest tests/test_faults.py

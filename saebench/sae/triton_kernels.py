@@ -147,7 +147,7 @@ def gather_sum(
     n_rows, n_entries, d_in = len(offsets) - 1, len(index), table_MD.shape[1]
     if n_entries == 0:
         return torch.zeros(n_rows, d_in, device=index.device, dtype=torch.float32)
-    chunks = triton.cdiv(n_entries, CHUNK)
+    chunks = -(-n_entries // CHUNK)
     out = torch.empty(n_rows, d_in, device=index.device, dtype=torch.float32)
     scratch = torch.empty(2 * chunks, d_in, device=index.device, dtype=torch.float32)
     operands = offsets, index, weights.contiguous(), table_MD.contiguous(), scratch
@@ -155,7 +155,7 @@ def gather_sum(
     fixed = {"CHUNK": CHUNK, "BLOCK_N": block_n, "BLOCK_D": block_d, **FUSED}
     with torch.cuda.device_of(out):
         _parts[(chunks, 2)](*operands, n_entries, n_rows, d_in, **fixed)
-        _rows[(n_rows, triton.cdiv(d_in, block_d))](*operands, out, d_in, **fixed)
+        _rows[(n_rows, -(-d_in // block_d))](*operands, out, d_in, **fixed)
     return out
 
 
@@ -172,7 +172,7 @@ def gather_dot(
     """
     n_rows, n_entries, d_in = len(left_RD), len(index), left_RD.shape[1]
     block_n, block_d = DOT_BLOCK[0], _columns(d_in, DOT_BLOCK[1])
-    slices = triton.cdiv(d_in, block_d)
+    slices = -(-d_in // block_d)
     out = torch.empty(slices, n_entries, device=left_RD.device, dtype=torch.float32)
     if n_entries > 0:
         with torch.cuda.device_of(out):
@@ -185,4 +185,4 @@ def gather_dot(
 
 def _columns(d_in: int, most: int) -> int:
     """Columns of a block: a power of two, as Triton asks, no wider than the table needs."""
-    return min(most, max(16, triton.next_power_of_2(d_in)))
+    return min(most, max(16, 1 << (d_in - 1).bit_length()))
