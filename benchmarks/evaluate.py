@@ -1,73 +1,139 @@
-"""Time the evaluation of a run's SAEs, and where the time goes.
+"""What evaluation costs beyond the passes that it cannot do without, and how much memory it takes.
 
-    python benchmarks/evaluate.py --run runs/demo --tokens 20000 --rows 100000
+    python benchmarks/evaluate.py --sae runs/demo/saes/topk-k48 [--tokens 20000]
+    python benchmarks/evaluate.py --vocabulary 262144 [--context 1024]
 
-Prints one JSON line. `arm_tokens_per_s` is held-out tokens times arms (clean, zero, mean and each SAE) over the time of
-the whole evaluation, model loading and baselines included. The shares are of that time, by the profiler.
-The run is copied, not changed; all its SAEs must read one hook.
+For an SAE: batch by batch, the passes alone (one whole, and one from the hook on for each of the zero, the mean and the SAE's
+arm, logits at the scored positions) and the evaluation of the batch take turns; `ratio` is the evaluation's time over
+theirs. Loading, baselines and the count of dead latents are timed apart. With --vocabulary, a tiny model of that many tokens
+is made, and evaluated in a process of its own: `beyond_mb` is its peak resident memory less that of one that only loads model
+and SAE. Prints one JSON line.
 """
 
 import argparse
-import cProfile
 import json
-import pstats
-import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from saebench.evaluate import EvalConfig, evaluate
-from saebench.files import read_json
+import numpy as np
+import torch
+from index import measured, synthetic
+from transformers import LlamaConfig, LlamaForCausalLM
 
-SHARES = {
-    "forward": ("capture", "spliced_logits", "clean_pass", "resumed_logits"),
-    "softmax": ("loss_and_kl",),
-    "sae": ("reconstruct",),
-    "dead_latents": ("silent_latents", "_silent_latents"),
-    "untrained": ("untrained_fvu", "untrained_fvus"),
-    "load": ("load_model",),
-}
+from saebench.evaluate.baselines import PCA, untrained_fvus
+from saebench.evaluate.measure import Batch, Measurement, Subject, silent_latents, splice, validation_batches
+from saebench.harvest import HarvestConfig, harvest
+from saebench.models import LanguageModel, clean_pass, head, resumed_states
+from saebench.sae import load_sae, read_config
+from saebench.store import open_store
+from saebench.store.norms import usual_moments
+from saebench.store.source import model_of, recorded_store
+from saebench.text import TextConfig
+
+_LOAD = """
+from pathlib import Path
+import sys
+from saebench.sae import load_sae
+from saebench.store import open_store
+from saebench.store.source import model_of
+store, sae = model_of(open_store(Path(sys.argv[1])), "cpu", None), load_sae(Path(sys.argv[2]))
+"""
+
+
+@torch.inference_mode()
+def needed(model: LanguageModel, hook: str, batch: Batch, value_BLD: torch.Tensor) -> None:
+    """The passes that figures of one SAE ask for: clean, and three with other vectors at the hook; logits where a kept token follows."""
+    clean = clean_pass(model, batch.tokens, hook)
+    scored = batch.keep.clone()
+    scored[:, :-1] &= batch.keep[:, 1:]
+    scored[:, -1] = False
+    head(model, clean.states[scored])
+    for _ in range(3):
+        head(model, resumed_states(model, clean, splice(clean.value, batch.keep, value_BLD[batch.keep]))[scored])
+
+
+@torch.inference_mode()
+def speed(sae: Path, tokens: int, batch: int, dead_rows: int) -> dict[str, Any]:
+    spent: dict[str, float] = {}
+
+    def timed(name: str, call: Any) -> Any:
+        started = time.perf_counter()
+        result = call()
+        spent[name] = spent.get(name, 0.0) + time.perf_counter() - started
+        return result
+
+    folder = recorded_store(sae)
+    assert folder is not None
+    store, hook = open_store(folder), read_config(sae)["metadata"]["hook_name"]
+    model = timed("load", lambda: model_of(store, "cpu", None))
+    subject = Subject(sae, load_sae(sae))
+    pca = timed("pca", lambda: PCA.fit(store, hook, "cpu"))
+    mean_D = torch.from_numpy(usual_moments(store, hook)[0]).float()
+    measurement = Measurement(model, hook, mean_D, pca, [subject], store.norms(hook).bound)
+    batches = list(validation_batches(store, tokens, batch))
+    values = (
+        torch.randn(*batches[0].tokens.shape, store.d_in(hook)) * store.norms(hook).median / store.d_in(hook) ** 0.5
+    )
+    needed(model, hook, batches[0], values)  # warm
+    for each in batches:
+        timed("passes", lambda each=each: needed(model, hook, each, values[: len(each.tokens)]))
+        timed("evaluation", lambda each=each: measurement.add(each))
+    rows = int(sum(int(each.keep.sum()) for each in batches))
+    timed("dead_latents", lambda: silent_latents(store, hook, [subject], dead_rows))
+    timed("untrained", lambda: untrained_fvus(store, hook, subject.sae.d_sae, [32.0], 0, rows))
+    return {
+        "tokens": sum(each.tokens.numel() for each in batches), "latents": subject.sae.d_sae,
+        "ratio": round(spent["evaluation"] / spent["passes"], 3), **{f"{name}_s": round(s, 1) for name, s in spent.items()},
+    }  # fmt: skip
+
+
+def memory(vocabulary: int, context: int, batch: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        config = LlamaConfig(
+            vocab_size=vocabulary, max_position_embeddings=context, tie_word_embeddings=True, hidden_size=256, intermediate_size=512,
+            num_hidden_layers=2, num_attention_heads=4,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(root / "model")
+        random = np.random.default_rng(0)
+        lines = (json.dumps({"input_ids": random.integers(3, vocabulary, context).tolist()}) for _ in range(1000))
+        (root / "ids.jsonl").write_text("\n".join(lines))
+        settings = HarvestConfig(
+            model=str(root / "model"), layers=(0,), tokens=64 * context, validation_tokens=2 * batch * context, context=context,
+            out=root / "store",
+        )  # fmt: skip
+        store = harvest(settings, TextConfig(dataset=str(root / "ids.jsonl")))
+        assert store is not None
+        hook = next(iter(store.hooks))
+        sae = root / "run" / "saes" / "untrained"
+        synthetic(sae, store, hook, 4096, {"hook_name": hook, "saebench": {"store": str(store.folder)}})
+        _, loaded, _ = measured([sys.executable, "-c", _LOAD, store.folder, sae])
+        command = [sys.executable, "-m", "saebench.cli", "eval", "--run", root / "run", "--batch", str(batch)]
+        seconds, peak, _ = measured(command)
+    return {
+        "vocabulary": vocabulary, "context": context, "batch": batch, "seconds": round(seconds, 1), "loaded_mb": round(loaded),
+        "peak_mb": round(peak), "beyond_mb": round(peak - loaded),
+    }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--sae", type=Path, default=Path("runs/demo/saes/topk-k48"))
     parser.add_argument("--tokens", type=int, default=20_000)
-    parser.add_argument("--rows", type=int, default=100_000, help="rows in which dead latents are looked for")
-    parser.add_argument("--batch", type=int, default=16)
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder)
-        shutil.copytree(args.run / "saes", run / "saes")
-        config = EvalConfig(run=run, tokens=args.tokens, dead_rows=args.rows, batch=args.batch, force=True)
-        profile = cProfile.Profile()
-        started = time.perf_counter()
-        folders = profile.runcall(evaluate, config)
-        seconds = time.perf_counter() - started
-        tokens = read_json(folders[0] / "evaluation.json")["metrics"]["n_tokens_eval"]
-    spent: dict[str, float] = {}
-    for (_, _, function), (_, _, _, cumulative, _) in _rows(profile):
-        for share, functions in SHARES.items():
-            if function in functions:
-                spent[share] = spent.get(share, 0.0) + cumulative
-    arms = len(folders) + 3
-    print(
-        json.dumps(
-            {
-                "arm_tokens_per_s": round(arms * tokens / seconds),
-                "seconds": round(seconds, 1),
-                "tokens": tokens,
-                "arms": arms,
-                **{f"{share}_share": round(time_spent / seconds, 3) for share, time_spent in spent.items()},
-            }
-        )
+    parser.add_argument("--dead-rows", type=int, default=1_000_000, help="rows in which dead latents are looked for")
+    parser.add_argument("--batch", type=int, default=16, help="contexts in a pass")
+    parser.add_argument(
+        "--vocabulary", type=int, metavar="V", help="measure memory on a tiny model of V tokens instead"
     )
-
-
-def _rows(profile: cProfile.Profile) -> Any:
-    """((file, line, function), (calls, calls without recursion, own time, cumulative time, callers)) of each function."""
-    return vars(pstats.Stats(profile))["stats"].items()
+    parser.add_argument("--context", type=int, default=1024, help="of the tiny model")
+    args = parser.parse_args()
+    if args.vocabulary:
+        print(json.dumps(memory(args.vocabulary, args.context, args.batch)))
+    else:
+        print(json.dumps(speed(args.sae, args.tokens, args.batch, args.dead_rows)))
 
 
 if __name__ == "__main__":

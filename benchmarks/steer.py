@@ -1,6 +1,7 @@
 """Does steering do what it says, and what does it cost?
 
     python benchmarks/steer.py --sae runs/demo/saes/topk-k48 [--latents 24] [--speed-only]
+    python benchmarks/steer.py --sae runs/demo/saes/topk-k48 --screen 1000
 
 Latents are chosen in two steps: the --pool of highest output score among those that are not dense and whose rule has an F1 of
 at least 0.3 on held-out documents; of these the ones of the best dose-response at two strengths. Each at the strength that
@@ -8,6 +9,10 @@ its full dose-response marks as best continues prompts, with a seed, that chose 
 many of the texts the latent's rule holds at a generated token, beside the unsteered texts and those under a random direction
 of the same norm: odds ratios with ½ added to each cell and 95% intervals (Woolf 1955; Haldane's correction).
 A prompt's texts count as independent. Prints a Markdown table, then the speed of steered generation as a JSON line.
+
+With --screen N it ranks anew, measures N random latents whole, and prints one JSON line: the seconds of the ranking, the share of
+the N that the screen keeps if it keeps as large a share as it does of all (and if it keeps as many), and how many of the N's best
+tenth are among these.
 """
 
 import argparse
@@ -16,6 +21,8 @@ import json
 import math
 import statistics
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +30,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from saebench.index import IndexConfig
 from saebench.steer.dose import DoseConfig, dose_response, held_out
 from saebench.steer.generate import UNSTEERED, Sampling, Text, arms_of, generate
 from saebench.steer.run import Bench, SteerConfig, rank
+from saebench.steer.scores import ScoreConfig
 
 PROMPT = "def main("
 COLUMNS = (
@@ -113,6 +122,23 @@ def speed(bench: Bench, latent: int, repeats: int = 15) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def screen(sae: Path, n: int) -> dict[str, Any]:
+    """How fast a ranking is, and how many of the best of `n` random latents its screen keeps. The SAE's own scores stay."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{sae.name}.h5"
+        path.symlink_to(IndexConfig(sae=sae).path.resolve())
+        started = time.perf_counter()
+        bench, scores, _ = rank(SteerConfig(sae=sae, index=path))
+        seconds = time.perf_counter() - started
+        some = np.random.default_rng(0).permutation(bench.sae.d_sae)[:n]
+        _, measured, _ = rank(SteerConfig(sae=sae, index=path, latent=tuple(int(latent) for latent in some)))
+    best = some[np.argsort(-measured.output[some])][: n // 10]
+    order = some[np.argsort(-scores.screen[some])]
+    keeps = {"kept_share": round(n * ScoreConfig().whole / bench.sae.d_sae), "kept_many": ScoreConfig().whole}
+    found = {f"best_in_{name}": int(np.isin(best, order[:kept]).sum()) for name, kept in keeps.items()}
+    return {"latents": bench.sae.d_sae, "seconds": round(seconds, 1), "among": n, "best": len(best), **keeps, **found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sae", type=Path, default=Path("runs/demo/saes/topk-k48"))
@@ -121,7 +147,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16, help="that test, of 4 texts each in each arm")
     parser.add_argument("--max-new-tokens", type=int, default=DoseConfig().max_new_tokens)
     parser.add_argument("--speed-only", action="store_true")
+    parser.add_argument(
+        "--screen", type=int, metavar="N", help="time a ranking, and measure its screen on N random latents"
+    )
     args = parser.parse_args()
+    if args.screen:
+        print(json.dumps(screen(args.sae, args.screen)))
+        return
 
     bench, scores, order = rank(SteerConfig(sae=args.sae, top=2**31))
     index = bench.index

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -193,7 +194,7 @@ def test_a_screen_chooses_which_latents_are_measured_whole(
     assert found.measured[PLANTED]
     np.testing.assert_allclose(found.output[found.measured], every.output[found.measured], atol=1e-6)
     assert np.isfinite(found.output).all()
-    assert found.whole
+    assert np.isfinite(found.screen).all()
     others = np.flatnonzero(~found.measured)[:2]
     more = score(model, bench.sae, index, config, among=others)
     assert more is not None
@@ -202,7 +203,8 @@ def test_a_screen_chooses_which_latents_are_measured_whole(
     # Of another index they are not read, and of other settings they are begun anew.
     alone = score(model, bench.sae, index, dataclasses.replace(config, strength=1.0), among=others)
     assert alone is not None
-    assert not alone.whole
+    assert np.isnan(alone.screen).all()
+    assert np.isfinite(alone.output).sum() == 2
     assert alone.measured.sum() == 2
 
 
@@ -224,6 +226,20 @@ def test_scoring_that_is_stopped_keeps_what_it_has(folder: Path, bench: Bench, m
     assert got is not None
     for name, values in want._asdict().items():
         np.testing.assert_allclose(getattr(got, name), values, atol=1e-6)
+    # Stopped between the two, and complete.
+    scores_path(index).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(scores, "interruptible", lambda: contextlib.nullcontext(Stops(after=LATENTS // 5 + 1)))
+        assert score(bench.model, bench.sae, index, config) is None
+    kept = read_scores(index)
+    assert kept is not None
+    assert not kept.measured.any()
+    with monkeypatch.context() as patch:
+        patch.setattr("saebench.steer.run.score", functools.partial(score, config=config))
+        _, ranked, _ = rank(SteerConfig(sae=folder))
+        assert ranked.measured.sum() == 4
+        patch.setattr(scores, "_Trial", None)  # nothing is left to try
+        np.testing.assert_array_equal(rank(SteerConfig(sae=folder))[1].output, ranked.output)
 
 
 class Stops:

@@ -27,21 +27,22 @@ def geometry(sae: SAE) -> dict[str, np.ndarray]:
     rows_FD = torch.nn.functional.normalize(sae.W_dec, dim=1)
     cosine_F = torch.nn.functional.cosine_similarity(sae.W_enc.T, sae.W_dec, dim=1)
     size = min(NEIGHBOURS, sae.d_sae - 1)
-    ids, cosines = [], []
+    ids_FN = np.full((sae.d_sae, NEIGHBOURS), -1, np.int32)
+    cosines_FN = np.zeros((sae.d_sae, NEIGHBOURS), np.float32)
     with progress(sae.d_sae, "decoder neighbours", "latent", delay=1.0) as bar:
         for first, block_BD in _blocks(rows_FD, sae.d_sae):
             cosines_BF = block_BD @ rows_FD.T
             here = torch.arange(len(block_BD), device=block_BD.device)
             cosines_BF[here, here + first] = -torch.inf
             best = cosines_BF.topk(size, dim=1)
-            ids.append(best.indices.int().cpu())
-            cosines.append(best.values.cpu())
+            ids_FN[first : first + len(block_BD), :size] = best.indices.cpu().numpy()
+            cosines_FN[first : first + len(block_BD), :size] = best.values.cpu().numpy()
             bar.update(len(block_BD))
     return {
         "norm": norm_F.cpu().numpy(),
         "encoder_cosine": cosine_F.cpu().numpy(),
-        "ids": _padded(torch.cat(ids).numpy(), NEIGHBOURS, -1),
-        "cosines": _padded(torch.cat(cosines).numpy(), NEIGHBOURS, 0),
+        "ids": ids_FN,
+        "cosines": cosines_FN,
     }
 
 
@@ -62,13 +63,13 @@ def logit_effects(
     its logits. Returns `top_ids`, `top`, `bottom_ids`, `bottom` `[F, 20]`, `std [F]`, and a histogram `[F, 40]` of all V effects in
     equal bins between `low` and `high [F]`; over the tokens alone.
     """
-    parts: dict[str, list[np.ndarray]] = {}
+    columns: dict[str, np.ndarray] = {}
     ids = torch.from_numpy(np.flatnonzero(known(unembedding.W_U.shape[1]))).to(W_dec_FD.device)
     size = min(LOGIT_TOKENS, len(ids))
     if len(ids) < unembedding.W_U.shape[1]:
         unembedding = unembedding._replace(W_U=unembedding.W_U[:, ids])
     bar = progress(len(W_dec_FD), "logit effects", "latent", delay=1.0)
-    for _, block_BD in _blocks(W_dec_FD, len(ids)):
+    for first, block_BD in _blocks(W_dec_FD, len(ids)):
         effects_BV = unembedding.effects(block_BD)
         top, bottom = effects_BV.topk(size, dim=1), effects_BV.topk(size, dim=1, largest=False)
         low_B, high_B = bottom.values[:, :1], top.values[:, :1]
@@ -88,17 +89,20 @@ def logit_effects(
             .int(),
         }
         for name, value in found.items():
-            parts.setdefault(name, []).append(value.cpu().numpy())
+            values = value.cpu().numpy()
+            if (
+                name not in columns
+            ):  # whole from the start: small arrays kept from each block would lie between its large
+                columns[name] = np.empty(
+                    (len(W_dec_FD), *values.shape[1:]), values.dtype
+                )  # ones, and hold their memory
+            columns[name][first : first + len(values)] = values
         bar.update(len(block_BD))
     bar.close()
-    return {name: np.concatenate(values) for name, values in parts.items()}
+    return columns
 
 
 def _blocks(rows_FD: Tensor, width: int) -> list[tuple[int, Tensor]]:
     """(first row, rows) of blocks whose products with `width` columns fit in memory."""
     step = max(1, _VALUES // width)
     return [(first, rows_FD[first : first + step]) for first in range(0, len(rows_FD), step)]
-
-
-def _padded(columns: np.ndarray, width: int, value: int) -> np.ndarray:
-    return np.pad(columns, ((0, 0), (0, width - columns.shape[1])), constant_values=value)

@@ -191,7 +191,7 @@ def rank(config: SteerConfig) -> tuple[Bench, Scores, np.ndarray]:
         raise ValueError(f"latent is {wrong[0]}; the SAE has 0 to {bench.sae.d_sae - 1}")
     among = np.array(config.latent or range(bench.sae.d_sae))
     scores = read_scores(bench.index)
-    if scores is None or not scores.whole or (config.latent and not scores.measured[among].all()):
+    if scores is None or not scores.measured[among].all():
         scores = score(bench.model, bench.sae, bench.index, among=among if config.latent else None)
         if scores is None:
             raise KeyboardInterrupt

@@ -65,11 +65,8 @@ class Scores(NamedTuple):
     """`[F]` share of the prompts on which they gain"""
     measured: np.ndarray
     """`[F]` bool: on all prompts; the others' figures are estimates of the screen"""
-
-    @property
-    def whole(self) -> bool:
-        """Whether every latent was screened at least."""
-        return bool(np.isfinite(self.output).all())
+    screen: np.ndarray
+    """`[F]` those estimates, by which latents are chosen to be measured; NaN where there are none"""
 
 
 def scores_path(index: FeatureIndex) -> Any:
@@ -87,31 +84,25 @@ def score(
 ) -> Scores | None:
     """Score every latent, or some measured whole, and write `scores_path`; None where Ctrl-C ended it early.
 
-    What was scored is kept, and the same call goes on from there. Raises ValueError for an index without logits, a store with too
+    What was scored is kept, and the same call goes on from there; what is complete costs nothing. Raises ValueError for an index without logits, a store with too
     few held-out contexts, and a model whose later layers read more than the residual stream.
     """
-    scores = _begun(index, config) or Scores(
-        index.columns.get("rule_f1", np.full(sae.d_sae, np.nan)).astype(np.float32),
-        np.full(sae.d_sae, np.nan, np.float32), np.full(sae.d_sae, np.nan, np.float32), np.zeros(sae.d_sae, bool),
-    )  # fmt: skip
+    scores = _begun(index, config) or _nothing(index)
     prompts = np.stack(held_out(index.store, config.prompts, config.prompt_tokens, config.seed))
     short = np.concatenate([prompts[:, :1], prompts[:, 1 - config.screen_tokens :]], 1)
     with interruptible() as interrupt:
         for stage, tokens in (("screen", short), ("measure", prompts)):
             whole = stage == "measure"
             if whole:
-                best = np.argsort(-scores.output, kind="stable")[: config.whole] if among is None else among
+                best = np.argsort(-scores.screen, kind="stable")[: config.whole] if among is None else among
                 todo = best[~scores.measured[best]]
             else:
-                todo = np.flatnonzero(np.isnan(scores.output)) if among is None else among[:0]
+                todo = np.flatnonzero(np.isnan(scores.screen)) if among is None else among[:0]
             trial, saved = _Trial(model, sae, index, tokens, config) if len(todo) else None, time.monotonic()
             with progress(len(todo), f"{stage} {index.path.stem}", "latent", shown=len(todo) > 0) as bar:
                 while len(todo) and trial is not None and not interrupt.requested:
                     latents, todo = todo[: trial.size], todo[trial.size :]
-                    gains_fP = trial(latents)
-                    scores.output[latents] = gains_fP.mean(1)
-                    scores.rising[latents] = (gains_fP > 0).mean(1)
-                    scores.measured[latents] = whole
+                    _take(scores, latents, trial(latents), whole)
                     bar.update(len(latents))
                     if time.monotonic() - saved > _SAVE_SECONDS:
                         _write(index, config, scores)
@@ -121,6 +112,16 @@ def score(
             if interrupt.requested:
                 return None
     return scores
+
+
+def _take(scores: Scores, latents: Int[np.ndarray, " f"], gains_fP: Float[np.ndarray, "f P"], whole: bool) -> None:
+    """An estimate does not replace what was measured."""
+    if not whole:
+        scores.screen[latents] = gains_fP.mean(1)
+    better = latents if whole else latents[~scores.measured[latents]]
+    gains_fP = gains_fP[np.isin(latents, better)]
+    scores.output[better], scores.rising[better] = gains_fP.mean(1), (gains_fP > 0).mean(1)
+    scores.measured[better] = whole
 
 
 class _Trial:
@@ -185,6 +186,12 @@ def _gain(
     return (gain_fPk * there_fk[:, None]).sum(-1)
 
 
+def _nothing(index: FeatureIndex) -> Scores:
+    output, rising, screen = (np.full(index.d_sae, np.nan, np.float32) for _ in range(3))
+    rule_f1 = index.columns.get("rule_f1", np.full(index.d_sae, np.nan)).astype(np.float32)
+    return Scores(rule_f1, output, rising, np.zeros(index.d_sae, bool), screen)
+
+
 def _write(index: FeatureIndex, config: ScoreConfig, scores: Scores) -> None:
     with replacing(scores_path(index)) as temporary, h5py.File(temporary, "w") as file:
         file.attrs.update(version=_VERSION, identity=json.dumps(index.identity), **vars(config))
@@ -215,4 +222,6 @@ def read_scores(index: FeatureIndex) -> Scores | None:
         if version not in (1, _VERSION) or json.loads(columns.attrs["identity"]) != index.identity:
             return None
         known = {name: columns[name][:] for name in Scores._fields if name in columns}
-    return Scores(**{"measured": np.ones(len(known["output"]), bool)} | known)  # version 1 measured all
+    if version == 1:  # measured all
+        known |= {"measured": np.ones(len(known["output"]), bool), "screen": np.full_like(known["output"], np.nan)}
+    return Scores(**known)
