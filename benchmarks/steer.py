@@ -10,9 +10,8 @@ many of the texts the latent's rule holds at a generated token, beside the unste
 of the same norm: odds ratios with ½ added to each cell and 95% intervals (Woolf 1955; Haldane's correction).
 A prompt's texts count as independent. Prints a Markdown table, then the speed of steered generation as a JSON line.
 
-With --screen N it ranks anew, measures N random latents whole, and prints one JSON line: the seconds of the ranking, the share of
-the N that the screen keeps if it keeps as large a share as it does of all (and if it keeps as many), and how many of the N's best
-tenth are among these.
+With --screen N it ranks anew, measures N random latents whole, and prints one JSON line: the seconds of the ranking, and how many
+of the N's best 100 are among those that the screen puts first of them, as many as a ranking measures.
 """
 
 import argparse
@@ -132,11 +131,12 @@ def screen(sae: Path, n: int) -> dict[str, Any]:
         seconds = time.perf_counter() - started
         some = np.random.default_rng(0).permutation(bench.sae.d_sae)[:n]
         _, measured, _ = rank(SteerConfig(sae=sae, index=path, latent=tuple(int(latent) for latent in some)))
-    best = some[np.argsort(-measured.output[some])][: n // 10]
-    order = some[np.argsort(-scores.screen[some])]
-    keeps = {"kept_share": round(n * ScoreConfig().whole / bench.sae.d_sae), "kept_many": ScoreConfig().whole}
-    found = {f"best_in_{name}": int(np.isin(best, order[:kept]).sum()) for name, kept in keeps.items()}
-    return {"latents": bench.sae.d_sae, "seconds": round(seconds, 1), "among": n, "best": len(best), **keeps, **found}
+    best = some[np.argsort(-measured.output[some])][:100]
+    kept = some[np.argsort(-scores.screen[some])][: ScoreConfig().whole]
+    return {
+        "latents": bench.sae.d_sae, "seconds": round(seconds, 1), "among": len(some), "kept": len(kept), "best": len(best),
+        "best_kept": int(np.isin(best, kept).sum()),
+    }  # fmt: skip
 
 
 def main() -> None:

@@ -220,3 +220,43 @@ def make(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
     model.save_pretrained(folder / name)
     tokenizer.save_pretrained(folder / name)
     return folder / name
+
+
+PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+_PARTS = {
+    "all": "yes", "none": "no", "attention": "attn_out where there is attention", "attention alone": "attn_out where there is attention; no mlp_out",
+}  # fmt: skip
+
+
+def page() -> str:
+    """docs/models.md."""
+    rows = [
+        f"| {family.title} | `{name}` | {_PARTS[family.parts]} | {'yes' if family.logits else 'no'} | {'yes' if family.lengths else 'no'} |"
+        for name, family in sorted(FAMILIES.items(), key=lambda item: item[1].title.lower())
+    ]
+    refused = ", ".join(f"`{name}`" for name in REFUSED)
+    return f"""# Which models
+
+Of each of these {len(FAMILIES)} families a tiny checkpoint is made in the tests, loaded, and held to what the table says; `make families` runs all stages on
+each: harvest, train, evaluate, index, prompt, steer. The pretrained model that figures are given of is SmolLM2-135M (`llama`).
+
+A family that is not listed is not refused: the same things are tried when its model is loaded, and what does not hold is said
+in one line. (Every decoder has `resid_pre` and `resid_post`.)
+
+- **mlp_out, attn_out**: whether these can be harvested and edited. No: the family adds something else to its stream, or its places have no names yet.
+- **logit effects**: whether a latent's direct effect on the logits is known. No: index with `--no-logits`.
+- **lengths**: whether prompts of different lengths can be continued at once.
+
+| family | type | mlp_out, attn_out | logit effects | lengths |
+|---|---|---|---|---|
+{chr(10).join(rows)}
+
+Encoders and encoder-decoders ({refused} and their kin) are refused by name: vectors that you make of them yourself can be written
+with `saebench.store.StoreWriter`, and SAEs trained on them.
+
+(This page is made by `python tests/families.py`, and a test compares it.)
+"""
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

@@ -1,17 +1,15 @@
-"""The embedded model, the README's Python, and the pipeline on the real thing, in small."""
+"""The embedded model, and the pipeline on the real thing, in small."""
 
 import itertools
 import json
 import math
 import re
-import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from saebench.cli import main
 from saebench.evaluate import EvalConfig, evaluate, write_report
 from saebench.harvest import HarvestConfig, harvest
 from saebench.models import EMBEDDED_MODEL_PATH, load_model
@@ -78,29 +76,3 @@ def test_architectures_rank_as_published_on_a_real_model(store: Store, tmp_path:
         fvu = comparison["fvu"]
         assert max(fvu["topk"], fvu["gated"]) < min(fvu["relu"], fvu["PCA of rank L0"])
         assert max(fvu["topk"], fvu["gated"], fvu["relu"]) < fvu["untrained SAE"]
-
-
-def test_the_readmes_python_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    exec(compile(code, "README.md", "exec"), {})
-    l0, fvu, recovered = map(float, capsys.readouterr().out.splitlines()[0].split())
-    assert l0 <= 16.0
-    assert 0 < fvu < 0.5
-    assert 0.5 < recovered < 1
-
-
-def test_the_readmes_commands_parse(capsys: pytest.CaptureFixture) -> None:
-    readme = (ROOT / "README.md").read_text().replace("\\\n", " ")
-    # What follows ` -- ` in a rolling training are options of `harvest`.
-    found = [command.split(" -- ") for command in re.findall(r"^    saebench (.*)$", readme, re.MULTILINE)]
-    commands = [part for first, *behind in found for part in (first, *("harvest " + options for options in behind))]
-    assert len(commands) > len(found) >= 5
-    for command in commands:
-        with pytest.raises(SystemExit) as stopped:
-            main([*shlex.split(command), "--help"])
-        assert stopped.value.code == 0
-        options = set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
-        assert set(re.findall(r"--[a-z0-9-]+", command)) <= options

@@ -12,7 +12,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, REFUSED, VOCABULARY, WIDTH, make
+from families import FAMILIES, PAGE, REFUSED, VOCABULARY, WIDTH, make, page
 from transformers import PreTrainedTokenizerFast
 
 from saebench.evaluate import EvalConfig, evaluate
@@ -46,6 +46,11 @@ AFTER = ("mamba", "mamba2", "falcon_mamba", "rwkv")
 """whose hidden states in transformers are those behind each layer"""
 SLOPPY = ("bamba",)
 """whose cached passes differ from whole ones by more than rounding, in transformers itself"""
+
+
+def test_the_documentation_lists_what_is_tested() -> None:
+    assert PAGE.read_text() == page()  # python tests/families.py
+    assert len(FAMILIES) >= 30
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
