@@ -1,3 +1,3 @@
 """saebench: a workbench for sparse autoencoders on language models."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

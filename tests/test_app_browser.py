@@ -251,14 +251,15 @@ def test_contexts_switch_and_hostile_text_shows_as_text(page: Page, address: str
     assert "around=full" in page.url
     whole = page.locator(".example .sb-text")
     assert len(whole.first.inner_text()) >= few
-    seen = ""
-    for latent in range(0, 48, 4):
+    seen, hostile = "", ("<scr", "javascript:", "**", "\u2400")  # contexts are 16 tokens long
+    for latent in range(48):
         page.goto(f"{address}/features?sae={SAE}&latent={latent}&around=full&group=Random")
         expect(page.locator("h1")).to_contain_text(f"Latent {latent}")
         settled(page)
         seen += whole.evaluate_all(_WITHOUT_BADGES)
-    for text in ("<scr", "javascript:", "**", "\u2400"):  # contexts are 16 tokens long
-        assert text in seen, text
+        if all(text in seen for text in hostile):
+            break
+    assert [text for text in hostile if text not in seen] == []
     assert page.locator(".example script, .example img, .example b").count() == 0
     focusable = page.locator(".example .sb-on").first
     if focusable.count():

@@ -39,7 +39,11 @@ def trained(run: Path) -> Trained:
 def table(trained: Trained, tmp_path: Path) -> Iterator[LatentTable]:
     with open_feature_index(trained.index_path) as index:
         rng = np.random.default_rng(0)
-        scores = Scores(*(rng.random(index.d_sae) for _ in range(3)), np.ones(index.d_sae, bool))
+        scores = Scores(
+            *(rng.random(index.d_sae) for _ in range(3)),
+            np.ones(index.d_sae, bool),
+            np.full(index.d_sae, np.nan),
+        )
         scores.output[5] = np.nan
         yield LatentTable(index, Notes(tmp_path / "notes.json", index.identity["sae"], index.d_sae), scores)
 
