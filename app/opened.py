@@ -15,7 +15,7 @@ from saebench.models import LanguageModel, load_model
 from saebench.sae import SAE, load_sae
 from saebench.sae.io import WEIGHTS
 from saebench.steer import Bench
-from saebench.steer.scores import read_scores
+from saebench.steer.scores import read_scores, scores_path
 
 
 class Shared(NamedTuple):
@@ -60,7 +60,7 @@ def changed(path: Path) -> int:
 def table_of(sae: Trained) -> LatentTable:
     """Raises ValueError where there is no index, or one of another SAE or store."""
     store_there = sae.store is not None and (sae.store / "manifest.json").exists()
-    scores = changed(sae.index_path.with_suffix(".scores.h5"))
+    scores = changed(scores_path(sae.index_path))
     return _table(str(sae.index_path), str(sae.folder), changed(sae.index_path), store_there, scores)
 
 

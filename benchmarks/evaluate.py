@@ -1,12 +1,12 @@
 """What evaluation costs beyond the passes that it cannot do without, and how much memory it takes.
 
     python benchmarks/evaluate.py --sae runs/demo/saes/topk-k48 [--tokens 20000]
-    python benchmarks/evaluate.py --vocabulary 262144 [--context 1024]
+    python benchmarks/evaluate.py --vocabulary 262144 [--context 1024] [--width 2304]
 
 For an SAE: batch by batch, the passes alone (one whole, and one from the hook on for each of the zero, the mean and the SAE's
 arm, logits at the scored positions) and the evaluation of the batch take turns; `ratio` is the evaluation's time over
-theirs. Loading, baselines and the count of dead latents are timed apart. With --vocabulary, a tiny model of that many tokens
-is made, and evaluated in a process of its own: `beyond_mb` is its peak resident memory less that of one that only loads model
+theirs. Loading, baselines and the count of dead latents are timed apart. With --vocabulary, a model of two layers and that many
+tokens is made, and evaluated in a process of its own: `beyond_mb` is its peak resident memory less that of one that only loads model
 and SAE. Prints one JSON line.
 """
 
@@ -90,12 +90,12 @@ def speed(sae: Path, tokens: int, batch: int, dead_rows: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def memory(vocabulary: int, context: int, batch: int) -> dict[str, Any]:
+def memory(vocabulary: int, context: int, width: int, batch: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         config = LlamaConfig(
-            vocab_size=vocabulary, max_position_embeddings=context, tie_word_embeddings=True, hidden_size=256, intermediate_size=512,
-            num_hidden_layers=2, num_attention_heads=4,
+            vocab_size=vocabulary, max_position_embeddings=context, tie_word_embeddings=True, hidden_size=width, intermediate_size=4 * width,
+            num_hidden_layers=2, num_attention_heads=width // 64,
         )  # fmt: skip
         LlamaForCausalLM(config).save_pretrained(root / "model")
         random = np.random.default_rng(0)
@@ -114,7 +114,7 @@ def memory(vocabulary: int, context: int, batch: int) -> dict[str, Any]:
         command = [sys.executable, "-m", "saebench.cli", "eval", "--run", root / "run", "--batch", str(batch)]
         seconds, peak, _ = measured(command)
     return {
-        "vocabulary": vocabulary, "context": context, "batch": batch, "seconds": round(seconds, 1), "loaded_mb": round(loaded),
+        "vocabulary": vocabulary, "context": context, "width": width, "batch": batch, "seconds": round(seconds, 1), "loaded_mb": round(loaded),
         "peak_mb": round(peak), "beyond_mb": round(peak - loaded),
     }  # fmt: skip
 
@@ -125,13 +125,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--dead-rows", type=int, default=1_000_000, help="rows in which dead latents are looked for")
     parser.add_argument("--batch", type=int, default=16, help="contexts in a pass")
-    parser.add_argument(
-        "--vocabulary", type=int, metavar="V", help="measure memory on a tiny model of V tokens instead"
-    )
-    parser.add_argument("--context", type=int, default=1024, help="of the tiny model")
+    parser.add_argument("--vocabulary", type=int, metavar="V", help="measure memory on a model of V tokens instead")
+    parser.add_argument("--context", type=int, default=1024, help="of that model")
+    parser.add_argument("--width", type=int, default=2304, help="of that model")
     args = parser.parse_args()
     if args.vocabulary:
-        print(json.dumps(memory(args.vocabulary, args.context, args.batch)))
+        print(json.dumps(memory(args.vocabulary, args.context, args.width, args.batch)))
     else:
         print(json.dumps(speed(args.sae, args.tokens, args.batch, args.dead_rows)))
 

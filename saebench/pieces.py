@@ -23,13 +23,17 @@ class TokenBytes(dict[int, bytes]):
         self._byte_level, self._word_end, self._inside_word = False, "", ""
         if tokenizer is None:
             return
-        self._added = {token: str(added) for token, added in tokenizer.added_tokens_decoder.items()}
+        self._added: dict[int, str] = {}
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is not None:
             parts = json.loads(backend.to_str())
             self._byte_level = "ByteLevel" in json.dumps([parts.get(part) for part in ("pre_tokenizer", "decoder")])
             self._word_end = parts["model"].get("end_of_word_suffix") or ""
             self._inside_word = parts["model"].get("continuing_subword_prefix") or ""
+        for token, added in tokenizer.added_tokens_decoder.items():
+            # Runs of spaces are such tokens in SentencePiece's vocabularies, written as in its own pieces.
+            own = not added.special and not self._byte_level
+            self._added[token] = str(added).replace("\u2581", " ") if own else str(added)
 
     def __missing__(self, token: int) -> bytes:
         self[token] = self._read(token)

@@ -1,5 +1,6 @@
 """All stages for one model: harvest, train, evaluate, index, report. Whatever is done already is not done again."""
 
+import dataclasses
 import gc
 import logging
 import math
@@ -18,14 +19,14 @@ from saebench.evaluate import EvalConfig, evaluate, write_report
 from saebench.files import read_json, write_json
 from saebench.harvest import HarvestConfig, harvest
 from saebench.harvest.run import open_model
-from saebench.harvest.settings import text_of
+from saebench.harvest.settings import as_made, text_of
 from saebench.index import IndexConfig, build_index
 from saebench.models import EMBEDDED_MODEL, LanguageModel, capturer, choose_device, head, last_states
 from saebench.sae import encode_sparse
 from saebench.store.coding import row_bytes
 from saebench.store.reader import read_manifest
 from saebench.store.schema import MANIFEST
-from saebench.text import TextConfig, fingerprint
+from saebench.text import Document, TextConfig, fingerprint, open_documents
 from saebench.train import TrainConfig, train
 from saebench.train.member import Member
 from saebench.train.settings import Architecture, grid
@@ -70,7 +71,8 @@ class RunConfig:
 
     @property
     def folder(self) -> Path:
-        return self.out or Path("runs") / Path(self.model).name
+        local = Path(self.model).expanduser()
+        return self.out or Path("runs") / (local.resolve() if local.is_dir() else local).name
 
 
 class Stages(NamedTuple):
@@ -93,35 +95,54 @@ def run(config: RunConfig) -> dict[str, Any] | None:
 
     Before it starts, the plan is logged. Raises ValueError as the stages do.
     """
-    store = Path("activations") / config.folder.name
-    if (store / MANIFEST).exists():
-        made = read_manifest(store)["identity"]
-        return run_stages(stages_of(config, store, made["layers"], made["context"]))
+    store = Path("activations") / config.folder.resolve().name
+    if (store / MANIFEST).exists() and (manifest := read_manifest(store))["shards"]:
+        return run_stages(stages_of(config, *_as_made(config, store, manifest["identity"])))
     first = HarvestConfig(model=config.model, layers=config.layers or (0,), context=2, out=store)
-    text, _ = text_of(first, TextConfig(dataset=config.dataset))  # before a model is loaded that there is no text for
-    fingerprint(text)
+    text, _ = text_of(first, TextConfig(dataset=config.dataset))
+    row = _first_document(text, store).input_ids  # before a model is loaded that there is no text for
     model = open_model(first, config.device)
-    stages = stages_of(config, store, [model.n_layers // 2], min(_CONTEXT, model.max_context))
+    told = HarvestConfig(
+        model=config.model, layers=config.layers or (model.n_layers // 2,), tokens=config.tokens,
+        validation_tokens=max(config.tokens // 10, 1), context=min(_CONTEXT, model.max_context) if row is None else len(row),
+        device=config.device, out=store,
+    )  # fmt: skip
+    stages = stages_of(config, told, text)
     log.info("%s", "\n".join(plan(model, stages)))
     del model
     gc.collect()
     return run_stages(stages)
 
 
-def stages_of(config: RunConfig, store: Path, layers: list[int], context: int) -> Stages:
-    """The settings of each stage, with contexts of so many tokens; `layers` where none is named."""
-    chosen = config.layers or tuple(layers)
-    hooks = HarvestConfig(layers=chosen, out=store).hooks
+def _first_document(text: TextConfig, store: Path) -> Document:
+    """Raises ValueError where the text cannot be read as it is, with the way round."""
+    try:
+        fingerprint(text)
+        return next(open_documents(text))
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. (What `run` has no option for is one of `saebench harvest … --out {store}`; then run this again)"
+        ) from error
+
+
+def _as_made(config: RunConfig, store: Path, identity: dict[str, Any]) -> tuple[HarvestConfig, TextConfig]:
+    """The settings of a store that is there, but for what the run says otherwise, which the harvest will refuse."""
+    told, text = as_made(store, identity)
+    told = dataclasses.replace(
+        told, model=config.model, layers=config.layers or told.layers, tokens=config.tokens, device=config.device
+    )
+    return told, text if config.dataset in (None, text.dataset) else dataclasses.replace(text, dataset=config.dataset)
+
+
+def stages_of(config: RunConfig, told: HarvestConfig, text: TextConfig) -> Stages:
+    """The settings of each stage."""
     sparsity = config.k or (() if config.target_l0 else (_DEFAULT_K,))
     rows = EPOCHS * config.tokens
     return Stages(
-        HarvestConfig(
-            model=config.model, layers=chosen, tokens=config.tokens, validation_tokens=max(config.tokens // 10, 1),
-            context=context, device=config.device, out=store,
-        ),
-        TextConfig(dataset=config.dataset),
+        told,
+        text,
         TrainConfig(
-            store=store, hook=tuple(hooks), out=config.folder, arch=config.arch, k=sparsity,
+            store=told.out, hook=tuple(told.hooks), out=config.folder, arch=config.arch, k=sparsity,
             target_l0=config.target_l0 or tuple(map(float, sparsity)), d_sae=config.d_sae, expansion=config.expansion,
             tokens=rows, batch=min(max(rows // _STEPS, 256), 4096), device=config.device,
         ),
@@ -219,7 +240,7 @@ def _estimate(model: LanguageModel, stages: Stages) -> dict[str, float]:
         for _ in range(2):  # the first step of those that begin dense is none to go by
             member.step(x, 0)
         training += trained.n_steps * _timed(lambda member=member: member.step(x, 1))
-        indexing += told.tokens * 3 * _timed(lambda member=member: encode_sparse(member.sae, x[:1024])) / 1024
+        indexing += told.tokens * 3 * _timed(lambda member=member: encode_sparse(member.sae, x[:1024])) / len(x[:1024])
         del member
     return {
         "harvest": (told.tokens + told.validation_tokens) * cut,

@@ -44,6 +44,12 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    if not index.rules_apply:
+        print(
+            f"the rules of {index.path} are of labels that are no longer made; delete it and index again",
+            file=sys.stderr,
+        )
+        return 2
     worth = scores.output * np.nan_to_num(scores.input)
     tried = sorted(named, key=lambda latent: -worth[latent])[:TRIED]
     doses = {latent: dose_response(bench.model, bench.intervention(latent, 0), index).best for latent in tqdm(tried)}

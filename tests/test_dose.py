@@ -183,11 +183,11 @@ def test_a_screen_chooses_which_latents_are_measured_whole(
     bench: Bench, index: FeatureIndex, model: LanguageModel
 ) -> None:
     """The others' scores are estimates, and say so; what was measured stays when more is asked for."""
-    scores_path(index).unlink(missing_ok=True)
+    scores_path(index.path).unlink(missing_ok=True)
     config = ScoreConfig(strength=2.0, prompts=4, prompt_tokens=8, whole=6)
     every = score(model, bench.sae, index, dataclasses.replace(config, whole=LATENTS))
     assert every is not None
-    scores_path(index).unlink()
+    scores_path(index.path).unlink()
     found = score(model, bench.sae, index, config)
     assert found is not None
     assert found.measured.sum() == 6
@@ -211,11 +211,11 @@ def test_a_screen_chooses_which_latents_are_measured_whole(
 def test_scoring_that_is_stopped_keeps_what_it_has(folder: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     index, config = bench.index, ScoreConfig(prompts=2, whole=4)
     assert index
-    scores_path(index).unlink(missing_ok=True)
+    scores_path(index.path).unlink(missing_ok=True)
     want = score(bench.model, bench.sae, index, config)
     assert want is not None
-    scores_path(index).unlink()
-    monkeypatch.setattr(scores, "_LOGITS", 5 * 2 * bench.model.n_vocab)  # five latents at once
+    scores_path(index.path).unlink()
+    monkeypatch.setattr(scores, "_HELD", 5 * 2 * bench.model.n_vocab)  # five latents at once
     with monkeypatch.context() as patch:
         patch.setattr(scores, "interruptible", lambda: contextlib.nullcontext(Stops(after=2)))
         assert score(bench.model, bench.sae, index, config) is None
@@ -227,7 +227,7 @@ def test_scoring_that_is_stopped_keeps_what_it_has(folder: Path, bench: Bench, m
     for name, values in want._asdict().items():
         np.testing.assert_allclose(getattr(got, name), values, atol=1e-6)
     # Stopped between the two, and complete.
-    scores_path(index).unlink()
+    scores_path(index.path).unlink()
     with monkeypatch.context() as patch:
         patch.setattr(scores, "interruptible", lambda: contextlib.nullcontext(Stops(after=LATENTS // 5 + 1)))
         assert score(bench.model, bench.sae, index, config) is None
@@ -256,7 +256,7 @@ class Stops:
 
 def test_scores_of_another_index_are_not_read(bench: Bench, index: FeatureIndex, model: LanguageModel) -> None:
     score(model, bench.sae, index, ScoreConfig(prompts=2))
-    with h5py.File(scores_path(index), "r+") as file:
+    with h5py.File(scores_path(index.path), "r+") as file:
         file.attrs["identity"] = json.dumps({**index.identity, "sae": "0"})
     assert read_scores(index) is None
 

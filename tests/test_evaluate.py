@@ -18,10 +18,12 @@ from transformers import AutoModelForCausalLM
 
 from saebench.evaluate import EvalConfig, equal_l0_table, evaluate, table, write_report
 from saebench.evaluate.baselines import PCA, untrained_fvus
-from saebench.evaluate.measure import Subject, silent_latents, splice
+from saebench.evaluate.measure import Batch, Measurement, Subject, silent_latents, splice, validation_batches
 from saebench.evaluate.report import compare_at_equal_l0
 from saebench.files import read_json, write_json
 from saebench.harvest import harvest
+from saebench.metrics import total
+from saebench.models import load_model
 from saebench.sae import SAE, GatedSAE, ReLUSAE, initialise, new_sae, save_sae
 from saebench.store import Store, open_store
 from saebench.train import TrainConfig, train
@@ -257,6 +259,31 @@ def test_dead_latents_are_those_silent_on_every_row_looked_at(store: Store, tmp_
     assert metrics_of(folder)["dead_window"] == everything
     evaluate(EvalConfig(run=tmp_path, dead_rows=5000))
     assert metrics_of(folder)["dead_window"] == 5000
+
+
+@torch.inference_mode()
+def test_a_batch_in_which_nothing_is_scored_adds_nothing(store: Store, tmp_path: Path) -> None:
+    """A context that holds one token, filled up with BOS: nothing that follows is a fair thing to predict."""
+    model = load_model(store.manifest["identity"]["model"]["id"], device="cpu")
+    subject = Subject(tmp_path, scaled_identity(1.0))
+    measurement = Measurement(model, HOOK, torch.zeros(WIDTH), PCA.fit(store, HOOK, "cpu"), [subject])
+    whole = next(validation_batches(store, 4 * CONTEXT, 4))
+    measurement.add(whole)
+    positions = float(total(measurement.shared.table())["positions"])
+    keep = torch.zeros_like(whole.keep)
+    keep[:, 1] = True
+    measurement.add(Batch(whole.tokens, whole.doc_id, keep))
+    totals = total(measurement.shared.table())
+    assert positions > 0
+    assert float(totals["positions"]) == positions
+    assert float(totals["rows"]) == int(whole.keep.sum()) + 4
+
+
+def test_long_contexts_go_in_smaller_batches(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saebench.evaluate.measure._POSITIONS", 3 * CONTEXT)
+    batches = list(validation_batches(store, 20 * CONTEXT, 8))
+    assert {len(batch.tokens) for batch in batches} <= {1, 2, 3}
+    assert sum(len(batch.tokens) for batch in batches) == 20
 
 
 @pytest.mark.parametrize("architecture", ["relu", "topk", "gated", "jumprelu"])

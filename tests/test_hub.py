@@ -88,3 +88,11 @@ def test_names_on_the_hub_are_loaded_and_pinned_to_their_commits(served: Hub, tm
         assert said[-1] == "=== 2"
         assert message in said[-2]
         assert not [line for line in said if "Traceback" in line]
+    # A try that left no shard says nothing of the next: not which commit to read.
+    data = tmp_path / "more"
+    shutil.copytree(tmp_path / "newer", data)
+    (data / "README.md").write_text("More of it.")
+    newer = served.add("datasets", "maker/more", data)
+    (other,) = harvests(served, tmp_path, ("--dataset", "maker/more", "--out", str(tmp_path / "other")))
+    assert other[-1] == "=== 0", other
+    assert read_json(tmp_path / "other" / "manifest.json")["identity"]["text"]["fingerprint"] == newer != commit

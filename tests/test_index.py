@@ -31,6 +31,7 @@ from saebench.index.evidence import (
     bin_edges,
     bins_of,
     hashed,
+    passages,
     position_edges,
     sample,
     summarise,
@@ -104,8 +105,17 @@ class Everything:
             acts = sae.encode(torch.cat([shard.rows(HOOK) for shard in shards])).numpy()
         self.acts = acts * self.keep[:, None]
         self.place = {int(row): place for place, row in enumerate(self.rows)}
-        starts = np.arange(len(self.rows)) - np.minimum(self.positions, PASSAGE - 1)
-        self.passages = [tuple(self.tokens[start : place + 1]) for place, start in enumerate(starts.tolist())]
+        docs = np.concatenate([shard.column("doc_id") for shard in shards])
+        self.passages = []
+        for place, position in enumerate(self.positions.tolist()):
+            before = [place]  # back to the first token of its text that the context holds
+            while (
+                len(before) < min(PASSAGE, position + 1)
+                and self.keep[before[-1] - 1]
+                and docs[before[-1] - 1] == docs[place]
+            ):
+                before.append(before[-1] - 1)
+            self.passages.append(tuple(self.tokens[before]))
 
     def value(self, row: int, latent: int) -> float:
         return float(self.acts[self.place[row], latent])
@@ -512,6 +522,24 @@ def a_unit(values: list[float], rows: list[int], latents: list[int], first_row: 
         first_row, 8, 4, np.array(rows), np.array(latents, np.int32), np.array(values, np.float32), np.ones(8, bool),
         np.tile(np.arange(4), 2), np.arange(first_row, first_row + 8, dtype=np.uint32), np.zeros(0, np.int32),
     )  # fmt: skip
+
+
+def test_a_passage_is_the_same_behind_any_document() -> None:
+    """A licence at the head of two files, in contexts where other documents end before it; and its beginning in a third."""
+    licence, BOS = [11, 12, 13], 0
+    tokens = np.array([[BOS, 5, 6, BOS, *licence], [BOS, 7, 8, BOS, *licence], [BOS, *licence, 9, 9, 9]]).ravel()
+    docs = np.array([[0, 0, 0, 1, 1, 1, 1], [2, 2, 2, 3, 3, 3, 3], [4] * 7]).ravel()
+    found = passages(tokens, np.tile(np.arange(7), 3), docs, tokens != BOS).reshape(3, 7)
+    assert found[0, 4:].tolist() == found[1, 4:].tolist() == found[2, 1:4].tolist()
+    assert found[0, 2] != found[1, 2]
+    # Where no BOS parts documents, their numbers do.
+    alone = passages(
+        np.array([5, 6, *licence, 7, 8, *licence]),
+        np.arange(10),
+        np.repeat([0, 1, 2, 3], [2, 3, 2, 3]),
+        np.ones(10, bool),
+    )
+    assert alone[2:5].tolist() == alone[7:].tolist() == found[0, 4:].tolist()
 
 
 def test_of_equal_strengths_the_first_row_counts() -> None:

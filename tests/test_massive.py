@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from saebench.evaluate import EvalConfig, evaluate, massive_note, table, write_report
-from saebench.files import read_json
+from saebench.files import read_json, write_json
 from saebench.harvest import HarvestConfig, harvest
 from saebench.index import IndexConfig, build_index, open_feature_index
+from saebench.index.examples import show
 from saebench.index.search import activations_on, features_for_text
 from saebench.sae import ReLUSAE, load_sae, read_config, save_sae
 from saebench.steer import open_bench
@@ -119,7 +120,9 @@ def halving(width: int) -> ReLUSAE:
 def test_evaluation_treats_them_as_special_tokens(store: Store, model: Path, tmp_path: Path, word: int) -> None:
     """Against plain arithmetic and a Hugging Face model: not scored, not replaced; counted, with their share, beside the figures."""
     folder = tmp_path / "saes" / "half"
-    save_sae(halving(WIDTH), folder, {"hook_name": HOOK, "saebench": {"store": str(store.folder)}})
+    save_sae(
+        halving(WIDTH), folder, {"model_name": str(model), "hook_name": HOOK, "saebench": {"store": str(store.folder)}}
+    )
     evaluate(EvalConfig(run=tmp_path, resamples=20, device="cpu"))
     got = read_json(folder / "evaluation.json")["metrics"]
     tokens, keep = (torch.from_numpy(column).view(-1, CONTEXT) for column in columns(store, "validation"))
@@ -147,6 +150,12 @@ def test_evaluation_treats_them_as_special_tokens(store: Store, model: Path, tmp
     with torch.no_grad():
         losses = -reference(tokens).logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
     handle.remove()
+    # Nor does a bench edit them while there is no index: the store says where they begin, or else what training noted.
+    assert open_bench(folder, device="cpu").intervention(0, "2").longest == store.norms(HOOK).bound
+    noted = read_json(folder / "cfg.json")
+    noted["metadata"]["saebench"] = {"longest_row": 7.0}
+    write_json(folder / "cfg.json", noted)
+    assert open_bench(folder, device="cpu").intervention(0, "2").longest == 7.0
     scored = usual[:, :-1] & keep[:, 1:]  # a special token is no fair thing to predict
     assert got["ce_spliced"] == pytest.approx(float(losses[scored].double().mean()), rel=1e-4)
 
@@ -177,6 +186,12 @@ def test_the_index_counts_no_firing_on_them(run: Path, store: Store, word: int) 
         assert index.longest == store.norms(HOOK).bound
         latent = int(index.columns["massive"].argmax())
         assert all(index.context_of(example.row, 0).tokens[0] != word for example in index[latent].top)
+        # Nor is their activation shown beside an example, where it would dwarf the others.
+        lines = [line for one in range(index.d_sae) for line in show(index, sae, one, index[one].top[:4])]
+        beside = np.concatenate([line.values[line.context.tokens == word] for line in lines])
+        assert len(beside) > 0
+        assert not beside.any()
+        assert max(line.values.max() for line in lines) <= index.columns["max"].max() * 1.001
 
 
 def test_a_prompt_marks_them_and_the_bench_leaves_them_alone(run: Path, word: int) -> None:

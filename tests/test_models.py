@@ -329,6 +329,18 @@ def test_a_damaged_model_is_named(checkpoints: dict[str, Path], tmp_path: Path) 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["BertModel", "BertForSequenceClassification"])
+def test_an_encoder_without_its_head_is_an_encoder(kind: str, tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=32
+    )
+    getattr(transformers, kind)(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"\({kind}\) is no decoder of text from left to right"):
+        load_model(str(tmp_path), device="cpu")
+
+
 def test_a_tokenizer_of_another_model_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     path = changed(checkpoints, tmp_path / "other")
     for file in EMBEDDED_MODEL_PATH.glob("tokenizer*"):

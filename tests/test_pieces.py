@@ -98,6 +98,14 @@ def test_added_tokens_are_the_text_that_they_say(kind: object) -> None:
         assert pieces[token].decode() == text
 
 
+def test_runs_of_spaces_among_added_tokens_are_spaces() -> None:
+    """As Gemma has them."""
+    made = sentencepiece()
+    made.add_tokens(["\u2581\u2581\u2581"])
+    pieces = TokenBytes(wrapped(made))
+    assert pieces[made.token_to_id("\u2581\u2581\u2581")] == b"   "
+
+
 def test_ids_that_are_no_token_stand_for_nothing() -> None:
     tokenizer = wrapped(byte_level())
     pieces = TokenBytes(tokenizer)

@@ -112,6 +112,28 @@ def test_what_a_run_cannot_do_is_one_line(
     assert not (tmp_path / "activations").exists() or not list((tmp_path / "activations").rglob("shard-*"))
 
 
+def test_a_store_made_by_hand_serves_a_run(
+    checkpoints: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `run` has no option for is one of the harvest's; and a run of `.` has the folder's name."""
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"words": sentences(number, 400)}) + "\n" for number in range(60)))
+    shutil.copytree(checkpoints["llama"], tmp_path / "mine")
+    monkeypatch.chdir(tmp_path / "mine")
+    command = ["run", ".", "--dataset", str(path), "--tokens", "4k", "--k", "4", "--d-sae", "64"]
+    assert main(command) == 2
+    err = capsys.readouterr().err
+    assert "column 'text' of dataset" in err
+    assert "`saebench harvest … --out activations/mine`; then run this again" in err
+    assert not Path("activations").exists()
+    made = ["harvest", "--model", ".", "--dataset", str(path), "--column", "words", "--layers", "1", "--tokens", "4k"]
+    assert main([*made, "--context", "64", "--dtype", "int8", "--out", "activations/mine"]) == 0
+    assert main(command) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "next: saebench app runs/mine"
+    assert main([*command[:-4], "--tokens", "5k"]) == 2
+    assert "tokens: 4000 -> 5000" in capsys.readouterr().err
+
+
 def test_the_python_of_it(
     lines: Path, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 import gzip
 import json
+import lzma
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,11 +130,34 @@ def test_text_is_read_as_what_it_is_or_refused(tmp_path: Path) -> None:
         fingerprint(TextConfig(dataset=str(tmp_path)))  # before anything is harvested
 
 
-def test_a_file_name_that_is_not_utf8_does_no_harm(tmp_path: Path) -> None:
-    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("text")
-    (document,) = read(tmp_path)
-    assert document.name.encode() == b"caf\\xe9.txt"
-    assert fingerprint(TextConfig(dataset=str(tmp_path)))
+def test_errors_replace_reads_every_file_as_utf8(tmp_path: Path) -> None:
+    """As all were read once; lines end in newlines either way."""
+    (tmp_path / "a.txt").write_bytes("eins\r\nmit Ä\rdrei".encode("latin-1"))
+    (tmp_path / "b.txt").write_bytes("\r\nb".encode("utf-8-sig"))
+    assert [d.text for d in read(tmp_path, errors="replace")] == ["eins\nmit \ufffd\ndrei", "\ufeff\nb"]
+    assert read(tmp_path / "b.txt")[0].text == "\nb"
+    (tmp_path / "c.jsonl").write_bytes('{"text": "Ä"}'.encode("latin-1"))
+    assert [d.text for d in read(tmp_path / "c.jsonl", errors="replace")] == ["\ufffd"]
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "jsonl.xz", "jsonl.gz", "jsonl.zst", "parquet", "arrow"])
+def test_a_file_name_that_is_not_utf8_does_no_harm(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9." + suffix.encode())
+    if suffix in ("parquet", "arrow"):
+        path.write_bytes(write_rows(suffix, tmp_path / "rows").read_bytes())
+    elif suffix == "txt":
+        path.write_text("text")
+    else:
+        import pyarrow as pa
+
+        raw = b'{"text": "text"}\n'
+        pack = {"xz": lzma.compress, "gz": gzip.compress, "zst": lambda b: pa.Codec("zstd").compress(b, asbytes=True)}
+        path.write_bytes(pack.get(suffix.split(".")[-1], bytes)(raw))
+    documents = read(path)
+    assert documents[0].text in ("text", ROWS[0]["text"])
+    if suffix == "txt":
+        assert documents[0].name.encode() == b"caf\\xe9.txt"
+    assert fingerprint(TextConfig(dataset=str(path)))
 
 
 def test_equal_documents_under_two_names_fall_into_one_split(tmp_path: Path) -> None:
@@ -241,6 +265,19 @@ def test_a_null_is_a_document_without_text(tmp_path: Path) -> None:
     assert [d.text for d in read(tmp_path / "rows.jsonl")] == ["one", "", "three"]
 
 
+def test_rows_that_are_no_text_are_named_and_half_characters_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "one"}\nnull\n{"text": "three"}\n')
+    with pytest.raises(ValueError, match="row 1 of dataset .* is no set of columns but NoneType"):
+        read(path)
+    path.write_text('{"text": "cut \\ud83d"}\n{"text": "\\ud83d\\ude00"}\n')
+    assert [d.text for d in read(path)] == ["cut \ufffd", "\U0001f600"]
+    for ids in ("null", "[1, 99999999999]", "[1.5, 2.7]", "[-1]", "[true]"):
+        path.write_text(f'{{"input_ids": [1]}}\n{{"input_ids": {ids}}}\n')
+        with pytest.raises(ValueError, match="input_ids of dataset .* are no list of token ids in row 1"):
+            read(path)
+
+
 def test_empty_rows_and_splits_that_are_not_there_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"dataset '.*empty.jsonl' (is empty|cannot be loaded)"):
@@ -335,7 +372,9 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         read(path)
     datasets.Dataset.from_list(ROWS).to_parquet(tmp_path / "cut.parquet")
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "cut.parquet").read_bytes()[:-20])
-    with pytest.raises(ValueError, match=r"dataset '.*cut.parquet' cannot be read: Parquet magic bytes not found"):
+    with pytest.raises(
+        ValueError, match=r"'.*cut.parquet' is damaged or no .parquet file: Parquet magic bytes not found"
+    ):
         read(tmp_path / "cut.parquet")
 
 

@@ -2,17 +2,23 @@ import json
 import math
 import random
 import re
+import shutil
 import signal
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import processes
 import pytest
 import torch
 from conftest import HOOK, WIDTH
 from safetensors.torch import load_file
+from test_sae import write_saelens
+from test_store import CONTEXT as STORE_CONTEXT
+from test_store import make, random_rows
 
 from saebench.files import read_json, write_json
+from saebench.index import IndexConfig, build_index, open_feature_index
 from saebench.sae import SAE, load_sae, read_config, save_sae
 from saebench.store import Store, shuffled_batches
 from saebench.train import Member, Spec, TrainConfig, grid, train
@@ -241,6 +247,30 @@ def test_each_sae_is_what_it_would_be_alone(run: Path, store: Store, tmp_path: P
     assert status == 0, printed
     name = "saes/gated-l0-6/sae_weights.safetensors"
     assert (tmp_path / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_vectors_of_ones_own_can_be_trained_on_and_indexed(tmp_path: Path) -> None:
+    """What a user of a model that is refused is told to do: no tokenizer, and nothing said of where they are from."""
+    keep = np.ones(480, bool)
+    shards = [("train", random_rows(480, 0), keep), ("validation", random_rows(480, 1), keep)]
+    store = make(tmp_path / "store", shards, identity={"context": STORE_CONTEXT})
+    folders = train(
+        TrainConfig(store=store.folder, out=tmp_path / "run", k=(2,), d_sae=(16,), tokens=2_000, batch=64, device="cpu")
+    )
+    assert folders
+    assert read_config(folders[0])["metadata"]["model_name"] is None
+    path = build_index(IndexConfig(sae=folders[0], logits=False, device="cpu"))
+    assert path
+    with open_feature_index(path) as index:
+        assert index[0].top
+
+
+def test_an_sae_from_elsewhere_beside_the_others_is_no_matter(run: Path, store: Store, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    write_saelens(tmp_path / "run" / "saes" / "theirs", "relu")
+    status, printed = processes.run(*arguments(store, tmp_path / "run"))
+    assert status == 0, printed
+    assert "trained already" in printed
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -68,10 +68,15 @@ def row(table: LatentTable, latent: int, bins: slice, address: dict[str, list[st
         grid.link(str(latent), f"latent:{latent}", link_to("features", **address, latent=latent)),
         grid.spark(table.index.histograms[latent, bins].tolist()),
         f"{label} {''.join(map(grid.tag, note.tags))}",
-        *(number(name, float(table.columns[name][latent])) for name in table.sortable),
+        *(number(name, float(table.columns[name][latent])) + mark(table, name, latent) for name in table.sortable),
         flags,
     ]
     return grid.Row(cells, f"latent:{latent}")
+
+
+def mark(table: LatentTable, name: str, latent: int) -> str:
+    """An output score that is an estimate says so."""
+    return " ~" * (name == "output" and bool(table.estimated[latent]) and not np.isnan(table.columns[name][latent]))
 
 
 def number(name: str, value: float) -> str:

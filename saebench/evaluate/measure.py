@@ -24,7 +24,8 @@ from saebench.store import Store
 
 _log = logging.getLogger(__name__)
 _ROWS = 8192  # rows encoded at once
-_LOGITS = 2**26  # logits of an arm held at once: 256 MiB in float32
+_LOGITS = 2**25  # logits of an arm held at once: 128 MiB in float32
+_POSITIONS = 4096  # of a pass: what layers and arms hold grows with them
 
 
 class Batch(NamedTuple):
@@ -36,7 +37,8 @@ class Batch(NamedTuple):
 
 
 def validation_batches(store: Store, tokens: int, contexts: int) -> Iterator[Batch]:
-    """The store's validation contexts in order, up to `tokens` of them."""
+    """The store's validation contexts in order, up to `tokens` of their positions: at most `contexts` at once, fewer where they are long."""
+    contexts = max(1, min(contexts, _POSITIONS // store.context))
     left = max(1, tokens // store.context)
     for shard in store.of_split("validation"):
         columns = [torch.from_numpy(shard.column(name).copy()) for name in ("tokens", "doc_id", "keep")]
@@ -148,7 +150,7 @@ class Measurement:
         step = max(1, _LOGITS // self.model.n_vocab)
         clean: list[Tensor] = []
         found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in arms]
-        for start in range(0, len(clean_PD), step):
+        for start in range(0, max(1, len(clean_PD)), step):  # once where nothing is scored
             part = slice(start, start + step)
             log_p = head(self.model, clean_PD[part]).float().log_softmax(-1)
             clean.append(-log_p.gather(1, following_P[part, None]).squeeze(1))

@@ -1,5 +1,6 @@
 """A finished store grows: more of the same text, through the same model, behind what is there."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from saebench.config import Count, differences, flat
 from saebench.files import locked, read_json
 from saebench.harvest.ranks import World
 from saebench.harvest.run import fill, open_model
-from saebench.harvest.settings import HarvestConfig, as_noted, identity_of
+from saebench.harvest.settings import HarvestConfig, as_made, identity_of
 from saebench.models import LanguageModel
 from saebench.store import Store, StoreWriter, open_store
 from saebench.store.schema import EXTENSION
@@ -66,19 +67,9 @@ def open_as_made(folder: Path, made: dict[str, Any], told: HarvestConfig, text: 
 
 def settings_of(folder: Path, made: dict[str, Any], config: ExtendConfig) -> tuple[HarvestConfig, TextConfig]:
     """What the store was made with, and how many tokens it is to have."""
-    kept = ("context", "batch", "shard_contexts", "dtype", "model_dtype", "validation_tokens")
-    told = HarvestConfig(
-        model=made["model"]["id"],
-        model_revision=made["model"]["revision"],
-        layers=tuple(made["layers"]),
-        kinds=tuple(made["kinds"]),
-        tokens=made["tokens"] + config.tokens,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-        out=folder,
-        **{name: made[name] for name in kept},
-    )
-    return told, as_noted(made["text"])
+    told, text = as_made(folder, made)
+    tokens, trusted = made["tokens"] + config.tokens, config.trust_remote_code
+    return dataclasses.replace(told, tokens=tokens, device=config.device, trust_remote_code=trusted), text
 
 
 def _check_unfinished(folder: Path, made: dict[str, Any], target: dict[str, Any], tokens: int) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from saebench.text import SPLITS, Context, TextConfig, fingerprint, pinned
 
 log = logging.getLogger(__name__)
 
-_TASTE = 4  # contexts on which a model is asked what it makes of the text
+_TASTE, _TASTED = 4, 256  # contexts and positions on which a model is asked what it makes of the text
 
 
 def harvest(config: HarvestConfig, text: TextConfig, spare: int = 0) -> Store | None:
@@ -104,12 +104,14 @@ def fill(
                 rate = (bar.n - shown["initial"]) / max(shown["elapsed"], 1e-9)
                 bar.set_postfix_str(f"{rate * _bytes_per_row(config, model) / 1e6:.1f} MB/s", refresh=False)
 
-        planned = (
-            plan
-            for plan in plans(config, text, model.encoder, writer.shards)
-            if plan.number % world.size == world.rank and plan.number not in present
-        )
-        stall = run_model(config, model, writer, planned, written, lambda: interrupt.requested)
+        def planned() -> Iterator[Plan]:
+            for plan in plans(config, text, model.encoder, writer.shards):
+                if plan.number == 0:
+                    _warn_of_nonsense(model, plan.contexts[:_TASTE])
+                if plan.number % world.size == world.rank and plan.number not in present:
+                    yield plan
+
+        stall = run_model(config, model, writer, planned(), written, lambda: interrupt.requested)
     log.info("the model waited %.1f s for the disk", stall)
     stopped = any(world.gather(interrupt.requested))
     if stopped:
@@ -134,8 +136,6 @@ def run_model(
     forward = capturer(model, config.hooks)
     with BackgroundWriter(writer, config.batch, model.device, written) as background:
         for plan in planned:
-            if plan.number == 0:
-                _warn_of_nonsense(model, plan.contexts[:_TASTE])
             background.begin(plan)
             for start in range(0, len(plan.contexts), config.batch):
                 batch = plan.contexts[start : start + config.batch]
@@ -190,8 +190,12 @@ def _warn_of_nonsense(model: LanguageModel, contexts: Sequence[Context]) -> None
     tokens, keep = (torch.from_numpy(np.stack([getattr(c, name) for c in contexts])) for name in ("tokens", "keep"))
     tokens = tokens.long().to(model.device)
     wanted = (keep[:, :-1] & keep[:, 1:]).to(model.device)
-    log_p = head(model, last_states(model, tokens)[:, :-1][wanted]).float().log_softmax(-1)
-    loss = float(-log_p.gather(1, tokens[:, 1:][wanted][:, None]).mean())
+    states, following = last_states(model, tokens)[:, :-1][wanted], tokens[:, 1:][wanted]
+    if not len(following):
+        return
+    some = torch.linspace(0, len(following) - 1, min(_TASTED, len(following)), device=model.device).long()
+    log_p = head(model, states[some]).float().log_softmax(-1)
+    loss = float(-log_p.gather(1, following[some, None]).mean())
     if loss > math.log(model.n_vocab):
         log.warning(
             "%s predicts this text worse than a guess among its %d tokens (%.2f against %.2f nats): is the tokenizer its own, "
@@ -202,10 +206,15 @@ def _warn_of_nonsense(model: LanguageModel, contexts: Sequence[Context]) -> None
 def _check_vocabulary(contexts: Sequence[Context], model: LanguageModel) -> None:
     for context in contexts:
         if (beyond := np.flatnonzero((context.tokens < 0) | (context.tokens >= model.n_vocab))).size:
-            name = context.documents[int(context.doc_id[beyond[0]])]
+            name, token = context.documents[int(context.doc_id[beyond[0]])], int(context.tokens[beyond[0]])
+            said = None if model.tokenizer is None else model.tokenizer.convert_ids_to_tokens(token)
             raise ValueError(
-                f"document {name} has token {context.tokens[beyond[0]]}, model {model.id!r} knows 0 to {model.n_vocab - 1}: "
-                "the data set was tokenized for another model"
+                f"document {name} has token {token}{'' if said is None else f' ({said!r})'}, model {model.id!r} knows 0 to {model.n_vocab - 1}: "
+                + (
+                    "the data set was tokenized for another model"
+                    if said is None
+                    else "it was added to the tokenizer, and not to the model. Leave it out of the text, or resize the model's embedding"
+                )
             )
 
 

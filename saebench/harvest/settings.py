@@ -1,6 +1,7 @@
 """What a harvest is told, and the identity that its store is known by."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,32 +67,47 @@ def text_of(config: HarvestConfig, text: TextConfig) -> tuple[TextConfig, dict[s
 
     Raises ValueError where none is named for a model that has none of its own.
     """
+    path = config.out / MANIFEST
+    made = read_json(path) if path.exists() else None
+    begun = made["identity"]["text"] if made and made["shards"] else None  # one that has no shard yet was not begun
     if text.dataset is None:
-        if config.model != EMBEDDED_MODEL:
+        if config.model != EMBEDDED_MODEL and (begun or {}).get("dataset") != EMBEDDED:
             raise ValueError(
                 f"no text was named for model {config.model!r}: give --dataset with a file or folder (txt, md, jsonl, parquet), "
                 "a data set on the hub, for instance NeelNanda/pile-10k, or `embedded`, the source of Python's standard library"
             )
         text = dataclasses.replace(text, dataset=EMBEDDED)
-    path = config.out / MANIFEST
-    begun = read_json(path)["identity"]["text"] if path.exists() else None
-    if begun is not None and "split_by" not in begun:
-        text = dataclasses.replace(text, split_by="name")
+    if begun is not None:
+        text = dataclasses.replace(text, **{name: value for name, value in _FIRST.items() if name not in begun})
     return text, begun
 
 
+_FIRST: dict[str, Any] = {"split_by": "name", "errors": "replace"}
+"""What the first stores did, which say nothing of it."""
+
+
 def noted(text: TextConfig) -> dict[str, Any]:
-    """What an identity says of a text; of how it is split only what stores did not always do."""
-    values = to_json(text)
-    return (
-        values if text.split_by == "content" else {name: value for name, value in values.items() if name != "split_by"}
-    )
+    """What an identity says of a text: nothing of what the first stores did, too."""
+    return {name: value for name, value in to_json(text).items() if name not in _FIRST or value != _FIRST[name]}
 
 
 def as_noted(values: dict[str, Any]) -> TextConfig:
     """The inverse of `noted`."""
-    known: dict[str, Any] = {"split_by": "name"}
-    return TextConfig(**known | {name: value for name, value in values.items() if name != "fingerprint"})
+    return TextConfig(**_FIRST | {name: value for name, value in values.items() if name != "fingerprint"})
+
+
+def as_made(folder: Path, identity: Mapping[str, Any]) -> tuple[HarvestConfig, TextConfig]:
+    """What a store was made with, but for the device."""
+    kept = ("context", "batch", "shard_contexts", "dtype", "model_dtype", "validation_tokens", "tokens")
+    told = HarvestConfig(
+        model=identity["model"]["id"],
+        model_revision=identity["model"]["revision"],
+        layers=tuple(identity["layers"]),
+        kinds=tuple(identity["kinds"]),
+        out=folder,
+        **{name: identity[name] for name in kept},
+    )
+    return told, as_noted(identity["text"])
 
 
 def identity_of(config: HarvestConfig, text: TextConfig, model: LanguageModel, source: str | None) -> dict[str, Any]:

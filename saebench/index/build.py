@@ -234,7 +234,10 @@ def _reduce(plan: Plan, piece: Piece) -> tuple[Summary | None, Sample]:
 
 def _read(plan: Plan, piece: Piece) -> Unit:
     stop = piece.start + piece.n_rows
-    keep, positions, tokens = (piece.shard.column(name, piece.start, stop) for name in ("keep", "position", "tokens"))
+    keep, positions, tokens, docs = (
+        piece.shard.column(name, piece.start, stop) for name in ("keep", "position", "tokens", "doc_id")
+    )
+    texts = passages(tokens, positions, docs, keep)
     kept = np.flatnonzero(keep)
     x_RD = piece.shard.rows(plan.hook, piece.start, stop)[torch.from_numpy(kept)].to(
         plan.sae.W_dec.device, torch.float32
@@ -248,7 +251,7 @@ def _read(plan: Plan, piece: Piece) -> Unit:
     return Unit(
         piece.first_row, piece.n_rows, plan.store.context, kept[usual][code.rows.cpu().numpy()],
         code.latents.cpu().numpy().astype(np.min_scalar_type(plan.sae.d_sae - 1)), values.cpu().numpy(), keep, positions,
-        passages(tokens, positions), massive.cpu().numpy(),
+        texts, massive.cpu().numpy(),
     )  # fmt: skip
 
 

@@ -141,12 +141,16 @@ def position_edges(context: int) -> np.ndarray:
     return np.array([edge for edge in edges if edge < context])
 
 
-def passages(tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """A hash of the last PASSAGE tokens at each of some rows in a row, uint32; none reaches beyond the context's first."""
-    total = np.zeros(len(tokens), np.uint64)
+def passages(tokens: np.ndarray, positions: np.ndarray, docs: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """A hash of the last PASSAGE tokens at each of some rows in a row, uint32.
+
+    None reaches beyond the first of its context or document, or a special token: what stands before is of another text.
+    """
+    total, within = np.zeros(len(tokens), np.uint64), np.ones(len(tokens), bool)
     for back in range(PASSAGE):
-        before = np.roll(tokens, back)
-        total += np.where(positions >= back, hashed(before, back + 1), np.uint64(0))
+        if back:
+            within &= (positions >= back) & (docs == np.roll(docs, back)) & np.roll(keep, back)
+        total += np.where(within, hashed(np.roll(tokens, back), back + 1), np.uint64(0))
     return (total >> np.uint64(32)).astype(np.uint32)
 
 

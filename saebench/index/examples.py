@@ -17,7 +17,7 @@ class Shown(NamedTuple):
 
     context: Context
     values: np.ndarray
-    """`[len(context.tokens)]`, 0 at special tokens"""
+    """`[len(context.tokens)]`, 0 at special tokens and massive rows"""
 
 
 def show(
@@ -53,13 +53,15 @@ def _activations(index: FeatureIndex, sae: SAE, rows_N: np.ndarray, latents_N: n
         ends = np.flatnonzero((np.diff(block) != 1) | (np.diff(block // index.context) != 0)) + 1
         runs = [range(int(run[0]), int(run[-1]) + 1) for run in np.split(block, ends)]
         rows, keep = zip(*(index.vectors(run) for run in runs), strict=True)
-        code, values = encode_sparse(sae, torch.cat(rows).to(sae.W_dec.device, torch.float32))
+        x_ND = torch.cat(rows).to(sae.W_dec.device, torch.float32)
+        counted = np.concatenate(keep) & index.counted(x_ND).cpu().numpy()
+        code, values = encode_sparse(sae, x_ND)
         keys = code.rows.cpu().numpy().astype(np.int64) * sae.d_sae + code.latents.cpu().numpy()
         by_key = np.argsort(keys)
         wanted = (place_N[mine] - first) * sae.d_sae + latents_N[mine]
         at = np.searchsorted(keys[by_key], wanted)
         at = by_key[np.minimum(at, len(keys) - 1)] if len(keys) else np.zeros(0, np.int64)
         if len(at):
-            fires = (keys[at] == wanted) & np.concatenate(keep)[place_N[mine] - first]
+            fires = (keys[at] == wanted) & counted[place_N[mine] - first]
             found_N[mine] = np.where(fires, values.cpu().numpy()[at], 0)
     return found_N

@@ -155,6 +155,7 @@ def effects_html(index: FeatureIndex, context: Context, logits: np.ndarray, loss
         spans.append(tokens.token_html(unit.text, strength, most, title=title, kind="sb-down" if value < 0 else ""))
     effects = logits[context.peak]
     order = np.argsort(effects)
+    order = order[index.known(len(effects))[order]]  # padding of the vocabulary is no token
     lists = "".join(
         f"<div><h3>{name}</h3>{ranked_html(index, Ranked(ids, effects[ids]))}</div>"
         for name, ids in (("Logits that fall", order[:10]), ("Logits that rise", order[::-1][:10]))

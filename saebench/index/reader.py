@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saebench.files import found_from
@@ -22,6 +23,7 @@ from saebench.pieces import TokenBytes, show_bytes, show_text
 from saebench.sae import read_config
 from saebench.store import Store, open_store
 from saebench.store.schema import MANIFEST
+from saebench.store.source import model_name
 
 COLUMNS = {
     "density": "latents/density",
@@ -138,6 +140,11 @@ class FeatureIndex:
         if "longest" in self._file.attrs:
             return float(self._file.attrs["longest"])
         return self.store.norms(self.hook).bound if self.has_store else math.inf
+
+    def counted(self, x_ND: Float[Tensor, "N D"]) -> Bool[Tensor, " N"]:
+        """Which vectors are no massive ones, as this index was made: one of the first version counted all."""
+        longest = float(self._file.attrs.get("longest", math.inf))
+        return x_ND.norm(dim=1) <= longest
 
     @property
     def store(self) -> Store:
@@ -339,6 +346,10 @@ class FeatureIndex:
         """The text of each token of a text, as `show_text`."""
         return show_text([self._bytes[int(token)] for token in tokens])
 
+    def known(self, n_vocab: int) -> np.ndarray:
+        """`[n_vocab]` which ids are tokens, and no padding of the vocabulary."""
+        return self._bytes.known(n_vocab)
+
     @cached_property
     def _bytes(self) -> TokenBytes:
         return TokenBytes(self._tokenizer)
@@ -370,7 +381,8 @@ def open_feature_index(
     sae = Path(sae or path.parent.parent / "saes" / path.stem)
     opened = open_store(folder) if need_store or (folder / MANIFEST).exists() else None
     check_identity(path, identity, identity_of(sae, opened))
-    return FeatureIndex(path, opened, read_config(sae).get("metadata", {}).get("model_name"))
+    name = read_config(sae).get("metadata", {}).get("model_name")
+    return FeatureIndex(path, opened, None if name is None else model_name(sae, name))
 
 
 def _examples(rows: np.ndarray, values: np.ndarray) -> list[Example]:

@@ -21,11 +21,8 @@ def identity_of(sae: Path, store: Store | None) -> dict[str, str]:
     if store is None:
         return own
     made = store.manifest["identity"]
-    return own | {
-        "store": hash_files([store.folder / MANIFEST]),
-        "tokenizer": made["tokenizer"]["files"],
-        "model": made["model"]["weights"],
-    }
+    known = {name: made[name][what] for name, what in (("tokenizer", "files"), ("model", "weights")) if name in made}
+    return own | {"store": hash_files([store.folder / MANIFEST])} | known
 
 
 def open_index(path: Path) -> Any:

@@ -206,14 +206,15 @@ def _path(name: str) -> str:
 
 
 def _load_module(name: str, path: str, dtype: ModelDtype, options: dict[str, Any]) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM
 
     try:
         config = AutoConfig.from_pretrained(path, **options)
     except Exception as error:  # whatever a library, or code from the hub, makes of other people's files
         raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     architecture = ", ".join(getattr(config, "architectures", None) or [type(config).__name__])
-    if config.is_encoder_decoder or architecture.endswith(("ForMaskedLM", "ForPreTraining")):
+    masked = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
+    if config.is_encoder_decoder or (masked and not architecture.endswith(("ForCausalLM", "LMHeadModel"))):
         raise ValueError(f"model {name!r} ({architecture}) is {_NOT_CAUSAL}")
     causal = hasattr(config, "auto_map") or type(config) in AutoModelForCausalLM._model_mapping
     auto: Any = AutoModelForCausalLM if causal else AutoModelForImageTextToText

@@ -4,8 +4,8 @@ Hook names are TransformerLens' own. What goes into a block and comes out of it 
 MLP write to the stream is what TransformerLens knows of a family, and this is the only file that imports it.
 """
 
-import functools
 import re
+import weakref
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,6 +16,9 @@ from saebench.models.load import LanguageModel
 HookKind = Literal["resid_pre", "resid_post", "mlp_out", "attn_out"]
 HOOK = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|mlp_out|attn_out)")
 """The hooks that can be harvested and trained on: layer and kind."""
+
+
+_known: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
 
 
 class Place(NamedTuple):
@@ -50,7 +53,9 @@ def place_of(model: LanguageModel, hook: str) -> Place:
     if kind in ("resid_pre", "resid_post"):
         return Place(block, inward=kind == "resid_pre")
     family = type(model.module).__name__
-    path = _paths(model).get(kind)
+    if model.module not in _known:
+        _known[model.module] = _paths(model)
+    path = _known[model.module].get(kind)
     if path is None:
         raise ValueError(
             f"hook {hook!r} of model {model.id!r} is not known: TransformerLens does not say where {family} has it"
@@ -68,7 +73,6 @@ def _text_config(model: LanguageModel) -> Any:
     return model.module.config.get_text_config(decoder=True)
 
 
-@functools.lru_cache(maxsize=8)
 def _paths(model: LanguageModel) -> dict[str, str]:
     """Where within a block the modules are whose outputs are `attn_out` and `mlp_out`, as far as TransformerLens knows."""
     from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory

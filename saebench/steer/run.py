@@ -17,7 +17,7 @@ from saebench.steer.dose import FACTORS, STRENGTHS, DoseConfig, DoseResponse, do
 from saebench.steer.generate import Generation, Sampling, arms_of, generate
 from saebench.steer.interventions import Intervention, Mode, units_of
 from saebench.steer.scores import Scores, read_scores, score
-from saebench.store.source import model_name, model_of
+from saebench.store.source import longest_of, model_name, model_of
 from saebench.view import charts
 
 
@@ -29,6 +29,8 @@ class Bench:
     sae: SAE
     hook: str
     index: FeatureIndex | None
+    bound: float = math.inf
+    """without an index, the norm above which vectors are massive"""
 
     def intervention(self, latent: int, strength: str | int | float = "0.5n", mode: Mode = "add") -> Intervention:
         """An intervention at a strength written `12`, `6x` or `0.5n` (see `Units`); for `scale` a plain factor."""
@@ -37,8 +39,8 @@ class Bench:
 
     @property
     def longest(self) -> float:
-        """Longer vectors are massive, and left alone."""
-        return math.inf if self.index is None else self.index.longest
+        """Longer vectors are massive, and left alone: by the index, or else by what the SAE was trained on."""
+        return self.bound if self.index is None else self.index.longest
 
 
 def open_bench(
@@ -61,7 +63,9 @@ def open_bench(
         model = model_of(opened.store, chosen, default_dtype(chosen))
     else:
         model = load_model(model_name(sae, name), device=chosen)
-    return Bench(model, load_sae(sae, device=str(model.device)), hook, opened)
+    return Bench(
+        model, load_sae(sae, device=str(model.device)), hook, opened, math.inf if opened else longest_of(sae, hook)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +199,8 @@ def rank(config: SteerConfig) -> tuple[Bench, Scores, np.ndarray]:
         scores = score(bench.model, bench.sae, bench.index, among=among if config.latent else None)
         if scores is None:
             raise KeyboardInterrupt
-    return bench, scores, among[np.argsort(-scores.output[among], kind="stable")][: config.top]
+    best = np.lexsort((-scores.output[among], ~scores.measured[among]))  # an estimate is no rival of what was measured
+    return bench, scores, among[best][: config.top]
 
 
 def _some(config: SteerConfig) -> None:

@@ -9,6 +9,7 @@ Legend: P prompts, L positions, D d_in, F latents, f latents of one batch, V voc
 import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import h5py
@@ -25,7 +26,7 @@ from saebench.sae import SAE, encode_sparse
 from saebench.sae.architectures import normalized
 from saebench.steer.dose import held_out, top_tokens
 
-_LOGITS = 2**25  # logits held at once
+_HELD = 2**25  # numbers held at once, as logits or as vectors of a layer
 _VERSION = 2
 _SAVE_SECONDS = 20.0
 
@@ -69,9 +70,9 @@ class Scores(NamedTuple):
     """`[F]` those estimates, by which latents are chosen to be measured; NaN where there are none"""
 
 
-def scores_path(index: FeatureIndex) -> Any:
+def scores_path(index: Path) -> Path:
     """`<sae>.scores.h5` beside the index."""
-    return index.path.with_suffix(".scores.h5")
+    return index.with_suffix(".scores.h5")
 
 
 def score(
@@ -98,7 +99,7 @@ def score(
                 todo = best[~scores.measured[best]]
             else:
                 todo = np.flatnonzero(np.isnan(scores.screen)) if among is None else among[:0]
-            trial, saved = _Trial(model, sae, index, tokens, config) if len(todo) else None, time.monotonic()
+            trial, saved = _Trial(model, sae, index, tokens, config, len(todo)) if len(todo) else None, time.monotonic()
             with progress(len(todo), f"{stage} {index.path.stem}", "latent", shown=len(todo) > 0) as bar:
                 while len(todo) and trial is not None and not interrupt.requested:
                     latents, todo = todo[: trial.size], todo[trial.size :]
@@ -128,11 +129,12 @@ class _Trial:
     """Latents clamped on some prompts: passes that begin at the hook."""
 
     def __init__(
-        self, model: LanguageModel, sae: SAE, index: FeatureIndex, prompts: Int[np.ndarray, "P L"], config: ScoreConfig
-    ) -> None:
+        self, model: LanguageModel, sae: SAE, index: FeatureIndex, prompts: Int[np.ndarray, "P L"], config: ScoreConfig,
+        most: int,
+    ) -> None:  # fmt: skip
         self.model, self.sae = model, sae
-        self.size = max(1, _LOGITS // (len(prompts) * model.n_vocab))
-        """latents at once"""
+        self.size = min(most, max(1, _HELD // max(len(prompts) * model.n_vocab, prompts.size * model.d_model * 4)))
+        """latents at once, at most `most`"""
         self._picked = torch.as_tensor(top_tokens(index), device=model.device).long()
         norms = index.store.norms(index.hook)
         self._raw_F = config.strength * norms.median / sae.W_dec.norm(dim=1)
@@ -193,15 +195,17 @@ def _nothing(index: FeatureIndex) -> Scores:
 
 
 def _write(index: FeatureIndex, config: ScoreConfig, scores: Scores) -> None:
-    with replacing(scores_path(index)) as temporary, h5py.File(temporary, "w") as file:
-        file.attrs.update(version=_VERSION, identity=json.dumps(index.identity), **vars(config))
+    best = np.argsort(-scores.screen, kind="stable")[: config.whole]
+    complete = bool(scores.measured[best].all() and not np.isnan(scores.screen).any())
+    with replacing(scores_path(index.path)) as temporary, h5py.File(temporary, "w") as file:
+        file.attrs.update(version=_VERSION, complete=complete, identity=json.dumps(index.identity), **vars(config))
         for name, values in scores._asdict().items():
             file[name] = values
 
 
 def _begun(index: FeatureIndex, config: ScoreConfig) -> Scores | None:
     """What an earlier call with the same settings left."""
-    path = scores_path(index)
+    path = scores_path(index.path)
     if not path.exists():
         return None
     with h5py.File(path) as file:
@@ -211,9 +215,17 @@ def _begun(index: FeatureIndex, config: ScoreConfig) -> Scores | None:
     return read_scores(index)
 
 
+def are_complete(path: Path) -> bool:
+    """Whether a file of scores is there, and no latent is left to be screened or measured."""
+    if not path.exists():
+        return False
+    with h5py.File(path) as file:
+        return bool(file.attrs.get("complete", True))  # those of the first version were written when they were
+
+
 def read_scores(index: FeatureIndex) -> Scores | None:
-    """The scores beside an index; None where there are none, or of another index than this."""
-    path = scores_path(index)
+    """The scores beside an index; None where there are none, of another index than this, or of edits to massive rows."""
+    path = scores_path(index.path)
     if not path.exists():
         return None
     with h5py.File(path) as file:
@@ -222,6 +234,8 @@ def read_scores(index: FeatureIndex) -> Scores | None:
         if version not in (1, _VERSION) or json.loads(columns.attrs["identity"]) != index.identity:
             return None
         known = {name: columns[name][:] for name in Scores._fields if name in columns}
+    if version == 1 and index.has_store and index.store.norms(index.hook).massive:
+        return None
     if version == 1:  # measured all
         known |= {"measured": np.ones(len(known["output"]), bool), "screen": np.full_like(known["output"], np.nan)}
     return Scores(**known)

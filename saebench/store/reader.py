@@ -290,13 +290,14 @@ class Store:
 
     def tokenizer(self) -> Any:
         """The tokenizer copied beside the store; None where the model came without."""
-        if not any((self.folder / TOKENIZER).iterdir()):
+        folder = self.folder / TOKENIZER
+        if not folder.exists() or not any(folder.iterdir()):
             return None
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         # AutoTokenizer imports the code of the model that the tokenizer belongs to, ten times what is needed here.
-        whole = (self.folder / TOKENIZER / "tokenizer.json").exists()
-        return (PreTrainedTokenizerFast if whole else AutoTokenizer).from_pretrained(self.folder / TOKENIZER)
+        whole = (folder / "tokenizer.json").exists()
+        return (PreTrainedTokenizerFast if whole else AutoTokenizer).from_pretrained(folder)
 
     @property
     def has_unembedding(self) -> bool:

@@ -1,17 +1,28 @@
 """What a store was made with, and which one an SAE was trained on: found from wherever a command is started."""
 
+import math
 from pathlib import Path
 
 from saebench.files import found_from
 from saebench.models import LanguageModel, ModelDtype, load_model, model_path
 from saebench.sae import read_config
-from saebench.store.reader import Store
+from saebench.store.reader import Store, open_store
+from saebench.store.schema import MANIFEST
 
 
 def recorded_store(sae: Path) -> Path | None:
     """Where the store is that an SAE was trained on, as its cfg.json says; None where it does not say."""
     recorded = read_config(sae).get("metadata", {}).get("saebench", {}).get("store")
     return None if recorded is None else found_from(sae, Path(recorded))
+
+
+def longest_of(sae: Path, hook: str) -> float:
+    """The norm above which vectors are massive for an SAE: by the store it was trained on, or as its cfg.json says; inf where neither does."""
+    store = recorded_store(sae)
+    if store is not None and (store / MANIFEST).exists():
+        return open_store(store).norms(hook).bound
+    recorded = read_config(sae).get("metadata", {}).get("saebench", {}).get("longest_row")
+    return math.inf if recorded is None else float(recorded)
 
 
 def model_name(folder: Path, recorded: str) -> str:

@@ -4,11 +4,14 @@ Local files are read here, of rows no more than the columns that are wanted; wha
 read by `datasets`.
 """
 
+import bz2
 import codecs
 import dataclasses
+import gzip
 import io
 import itertools
 import json
+import lzma
 import sysconfig
 import tokenize
 from collections.abc import Iterator, Mapping
@@ -35,6 +38,7 @@ _BOMS = {
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
 _PARQUET_ROWS = 1024  # read at once
+_END: Any = object()  # behind the last row: a row may be null
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +59,8 @@ class TextConfig:
     """column that names each document"""
     split_by: Literal["content", "name"] = "content"
     """what decides whether a document is held out: its content, so that equal ones fall into one split, or its name or id, so that parts of one work can"""
+    errors: Literal["strict", "replace"] = "strict"
+    """of bytes that are no text: refuse the file by name, or read all of it as UTF-8 with U+FFFD in their place"""
     validation_fraction: float = 0.1
     """share of documents held out, chosen by a hash"""
 
@@ -95,7 +101,7 @@ def fingerprint(config: TextConfig, begun: Mapping[str, Any] | None = None) -> s
         files = [(path, file) for file in _files_under(path)]
     else:
         for _, file in files:
-            _decoded(file)
+            _decoded(config, file)
     listing = sorted(f"{file.relative_to(root).as_posix()} {hash_files([file])}" for root, file in files)
     return xxhash.xxh3_128_hexdigest("\n".join(listing).encode("utf-8", "surrogateescape"))
 
@@ -182,26 +188,35 @@ def _text_files(config: TextConfig) -> list[tuple[Path, Path]] | None:
 
 
 def _read_text(config: TextConfig, root: Path, file: Path, index: int) -> Document:
-    path, text = file.relative_to(root).as_posix(), _decoded(file)
+    path, text = file.relative_to(root).as_posix(), _decoded(config, file)
     # A name need not be UTF-8 on disk; what is kept of it is.
     name = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return Document(index, name, text if config.split_by == "content" else path, text)
 
 
-def _decoded(file: Path) -> str:
-    """The text of a file: UTF-8, what its byte-order mark or, in Python source, its first lines say. Raises ValueError for another."""
+def _decoded(config: TextConfig, file: Path) -> str:
+    """The text of a file: UTF-8, what its byte-order mark or, in Python source, its first lines say. Raises ValueError for another.
+
+    Its lines end in newlines, whatever they end in on disk.
+    """
     raw = file.read_bytes()
+    if config.errors == "replace":
+        return _lines(raw.decode("utf-8", "replace"))
     encoding = next((name for mark, name in _BOMS.items() if raw.startswith(mark)), "utf-8")
     try:
         if encoding == "utf-8" and file.suffix == ".py":
             encoding = tokenize.detect_encoding(io.BytesIO(raw).readline)[0]
-        return raw.decode(encoding)
+        return _lines(raw.decode(encoding))
     except (UnicodeDecodeError, SyntaxError, LookupError) as error:
         place = f" (byte {error.start})" if isinstance(error, UnicodeDecodeError) else ""
         raise ValueError(
-            f"{str(file)!r} is not text in {encoding}{place}: leave it out, or turn it into UTF-8, for instance by "
-            "`iconv -f LATIN1 -t UTF-8`"
+            f"{str(file)!r} is not text in {encoding}{place}: leave it out, turn it into UTF-8, for instance by "
+            "`iconv -f LATIN1 -t UTF-8`, or give --errors replace"
         ) from error
+
+
+def _lines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 # ------------------------------------------------------------------------------------------ rows
@@ -233,21 +248,17 @@ def _from_files(config: TextConfig, files: list[Path]) -> Iterator[dict[str, Any
     for file in files:
         suffix = _suffix(file)
         if suffix in _LINES:
-            yield from _json_rows(file)
-        elif suffix == _PARQUET:
-            yield from _parquet_rows(config, file)
-        elif suffix == _ARROW:
-            import datasets
-
-            rows: Any = datasets.Dataset.from_file(str(file))
-            yield from rows
+            yield from _json_rows(config, file)
+            continue
+        try:
+            yield from _parquet_rows(config, file) if suffix == _PARQUET else _arrow_rows(file)
+        except ValueError as error:  # pyarrow does not name the file
+            raise ValueError(f"{str(file)!r} is damaged or no {suffix} file: {_first_line(error)}") from error
 
 
-def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
+def _json_rows(config: TextConfig, file: Path) -> Iterator[dict[str, Any]]:
     """Rows of a file with one in each line, or with a list of them."""
-    import pyarrow as pa
-
-    with pa.input_stream(str(file), compression="detect") as stream, io.TextIOWrapper(stream, "utf-8-sig") as lines:
+    with _unpacked(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", errors=config.errors) as lines:
         try:
             for number, line in enumerate(lines, 1):
                 if number == 1 and line.lstrip().startswith("["):
@@ -255,7 +266,21 @@ def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
                 elif line.strip():
                     yield _parsed(line, f"line {number} of {str(file)!r}")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{str(file)!r} is not text in UTF-8: turn it into that first") from error
+            raise ValueError(
+                f"{str(file)!r} is not text in UTF-8: turn it into that first, or give --errors replace"
+            ) from error
+
+
+def _unpacked(file: Path) -> Any:
+    """A file's bytes, whatever it is compressed with. (pyarrow takes no name that is not UTF-8, and does not know xz.)"""
+    if file.suffix in (".xz", ".gz", ".bz2"):
+        module = {".xz": lzma, ".gz": gzip, ".bz2": bz2}[file.suffix]
+        return module.open(file)
+    if file.suffix == ".zst":
+        import pyarrow as pa
+
+        return pa.CompressedInputStream(file.open("rb"), "zstd")
+    return file.open("rb")
 
 
 def _parsed(text: str, place: str) -> Any:
@@ -268,10 +293,25 @@ def _parsed(text: str, place: str) -> Any:
 def _parquet_rows(config: TextConfig, file: Path) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(file) as table:
+    with file.open("rb") as stream, pq.ParquetFile(stream) as table:
         there = table.schema_arrow.names
         columns = [name for name in _wanted(config) if name in there] or there
         for batch in table.iter_batches(_PARQUET_ROWS, columns=columns):
+            yield from batch.to_pylist()
+
+
+def _arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a file as `datasets` writes it (a stream), or as `pyarrow.feather` does."""
+    import pyarrow as pa
+
+    with file.open("rb") as stream:
+        try:
+            batches: Any = pa.ipc.open_stream(stream)
+        except pa.ArrowInvalid:
+            stream.seek(0)
+            opened = pa.ipc.open_file(stream)
+            batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
+        for batch in batches:
             yield from batch.to_pylist()
 
 
@@ -320,22 +360,25 @@ def _from_hub(config: TextConfig) -> Any:
 
 
 def _cannot_load(config: TextConfig, error: Exception) -> ValueError:
-    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return ValueError(f"dataset {config.source!r} cannot be loaded: {line}")
+    return ValueError(f"dataset {config.source!r} cannot be loaded: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _documents(config: TextConfig, rows: Any, start: int) -> Iterator[Document]:
     rows = iter(rows.skip(start)) if hasattr(rows, "skip") else itertools.islice(rows, start, None)
     for index in itertools.count(start):
         try:
-            row = next(rows, None)
+            row = next(rows, _END)
         except ValueError as error:
             raise ValueError(f"dataset {config.source!r} cannot be read: {error}") from error
         except Exception as error:
             raise ValueError(
                 f"row {index} of dataset {config.source!r} cannot be read: {type(error).__name__}: {error}"
             ) from error
-        if row is None:
+        if row is _END:
             if index == 0:
                 raise ValueError(f"dataset {config.source!r} is empty: no row could be read")
             return
@@ -353,6 +396,11 @@ def _document(config: TextConfig, row: Any, index: int) -> Document:
     name = f"{config.split}/{index}" if config.id_column is None else str(row[config.id_column])
     if "input_ids" in row and config.column is None:
         ids = row["input_ids"]
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+            raise ValueError(
+                f"input_ids of dataset {config.source!r} are no list of token ids in row {index}: expected whole numbers from 0 on, "
+                "or choose a column of text with --column"
+            )
         return Document(index, name, _key(config, name, repr(ids)), None, ids)
     column = config.column or "text"
     text = row.get(column, 0) if row.get(column, 0) is not None else ""  # a null is a document without text
@@ -362,6 +410,8 @@ def _document(config: TextConfig, row: Any, index: int) -> Document:
             f"column {column!r} of dataset {config.source!r} holds no text in row {index}; "
             f"it has {have}: choose one with --column"
         )
+    # Half a character, where a text was cut in the middle of one, is no Unicode, and no tokenizer takes it.
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return Document(index, name, _key(config, name, text), text)
 
 

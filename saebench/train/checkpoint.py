@@ -90,8 +90,10 @@ class Checkpoint:
 
 def begun_as(folder: Path) -> dict[str, dict[str, Any]]:
     """What decides the training of each SAE under `folder` that is done, or in its checkpoint."""
-    done = {path.parent.name: read_config(path.parent) for path in folder.glob("*/cfg.json")}
-    begun = {name: config["metadata"]["saebench"]["identity"] for name, config in done.items()}
+    done = {path.parent.name: read_config(path.parent).get("metadata", {}) for path in folder.glob("*/cfg.json")}
+    begun = {
+        name: known["saebench"]["identity"] for name, known in done.items() if "saebench" in known
+    }  # not from elsewhere
     path = folder / POINTER
     return begun | (read_json(path)["identity"] if path.exists() else {})
 

@@ -334,14 +334,16 @@ def _facts(
     """Metadata of a saved SAE: what SAELens' tools read, and under `saebench` how it came about."""
     made = store.manifest["identity"]
     return {
-        "model_name": model_path(made["model"]["id"]),
+        "model_name": model_path(made["model"]["id"])
+        if "model" in made
+        else None,  # vectors of one's own need say nothing
         "model_class_name": "HookedTransformer",
         "hook_name": member.spec.hook,
         "hook_head_index": None,
         "context_size": store.context,
         "prepend_bos": store.prepends_bos,
         "seqpos_slice": [None],
-        "dataset_path": made["text"]["dataset"],
+        "dataset_path": made.get("text", {}).get("dataset"),
         "exclude_special_tokens": True,
         "neuronpedia_id": None,
         "training_architecture": member.spec.architecture,
