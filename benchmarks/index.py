@@ -1,9 +1,9 @@
 """Time the feature index, and what reads it.
 
-    python benchmarks/index.py --sae runs/demo/saes/topk-k48 --tokens 1M [--peers VENV] [--synthetic 65536]
+    python benchmarks/index.py --sae runs/demo/saes/topk-k48 [--tokens 1M] [--peers VENV] [--synthetic 65536]
 
-Harvests the SAE's layer anew (so that the comparison can be given with and without harvest), indexes the SAE as
-the command line does, and times the reader from a file that is not in the page cache. With --peers, SAEDashboard does
+Indexes the SAE as the command line does, on the store that it was trained on (with --tokens, on one of so many that is
+harvested anew, so that a comparison can be given with and without harvest), and times the reader from a file that is not in the page cache. With --peers, SAEDashboard does
 all latents on the same contexts in the same run, in that virtual environment. With --synthetic F, an untrained TopK SAE of F
 latents (K 32) is indexed instead. Prints JSON lines; `peak_mb` is the peak resident memory of the process.
 """
@@ -28,6 +28,7 @@ from saebench.index.examples import show
 from saebench.models import model_path
 from saebench.sae import initialise, load_sae, new_sae, read_config, save_sae
 from saebench.store import Store, open_store
+from saebench.store.source import recorded_store
 from saebench.text import TextConfig
 
 DASHBOARD = Path(__file__).with_name("dashboards.py")
@@ -96,7 +97,7 @@ def reader_figures(path: Path, sae_folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sae", type=Path, default=Path("runs/demo/saes/topk-k48"))
-    parser.add_argument("--tokens", type=parse_count, default=1_000_000)
+    parser.add_argument("--tokens", type=parse_count, help="harvest so many first (default: the SAE's own store)")
     parser.add_argument("--peers", type=Path, help="virtual environment with sae-dashboard")
     parser.add_argument("--synthetic", type=int, metavar="F", help="an untrained SAE of F latents instead")
     parser.add_argument("--out", type=Path, default=Path("runs/index-benchmark"))
@@ -104,30 +105,37 @@ def main() -> None:
     args.out = args.out.resolve()
 
     config = read_config(args.sae)
-    hook, original = config["metadata"]["hook_name"], open_store(config["metadata"]["saebench"]["store"])
-    identity = original.manifest["identity"]
-    held_out = min(100_000, args.tokens // 10)
-    settings = HarvestConfig(
-        model=identity["model"]["id"], layers=(int(hook.split(".")[1]),), tokens=args.tokens, validation_tokens=held_out,
-        out=args.out / f"store-{args.tokens}",
-    )  # fmt: skip
-    started = time.perf_counter()
-    store = harvest(settings, TextConfig(dataset=identity["text"]["dataset"]))
-    if store is None:
-        raise KeyboardInterrupt
-    harvest_s = time.perf_counter() - started
+    hook, folder = config["metadata"]["hook_name"], recorded_store(args.sae)
+    assert folder is not None
+    store, harvest_s = open_store(folder), 0.0
+    identity = store.manifest["identity"]
+    if args.tokens:
+        settings = HarvestConfig(
+            model=identity["model"]["id"], layers=(int(hook.split(".")[1]),), tokens=args.tokens,
+            validation_tokens=min(100_000, args.tokens // 10), out=args.out / f"store-{args.tokens}",
+        )  # fmt: skip
+        started = time.perf_counter()
+        made = harvest(settings, TextConfig(dataset=identity["text"]["dataset"]))
+        if made is None:
+            raise KeyboardInterrupt
+        store, harvest_s = made, time.perf_counter() - started
 
     sae = args.sae.resolve()
     if args.synthetic:
         sae = args.out / "saes" / f"synthetic-{args.synthetic}"
         metadata = {name: value for name, value in config["metadata"].items() if name != "saebench"}
         synthetic(sae, store, hook, args.synthetic, metadata)
-    path = args.out / "index" / f"{sae.name}-{args.tokens}.h5"
+    path = args.out / "index" / f"{sae.name}-{args.tokens or store.folder.name}.h5"
     path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "saebench.cli", "index", "--sae", sae, "--store", store.folder, "--out", path]
     seconds, peak, _ = measured(command)
     n_rows = store.rows("train", kept=False)
-    line = {"package": "saebench", "tokens": n_rows, "latents": load_sae(sae).d_sae, "harvest_s": round(harvest_s, 1)}
+    line = {
+        "package": "saebench",
+        "tokens": n_rows,
+        "latents": load_sae(sae).d_sae,
+        "harvest_s": round(harvest_s, 1) if args.tokens else None,
+    }
     line |= {"index_s": round(seconds, 1), "tokens_per_s": round(n_rows / seconds), "peak_mb": round(peak)}
     print(json.dumps(line), flush=True)
     print(json.dumps({"reader": reader_figures(path, sae)}), flush=True)
@@ -136,7 +144,7 @@ def main() -> None:
         contexts = args.out / "contexts.npy"
         tokens = np.concatenate([shard.column("tokens") for shard in store.of_split("train")])
         np.save(contexts, tokens.reshape(-1, int(identity["context"])).astype(np.int64))
-        out = args.out / f"dashboard-{args.tokens}"
+        out = args.out / f"dashboard-{args.tokens or store.folder.name}"
         out.mkdir(parents=True, exist_ok=True)
         command = [args.peers / "bin/python", DASHBOARD, "--model", model_path(identity["model"]["id"]), "--sae", sae]
         command += ["--tokens", contexts, "--features", str(line["latents"]), "--out", out]
