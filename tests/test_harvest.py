@@ -11,7 +11,7 @@ import torch
 from conftest import CONTEXT, HOOK, WIDTH, sentences
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from saebench.files import read_json
+from saebench.files import read_json, write_json
 from saebench.harvest import HarvestConfig, deal, harvest
 from saebench.store import Store, open_store
 from saebench.text import SPLITS, Context, Document, Encoder, TextConfig, open_documents, pack, split_of
@@ -188,6 +188,37 @@ def test_a_finished_store_is_reused(
     assert again is not None
     assert "is complete already" in caplog.text
     assert contents(tmp_path / "s") == before
+
+
+def test_a_store_that_says_nothing_of_splits_and_encodings_goes_on_as_it_was_made(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """As the first stores do: documents held out by name, every file read as UTF-8 whatever it is."""
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number in range(30):
+        (corpus / f"{number}.txt").write_bytes(b"caf\xe9\r\n" + sentences(number, 200).encode())
+    first = text(corpus, split_by="name", errors="replace")
+    small = {"layers": (0,), "tokens": 2_000}
+    whole = harvest(config(checkpoints["llama"], tmp_path / "whole", **small), first)
+    assert whole
+    identity = whole.manifest["identity"]["text"]
+    assert not {"split_by", "errors"} & set(identity)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    manifest = read_json(tmp_path / "cut" / "manifest.json")
+    last = manifest["shards"].pop()["file"]
+    manifest |= {"complete": False}
+    write_json(tmp_path / "cut" / "manifest.json", manifest)
+    (tmp_path / "cut" / last).unlink()
+    assert harvest(config(checkpoints["llama"], tmp_path / "cut", **small), text(corpus))
+    assert contents(tmp_path / "cut")[last] == contents(tmp_path / "whole")[last]
+    with pytest.raises(ValueError, match="split_by: None -> 'content'"):
+        harvest(
+            config(checkpoints["llama"], tmp_path / "whole", **small),
+            text(corpus, split_by="content", errors="replace"),
+        )
+    with pytest.raises(ValueError, match=r"'.*.txt' is not text in utf-8"):
+        harvest(config(checkpoints["llama"], tmp_path / "new", **small), text(corpus))
 
 
 def test_a_full_disk_before_the_first_shard_is_one_line(

@@ -1,4 +1,5 @@
 import gzip
+import itertools
 import json
 import lzma
 import os
@@ -165,6 +166,9 @@ def test_equal_documents_under_two_names_fall_into_one_split(tmp_path: Path) -> 
         (tmp_path / f"{number}.txt").write_text("the same")
     assert len({split_of(d.key, 0.5) for d in read(tmp_path)}) == 1
     assert {d.key for d in read(tmp_path, split_by="name")} == {f"{number}.txt" for number in range(8)}
+    # The embedded model has seen the modules that are not held out by their names.
+    assert all(d.key == d.name for d in itertools.islice(open_documents(TextConfig()), 3))
+    assert all(d.key == d.text for d in itertools.islice(open_documents(TextConfig(split_by="content")), 3))
 
 
 ROWS = [{"text": f"row {i}", "id": f"n{i}", "other": i} for i in range(5)]

@@ -78,7 +78,10 @@ def text_of(config: HarvestConfig, text: TextConfig) -> tuple[TextConfig, dict[s
             )
         text = dataclasses.replace(text, dataset=EMBEDDED)
     if begun is not None:
-        text = dataclasses.replace(text, **{name: value for name, value in _FIRST.items() if name not in begun})
+        first = {name: value for name, value in _FIRST.items() if name not in begun}
+        if text.split_by is not None:  # what is asked for is compared, and refused
+            first.pop("split_by", None)
+        text = dataclasses.replace(text, **first)
     return text, begun
 
 
@@ -88,7 +91,8 @@ _FIRST: dict[str, Any] = {"split_by": "name", "errors": "replace"}
 
 def noted(text: TextConfig) -> dict[str, Any]:
     """What an identity says of a text: nothing of what the first stores did, too."""
-    return {name: value for name, value in to_json(text).items() if name not in _FIRST or value != _FIRST[name]}
+    values = to_json(text) | {"split_by": "content" if text.by_content else "name"}
+    return {name: value for name, value in values.items() if name not in _FIRST or value != _FIRST[name]}
 
 
 def as_noted(values: dict[str, Any]) -> TextConfig:

@@ -57,8 +57,8 @@ class TextConfig:
     """column that holds the text (default: `text`; a data set with an `input_ids` column is used as it is)"""
     id_column: str | None = None
     """column that names each document"""
-    split_by: Literal["content", "name"] = "content"
-    """what decides whether a document is held out: its content, so that equal ones fall into one split, or its name or id, so that parts of one work can"""
+    split_by: Literal["content", "name"] | None = None
+    """what decides whether a document is held out: its content, so that equal ones fall into one split (the default), or its name or id, so that parts of one work can (the default of the embedded corpus, whose model was trained on one of the two parts)"""
     errors: Literal["strict", "replace"] = "strict"
     """of bytes that are no text: refuse the file by name, or read all of it as UTF-8 with U+FFFD in their place"""
     validation_fraction: float = 0.1
@@ -68,6 +68,11 @@ class TextConfig:
     def source(self) -> str:
         """The data set, named or not."""
         return self.dataset or EMBEDDED
+
+    @property
+    def by_content(self) -> bool:
+        """Whether a document's content decides its split."""
+        return self.source != EMBEDDED if self.split_by is None else self.split_by == "content"
 
     def __post_init__(self) -> None:
         if not 0 < self.validation_fraction < 1:
@@ -191,7 +196,7 @@ def _read_text(config: TextConfig, root: Path, file: Path, index: int) -> Docume
     path, text = file.relative_to(root).as_posix(), _decoded(config, file)
     # A name need not be UTF-8 on disk; what is kept of it is.
     name = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return Document(index, name, text if config.split_by == "content" else path, text)
+    return Document(index, name, text if config.by_content else path, text)
 
 
 def _decoded(config: TextConfig, file: Path) -> str:
@@ -417,4 +422,4 @@ def _document(config: TextConfig, row: Any, index: int) -> Document:
 
 def _key(config: TextConfig, name: str, content: str) -> str:
     """What decides a row's split; one without an id is known by its content alone."""
-    return content if config.split_by == "content" or config.id_column is None else name
+    return content if config.by_content or config.id_column is None else name
