@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from saebench.cli import show_texts
+from saebench.index import IndexConfig, open_feature_index
 from saebench.steer import Sampling, arms_of, generate
 from saebench.steer.dose import dose_response
 from saebench.steer.run import SteerConfig, rank
@@ -31,12 +32,10 @@ def main() -> int:
     parser.add_argument("--n", type=int, default=3)
     args = parser.parse_args()
     try:
-        bench, scores, _ = rank(SteerConfig(sae=args.sae))
-    except ValueError as error:
+        index = open_feature_index(IndexConfig(sae=args.sae).path, sae=args.sae)
+    except (ValueError, OSError) as error:
         print(f"{error} (the demo's SAE and index come from `make demo`)", file=sys.stderr)
         return 2
-    index = bench.index
-    assert index
     named = [latent for latent, rule in enumerate(index.explanations) if args.concept.lower() in rule.lower()]
     if not named:
         print(
@@ -50,6 +49,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    bench, scores, _ = rank(SteerConfig(sae=args.sae, latent=tuple(named)))  # each of them measured whole
     worth = scores.output * np.nan_to_num(scores.input)
     tried = sorted(named, key=lambda latent: -worth[latent])[:TRIED]
     doses = {latent: dose_response(bench.model, bench.intervention(latent, 0), index).best for latent in tqdm(tried)}
