@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-VERSION = "syntax 2"
+VERSION = "syntax 3"
 """of the labels and their order, by which an index knows whether its rules can be applied"""
 
 _MAX_BRACKETS = 4  # depths from here on share a literal
@@ -51,19 +51,21 @@ _BITS = {name: 1 << bit for bit, name in enumerate(_INSIDE)}
 
 _KINDS_TEXT = """
 aliased_import argument_list as_pattern as_pattern_target assert_statement assignment attribute augmented_assignment
-await binary_operator block boolean_operator break_statement call case_clause case_pattern class_definition
-class_pattern comment comparison_operator concatenated_string conditional_expression continue_statement
-decorated_definition decorator default_parameter delete_statement dict_pattern dictionary dictionary_comprehension
-dictionary_splat dictionary_splat_pattern dotted_name elif_clause ellipsis else_clause escape_sequence except_clause
-exec_statement expression_list expression_statement false finally_clause float for_in_clause for_statement
-format_specifier function_definition future_import_statement generator_expression generic_type global_statement
-identifier if_clause if_statement import_from_statement import_prefix import_statement integer interpolation
-keyword_argument keyword_separator lambda lambda_parameters line_continuation list list_comprehension list_pattern
-list_splat list_splat_pattern match_statement module named_expression none nonlocal_statement not_operator pair
-parameters parenthesized_expression pass_statement pattern_list positional_separator print_statement raise_statement
-relative_import return_statement set set_comprehension slice string string_content string_end string_start subscript
-true try_statement tuple tuple_pattern type type_alias_statement type_conversion type_parameter typed_default_parameter
-typed_parameter unary_operator union_type while_statement wildcard_import with_clause with_item with_statement yield
+await binary_operator block boolean_operator break_statement call case_clause case_pattern chevron class_definition
+class_pattern comment comparison_operator complex_pattern concatenated_string conditional_expression constrained_type
+continue_statement decorated_definition decorator default_parameter delete_statement dict_pattern dictionary
+dictionary_comprehension dictionary_splat dictionary_splat_pattern dotted_name elif_clause ellipsis else_clause
+escape_interpolation escape_sequence except_clause exec_statement expression_list expression_statement false
+finally_clause float for_in_clause for_statement format_expression format_specifier function_definition
+future_import_statement generator_expression generic_type global_statement identifier if_clause if_statement
+import_from_statement import_prefix import_statement integer interpolation keyword_argument keyword_pattern
+keyword_separator lambda lambda_parameters line_continuation list list_comprehension list_pattern list_splat
+list_splat_pattern match_statement member_type module named_expression none nonlocal_statement not_operator pair
+parameters parenthesized_expression parenthesized_list_splat pass_statement pattern_list positional_separator
+print_statement raise_statement relative_import return_statement set set_comprehension slice splat_pattern splat_type
+string string_content string_end string_start subscript true try_statement tuple tuple_pattern type
+type_alias_statement type_conversion type_parameter typed_default_parameter typed_parameter unary_operator
+union_pattern union_type while_statement wildcard_import with_clause with_item with_statement yield
 """
 _KINDS = tuple(_KINDS_TEXT.split())
 _STATEMENTS = tuple(
