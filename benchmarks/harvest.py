@@ -78,7 +78,7 @@ class Harvest:
         self.model = open_model(self.config, args.device)
         widths = dict.fromkeys(self.config.hooks, self.model.d_model)
         out.mkdir()
-        self.writer = StoreWriter(out, {}, widths, self.config.dtype)
+        self.writer = StoreWriter(out, {}, widths, self.config.stored_as)
         self.plans = plans(self.config, TextConfig(dataset=args.dataset), self.model.encoder, [])
         self.bare = bare_forward(args.model, max(layers), args.device)
         self.seconds: list[float] = []

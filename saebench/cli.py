@@ -24,7 +24,7 @@ from saebench.steer import Generation
 from saebench.steer.run import SteerConfig, rank, steer, sweep
 from saebench.store import open_store
 from saebench.store.norms import describe
-from saebench.store.reader import read_manifest
+from saebench.store.reader import check_manifest, read_manifest
 from saebench.store.schema import MANIFEST
 from saebench.text import TextConfig
 from saebench.train import TrainConfig, train
@@ -309,13 +309,14 @@ def _store_extend(arguments: argparse.Namespace) -> int:
 
 
 def _store_verify(arguments: argparse.Namespace) -> int:
+    check_manifest(arguments.path)  # before it is believed
     store = open_store(arguments.path)
     with progress(sum(shard.n_rows for shard in store.shards), f"verify {arguments.path}", "row") as bar:
         damage = store.verify(bar.update)
     if damage:
         raise ValueError("\n".join(damage))
     print(
-        f"{arguments.path}: {len(store.shards)} shards, every block matches its checksum, tokenizer and documents too"
+        f"{arguments.path}: {len(store.shards)} shards, every block matches its checksum, and all that lies beside them what was written"
     )
     return 0
 

@@ -36,9 +36,14 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def json_text(value: Any) -> str:
+    """`value` with sorted keys, so that equal values give equal bytes. NaN is refused."""
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` with sorted keys, so that equal values give equal bytes. NaN is refused."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    """Write `value` as `json_text` has it."""
+    write_text(path, json_text(value))
 
 
 def read_json(path: Path) -> Any:

@@ -14,6 +14,8 @@ from jaxtyping import Float, Int, Real
 from torch import Tensor
 
 SMALL_DENOMINATOR = 0.05  # nats; loss recovered over less says little
+DUPLICATE = 0.99  # cosine
+_PAIRS = 2**26  # of latents at once
 _CHUNK_CPU = 2**19  # numbers worked on at once: what stays in a core's cache from one operation to the next,
 _CHUNK = 2**26  # and, on a GPU, what is worth a launch
 
@@ -183,3 +185,13 @@ def density_metrics(fires: Int[Tensor, " F"], rows: int) -> dict[str, float]:
         "dense_share_of_firing": float(fires[density > 0.01].sum()) / everything,
         "dense_share_of_firing_10": float(fires[density > 0.1].sum()) / everything,
     }
+
+
+@torch.no_grad()
+def near_duplicates(W_dec: Float[Tensor, "F D"]) -> int:
+    """Latents whose decoder row has a cosine above 0.99 with another's: each such group does the work of one."""
+    unit_FD = torch.nn.functional.normalize(W_dec.float(), dim=1)
+    found = 0
+    for part_RD in unit_FD.split(max(1, _PAIRS // len(unit_FD))):
+        found += int(((part_RD @ unit_FD.T > DUPLICATE).sum(1) > 1).sum())  # more than itself
+    return found

@@ -19,7 +19,7 @@ from saebench.evaluate import EvalConfig, evaluate, write_report
 from saebench.files import read_json, write_json
 from saebench.harvest import HarvestConfig, harvest
 from saebench.harvest.run import open_model
-from saebench.harvest.settings import as_made, text_of
+from saebench.harvest.settings import as_made, settled, text_of
 from saebench.index import IndexConfig, build_index
 from saebench.models import EMBEDDED_MODEL, LanguageModel, capturer, choose_device, head, last_states
 from saebench.sae import encode_sparse
@@ -199,7 +199,7 @@ def plan(model: LanguageModel, stages: Stages) -> list[str]:
     told, trained = stages.harvest, stages.train
     held_out = min(told.validation_tokens, int(told.tokens / 9))
     specs = grid(trained, model.d_model, tuple(told.hooks))
-    disk = (told.tokens + held_out) * len(told.hooks) * row_bytes(told.dtype, model.d_model)
+    disk = (told.tokens + held_out) * len(told.hooks) * row_bytes(settled(told, model).stored_as, model.d_model)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.module.parameters())
     saes = sum(8 * spec.d_sae * model.d_model * 4 for spec in specs)  # encoder and decoder, their gradients and moments
     memory = max(weights + 2**29, saes + trained.memory_gb * 2**30)

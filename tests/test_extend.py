@@ -9,7 +9,7 @@ import torch
 from conftest import HOOK
 from test_harvest import config, contents, text
 
-from saebench.files import read_json, write_json
+from saebench.files import read_json, write_text
 from saebench.harvest import ExtendConfig, extend, harvest
 from saebench.store import Store, open_store
 from saebench.store.schema import MANIFEST
@@ -93,17 +93,18 @@ def test_an_extension_that_is_cut_at_its_very_end_names_the_remedy(
 ) -> None:
     folder = copied(short, tmp_path / "s")
 
-    def cut(path: Path, content: object) -> None:
+    def cut(path: Path, content: str) -> None:
         if path.name == MANIFEST:
             raise OSError("cut")
-        write_json(path, content)
+        write_text(path, content)
 
-    monkeypatch.setattr("saebench.store.writer.write_json", cut)
+    monkeypatch.setattr("saebench.store.writer.write_text", cut)
     with pytest.raises(OSError, match="cut"):
         extend(folder, by(4_000))
     monkeypatch.undo()
-    (line,) = open_store(folder).verify()
-    assert "documents.parquet is not what the harvest wrote: finish the extension that was begun" in line
+    lines = open_store(folder).verify()
+    assert all("not what the harvest wrote: finish the extension that was begun" in line for line in lines)
+    assert ["manifest.json" in lines[0], "documents.parquet" in lines[1]] == [True, True]
     grown = extend(folder, by(4_000))
     assert grown is not None
     assert grown.verify() == []

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from saebench.files import read_json
 from saebench.harvest import harvest, pipeline
-from saebench.store import ShardWriter, open_store
+from saebench.store import ShardWriter
 
 KILLS = int(os.environ.get("SAEBENCH_KILLS", "3"))
 SLOW = 0.004  # seconds by which every hook of every forward pass is longer
@@ -243,14 +243,17 @@ def test_the_model_never_runs_further_ahead_than_there_are_buffers(
     assert len(sets) == pipeline.SETS
 
 
-def test_shards_left_by_other_settings_are_not_taken_for_ones_own(
+def test_shards_without_a_manifest_are_neither_taken_for_ones_own_nor_lost(
     checkpoints: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:
+    """Also not by a harvest of other settings."""
     other = harvest(config(checkpoints["gpt2"], tmp_path / "other"), text(corpus))
-    plain = harvest(config(checkpoints["llama"], tmp_path / "plain"), text(corpus))
     assert other
-    assert plain
     (tmp_path / "other" / "manifest.json").unlink()
-    harvest(config(checkpoints["llama"], tmp_path / "other"), text(corpus))
-    assert contents(tmp_path / "other") == contents(tmp_path / "plain")
-    assert open_store(tmp_path / "other").rows("train") == 12_000
+    before = contents(tmp_path / "other")
+    for model in ("llama", "gpt2"):
+        with pytest.raises(
+            ValueError, match=r"holds 16 shards, shard-00000.h5 for one, and no manifest.json .*restore it"
+        ):
+            harvest(config(checkpoints[model], tmp_path / "other"), text(corpus))
+    assert contents(tmp_path / "other") == before

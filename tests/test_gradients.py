@@ -94,6 +94,15 @@ def test_exact_gradients_equal_dense_autograd(
 
 
 @pytest.mark.parametrize("architecture", list(RECIPES))
+def test_a_decoder_row_of_zeros_is_no_nan(architecture: str) -> None:
+    sae = random_sae(architecture, 8, 24, 6, 3)
+    with torch.no_grad():
+        sae.W_dec[[2, 5]] = 0.0
+    x = torch.randn(30, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert_equal_gradients(architecture, sae, x, Context(torch.tensor(0.3, dtype=torch.float64), NOTHING_DEAD, 6), 1e-6)
+
+
+@pytest.mark.parametrize("architecture", list(RECIPES))
 def test_exact_gradients_in_float32(architecture: str) -> None:
     sae = random_sae(architecture, 48, 640, 20, 3, torch.float32)
     with torch.no_grad():

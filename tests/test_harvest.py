@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import random
 import shutil
@@ -188,6 +189,21 @@ def test_a_finished_store_is_reused(
     assert again is not None
     assert "is complete already" in caplog.text
     assert contents(tmp_path / "s") == before
+
+
+def test_vectors_are_kept_as_the_model_gives_them(checkpoints: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    """bfloat16 goes on where float16 ends, at 65,504."""
+    small = {"layers": (0,), "tokens": 1_000, "dtype": None}
+    whole = harvest(config(checkpoints["llama"], tmp_path / "whole", **small), text(corpus))
+    half = harvest(config(checkpoints["llama"], tmp_path / "half", **small, model_dtype="bfloat16"), text(corpus))
+    assert whole
+    assert half
+    assert (whole.manifest["dtype"], half.manifest["dtype"]) == ("float16", "bfloat16")
+    assert half.manifest["identity"]["dtype"] == "bfloat16"
+    # A store of before goes on as it was begun.
+    begun = config(checkpoints["llama"], tmp_path / "begun", **small | {"dtype": "float16"}, model_dtype="bfloat16")
+    assert harvest(begun, text(corpus))
+    assert harvest(dataclasses.replace(begun, dtype=None), text(corpus))
 
 
 def test_a_store_that_says_nothing_of_splits_and_encodings_goes_on_as_it_was_made(

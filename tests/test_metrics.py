@@ -8,6 +8,7 @@ from saebench.metrics import (
     fidelity_metrics,
     loss_and_kl,
     massive_metrics,
+    near_duplicates,
     reconstruction_metrics,
     reconstruction_terms,
     resampled,
@@ -183,3 +184,12 @@ def test_density_by_hand() -> None:
         "dense_fraction": 0.5, "dense_fraction_10": 0.25,
         "dense_share_of_firing": 52 / 53, "dense_share_of_firing_10": 50 / 53,
     }  # fmt: skip
+
+
+def test_near_duplicates_are_counted_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By direction, whatever their lengths; opposite ones are none."""
+    rows = torch.eye(6, 8)
+    rows = torch.cat([rows, 3 * rows[:1], -rows[1:2], rows[2:3] + 0.1 * rows[3:4], rows[4:5] + 0.2 * rows[5:6]])
+    assert near_duplicates(rows) == 4  # 0 and its multiple, 2 and what is 0.995 along it
+    monkeypatch.setattr("saebench.metrics._PAIRS", 30)
+    assert near_duplicates(rows) == 4

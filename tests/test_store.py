@@ -1,4 +1,5 @@
 import json
+import os
 import random
 import re
 import shutil
@@ -19,8 +20,10 @@ from saebench.store import Cursor, Store, StoreWriter, open_store, shuffled_batc
 from saebench.store.coding import PEAKS, TAIL, decode, encode
 from saebench.store.norms import norm_report, usual_moments
 from saebench.store.norms import show as describe_norms
-from saebench.store.schema import BLOCK_ROWS, NORM_BINS, PROVENANCE, Moments, digest, norm_quantile
+from saebench.store.reader import check_manifest
+from saebench.store.schema import BLOCK_ROWS, NORM_BINS, PROVENANCE, Moments, digest, norm_quantile, shard_name
 from saebench.store.shuffle import shuffled_documents
+from saebench.store.writer import _shards_in
 
 README = Path(__file__).parent.parent / "activations" / "README.md"
 
@@ -281,6 +284,51 @@ def test_verify_looks_beside_the_shards(name: str, gone: bool, store: Store, tmp
         open_store(tmp_path / "s").verify_beside()
 
 
+def test_every_byte_of_a_store_is_looked_at(tmp_path: Path) -> None:
+    """Each byte of the shards and of the manifest with another value; `make faults` takes all of them, the suite some."""
+    store = make(tmp_path / "s", [("train", random_rows(BLOCK_ROWS, d=2), np.ones(BLOCK_ROWS, dtype=bool))])
+    (store.folder / "tokenizer").mkdir(exist_ok=True)
+    few = None if "SAEBENCH_KILLS" in os.environ else 150
+    names = [*(shard.path.name for shard in store.shards), "manifest.json", "manifest.xxh3", "documents.parquet"]
+    assert sum((store.folder / name).stat().st_size for name in names[:2]) < 2**16
+    unseen, tried = [], 0
+    random = np.random.default_rng(0)
+    for name in names:
+        path = store.folder / name
+        raw = path.read_bytes()
+        places = (
+            np.arange(len(raw))
+            if few is None and name != "documents.parquet"
+            else random.choice(len(raw), min(few or 200, len(raw)), replace=False)
+        )
+        for place in places.tolist():
+            damaged = bytearray(raw)
+            damaged[place] ^= 1 << int(random.integers(8))
+            path.write_bytes(damaged)
+            tried += 1
+            if name not in verified(store.folder):
+                unseen.append((name, place))
+        path.write_bytes(raw)
+    assert tried >= 300
+    assert unseen == []
+    assert verified(store.folder) == ""
+
+
+def verified(folder: Path) -> str:
+    """What `store verify` says is wrong."""
+    try:
+        check_manifest(folder)
+        return "\n".join(open_store(folder).verify())
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.xxh3"])
+def test_a_manifest_that_is_gone_is_named(name: str, small: Store) -> None:
+    (small.folder / name).unlink()
+    assert name in verified(small.folder)
+
+
 def test_a_damaged_block_stops_training_batches_before_they_are_used(small: Store) -> None:
     with h5py.File(small.shards[2].path) as file:
         offset = file[f"activations/{HOOK}"].id.get_offset()
@@ -448,6 +496,31 @@ def test_a_store_of_other_settings_is_refused_with_the_values(tmp_path: Path) ->
     make(tmp_path, [one], identity={"context": 16, "model": {"id": "a"}})
     with pytest.raises(ValueError, match="made with other settings: context: 16 -> 32; model.id: 'a' -> 'b'"):
         StoreWriter(tmp_path, {"context": 32, "model": {"id": "b"}}, {HOOK: 8}, "float32")
+
+
+def test_shards_without_a_manifest_are_not_lost(tmp_path: Path) -> None:
+    """Nor where it has none of them yet, and is of other settings."""
+    store = make(tmp_path / "s", [("train", random_rows(64), np.ones(64, dtype=bool))])
+    shard = store.shards[0].path
+    before = shard.read_bytes()
+    manifest = read_json(store.folder / "manifest.json")
+    (store.folder / "manifest.json").unlink()
+    with pytest.raises(
+        ValueError, match=r"holds 1 shards, shard-00000.h5 for one, and no manifest.json .*: restore it"
+    ):
+        StoreWriter(store.folder, manifest["identity"], {HOOK: 8}, "float32")
+    write_json(store.folder / "manifest.json", manifest | {"shards": [], "complete": False})
+    with pytest.raises(ValueError, match="made with other settings: context: 16 -> 32"):
+        StoreWriter(store.folder, manifest["identity"] | {"context": 32}, {HOOK: 8}, "float32")
+    assert shard.read_bytes() == before
+    assert len(StoreWriter(store.folder, manifest["identity"], {HOOK: 8}, "float32").shards) == 1
+
+
+def test_numbers_of_shards_may_have_more_digits(tmp_path: Path) -> None:
+    for number in (7, 99_999, 100_000, 1_234_567):
+        (tmp_path / shard_name(number)).touch()
+    (tmp_path / "shard-1.h5").touch()
+    assert sorted(_shards_in(tmp_path)) == [7, 99_999, 100_000, 1_234_567]
 
 
 # ---------------------------------------------------------------------------------------- shuffling

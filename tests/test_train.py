@@ -22,6 +22,7 @@ from saebench.index import IndexConfig, build_index, open_feature_index
 from saebench.sae import SAE, load_sae, read_config, save_sae
 from saebench.store import Store, shuffled_batches
 from saebench.train import Member, Spec, TrainConfig, grid, train
+from saebench.train.loop import Clock
 from saebench.train.schedules import Sparsity, learning_rate
 
 COMMON = {"d_sae": (64,), "tokens": 20_000, "batch": 100, "lr": (3e-3,)}
@@ -452,15 +453,20 @@ def test_resampling_points_dead_latents_at_what_is_badly_reconstructed(store: St
     for step in range(3):
         member.step(x, step)
     member.silent_steps[[4, 9]] = 7
+    x[[18, 200]] = x[17].clone()  # a token after BOS has the same vector in every context
     error = torch.zeros(len(x))
-    error[17] = 1.0  # the only badly reconstructed row
+    error[[17, 18, 33, 200]] = torch.tensor([1.0, 1.0, 0.5, 1.0])  # the badly reconstructed rows
     with torch.no_grad():
-        member._resample(x, error, 50)
-    direction = torch.nn.functional.normalize(x[17] - member.sae.b_dec, dim=0)
+        for step, part in enumerate((slice(0, 100), slice(100, 400))):
+            member._pool(x[part], error[part], 50 + step)
+        member._resample()
+    directions = torch.nn.functional.normalize(x[[17, 33]] - member.sae.b_dec, dim=1)
+    found = torch.nn.functional.normalize(member.sae.W_dec[[4, 9]], dim=1)
+    assert torch.allclose((found @ directions.T).sort().values[:, -1], torch.ones(2), atol=1e-5)
+    assert (found @ directions.T).argmax(1).unique().numel() == 2  # each its own: no twins
     for latent in (4, 9):
-        assert torch.allclose(torch.nn.functional.normalize(member.sae.W_dec[latent], dim=0), direction, atol=1e-5)
         acts = member.sae.encode(x)[:, latent]
-        assert acts[17] > 0
+        assert acts[[17, 33]].max() > 0
         assert (acts > 0).float().mean() < 0.4  # its kind alone, not half of all
         assert member.optimizer.state[member.parameters["W_enc"]]["exp_avg"][latent].abs().sum() == 0
         second = member.optimizer.state[member.sae.W_dec]["exp_avg_sq"]
@@ -480,10 +486,93 @@ def test_a_resampled_latent_keeps_its_direction_in_the_next_step(architecture: s
         member.step(x, step)
     member.silent_steps[4] = 10**6
     with torch.no_grad():
-        member._resample(x, torch.ones(len(x)), 100)
+        member._pool(x, torch.ones(len(x)), 100)
+        member._resample()
     before = member.sae.W_enc[:, 4].detach().clone()
     member.step(x, 101)
     assert torch.cosine_similarity(before, member.sae.W_enc[:, 4].detach(), dim=0) > 0.9
+
+
+def test_dead_latents_for_which_there_is_no_input_stay_dead(store: Store) -> None:
+    rows, _ = next(shuffled_batches(store, HOOK, 40, seed=1))
+    x = rows.float()
+    member = Member(Spec(name="s", architecture="relu", d_sae=32, l1=0.1, lr=1e-3, seed=0), x.mean(0), 5, 100, "cpu")
+    for step in range(3):
+        member.step(x, step)
+    member.silent_steps[[4, 9]] = 7
+    before = member.sae.W_dec[9].detach().clone()
+    with torch.no_grad():
+        member._pool(x[:1].repeat(8, 1), torch.ones(8), 50)
+        member._resample()
+    assert member.silent_steps[[4, 9]].tolist() == [0, 7]
+    assert torch.equal(member.sae.W_dec[9], before)
+    assert len(member.pool) == 0
+
+
+def test_drawn_without_replacement_by_their_squared_loss(store: Store) -> None:
+    """Against the draw one by one: the first is a row with probability w / Σw, the second among those left."""
+    member = Member(
+        Spec(name="s", architecture="relu", d_sae=32, l1=0.1, lr=1e-3, seed=0), torch.zeros(WIDTH), 5, 10**6, "cpu"
+    )
+    x, error = torch.eye(3, WIDTH), torch.tensor([1.0, 2.0, 3.0]).sqrt().sqrt()  # weights 1, √2, √3
+    weight = error.double().pow(2)
+    n, first, pairs = 4000, torch.zeros(3), torch.zeros(3, 3)
+    for draw in range(n):
+        member.pool, member.pool_keys = member.pool[:0], member.pool_keys[:0]
+        member._pool(x, error, draw)
+        order = member.pool.argmax(1)
+        first[order[0]] += 1
+        pairs[order[0], order[1]] += 1
+    share = weight / weight.sum()
+    assert torch.allclose(first.double() / n, share, atol=0.03)
+    expected = share[:, None] * share[None] / (1 - share[:, None])
+    assert torch.allclose(pairs.double() / n, expected.fill_diagonal_(0.0), atol=0.03)
+
+
+def test_after_a_bad_step_there_is_no_other(store: Store) -> None:
+    rows, _ = next(shuffled_batches(store, HOOK, 200, seed=1))
+    x = rows.float()
+    for architecture in ("relu", "topk", "batchtopk", "gated", "jumprelu"):
+        spec = Spec(
+            name="s",
+            architecture=architecture,
+            d_sae=32,
+            k=4 if "topk" in architecture else None,
+            l1=0.1,
+            lr=1e-2,
+            seed=0,
+        )
+        member = Member(spec, torch.zeros(WIDTH), 5, 100, "cpu")
+        for step in range(5):
+            member.step(x, step)
+        before = {name: value.detach().clone() for name, value in member.sae.state_dict().items()}
+        member.step(torch.full_like(x, torch.nan), 5)
+        for step in range(6, 12):
+            member.step(x, step)
+        assert member.diverged == 5
+        assert all(torch.equal(value, before[name]) for name, value in member.sae.state_dict().items())
+
+
+def test_checkpoints_take_a_twentieth_of_the_time_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("saebench.train.loop.time.monotonic", lambda: now[0])
+    clock = Clock(0.0, 0)
+    saves = []
+    for _ in range(10_000):
+        now[0] += 1.0  # a step
+        if clock.save_is_due:
+            with clock.saving():
+                now[0] += 30.0
+            saves.append(now[0])
+    assert 0.03 < 30 * len(saves) / now[0] < 0.05
+    assert saves[0] < 100  # the first is not known to be slow
+
+
+def test_tf32_ends_with_the_training(store: Store, tmp_path: Path) -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    assert train(config(store, tmp_path, arch=("topk",), tokens=1_000, dtype="tf32"))
+    assert matmul.allow_tf32 == before
 
 
 @pytest.mark.parametrize("architecture", ["topk", "gated"])

@@ -22,6 +22,7 @@ from saebench.metrics import (
     density_metrics,
     fidelity_metrics,
     massive_metrics,
+    near_duplicates,
     reconstruction_metrics,
     resampled,
     total,
@@ -177,6 +178,7 @@ def _write(
     metrics |= {
         "dead_fraction": float(dead["silent"].double().mean()),
         "dead_window": dead["window"],
+        "duplicate_fraction": near_duplicates(subject.sae.W_dec) / subject.sae.d_sae,
         "n_tokens_eval": rows,
         "massive_rows": massive,
     }

@@ -35,12 +35,13 @@ COLUMNS = {
     "gamma": ("γ", ".3f"),
     "dead_fraction": ("dead", ".1%"),
     "dense_fraction": ("dense", ".1%"),
+    "duplicate_fraction": ("twins", ".1%"),
     "pca_fvu": ("FVU of PCA", ".4f"),
     "untrained_fvu": ("FVU untrained", ".4f"),
 }
 
-_OF_MASSIVE = ("fvu_all",)
-"""columns that are worth their room only where there were massive rows"""
+_ONLY_WHERE = {"fvu_all": "massive_rows", "duplicate_fraction": "duplicate_fraction"}
+"""columns that are worth their room only where an SAE has another figure above 0"""
 
 # name in an SAE's `baselines` -> label
 BASELINES = {"pca_fvu": "PCA of rank L0", "untrained_fvu": "untrained SAE"}
@@ -134,8 +135,11 @@ def equal_l0_table(comparisons: list[dict[str, Any]]) -> list[list[str]]:
 
 def table(saes: list[dict[str, Any]]) -> list[list[str]]:
     """Headings and formatted rows, a list of strings each."""
-    massive = any(sae.get("massive_rows") for sae in saes)
-    columns = {name: shown for name, shown in COLUMNS.items() if massive or name not in _OF_MASSIVE}
+    columns = {
+        name: shown
+        for name, shown in COLUMNS.items()
+        if name not in _ONLY_WHERE or any(sae.get(_ONLY_WHERE[name]) for sae in saes)
+    }
     rows = [[heading for heading, _ in columns.values()]]
     for sae in saes:
         values = {**sae, **sae["baselines"]}
@@ -204,7 +208,7 @@ def _page(summary: dict[str, Any], folders: list[Path]) -> str:
 <p>{len(saes)} SAEs on {html.escape(summary["store"])}, measured on {first["n_tokens_eval"]:,} held-out tokens. {losses} {html.escape(massive_note(saes))}</p>{warning}
 {_html_table(table(saes))}
 <p class="note">FVU: share of variance not explained. ΔCE: what splicing the SAE in costs the model. Rec.: share of an ablation's cost
-(zero or mean) that the SAE recovers. γ under 1 means shrinkage. Dead: no firing in {first["dead_window"]:,} rows; dense: fires on over 1% of tokens.
+(zero or mean) that the SAE recovers. γ under 1 means shrinkage. Dead: no firing in {first["dead_window"]:,} rows; dense: fires on over 1% of tokens. Twins, where there are any: decoder rows with a cosine above 0.99 with another's.
 Bars: 95%, bootstrap over documents. An untrained SAE has random tied weights, the best single scale, and the same L0.</p>
 {equal}
 <div class="charts">{"".join(_figure(figure, number == 0) for number, figure in enumerate(measured))}</div>

@@ -50,7 +50,7 @@ def extend(folder: Path, config: ExtendConfig) -> Store | None:
             )
         model = open_as_made(folder, target, told, text)
         widths = dict.fromkeys(told.hooks, model.d_model)
-        writer = StoreWriter(folder, target, widths, told.dtype, finished=store.manifest)
+        writer = StoreWriter(folder, target, widths, told.stored_as, finished=store.manifest)
         return fill(told, pinned(text, made["text"]["fingerprint"]), model, writer, World())
 
 

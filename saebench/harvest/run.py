@@ -13,7 +13,7 @@ from saebench.files import locked
 from saebench.harvest.pipeline import BackgroundWriter
 from saebench.harvest.plan import Plan, plans
 from saebench.harvest.ranks import World, joined
-from saebench.harvest.settings import HarvestConfig, identity_of, text_of
+from saebench.harvest.settings import HarvestConfig, identity_of, settled, text_of
 from saebench.models import LanguageModel, capturer, check_hook, head, last_states, load_model, unembedding
 from saebench.runlog import interruptible, progress
 from saebench.store import Store, StoreWriter, open_store
@@ -40,11 +40,12 @@ def harvest(config: HarvestConfig, text: TextConfig, spare: int = 0) -> Store | 
     with joined() as world, contextlib.ExitStack() as held:
         world.agreed(lambda: held.enter_context(locked(config.out, other=other)) if world.leads else None)
         model = world.agreed(lambda: open_model(config, world.device(config.device)))
-        identity = identity_of(config, text, model, source)
+        told = settled(config, model)
+        identity = identity_of(told, text, model, source)
 
         def open_writer() -> StoreWriter:
             widths = dict.fromkeys(config.hooks, model.d_model)
-            return StoreWriter(config.out, identity, widths, config.dtype, leads=world.leads)
+            return StoreWriter(config.out, identity, widths, told.stored_as, leads=world.leads)
 
         # The others open the store as the leader has left it.
         leading = world.agreed(lambda: open_writer() if world.leads else None)
@@ -54,7 +55,7 @@ def harvest(config: HarvestConfig, text: TextConfig, spare: int = 0) -> Store | 
         if writer.manifest["complete"]:
             log.info("%s is complete already", config.out)
             return open_store(config.out)
-        return fill(config, pinned(text, source), model, writer, world, spare)
+        return fill(told, pinned(text, source), model, writer, world, spare)
 
 
 def open_model(config: HarvestConfig, device: str | None) -> LanguageModel:
@@ -155,7 +156,7 @@ def _expected_rows(config: HarvestConfig, fraction: float) -> int:
 
 
 def _bytes_per_row(config: HarvestConfig, model: LanguageModel) -> int:
-    vectors = len(config.hooks) * row_bytes(config.dtype, model.d_model)
+    vectors = len(config.hooks) * row_bytes(config.stored_as, model.d_model)
     return vectors + sum(kind.itemsize for kind in PROVENANCE.values())
 
 

@@ -35,8 +35,8 @@ class HarvestConfig:
     """contexts in a forward pass"""
     shard_contexts: Count = 256
     """contexts in a shard, the unit in which a harvest is resumed"""
-    dtype: StoreDtype = "float16"
-    """how vectors are kept on disk"""
+    dtype: StoreDtype | None = None
+    """how vectors are kept on disk (default: bfloat16 where the model computes in it, else float16; or as the store was begun)"""
     model_dtype: ModelDtype | None = None
     """how the model computes (default: bfloat16 on GPUs that have it, else float32)"""
     device: str | None = None
@@ -56,6 +56,12 @@ class HarvestConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.context < 2:
             raise ValueError(f"context is {self.context}; expected at least 2: BOS and a token")
+
+    @property
+    def stored_as(self) -> StoreDtype:
+        """`dtype`, once it is settled."""
+        assert self.dtype is not None
+        return self.dtype
 
     @property
     def hooks(self) -> list[str]:
@@ -87,6 +93,16 @@ def text_of(config: HarvestConfig, text: TextConfig) -> tuple[TextConfig, dict[s
 
 _FIRST: dict[str, Any] = {"split_by": "name", "errors": "replace"}
 """What the first stores did, which say nothing of it."""
+
+
+def settled(config: HarvestConfig, model: LanguageModel) -> HarvestConfig:
+    """With the dtype of the store that was begun, or else one that holds what the model gives: float16 ends at 65,504."""
+    if config.dtype is not None:
+        return config
+    path = config.out / MANIFEST
+    made = read_json(path) if path.exists() else None
+    begun = made["dtype"] if made and made["shards"] else None
+    return dataclasses.replace(config, dtype=begun or ("bfloat16" if model.dtype == "bfloat16" else "float16"))
 
 
 def noted(text: TextConfig) -> dict[str, Any]:

@@ -124,7 +124,7 @@ class Windows:
         self.next = 0
         widths = dict.fromkeys(self.config.hooks, self.model.d_model)
         identity = identity_of_window(self.head, number, self.shards)
-        writer = StoreWriter(folder_of(self.head.folder, number), identity, widths, self.config.dtype)
+        writer = StoreWriter(folder_of(self.head.folder, number), identity, widths, self.config.stored_as)
         writer.add_tokenizer(self.model.tokenizer_files)
         present = writer.present | frozenset(range(len(writer.shards)))
         # The text of shards that are there already is read again: it decides where the next ones begin.

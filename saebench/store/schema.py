@@ -9,6 +9,7 @@ SCHEMA = "saebench-activations"
 # What a store needs of its reader: version 2 added int8 rows, and only stores that have them say 2.
 SCHEMA_VERSIONS = (1, 2)
 MANIFEST = "manifest.json"
+MANIFEST_HASH = "manifest.xxh3"
 EXTENSION = "extension.json"  # the manifest of a store that is being extended, until it takes the other's place
 DOCUMENTS = "documents.parquet"
 TOKENIZER = "tokenizer"

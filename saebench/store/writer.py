@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,10 +13,11 @@ import h5py
 import numpy as np
 import safetensors.torch
 import torch
+import xxhash
 from torch import Tensor
 
 from saebench.config import differences, flat
-from saebench.files import block_checksums, hash_files, replacing, write_json
+from saebench.files import block_checksums, hash_files, json_text, replacing, write_json, write_text
 from saebench.store import coding
 from saebench.store.reader import Shard, open_shard, read_manifest
 from saebench.store.schema import (
@@ -23,6 +25,7 @@ from saebench.store.schema import (
     DOCUMENTS,
     EXTENSION,
     MANIFEST,
+    MANIFEST_HASH,
     ON_DISK,
     PROVENANCE,
     SCHEMA,
@@ -175,6 +178,12 @@ class ShardWriter:
             self.spool.close()
 
 
+def _shards_in(folder: Path) -> dict[int, Path]:
+    """The shards' files by their numbers."""
+    found = ((re.fullmatch(r"shard-(\d{5,})\.h5", path.name), path) for path in folder.glob("shard-*.h5"))
+    return {int(match[1]): path for match, path in found if match}
+
+
 class StoreWriter:
     """Adds shards to the store in `folder`, creating it or continuing one made with the same `identity`.
 
@@ -198,8 +207,14 @@ class StoreWriter:
         self.path = folder / (MANIFEST if finished is None else EXTENSION)
         earlier = read_manifest(folder, self.path.name) if self.path.exists() else None
         changed = differences(flat(earlier["identity"]), flat(identity)) if earlier else []
+        on_disk = {} if finished else _shards_in(folder)
+        if earlier is None and on_disk:
+            raise ValueError(
+                f"{folder} holds {len(on_disk)} shards, {on_disk[min(on_disk)].name} for one, and no {MANIFEST} that says what they are: "
+                "restore it, move the shards away, or choose another --out"
+            )
         # Where no shard was written yet, nothing is lost by beginning again with other settings.
-        if earlier is not None and (earlier["shards"] or not changed):
+        if earlier is not None and (earlier["shards"] or on_disk or not changed):
             self.manifest = earlier
             if changed:
                 raise ValueError(
@@ -217,7 +232,7 @@ class StoreWriter:
                 "hooks": {hook: {"d_in": width} for hook, width in widths.items()},
             }  # fmt: skip
             for path in self._present().values():
-                path.unlink()  # of another harvest: what lies beyond a manifest is always its own
+                path.unlink()  # of an extension that was given up: what lies beyond a manifest is always its own
             if finished is None:
                 (folder / UNEMBEDDING).unlink(missing_ok=True)
             self._publish()
@@ -232,11 +247,7 @@ class StoreWriter:
         return frozenset(self._present())
 
     def _present(self) -> dict[int, Path]:
-        found = {
-            int(path.stem.removeprefix("shard-")): path
-            for path in self.folder.glob(shard_name(0).replace("0", "[0-9]"))
-        }
-        return {index: path for index, path in found.items() if index >= len(self.shards)}
+        return {index: path for index, path in _shards_in(self.folder).items() if index >= len(self.shards)}
 
     def add_tokenizer(self, files: Sequence[Path]) -> None:
         """Copy the tokenizer's files beside the store, so that text is decoded without the model."""
@@ -328,7 +339,9 @@ class StoreWriter:
             **({"unembedding_hash": hash_files([self.folder / UNEMBEDDING])} if self.has_unembedding else {}),
             "complete": True,
         }
-        write_json(self.folder / MANIFEST, self.manifest)
+        text = json_text(self.manifest)
+        write_text(self.folder / MANIFEST_HASH, xxhash.xxh3_128_hexdigest(text.encode()) + "\n")
+        write_text(self.folder / MANIFEST, text)
         (self.folder / EXTENSION).unlink(missing_ok=True)
 
     def _publish(self) -> None:
@@ -342,7 +355,7 @@ def _entry(path: Path, widths: dict[str, int]) -> dict[str, Any]:
         return {
             "file": path.name, "split": str(file.attrs["split"]), "context": int(file.attrs["context"]),
             "cursor": file.attrs["cursor"].tolist(), "rows": len(file["tokens"]), "kept": int(file["keep"][:].sum()),
-            "bytes": path.stat().st_size, "digest": digest({name: file[f"checksums/{name}"][:] for name in columns}),
+            "bytes": path.stat().st_size, "hash": hash_files([path]), "digest": digest({name: file[f"checksums/{name}"][:] for name in columns}),
         }  # fmt: skip
 
 

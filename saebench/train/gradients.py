@@ -107,7 +107,8 @@ def _relu(sae: ReLUSAE, x_RD: Tensor, context: Context, gradients: Gradients, de
     sums_F = code.sum_latents(acts)
     dh = (code.products(error_RD, sae.W_dec).mul_(weight) + share * code.at(norms_F)).mul_(acts > 0)
     decoder_FD = code.accumulate(acts * weight, error_RD)
-    gradients.add("W_dec", decoder_FD.addcmul_((share * sums_F / norms_F)[:, None], sae.W_dec))
+    along_F = torch.where(norms_F > 0, share * sums_F / norms_F, 0.0)  # as autograd has it where a row is zero
+    gradients.add("W_dec", decoder_FD.addcmul_(along_F[:, None], sae.W_dec))
     gradients.add("b_enc", _encoder(sae, code, dh, z_RD, error_RD.sum(0) * weight, gradients))
     sparsity = (sums_F @ norms_F) / gradients.n_rows
     _observe(gradients, code, acts > 0, sparsity, error_RD, context.coefficient * sparsity)

@@ -30,7 +30,8 @@ from saebench.train.settings import TrainConfig, grid
 log = logging.getLogger(__name__)
 
 LOG_EVERY = 50  # steps
-CHECKPOINT_SECONDS = 60.0
+CHECKPOINT_SECONDS = 60.0  # at least, and so many that checkpoints take no more than this share of the time:
+CHECKPOINT_SHARE = 0.05
 MARGIN = 1.2  # batches that a window must have, since how many rows of it are kept is an estimate
 FEW = 10_000  # held-out rows, fewer than which leave the figures of an evaluation wide apart
 
@@ -56,11 +57,10 @@ def train(
     store = open_store(config.store)
     hooks = config.hook or (_only_hook(store),)
     device = choose_device(config.device, float64=True)
-    torch.backends.cuda.matmul.allow_tf32 = config.dtype == "tf32"
     folder = config.out / "saes"
     specs = grid(config, store.d_in(hooks[0]), hooks)
     window = _window_shards(config, store, hooks)
-    with locked(config.out), contextlib.ExitStack() as held:
+    with locked(config.out), _tf32(config.dtype == "tf32"), contextlib.ExitStack() as held:
         multiples = {hook: _multiple(config, store, hook, specs, folder, window) for hook in hooks}
         identity = {spec.name: _identity(config, spec, store, multiples, window) for spec in specs}
         todo = [spec for spec in specs if not _done(folder / spec.name, identity[spec.name])]
@@ -117,10 +117,10 @@ def train(
             if (step + 1) % LOG_EVERY == 0 or last:
                 _log(active, logs, bar, step, config.batch, clock)
                 active = [member for member in active if member.diverged is None]
-            due = clock.since_save > CHECKPOINT_SECONDS or source.left(cursors.values())
+            due = clock.save_is_due or source.left(cursors.values())
             if last or due or not active or interrupt.requested:
-                checkpoint.save(members, step + 1, cursors, clock.total)
-                clock.saved()
+                with clock.saving():
+                    checkpoint.save(members, step + 1, cursors, clock.total)
                 source.release(cursors.values())
             if not active:
                 break
@@ -145,12 +145,24 @@ def train(
     return [folder / spec.name for spec in specs]
 
 
+@contextlib.contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Whether products on a GPU may be in TF32, for a while: what comes after it in the process is not to be."""
+    matmul: Any = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
+
+
 class Clock:
     """Seconds of a run, across interruptions, and since its last checkpoint; rows a second since the last log line."""
 
     def __init__(self, before: float, rows: int) -> None:
         self.before = before
         self.started = self.last_save = self.last_line = time.monotonic()
+        self.save_took = 0.0
         self.rows = rows
 
     @property
@@ -158,8 +170,8 @@ class Clock:
         return self.before + time.monotonic() - self.started
 
     @property
-    def since_save(self) -> float:
-        return time.monotonic() - self.last_save
+    def save_is_due(self) -> bool:
+        return time.monotonic() - self.last_save > max(CHECKPOINT_SECONDS, self.save_took / CHECKPOINT_SHARE)
 
     def rate(self, rows: int) -> float:
         """Rows a second since this was last asked, `rows` counted from the start of the run."""
@@ -167,8 +179,12 @@ class Clock:
         self.rows, self.last_line = rows, now
         return (rows - before) / (now - earlier)
 
-    def saved(self) -> None:
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
         self.last_save = time.monotonic()
+        self.save_took = self.last_save - began
 
 
 def _multiple(

@@ -1,10 +1,11 @@
 """One SAE of a grid: its weights, its optimizer, and one training step."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saebench.sae import SAE, JumpReLUSAE, initialise, new_sae
@@ -16,9 +17,14 @@ CLIP = 1.0
 LOOK_EVERY = 50  # steps on a GPU between moments when the host reads from it
 DENSE_ABOVE = {"cpu": 0.15, "cuda": 0.03}  # share of active latents from which dense products are faster
 _THRESHOLD_RATE = 0.01  # of BatchTopK's running mean of the least activation
+_POOLED = 16  # steps before a resampling whose rows are drawn from
+_APART = 0.99  # cosine from which two inputs would make one latent twice
 _ENCODER_SHARE = 0.2  # of the living latents' mean encoder norm, for a resampled one (Bricken et al. 2023)
 _NONE = torch.empty(0, dtype=torch.int64)
 _SUMS = ("loss", "mse", "sparsity", "aux", "variance", "l0", "grad_norm", "coefficient", "steps")
+
+
+_OWN = ("sums", "silent_steps", "diverged_at", "pool", "pool_keys")
 
 
 class Recipe(NamedTuple):
@@ -87,6 +93,10 @@ class Member:
         self.silent_steps = torch.zeros(spec.d_sae, dtype=torch.int32, device=device)
         self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)  # since the last line of the log
         self.diverged_at = torch.full((), -1, dtype=torch.int64, device=device)
+        self.pool = torch.empty(
+            0, len(mean_D), device=device
+        )  # rows that dead latents may be pointed at, by their keys
+        self.pool_keys = torch.empty(0, dtype=torch.float64, device=device)
         self._look()
 
     def step(self, x_BD: Float[Tensor, "B D"], step: int) -> None:
@@ -105,10 +115,13 @@ class Member:
             norm = torch.nn.utils.get_total_norm([value for name, value in gradients.of.items() if name != "threshold"])
             fine = norm.isfinite() & gradients.loss.total.isfinite()
             bad = ~(fine & gradients.of["threshold"].isfinite().all() if "threshold" in gradients.of else fine)
+            bad |= self.diverged_at >= 0  # no step more: what is kept are the weights of before
             self._update(gradients, norm, bad, step)
             self._observe(x_BD, gradients, norm, bad, context, step)
-            if self._resamples_at(step):
-                self._resample(x_BD, gradients.error_B, step)
+            if self._steps_to_resampling(step) < _POOLED:
+                self._pool(x_BD, gradients.error_B, step)
+            if self._steps_to_resampling(step) == 0:
+                self._resample()
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(step, self.n_steps, self.spec.lr, self.spec.warmup, self.spec.decay)
@@ -189,25 +202,39 @@ class Member:
 
     # ------------------------------------------------------------------------------ resampling
 
-    def _resamples_at(self, step: int) -> bool:
-        """Every `dead_steps`, once λ is up and while there is time left to learn from it."""
-        due = (step + 1) % self.dead_steps == 0 and 0.1 * self.n_steps <= step <= 0.9 * self.n_steps
-        return due and not self.recipe.takes_k
+    def _steps_to_resampling(self, step: int) -> float:
+        """It is every `dead_steps`, once λ is up and while there is time left to learn from it."""
+        left = float(-(step + 1) % self.dead_steps)
+        due = not self.recipe.takes_k and 0.1 * self.n_steps <= step + left <= 0.9 * self.n_steps
+        return left if due else torch.inf
 
-    def _resample(self, x_BD: Tensor, error_B: Tensor, step: int) -> None:
-        """Point dead latents at badly reconstructed inputs (Bricken et al. 2023, "Neuron resampling").
+    def _pool(self, x_BD: Float[Tensor, "B D"], error_B: Float[Tensor, " B"], step: int) -> None:
+        """Draw from the rows of several batches by their squared loss, without replacement: the pool keeps as many as a batch has.
+
+        The rows of the largest u^(1/weight), u uniform, are such a draw (Efraimidis and Spirakis 2006, algorithm A-Res).
+        """
+        generator = torch.Generator(device=x_BD.device).manual_seed(self.spec.seed * 1_000_003 + step)
+        weights_B = error_B.double().pow(2).nan_to_num(0.0, 0.0, 0.0)
+        u_B = torch.rand(len(x_BD), dtype=torch.float64, generator=generator, device=x_BD.device)
+        keys = torch.cat([self.pool_keys, u_B.log() / weights_B.clamp(min=1e-30)])
+        self.pool_keys, best = keys.topk(min(len(x_BD), len(keys)))
+        self.pool = torch.cat([self.pool, x_BD])[best]
+
+    def _resample(self) -> None:
+        """Point dead latents at badly reconstructed inputs (Bricken et al. 2023, "Neuron resampling"), each at another.
 
         Other than there, the bias lets them fire on what is at least half as far along as their input, and not on half of all.
+        Where there are fewer inputs than dead latents, the rest stay dead until the next time.
         """
+        offsets = self.pool - self.sae.b_dec
+        self.pool, self.pool_keys = self.pool[:0], self.pool_keys[:0]
         dead = (self.silent_steps >= self.dead_steps).nonzero().flatten()
         if len(dead) == 0 or len(dead) == self.spec.d_sae or self.diverged is not None:
             return
         sae = self.sae
         alive = self.silent_steps < self.dead_steps
-        generator = torch.Generator(device=x_BD.device).manual_seed(self.spec.seed * 1_000_003 + step)
-        weights_B = error_B.double().pow(2).nan_to_num(0.0, 0.0).clamp(min=1e-30)
-        rows = torch.multinomial(weights_B, len(dead), replacement=True, generator=generator)
-        offsets = x_BD[rows] - sae.b_dec
+        offsets = offsets[_apart(offsets)][: len(dead)]
+        dead = dead[: len(offsets)]
         directions = torch.nn.functional.normalize(offsets, dim=1)
         encoder_norm = _ENCODER_SHARE * self.parameters["W_enc"][alive].norm(dim=1).mean()
         biases = () if "threshold" in self.parameters else ("b_enc", "b_gate", "b_mag")
@@ -235,8 +262,7 @@ class Member:
         state = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
         for name, parameter in self.parameters.items():
             state |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
-        own = {"sums": self.sums, "silent_steps": self.silent_steps, "diverged_at": self.diverged_at}
-        return state | own | self.sparsity.state()
+        return state | {name: getattr(self, name) for name in _OWN} | self.sparsity.state()
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`. Raises ValueError when the tensors are those of another SAE."""
@@ -252,7 +278,19 @@ class Member:
             prefix = f"adam.{name}."
             moments = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
             self.optimizer.state[parameter] = {key: value.to(device) for key, value in moments.items()}
-        for name in ("sums", "silent_steps", "diverged_at"):
-            setattr(self, name, state[name].to(device))
+        for name in _OWN:
+            if name in state:  # checkpoints of before there was a pool have none
+                setattr(self, name, state[name].to(device))
         self.sparsity.restore(state)
         self._look()
+
+
+def _apart(rows_ND: Float[Tensor, "N D"]) -> Bool[Tensor, " N"]:
+    """Which rows point nowhere near one before them."""
+    unit_ND = torch.nn.functional.normalize(rows_ND, dim=1)
+    return ~torch.cat([(part @ unit_ND.T).tril_(start - 1).amax(1) > _APART for start, part in _parts(unit_ND)])
+
+
+def _parts(rows_ND: Tensor, size: int = 1024) -> Iterator[tuple[int, Tensor]]:
+    for start in range(0, len(rows_ND), size):
+        yield start, rows_ND[start : start + size]
