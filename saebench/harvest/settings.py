@@ -73,9 +73,8 @@ def text_of(config: HarvestConfig, text: TextConfig) -> tuple[TextConfig, dict[s
 
     Raises ValueError where none is named for a model that has none of its own.
     """
-    path = config.out / MANIFEST
-    made = read_json(path) if path.exists() else None
-    begun = made["identity"]["text"] if made and made["shards"] else None  # one that has no shard yet was not begun
+    made = _begun(config.out)
+    begun = None if made is None else made["identity"]["text"]
     if text.dataset is None:
         if config.model != EMBEDDED_MODEL and (begun or {}).get("dataset") != EMBEDDED:
             raise ValueError(
@@ -99,10 +98,16 @@ def settled(config: HarvestConfig, model: LanguageModel) -> HarvestConfig:
     """With the dtype of the store that was begun, or else one that holds what the model gives: float16 ends at 65,504."""
     if config.dtype is not None:
         return config
-    path = config.out / MANIFEST
+    made = _begun(config.out)
+    usual = "bfloat16" if model.dtype == "bfloat16" else "float16"
+    return dataclasses.replace(config, dtype=usual if made is None else made["dtype"])
+
+
+def _begun(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a store that has shards; one without was not begun."""
+    path = folder / MANIFEST
     made = read_json(path) if path.exists() else None
-    begun = made["dtype"] if made and made["shards"] else None
-    return dataclasses.replace(config, dtype=begun or ("bfloat16" if model.dtype == "bfloat16" else "float16"))
+    return made if made and made["shards"] else None
 
 
 def noted(text: TextConfig) -> dict[str, Any]:

@@ -350,9 +350,8 @@ def _facts(
     """Metadata of a saved SAE: what SAELens' tools read, and under `saebench` how it came about."""
     made = store.manifest["identity"]
     return {
-        "model_name": model_path(made["model"]["id"])
-        if "model" in made
-        else None,  # vectors of one's own need say nothing
+        # Vectors of one's own need not say what they are of.
+        "model_name": model_path(made["model"]["id"]) if "model" in made else None,
         "model_class_name": "HookedTransformer",
         "hook_name": member.spec.hook,
         "hook_head_index": None,

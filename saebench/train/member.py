@@ -1,6 +1,5 @@
 """One SAE of a grid: its weights, its optimizer, and one training step."""
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -19,11 +18,10 @@ DENSE_ABOVE = {"cpu": 0.15, "cuda": 0.03}  # share of active latents from which 
 _THRESHOLD_RATE = 0.01  # of BatchTopK's running mean of the least activation
 _POOLED = 16  # steps before a resampling whose rows are drawn from
 _APART = 0.99  # cosine from which two inputs would make one latent twice
+_PAIRED = 1024  # rows whose cosines with all others are held at once
 _ENCODER_SHARE = 0.2  # of the living latents' mean encoder norm, for a resampled one (Bricken et al. 2023)
 _NONE = torch.empty(0, dtype=torch.int64)
 _SUMS = ("loss", "mse", "sparsity", "aux", "variance", "l0", "grad_norm", "coefficient", "steps")
-
-
 _OWN = ("sums", "silent_steps", "diverged_at", "pool", "pool_keys")
 
 
@@ -93,9 +91,8 @@ class Member:
         self.silent_steps = torch.zeros(spec.d_sae, dtype=torch.int32, device=device)
         self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)  # since the last line of the log
         self.diverged_at = torch.full((), -1, dtype=torch.int64, device=device)
-        self.pool = torch.empty(
-            0, len(mean_D), device=device
-        )  # rows that dead latents may be pointed at, by their keys
+        # Rows that dead latents may be pointed at, those of the largest keys.
+        self.pool = torch.empty(0, len(mean_D), device=device)
         self.pool_keys = torch.empty(0, dtype=torch.float64, device=device)
         self._look()
 
@@ -288,9 +285,5 @@ class Member:
 def _apart(rows_ND: Float[Tensor, "N D"]) -> Bool[Tensor, " N"]:
     """Which rows point nowhere near one before them."""
     unit_ND = torch.nn.functional.normalize(rows_ND, dim=1)
-    return ~torch.cat([(part @ unit_ND.T).tril_(start - 1).amax(1) > _APART for start, part in _parts(unit_ND)])
-
-
-def _parts(rows_ND: Tensor, size: int = 1024) -> Iterator[tuple[int, Tensor]]:
-    for start in range(0, len(rows_ND), size):
-        yield start, rows_ND[start : start + size]
+    parts = enumerate(unit_ND.split(_PAIRED))
+    return ~torch.cat([(part @ unit_ND.T).tril_(_PAIRED * n - 1).amax(1) > _APART for n, part in parts])
