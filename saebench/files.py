@@ -54,6 +54,11 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not valid JSON ({error}); restore it or make it again") from error
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in a line; of one that says nothing its kind."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def block_checksums(rows: np.ndarray, block_rows: int) -> np.ndarray:
     """xxh3-64 of every `block_rows` consecutive rows (the last block may be shorter), uint64."""
     if not len(rows):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from saebench.files import hash_files
+from saebench.files import first_line, hash_files
 from saebench.pieces import TokenBytes
 from saebench.text import Encoder, encoder_of
 
@@ -211,7 +211,7 @@ def _load_module(name: str, path: str, dtype: ModelDtype, options: dict[str, Any
     try:
         config = AutoConfig.from_pretrained(path, **options)
     except Exception as error:  # whatever a library, or code from the hub, makes of other people's files
-        raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
     architecture = ", ".join(getattr(config, "architectures", None) or [type(config).__name__])
     masked = type(config) in AutoModelForMaskedLM._model_mapping and not getattr(config, "is_decoder", False)
     if config.is_encoder_decoder or (masked and not architecture.endswith(("ForCausalLM", "LMHeadModel"))):
@@ -225,7 +225,7 @@ def _load_module(name: str, path: str, dtype: ModelDtype, options: dict[str, Any
             path, config=config, dtype=getattr(torch, dtype), output_loading_info=True, **options
         )
     except Exception as error:
-        raise ValueError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
     if missing := sorted(loaded["missing_keys"]):
         raise ValueError(
             f"model {name!r} lacks {len(missing)} of the weights that {architecture} has, {missing[0]!r} for one: "
@@ -246,7 +246,7 @@ def _load_tokenizer(name: str, path: str, options: dict[str, Any]) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:
-        raise ValueError(f"the tokenizer of model {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise ValueError(f"the tokenizer of model {name!r} cannot be loaded: {first_line(error)}") from error
 
 
 def _tokenizer(name: str, path: str, options: dict[str, Any]) -> tuple[Any, tuple[Path, ...]]:
@@ -288,7 +288,7 @@ def _base(name: str, module: Any, block: nn.Module) -> Any:
     try:
         module(torch.ones(1, 1, dtype=torch.long, device=module.device), use_cache=False)
     except Exception as error:
-        raise ValueError(f"model {name!r} does not run on token ids alone: {_first_line(error)}") from error
+        raise ValueError(f"model {name!r} does not run on token ids alone: {first_line(error)}") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -304,10 +304,6 @@ def _end_tokens(module: Any, tokenizer: Any) -> frozenset[int]:
     named = [getattr(getattr(module, part, None), "eos_token_id", None) for part in ("config", "generation_config")]
     named.append(getattr(tokenizer, "eos_token_id", None))
     return frozenset(token for ids in named for token in (ids if isinstance(ids, list) else [ids]) if token is not None)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _checkpoint_folder(path: str, revision: str | None) -> Path:

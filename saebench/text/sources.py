@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import xxhash
 
-from saebench.files import hash_files
+from saebench.files import first_line, hash_files
 from saebench.text.packing import Document, unit_hash
 
 EMBEDDED = "embedded"
@@ -258,7 +258,7 @@ def _from_files(config: TextConfig, files: list[Path]) -> Iterator[dict[str, Any
         try:
             yield from _parquet_rows(config, file) if suffix == _PARQUET else _arrow_rows(file)
         except ValueError as error:  # pyarrow does not name the file
-            raise ValueError(f"{str(file)!r} is damaged or no {suffix} file: {_first_line(error)}") from error
+            raise ValueError(f"{str(file)!r} is damaged or no {suffix} file: {first_line(error)}") from error
 
 
 def _json_rows(config: TextConfig, file: Path) -> Iterator[dict[str, Any]]:
@@ -365,11 +365,7 @@ def _from_hub(config: TextConfig) -> Any:
 
 
 def _cannot_load(config: TextConfig, error: Exception) -> ValueError:
-    return ValueError(f"dataset {config.source!r} cannot be loaded: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return ValueError(f"dataset {config.source!r} cannot be loaded: {first_line(error)}")
 
 
 def _documents(config: TextConfig, rows: Any, start: int) -> Iterator[Document]:
