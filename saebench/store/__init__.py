@@ -3,8 +3,8 @@
 The format is specified in `activations/README.md`.
 """
 
-from saebench.store.reader import Shard, Store, open_store
+from saebench.store.reader import Damaged, Shard, Store, open_store
 from saebench.store.shuffle import Cursor, shuffled_batches
 from saebench.store.writer import ShardWriter, StoreWriter
 
-__all__ = ["Cursor", "Shard", "ShardWriter", "Store", "StoreWriter", "open_store", "shuffled_batches"]
+__all__ = ["Cursor", "Damaged", "Shard", "ShardWriter", "Store", "StoreWriter", "open_store", "shuffled_batches"]

@@ -68,6 +68,14 @@ def check_manifest(folder: Path) -> None:
         raise ValueError(f"{path} and {side.name} do not match, and are not what the harvest wrote: {remedy}")
 
 
+class Damaged(ValueError):
+    """A shard that is missing, or not what was written."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(what)
+        self.path = path
+
+
 def open_shard(path: Path) -> Any:
     """The HDF5 file, untyped: h5py cannot know whether a name holds a group or a data set."""
     return h5py.File(path, "r")
@@ -108,9 +116,7 @@ class Shard:
             raise self._missing()
         size = self.path.stat().st_size
         if size != self._entry["bytes"]:
-            raise ValueError(
-                f"{self.path} has {size} bytes, the manifest says {self._entry['bytes']}: {self._remedy()}"
-            )
+            raise self._damaged(f" has {size} bytes, the manifest says {self._entry['bytes']}")
         offsets: dict[str, int] = {}
         try:
             with open_shard(self.path) as file:
@@ -122,21 +128,21 @@ class Shard:
                         raise ValueError(f"{name} is {dataset.dtype} {dataset.shape}, expected {kind} {shape}")
                     offsets[name] = dataset.id.get_offset()
         except (OSError, KeyError, TypeError, RuntimeError, ValueError, AttributeError, IndexError) as error:
-            raise ValueError(f"{self.path} cannot be read as HDF5 ({error}): {self._remedy()}") from error
+            raise self._damaged(f" cannot be read as HDF5 ({error})") from error
         if digest(checksums) != self._entry["digest"]:
-            raise ValueError(f"{self.path} is not the shard that the manifest describes: {self._remedy()}")
+            raise self._damaged(" is not the shard that the manifest describes")
         return _Columns(offsets, checksums)
 
     def check(self) -> None:
         """Raises ValueError unless the file is there, whole, and the one that the manifest describes."""
         self._opened()
 
-    @staticmethod
-    def _remedy() -> str:
-        return "it was damaged or exchanged; restore it, or delete the store and harvest again"
+    def _damaged(self, what: str) -> Damaged:
+        remedy = "it was damaged or exchanged; restore it, or delete the store and harvest again"
+        return Damaged(self.path, f"{self.path}{what}: {remedy}")
 
-    def _missing(self) -> ValueError:
-        return ValueError(f"{self.path} is missing; restore it or harvest again")
+    def _missing(self) -> Damaged:
+        return Damaged(self.path, f"{self.path} is missing; restore it or harvest again")
 
     def column(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows `start` to `stop` of a provenance column (`tokens`, `doc_id`, `position`, `keep`), verified."""
@@ -188,17 +194,15 @@ class Shard:
         bad = np.array(found, dtype=np.uint64) != columns.checksums[name][blocks]
         if bad.any():
             first = int(blocks[bad.argmax()]) * self.block_rows
-            raise ValueError(
-                f"{self.path}: rows {first} to {min(first + self.block_rows, self.n_rows) - 1} of {name} do not match their checksum: "
-                f"{self._remedy()}"
-            )
+            last = min(first + self.block_rows, self.n_rows) - 1
+            raise self._damaged(f": rows {first} to {last} of {name} do not match their checksum")
 
     def _fill(self, file: int, part: memoryview, place: int) -> None:
         done = 0
         while done < len(part):
             read = os.preadv(file, [part[done:]], place + done)
             if read == 0:
-                raise ValueError(f"{self.path} ends at byte {place + done}: {self._remedy()}")
+                raise self._damaged(f" ends at byte {place + done}")
             done += read
 
     def verify(self, checked: Callable[[int], object] = lambda rows: None) -> None:
@@ -212,7 +216,7 @@ class Shard:
             checked(stop - start)
         # Blocks, whose damage is named by its rows, are not all of a file: the rest is HDF5's own structures.
         if "hash" in self._entry and hash_files([self.path]) != self._entry["hash"]:
-            raise ValueError(f"{self.path}: bytes beside its rows are not what was written: {self._remedy()}")
+            raise self._damaged(": bytes beside its rows are not what was written")
 
 
 class Store:
