@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saebench.sae import JumpReLUSAE, new_sae, topk_relu
-from saebench.sae.sparse import Encoder, SparseCode, rowwise_topk
+from saebench.sae.sparse import BLOCK_VALUES, Encoder, SparseCode, rowwise_topk
 from saebench.train import Member, Spec
 from saebench.train.gradients import exact_gradients
 from saebench.train.member import RECIPES
@@ -117,8 +117,7 @@ def test_exact_gradients_in_float32(architecture: str) -> None:
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("architecture", ["relu", "gated", "jumprelu", "topk", "batchtopk"])
 def test_blocks_of_rows_change_nothing(architecture: str, dense: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("saebench.sae.sparse", "saebench.train.gradients"):
-        monkeypatch.setattr(f"{module}.BLOCK_VALUES", 7 * 40)
+    monkeypatch.setitem(BLOCK_VALUES, "cpu", 7 * 40)
     x = torch.randn(30, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     sae = random_sae(architecture, 6, 40, 4, 5)
     context = Context(torch.tensor(0.3, dtype=torch.float64), NOTHING_DEAD, 4)
@@ -352,3 +351,72 @@ def test_a_step_that_is_not_finite_changes_no_weight() -> None:
     member.step(x, 1)
     assert member.diverged == 1
     assert all(torch.equal(before[name], value) for name, value in member.sae.state_dict().items())
+
+
+@pytest.mark.parametrize("architecture", ["relu", "gated", "jumprelu"])
+def test_room_for_active_pairs_changes_nothing_where_it_is_enough(architecture: str) -> None:
+    sae = random_sae(architecture, 6, 40, 4, 5)
+    x = torch.randn(30, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    context = Context(torch.tensor(0.3, dtype=torch.float64), NOTHING_DEAD, None)
+    assert_equal_gradients(architecture, sae, x, context, 1e-6, most=1201)
+    pairs = exact_gradients(architecture, sae, x, context).fullest
+    for room, enough in ((1201, True), (int(pairs) + 1, True), (int(pairs), False), (7, False)):
+        assert (int(exact_gradients(architecture, sae, x, context, most=room).fullest) < room) == enough
+
+
+@pytest.mark.parametrize("architecture", ["relu", "gated", "jumprelu"])
+def test_a_step_without_room_for_its_pairs_is_left_out_and_counted(architecture: str) -> None:
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    member = Member(
+        Spec(name="m", architecture=architecture, d_sae=128, l1=0.1, lr=1e-3, seed=0),
+        torch.zeros(16),
+        10**6,
+        100,
+        "cpu",
+    )
+    before = {name: value.clone() for name, value in member.sae.state_dict().items()}
+    member._look = lambda: None  # as between the looks of a GPU
+    member._dense, member._most = False, 10
+    member.step(x, 0)
+    assert all(torch.equal(value, before[name]) for name, value in member.sae.state_dict().items())
+    assert member.diverged is None
+    member._most = 64 * 128 + 1
+    member.step(x, 1)
+    assert not torch.equal(member.sae.W_dec, before["W_dec"])
+    assert member.log_line(1)["steps_left_out"] == 1
+    member.step(x, 2)
+    assert "steps_left_out" not in member.log_line(1)
+
+
+@pytest.mark.parametrize(("n_rows", "d_sae", "k"), [(40, 320, 3), (1, 64, 1), (30, 37, 5), (4, 8, 8)])
+def test_the_search_that_waits_for_no_gpu_finds_what_the_other_does(
+    n_rows: int, d_sae: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    z, weights = torch.randn(n_rows, 6, generator=generator), torch.randn(6, d_sae, generator=generator)
+    encoder = Encoder(z, weights, torch.zeros(d_sae))
+    code, values = encoder.batch_topk(k)
+    for block in (2**25, 11 * d_sae):
+        monkeypatch.setitem(BLOCK_VALUES, "cpu", block)
+        found, largest = encoder._largest(k * n_rows)
+        positive = largest > 0  # where fewer are, the rest is inert
+        assert torch.equal(largest[positive], values)
+        assert torch.equal(found.latents[positive], code.latents)
+        assert torch.equal(found.rows[positive], code.rows)
+
+
+def test_the_first_selection_of_batchtopk_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(4)
+    z, weights = torch.randn(512, 16, generator=generator), torch.randn(16, 4096, generator=generator)
+    found: list[int] = []
+    above = Encoder.above
+
+    def counted(self: Encoder, threshold: float = 0.0, most: int | None = None) -> Any:
+        result = above(self, threshold, most)
+        found.append(len(result[1]))
+        return result
+
+    monkeypatch.setattr(Encoder, "above", counted)
+    code, values = Encoder(z, weights, torch.zeros(4096)).batch_topk(8)
+    assert len(values) == 8 * 512 and max(found) < 4 * 8 * 512  # half of all 2 million are positive
+    assert values.min() == (z @ weights).flatten().topk(8 * 512).values.min()

@@ -18,12 +18,14 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, pad
 
-BLOCK_VALUES = (
-    2**25
-)  # pre-activations in memory at once while selecting on a CPU (128 MiB); smaller blocks multiply slower
+# Pre-activations in memory at once while selecting: 128 MiB on a CPU, where smaller blocks multiply slower; 1 GiB on a GPU,
+# which searches no more than 2^31 of them at a time.
+BLOCK_VALUES = {"cpu": 2**25, "cuda": 2**28}
 _GROUP = 16  # latents in a group of the two-stage top-k
+_SAMPLED = 64  # rows that say where BatchTopK's selection may begin
+_INERT = -1.0  # pre-activation of an entry that is none
 
 
 class DenseCode:
@@ -57,6 +59,8 @@ class SparseCode:
     offsets: Int[Tensor, " R1"]
     latents: Int[Tensor, " N"]
     d_sae: int
+    padded: bool = False
+    """after the last row's entries come more, of latent 0 and of no row, so that N is known without asking a GPU"""
 
     @property
     def n_rows(self) -> int:
@@ -64,6 +68,10 @@ class SparseCode:
 
     @cached_property
     def rows(self) -> Int[Tensor, " N"]:
+        if self.padded:
+            entries = torch.arange(len(self.latents), dtype=self.offsets.dtype, device=self.offsets.device)
+            found = torch.searchsorted(self.offsets[1:], entries, right=True, out_int32=True)
+            return found.clamp_(max=self.n_rows - 1)
         counts = self.offsets.diff()
         index = torch.arange(self.n_rows, dtype=torch.int32, device=counts.device)
         return index.repeat_interleave(counts, output_size=len(self.latents))
@@ -76,12 +84,11 @@ class SparseCode:
         return torch.searchsorted(latents, bounds, out_int32=True), self.rows[order], order
 
     def split(self, starts: list[int]) -> "SparseCode":
-        """The same entries with each row cut at the latents `starts` (the first is 0): R·len(starts) rows."""
-        segment = torch.bucketize(
-            self.latents, torch.tensor(starts[1:], device=self.latents.device, dtype=self.latents.dtype), right=True
-        )
-        counts = torch.bincount(self.rows * len(starts) + segment, minlength=self.n_rows * len(starts))
-        return SparseCode(_offsets(counts), self.latents, self.d_sae)
+        """The same entries, of ascending latents within a row, with each row cut at `starts` (the first is 0): R·len(starts) rows."""
+        place = self.rows * len(starts)
+        for start in starts[1:]:
+            place += self.latents >= start
+        return SparseCode(_offsets(place, self.n_rows * len(starts)), self.latents, self.d_sae)
 
     def at(self, values_F: Tensor) -> Tensor:
         return values_F[self.latents]
@@ -105,8 +112,7 @@ class SparseCode:
 
 def select(code: SparseCode, values: Float[Tensor, " N"], chosen: Tensor) -> tuple[SparseCode, Float[Tensor, " M"]]:
     """The entries that `chosen` names, by ascending places or by a mask."""
-    counts = torch.bincount(code.rows[chosen], minlength=code.n_rows)
-    return SparseCode(_offsets(counts), code.latents[chosen], code.d_sae), values[chosen]
+    return SparseCode(_offsets(code.rows[chosen], code.n_rows), code.latents[chosen], code.d_sae), values[chosen]
 
 
 Code = DenseCode | SparseCode
@@ -138,17 +144,23 @@ def gather_dot(
     left_RD: Float[Tensor, "R D"],
     table_MD: Float[Tensor, "M D"],
 ) -> Float[Tensor, " N"]:
-    """Entry n of row r: `left[r] · table[index[n]]`."""
+    """Entry n of row r: `left[r] · table[index[n]]`; 0 for entries behind those of the last row."""
     if table_MD.is_cuda:
         from saebench.sae import triton_kernels
 
         return triton_kernels.gather_dot(offsets, index, left_RD, table_MD)
+    n_real = int(offsets[-1])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
         pattern = torch.sparse_csr_tensor(
-            offsets, index, left_RD.new_zeros(len(index)), size=(len(left_RD), len(table_MD)), check_invariants=False
+            offsets,
+            index[:n_real],
+            left_RD.new_zeros(n_real),
+            size=(len(left_RD), len(table_MD)),
+            check_invariants=False,
         )
-    return torch.sparse.sampled_addmm(pattern, left_RD, table_MD.T, beta=0.0).values()
+    products = torch.sparse.sampled_addmm(pattern, left_RD, table_MD.T, beta=0.0).values()
+    return products if n_real == len(index) else pad(products, (0, len(index) - n_real))
 
 
 # -------------------------------------------------------------------------------------- selection
@@ -188,9 +200,9 @@ class Encoder:
                 self.z_RD, self.W_enc_DF = self.z_RD.float(), self.W_enc_DF.float()
 
     def blocks(self) -> list[tuple[int, int]]:
-        """First and last row (exclusive) of each block, at least one; on a GPU there is no more."""
-        n_rows, d_sae = len(self.z_RD), len(self.bias_F)
-        step = max(1, n_rows if self.z_RD.is_cuda else BLOCK_VALUES // d_sae)
+        """First and last row (exclusive) of each block, at least one."""
+        n_rows = len(self.z_RD)
+        step = rows_of_a_block(len(self.bias_F), self.z_RD.device)
         return [(start, min(start + step, n_rows)) for start in range(0, max(n_rows, 1), step)]
 
     def dense(self) -> Float[Tensor, "R F"]:
@@ -203,30 +215,66 @@ class Encoder:
         offsets = torch.arange(len(self.z_RD) + 1, dtype=torch.int32, device=values.device) * k
         return SparseCode(offsets, latents.int(), len(self.bias_F)), values
 
-    def above(self, threshold: float = 0.0) -> tuple[SparseCode, Float[Tensor, " N"]]:
-        """All that is above a threshold: (code, pre-activations of its entries)."""
+    def above(self, threshold: float = 0.0, most: int | None = None) -> tuple[SparseCode, Float[Tensor, " N"]]:
+        """All that is above a threshold: (code, pre-activations of its entries).
+
+        With `most`, N is that whatever is found, and a GPU need not be waited for: there are inert entries behind those found,
+        or only the first are found, where `offsets[-1]` is `most`. Rows must then be those of one block.
+        """
         d_sae = len(self.bias_F)
-        counts, latents, values = [], [], []
-        for block in self._each():
-            flat = _nonzero(block > threshold)
-            values.append(block.view(-1)[flat])
-            counts.append(torch.bincount(flat // d_sae, minlength=len(block)))
+        assert most is None or len(self.blocks()) == 1
+        rows, latents, values = [], [], []
+        for (start, _), block in zip(self.blocks(), self._each(), strict=True):
+            n_values = block.numel()
+            if most is None:
+                flat = _nonzero(block > threshold)
+                values.append(block.view(-1)[flat])
+            else:
+                flat = torch.nonzero_static(block.view(-1) > threshold, size=most, fill_value=n_values)[:, 0]
+                values.append(torch.where(flat < n_values, block.view(-1)[flat.clamp(max=n_values - 1)], _INERT))
+            rows.append((flat // d_sae).int() + start)
             latents.append((flat % d_sae).int())
-        return SparseCode(_offsets(torch.cat(counts)), torch.cat(latents), d_sae), torch.cat(values)
+        offsets = _offsets(torch.cat(rows), len(self.z_RD))
+        return SparseCode(offsets, torch.cat(latents), d_sae, padded=most is not None), torch.cat(values)
 
     def batch_topk(self, k: int, guess: float = 0.0) -> tuple[SparseCode, Float[Tensor, " N"]]:
-        """The k·R largest positive pre-activations of all rows together (fewer where fewer are positive).
+        """The k·R largest positive pre-activations of all rows together (fewer where fewer are positive, or some that are not).
 
         `guess`, a value that the least of them may reach, only makes it faster: where it turns out to
-        be too high, the search begins again from 0.
+        be too high, or there is none, the search begins from what a sample of the rows says.
         """
-        wanted = k * len(self.z_RD)
-        code, values = self.above(guess)
-        if len(values) < wanted and guess > 0:
-            code, values = self.above(0.0)
+        wanted, per_row = k * len(self.z_RD), 2 * k
+        if self.z_RD.is_cuda:
+            return self._largest(wanted)
+        while True:
+            floor = guess if guess > 0 else self._reached_by(per_row)
+            code, values = self.above(floor)
+            if len(values) >= wanted or floor == 0.0:
+                break
+            guess, per_row = 0.0, 4 * per_row
         if len(values) <= wanted:
             return code, values
         return select(code, values, values.topk(wanted, sorted=False).indices.sort().values)
+
+    def _largest(self, wanted: int) -> tuple[SparseCode, Float[Tensor, " N"]]:
+        """The largest pre-activations of all rows together, without waiting for a GPU."""
+        d_sae, values, places = len(self.bias_F), [], []
+        for (start, _), block in zip(self.blocks(), self._each(), strict=True):
+            found = rowwise_topk(block.view(1, -1), min(wanted, block.numel()))
+            values.append(found[0][0])
+            places.append(found[1][0] + start * d_sae)
+        largest, among = torch.cat(values).topk(min(wanted, sum(map(len, values))), sorted=False)
+        flat, order = torch.cat(places)[among].sort()
+        offsets = _offsets((flat // d_sae).int(), len(self.z_RD))
+        return SparseCode(offsets, (flat % d_sae).int(), d_sae), largest[order]
+
+    def _reached_by(self, per_row: int) -> float:
+        """What about so many pre-activations of a row reach, by a sample of the rows; at least 0, and 0 for all of a row's."""
+        if per_row >= len(self.bias_F):
+            return 0.0
+        some_RD = self.z_RD[:: max(len(self.z_RD) // _SAMPLED, 1)]
+        largest = self._product(some_RD, None).flatten().topk(per_row * len(some_RD), sorted=False).values
+        return max(float(largest.min()), 0.0)
 
     def _each(self) -> Iterator[Float[Tensor, "R F"]]:
         spans = self.blocks()
@@ -238,6 +286,11 @@ class Encoder:
         if z_RD.dtype == torch.bfloat16:
             return torch.mm(z_RD, self.W_enc_DF, out_dtype=torch.float32).add_(self.bias_F)
         return torch.addmm(self.bias_F, z_RD, self.W_enc_DF, out=out)
+
+
+def rows_of_a_block(d_sae: int, device: torch.device, share: float = 1.0) -> int:
+    """How many rows' pre-activations are in memory at once, or of a share of that memory; at least one."""
+    return max(1, int(share * BLOCK_VALUES.get(device.type, BLOCK_VALUES["cpu"])) // d_sae)
 
 
 _kept = threading.local()
@@ -256,5 +309,7 @@ def _nonzero(mask: Tensor) -> Int[Tensor, " N"]:
     return mask.view(-1).nonzero()[:, 0] if mask.is_cuda else torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
-def _offsets(counts: Tensor) -> Int[Tensor, " R1"]:
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+def _offsets(rows_N: Int[Tensor, " N"], n_rows: int) -> Int[Tensor, " R1"]:
+    """Where each row's entries begin, from the ascending rows of all."""
+    bounds = torch.arange(n_rows + 1, dtype=rows_N.dtype, device=rows_N.device)
+    return torch.searchsorted(rows_N, bounds, out_int32=True)

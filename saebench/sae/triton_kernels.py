@@ -165,7 +165,7 @@ def gather_dot(
     left_RD: Float[Tensor, "R D"],
     table_MD: Float[Tensor, "M D"],
 ) -> Float[Tensor, " N"]:
-    """Entry n of row r: `left[r] · table[index[n]]`, in float32.
+    """Entry n of row r: `left[r] · table[index[n]]`, in float32; 0 for entries behind those of the last row.
 
     A program takes one row, so this is for rows of similar lengths, such as a batch's. It holds
     ceil(D / 256) partial products of each entry.
@@ -173,7 +173,7 @@ def gather_dot(
     n_rows, n_entries, d_in = len(left_RD), len(index), left_RD.shape[1]
     block_n, block_d = DOT_BLOCK[0], _columns(d_in, DOT_BLOCK[1])
     slices = -(-d_in // block_d)
-    out = torch.empty(slices, n_entries, device=left_RD.device, dtype=torch.float32)
+    out = torch.zeros(slices, n_entries, device=left_RD.device, dtype=torch.float32)
     if n_entries > 0:
         with torch.cuda.device_of(out):
             _dots[(n_rows, slices)](

@@ -15,9 +15,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from saebench.sae import GatedSAE, JumpReLUSAE, ReLUSAE, topk_relu
-from saebench.sae.sparse import BLOCK_VALUES, Code, DenseCode, Encoder
+from saebench.sae.sparse import Code, DenseCode, Encoder, rows_of_a_block
 from saebench.train.objectives import AUX_WEIGHT, Context, Loss, bandwidth, prefixes
 
+_DENSE_SHARE = {
+    "cpu": 0.25,
+    "cuda": 0.5,
+}  # of a block's rows where all latents are taken: about ten such arrays are held at once
 _SPARSE_AUX = 4  # AuxK takes sparse products when there are this many dead latents to one of k_aux
 
 
@@ -32,6 +36,8 @@ class Gradients:
     variance: Float[Tensor, ""]
     """Σ_d var_d of the batch"""
     bf16: bool = False
+    most: int | None = None
+    """room for active pairs in each block of rows; None: as many as there are"""
     of: dict[str, Tensor] = field(default_factory=dict)
     squared_errors: list[Float[Tensor, " R"]] = field(default_factory=list)
     along_F: Tensor | None = None
@@ -39,6 +45,8 @@ class Gradients:
     fires_F: Tensor | None = None
     least_active: Float[Tensor, ""] | None = None
     """least positive activation: what BatchTopK's threshold is learned from"""
+    fullest: Int[Tensor, ""] | None = None
+    """active pairs of the block of rows that has most; where that is `most`, some may have been left out"""
     sparsity: Float[Tensor, ""] | None = None
     auxiliary: Float[Tensor, ""] | None = None
     total: Float[Tensor, ""] | None = None
@@ -78,21 +86,29 @@ def exact_gradients(
     dense: bool = False,
     guess: float = 0.0,
     bf16: bool = False,
+    most: int | None = None,
 ) -> Gradients:
     """Gradients of `OBJECTIVES[architecture]` and what a step observes.
 
     `dense` takes all latents of a row as active, for ReLU, Gated and JumpReLU early in training; the
     result is the same. `guess` is what BatchTopK's least activation may be expected to exceed. `bf16`
-    rounds what the encoder multiplies to bfloat16 (sums in float32), and nothing else.
+    rounds what the encoder multiplies to bfloat16 (sums in float32), and nothing else. With `most`, room for the
+    active pairs of a block of rows, no such search waits for a GPU; `fullest` says whether it was enough.
     """
-    gradients = Gradients(len(x_BD), (x_BD - x_BD.mean(0)).norm().square() / len(x_BD), bf16)
+    gradients = Gradients(len(x_BD), (x_BD - x_BD.mean(0)).norm().square() / len(x_BD), bf16, most)
     if architecture in _KIN:
         _topk_kin(architecture, sae, x_BD, context, gradients, guess)
         return gradients
-    n_rows = max(1, BLOCK_VALUES // 4 // sae.d_sae) if dense else len(x_BD)
-    for rows_RD in x_BD.split(n_rows):
+    for rows_RD in x_BD.split(rows_at_once(sae.d_sae, len(x_BD), x_BD.device, dense)):
         _PENALISED[architecture](sae, rows_RD, context, gradients, dense)
     return gradients
+
+
+def rows_at_once(d_sae: int, n_rows: int, device: torch.device, dense: bool) -> int:
+    """Rows of a batch of `n_rows` that a penalised architecture takes at a time: each pass goes over all gradients once."""
+    if dense:
+        return rows_of_a_block(d_sae, device, _DENSE_SHARE.get(device.type, _DENSE_SHARE["cpu"]))
+    return n_rows if device.type == "cpu" else rows_of_a_block(d_sae, device)
 
 
 # ------------------------------------------------------------- with a penalty: any number is active
@@ -100,7 +116,7 @@ def exact_gradients(
 
 def _relu(sae: ReLUSAE, x_RD: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
     z_RD = x_RD - sae.b_dec
-    code, h = _positive(Encoder(z_RD, sae.W_enc, sae.b_enc, gradients.bf16), dense)
+    code, h = _positive(Encoder(z_RD, sae.W_enc, sae.b_enc, gradients.bf16), dense, gradients)
     acts = torch.relu(h)
     error_RD = code.decode(acts, sae.W_dec).sub_(z_RD)
     norms_F, weight, share = sae.W_dec.norm(dim=1), 2 / gradients.n_rows, context.coefficient / gradients.n_rows
@@ -116,7 +132,7 @@ def _relu(sae: ReLUSAE, x_RD: Tensor, context: Context, gradients: Gradients, de
 
 def _gated(sae: GatedSAE, x_RD: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
     z_RD = x_RD - sae.b_dec
-    code, gate = _positive(Encoder(z_RD, sae.W_enc, sae.b_gate, gradients.bf16), dense)
+    code, gate = _positive(Encoder(z_RD, sae.W_enc, sae.b_gate, gradients.bf16), dense, gradients)
     h, scale_F = gate - code.at(sae.b_gate), sae.r_mag.exp()
     opens, gate = gate > 0, torch.relu(gate)
     acts = torch.relu(h * code.at(scale_F) + code.at(sae.b_mag)) * opens
@@ -139,7 +155,7 @@ def _gated(sae: GatedSAE, x_RD: Tensor, context: Context, gradients: Gradients, 
 def _jumprelu(sae: JumpReLUSAE, x_RD: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
     epsilon = bandwidth(sae.d_in)
     z_RD, floor_F = x_RD - sae.b_dec, sae.threshold - epsilon / 2  # entries below θ are needed to learn it
-    code, above = _positive(Encoder(z_RD, sae.W_enc, sae.b_enc - floor_F, gradients.bf16), dense)
+    code, above = _positive(Encoder(z_RD, sae.W_enc, sae.b_enc - floor_F, gradients.bf16), dense, gradients)
     pre, threshold = above + code.at(floor_F), code.at(sae.threshold)
     active, near = pre > threshold, (pre - threshold).abs() < epsilon / 2
     acts = pre * active
@@ -156,8 +172,13 @@ def _jumprelu(sae: JumpReLUSAE, x_RD: Tensor, context: Context, gradients: Gradi
 _PENALISED: dict[str, Callable[..., None]] = {"relu": _relu, "gated": _gated, "jumprelu": _jumprelu}
 
 
-def _positive(encoder: Encoder, dense: bool) -> tuple[Code, Tensor]:
-    return (DenseCode(), encoder.dense()) if dense else encoder.above(0.0)
+def _positive(encoder: Encoder, dense: bool, gradients: Gradients) -> tuple[Code, Tensor]:
+    if dense:
+        return DenseCode(), encoder.dense()
+    code, values = encoder.above(0.0, gradients.most)
+    found = code.offsets[-1]
+    gradients.fullest = found if gradients.fullest is None else torch.maximum(gradients.fullest, found)
+    return code, values
 
 
 def _encoder(sae: Any, code: Code, dh: Tensor, z_RD: Tensor, db_D: Tensor, gradients: Gradients) -> Tensor:

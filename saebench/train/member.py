@@ -14,6 +14,7 @@ from saebench.train.schedules import DECAY, WARMUP, Sparsity, learning_rate
 
 CLIP = 1.0
 LOOK_EVERY = 50  # steps on a GPU between moments when the host reads from it
+ROOM = 2.0  # times the most active pairs of late, for those of the next steps on a GPU
 DENSE_ABOVE = {"cpu": 0.15, "cuda": 0.03}  # share of active latents from which dense products are faster
 _THRESHOLD_RATE = 0.01  # of BatchTopK's running mean of the least activation
 _POOLED = 16  # steps before a resampling whose rows are drawn from
@@ -90,6 +91,8 @@ class Member:
         self.sparsity = Sparsity(spec.l1, spec.target_l0, device)
         self.silent_steps = torch.zeros(spec.d_sae, dtype=torch.int32, device=device)
         self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)  # since the last line of the log
+        self.fullest = torch.zeros((), dtype=torch.int32, device=device)  # since the host last looked
+        self.left_out = torch.zeros((), dtype=torch.int32, device=device)  # steps, since the last line of the log
         self.diverged_at = torch.full((), -1, dtype=torch.int64, device=device)
         # Rows that dead latents may be pointed at, those of the largest keys.
         self.pool = torch.empty(0, len(mean_D), device=device)
@@ -102,8 +105,9 @@ class Member:
             self._look()
         context = Context(self.sparsity.coefficient(step, self.n_steps), self._dead, self.spec.k)
         gradients = exact_gradients(
-            self.spec.architecture, self.sae, x_BD, context, dense=self._dense, guess=self._guess, bf16=self.bf16
-        )
+            self.spec.architecture, self.sae, x_BD, context,
+            dense=self._dense, guess=self._guess, bf16=self.bf16, most=self._most,
+        )  # fmt: skip
         with torch.no_grad():
             if self.recipe.unit_rows:
                 # Take from the gradient of each unit row its part along the row.
@@ -113,8 +117,9 @@ class Member:
             fine = norm.isfinite() & gradients.loss.total.isfinite()
             bad = ~(fine & gradients.of["threshold"].isfinite().all() if "threshold" in gradients.of else fine)
             bad |= self.diverged_at >= 0  # no step more: what is kept are the weights of before
-            self._update(gradients, norm, bad, step)
-            self._observe(x_BD, gradients, norm, bad, context, step)
+            full = self._full(gradients)
+            self._update(gradients, norm, bad | full, step)
+            self._observe(x_BD, gradients, norm, bad, full, context, step)
             if self._steps_to_resampling(step) < _POOLED:
                 self._pool(x_BD, gradients.error_B, step)
             if self._steps_to_resampling(step) == 0:
@@ -133,7 +138,21 @@ class Member:
         l0 = float(self.sparsity.l0)
         dense_above = DENSE_ABOVE[self.silent_steps.device.type] * self.spec.d_sae
         self._dense = not self.recipe.takes_k and not l0 < dense_above  # before the first step it is nan
-        self._guess = 0.9 * float(self.sae.threshold.detach()[0]) if isinstance(self.sae, JumpReLUSAE) else 0.0
+        self._most: int | None = None
+        self._guess = 0.0
+        if self.silent_steps.is_cuda:
+            # Twice what it was of late: a step whose active pairs do not fit is left out. At first they are waited for.
+            self._most = round(ROOM * int(self.fullest)) or None
+            self.fullest = torch.zeros_like(self.fullest)
+        elif self.recipe.takes_k and isinstance(self.sae, JumpReLUSAE):
+            self._guess = 0.9 * float(self.sae.threshold.detach()[0])
+
+    def _full(self, gradients: Gradients) -> Bool[Tensor, ""]:
+        """Whether there was no room for all active pairs, so that this step must not be taken."""
+        if gradients.fullest is None:
+            return torch.zeros((), dtype=torch.bool, device=self.fullest.device)
+        self.fullest = torch.maximum(self.fullest, gradients.fullest)
+        return gradients.fullest >= (torch.inf if gradients.most is None else gradients.most)
 
     def _update(self, gradients: Gradients, norm: Tensor, bad: Tensor, step: int) -> None:
         """Adam, with the clipping of the gradient's norm and the skip of a bad step inside its one pass over memory."""
@@ -155,7 +174,7 @@ class Member:
                 self.sae.threshold += torch.where(least.isfinite() & ~bad, rate * (least - self.sae.threshold), 0.0)
 
     def _observe(
-        self, x_BD: Tensor, gradients: Gradients, norm: Tensor, bad: Tensor, context: Context, step: int
+        self, x_BD: Tensor, gradients: Gradients, norm: Tensor, bad: Tensor, full: Tensor, context: Context, step: int
     ) -> None:
         assert gradients.fires_F is not None
         loss = gradients.loss
@@ -174,6 +193,7 @@ class Member:
             context.coefficient,
         )
         self.sums += torch.stack([*values, torch.ones_like(norm)]).double()
+        self.left_out += full
 
     @property
     def diverged(self) -> int | None:
@@ -195,6 +215,9 @@ class Member:
         }
         if self.spec.k is None:
             line["lambda"] = means["coefficient"]
+        if left_out := int(self.left_out):
+            line["steps_left_out"] = left_out
+            self.left_out.zero_()
         return line
 
     # ------------------------------------------------------------------------------ resampling
