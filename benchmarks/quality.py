@@ -39,7 +39,6 @@ TUNED = {
     "sparsify": {"lr": 5e-3},  # schedule-free sign SGD has no decay
 }
 FIRST_L1 = {"saelens": 5.0, "dictionary_learning": 0.5}
-ROWS_IN_MEMORY = 4 << 30
 CLOSE, TRIES = 0.05, 5
 
 
@@ -110,7 +109,7 @@ def export(args: argparse.Namespace, path: Path) -> None:
     """The store's training rows, shuffled, as one file."""
     store = open_store(args.store)
     n_batches = store.rows("train", kept=True) // args.batch
-    batches = shuffled_batches(store, args.hook, args.batch, seed=0, memory=ROWS_IN_MEMORY)
+    batches = shuffled_batches(store, args.hook, args.batch, seed=0, buffer_rows=store.rows("train"))
     rows = np.concatenate([next(batches)[0].numpy() for _ in range(n_batches)])
     path.parent.mkdir(parents=True, exist_ok=True)
     np.save(path, rows)

@@ -7,7 +7,7 @@ Prints one JSON line. `rows_per_s` and `gb_per_s` (10⁹ bytes, as stored) are t
 training rows, checksums verified, in batches as training takes them; the files are read once before, so that
 the kernel has them. `quality` is the mean number of different documents in a batch over that of a perfect
 global shuffle of the same kept rows, Σ_docs (1 - C(N - n_doc, B) / C(N, B)), over the same pass and in the
-same order as the rows. `gb_per_core_s` counts processor time instead, all threads together, which other
+same order as the rows; `quality_estimated` is what a run says at its start. `gb_per_core_s` counts processor time instead, all threads together, which other
 programs on the machine disturb less. `copy_gb_per_s`, for scale, is a copy in memory of as many bytes, timed just before.
 With `--hooks n` n hooks are read side by side, a batch of each in turn, and the figures are their sum.
 """
@@ -28,7 +28,7 @@ from saebench.config import parse_count
 from saebench.store import Store, StoreWriter, open_store, shuffled_batches
 from saebench.store.coding import encode, row_bytes
 from saebench.store.schema import StoreDtype
-from saebench.store.shuffle import shuffled_documents
+from saebench.store.shuffle import quality, shuffled_documents
 
 CONTEXT = 256
 
@@ -74,12 +74,13 @@ def perfect(store: Store, batch: int) -> float:
     return float((1 - np.exp(log_none)).sum())
 
 
-def quality(store: Store, hook: str, batch: int, memory: int) -> dict[str, float]:
+def measured(store: Store, batch: int, buffer_rows: int) -> dict[str, float]:
     batches = store.rows("train", kept=True) // batch
-    documents = islice(shuffled_documents(store, hook, batch, seed=0, memory=memory), batches)
+    documents = islice(shuffled_documents(store, batch, seed=0, buffer_rows=buffer_rows), batches)
     here, best = float(np.mean([len(rows.unique()) for rows in documents])), perfect(store, batch)
     return {
         "quality": round(here / best, 4),
+        "quality_estimated": round(quality(store, batch, buffer_rows), 4),
         "documents_per_batch": round(here, 1),
         "documents_per_perfect_batch": round(best, 1),
     }
@@ -92,14 +93,14 @@ def copy_gb_per_s(n_bytes: int) -> float:
     return n_bytes / (time.perf_counter() - started) / 1e9
 
 
-def read(store: Store, hooks: list[str], batch: int, memory: int) -> dict[str, float]:
+def read(store: Store, hooks: list[str], batch: int, buffer_rows: int) -> dict[str, float]:
     """One pass over the training rows of each hook."""
     stored = sum(row_bytes(store.manifest["dtype"], store.d_in(hook)) for hook in hooks)
     for shard in store.shards:
         shard.path.read_bytes()
     copy = copy_gb_per_s(1 << 28)
     started, spent = time.perf_counter(), time.process_time()
-    streams = [shuffled_batches(store, hook, batch, seed=0, memory=memory) for hook in hooks]
+    streams = [shuffled_batches(store, hook, batch, seed=0, buffer_rows=buffer_rows) for hook in hooks]
     batches = store.rows("train", kept=True) // batch
     first = None
     for _ in range(batches):
@@ -139,15 +140,14 @@ def main() -> None:
             store = synthesize(Path(folder) / "store", args.rows, args.documents, args.d, args.dtype, args.hooks)
         hooks = store.hooks[: args.hooks]
         dtype, d_in = store.manifest["dtype"], store.d_in(hooks[0])
-        memory = 2 * args.buffer_rows * row_bytes(dtype, d_in)
-        passes = [read(store, hooks, args.batch, memory) for _ in range(args.repeats)]
+        passes = [read(store, hooks, args.batch, args.buffer_rows) for _ in range(args.repeats)]
         line = {
             "rows": store.rows("train"), "documents": store.manifest["documents"], "d_in": d_in, "dtype": dtype,
             "hooks": len(hooks), "batch": args.batch, "buffer_rows": args.buffer_rows,
             **max(passes, key=lambda each: each["gb_per_s"]),
             "all_gb_per_s": [each["gb_per_s"] for each in passes],
             "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-            **quality(store, hooks[0], args.batch, memory),
+            **measured(store, args.batch, args.buffer_rows),
         }  # fmt: skip
         print(json.dumps(line))
 

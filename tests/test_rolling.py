@@ -123,7 +123,9 @@ def test_a_stream_serves_every_row_of_each_epochs_shards_once(all_of_it: Store) 
     shards = all_of_it.of_split("train")
     of_epoch = [shards[:1], shards[1:4], shards[4:5], shards[5:9]]
     kept = [torch.cat([s.rows(HOOK)[torch.from_numpy(s.column("keep"))] for s in some]) for some in of_epoch]
-    batches = shuffled_batches(all_of_it, HOOK, 10, seed=3, memory=2 << 17, shards=of_epoch.__getitem__)
+    batches = shuffled_batches(
+        all_of_it, HOOK, 10, seed=3, buffer_rows=2**17 / (4 * all_of_it.d_in(HOOK)), shards=of_epoch.__getitem__
+    )
     rows = torch.cat([rows for rows, _ in islice(batches, sum(map(len, kept)) // 10)])
     start = 0
     for want in kept:

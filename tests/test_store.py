@@ -4,6 +4,7 @@ import random
 import re
 import shutil
 from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -17,12 +18,13 @@ from transformers import PreTrainedTokenizerFast
 
 from saebench.files import block_checksums, hash_files, read_json, write_json
 from saebench.store import Cursor, Store, StoreWriter, open_store, shuffled_batches
-from saebench.store.coding import PEAKS, TAIL, decode, encode
+from saebench.store.coding import PEAKS, TAIL, decode, encode, from_disk, to_disk
+from saebench.store.feed import prefetched
 from saebench.store.norms import norm_report, usual_moments
 from saebench.store.norms import show as describe_norms
 from saebench.store.reader import check_manifest
 from saebench.store.schema import BLOCK_ROWS, NORM_BINS, PROVENANCE, Moments, digest, norm_quantile, shard_name
-from saebench.store.shuffle import shuffled_documents
+from saebench.store.shuffle import _Buffer, quality, shuffled_documents
 from saebench.store.writer import _shards_in
 
 README = Path(__file__).parent.parent / "activations" / "README.md"
@@ -523,17 +525,98 @@ def test_numbers_of_shards_may_have_more_digits(tmp_path: Path) -> None:
     assert sorted(_shards_in(tmp_path)) == [7, 99_999, 100_000, 1_234_567]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_moments_computed_where_the_rows_are_are_those_of_the_writer(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = (torch.randn(3000, 24, generator=generator) * torch.logspace(-4, 4, 3000)[:, None]).to(dtype)
+    rows[5] = 0.0
+    keep = torch.rand(3000, generator=generator) < 0.9
+    rows[~keep] = torch.inf  # what is not kept may be anything
+    found, want = Moments.unpacked(Moments.packed(rows, keep).numpy()), Moments.of(rows[keep].float().numpy())
+    assert found.rows == want.rows == int(keep.sum())
+    assert np.allclose(found.total, want.total, rtol=1e-12)
+    assert found.total_squared_norm == pytest.approx(want.total_squared_norm, rel=1e-12)
+    assert (
+        np.abs(np.cumsum(found.norm_histogram) - np.cumsum(want.norm_histogram)).max() <= 1
+    )  # log2 rounds as it likes
+    for bad in (torch.inf, torch.nan):
+        rows[keep.nonzero()[7, 0], 3] = bad
+        assert not np.isfinite(Moments.unpacked(Moments.packed(rows, keep).numpy()).total_squared_norm)
+
+
+def test_a_shard_takes_the_moments_it_is_given_and_refuses_rows_that_they_say_are_not_finite(tmp_path: Path) -> None:
+    rows, keep = torch.randn(64, 8), np.ones(64, dtype=bool)
+    provenance = {name: np.zeros(64, kind) for name, kind in PROVENANCE.items()} | {"keep": keep}
+    stores = []
+    for given in (False, True):
+        writer = StoreWriter(tmp_path / str(given), {"context": 16}, {HOOK: 8}, "float32")
+        with writer.shard(64) as (shard, _, attributes):
+            packed = Moments.packed(rows, torch.from_numpy(keep)).numpy()
+            shard.write(provenance, {HOOK: rows}, {HOOK: Moments.unpacked(packed)} if given else None)
+            attributes |= {"split": "train", "context": 16, "cursor": (0, 0)}
+        writer.complete({})
+        stores.append(open_store(writer.folder).statistics(HOOK))
+    for name in ("rows", "mean", "mean_squared_norm", "median_norm"):
+        assert stores[0][name] == pytest.approx(stores[1][name])
+    rows[9, 2] = torch.nan
+    writer = StoreWriter(tmp_path / "bad", {"context": 16}, {HOOK: 8}, "float32")
+    found = {HOOK: Moments.unpacked(Moments.packed(rows, torch.from_numpy(keep)).numpy())}
+    with (
+        pytest.raises(ValueError, match="row 9 of shard-00000.h5 at .* is not finite"),
+        writer.shard(64) as (shard, *_),
+    ):
+        shard.write(provenance, {HOOK: rows}, found)
+
+
 # ---------------------------------------------------------------------------------------- shuffling
+
+
+def test_items_are_made_ahead_in_their_order_with_the_error_at_its_place() -> None:
+    def items() -> Iterator[int]:
+        yield from range(5)
+        raise ValueError("the text is gone")
+
+    found = prefetched(items())
+    assert [next(found) for _ in range(5)] == list(range(5))
+    with pytest.raises(ValueError, match="the text is gone"):
+        next(found)
+    assert list(prefetched(iter("abc"))) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("kind", ["<f2", "<u2", "<f4", "i1"])
+def test_rows_gathered_on_all_cores_are_those_gathered_on_one(kind: str) -> None:
+    rows = np.random.default_rng(0).integers(0, 100, (500, 42)).astype(kind)
+    buffer = _Buffer(0, 0, rows, np.random.default_rng(1).permutation(500))
+    found = [torch.empty(300, 42, dtype=from_disk(rows).dtype) for _ in range(2)]
+    for out, all_cores in zip(found, (False, True), strict=True):
+        buffer.serve(100, out, all_cores)
+        assert np.array_equal(to_disk(out), rows[buffer.order[100:400]])
+
+
+@pytest.mark.parametrize(("buffer_rows", "least", "most"), [(10**6, 0.97, 1.0), (1000, 0.5, 0.95), (200, 0.2, 0.6)])
+def test_the_quality_that_is_told_is_that_of_the_batches(
+    store: Store, buffer_rows: int, least: float, most: float
+) -> None:
+    batch = 128
+    told = quality(store, batch, buffer_rows)
+    n_batches = store.rows("train", kept=True) // batch
+    documents = islice(shuffled_documents(store, batch, seed=0, buffer_rows=buffer_rows), n_batches)
+    here = np.mean([len(rows.unique()) for rows in documents])
+    perfect = np.mean(
+        [len(rows.unique()) for rows in islice(shuffled_documents(store, batch, seed=0, buffer_rows=10**9), n_batches)]
+    )
+    assert told == pytest.approx(here / perfect, abs=0.08)
+    assert least <= told <= most
 
 
 def sorted_rows(rows: torch.Tensor) -> torch.Tensor:
     return torch.tensor(sorted(rows.tolist()))
 
 
-@pytest.mark.parametrize("memory", [2 << 30, 2 * 5 * BLOCK_ROWS * 8 * 4])
-def test_an_epoch_is_a_permutation_of_the_kept_training_rows(small: Store, memory: int) -> None:
+@pytest.mark.parametrize("buffer_rows", [10**6, 5 * BLOCK_ROWS])
+def test_an_epoch_is_a_permutation_of_the_kept_training_rows(small: Store, buffer_rows: int) -> None:
     want = kept_training_rows(small)  # 455 rows: batches of 91 end with the epoch
-    batches = shuffled_batches(small, HOOK, 91, seed=3, memory=memory)
+    batches = shuffled_batches(small, HOOK, 91, seed=3, buffer_rows=buffer_rows)
     first, second = (torch.cat([rows for rows, _ in islice(batches, 5)]) for _ in range(2))
     assert torch.equal(sorted_rows(first), sorted_rows(want))
     assert torch.equal(sorted_rows(second), sorted_rows(want))
@@ -541,13 +624,13 @@ def test_an_epoch_is_a_permutation_of_the_kept_training_rows(small: Store, memor
     assert not torch.equal(first, want)
 
 
-@pytest.mark.parametrize("memory", [2 << 30, 2 * 5 * BLOCK_ROWS * 8 * 4])
+@pytest.mark.parametrize("buffer_rows", [10**6, 5 * BLOCK_ROWS])
 @pytest.mark.parametrize("batch", [7, 64, 200])
-def test_the_stream_continues_exactly_from_every_cursor(small: Store, memory: int, batch: int) -> None:
-    whole = list(islice(shuffled_batches(small, HOOK, batch, seed=3, memory=memory), 20))
+def test_the_stream_continues_exactly_from_every_cursor(small: Store, buffer_rows: int, batch: int) -> None:
+    whole = list(islice(shuffled_batches(small, HOOK, batch, seed=3, buffer_rows=buffer_rows), 20))
     start = Cursor()
     for number in range(20):
-        (rows, _), *_ = islice(shuffled_batches(small, HOOK, batch, seed=3, memory=memory, start=start), 1)
+        (rows, _), *_ = islice(shuffled_batches(small, HOOK, batch, seed=3, buffer_rows=buffer_rows, start=start), 1)
         assert torch.equal(rows, whole[number][0])
         start = whole[number][1]
 
@@ -560,10 +643,13 @@ def test_the_order_follows_the_seed(small: Store) -> None:
 
 def test_hooks_read_side_by_side_give_the_same_tokens_and_wait_for_nobody(store: Store) -> None:
     """Two readers of one store advance in turn, by threads of their own, and keep step with the documents."""
-    hooks, memory = store.hooks, 2 * 3000 * WIDTH * 4
-    alone = [[rows for rows, _ in islice(shuffled_batches(store, h, 300, seed=3, memory=memory), 50)] for h in hooks]
-    streams = [shuffled_batches(store, hook, 300, seed=3, memory=memory) for hook in hooks]
-    documents = shuffled_documents(store, hooks[0], 300, seed=3, memory=memory)
+    hooks, buffer_rows = store.hooks, 3000
+    alone = [
+        [rows for rows, _ in islice(shuffled_batches(store, h, 300, seed=3, buffer_rows=buffer_rows), 50)]
+        for h in hooks
+    ]
+    streams = [shuffled_batches(store, hook, 300, seed=3, buffer_rows=buffer_rows) for hook in hooks]
+    documents = shuffled_documents(store, 300, seed=3, buffer_rows=buffer_rows)
     documents_of: dict[tuple[float, ...], set[int]] = defaultdict(set)
     for shard in store.of_split("train"):
         for row, doc in zip(shard.rows(hooks[0]).tolist(), shard.column("doc_id").tolist(), strict=True):

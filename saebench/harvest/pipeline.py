@@ -18,14 +18,17 @@ from torch import Tensor
 
 from saebench.harvest.plan import Plan
 from saebench.store import StoreWriter
-from saebench.store.coding import encode
-from saebench.store.schema import PROVENANCE, StoreDtype
+from saebench.store.coding import decode, encode
+from saebench.store.schema import PROVENANCE, Moments, StoreDtype
 
 SETS = 3  # one being filled, one being written, one between them
 
 
 class Landing:
-    """Host memory for the rows of one batch at each hook, in the store's dtype; pinned where they come from a GPU."""
+    """Host memory for the rows of one batch at each hook, in the store's dtype.
+
+    Where they come from a GPU it is pinned, and their moments are computed there.
+    """
 
     def __init__(self, dtype: StoreDtype, stream: "torch.cuda.Stream | None") -> None:
         self.dtype: StoreDtype = dtype
@@ -33,30 +36,44 @@ class Landing:
         self.buffers: dict[str, Tensor] = {}
         self.filled: dict[str, Tensor] = {}
         self.copied: list[Any] = []
-        """per hook of a GPU, the event after its copy and the tensor that it is copied from, to keep that alive"""
+        """per hook of a GPU, the event after its copies and the tensors that they are copied from, to keep those alive"""
+        self._keep: Tensor | None = None
+        self._moments: dict[str, Tensor] = {}
+
+    def begin(self, keep: Tensor) -> None:
+        """A batch comes next, the rows of which that are kept are these, bool `[B·L]`, on the model's device."""
+        self._keep = keep
 
     def take(self, hook: str, vectors: Tensor) -> None:
         """Copy vectors `[B, L, D]`, encoded where they are, without waiting for a GPU to be through."""
         rows = encode(vectors.flatten(0, 1), self.dtype)
-        if hook not in self.buffers or len(self.buffers[hook]) < len(rows):
-            self.buffers[hook] = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=self.stream is not None)
-        self.filled[hook] = self.buffers[hook][: len(rows)]
+        self.filled[hook] = self._room(self.buffers, hook, rows)
         if self.stream is None:
             self.filled[hook].copy_(rows)
             return
         if rows.untyped_storage().data_ptr() == vectors.untyped_storage().data_ptr():
             rows = rows.clone()  # later layers may write over the model's own tensor
+        assert self._keep is not None
+        moments = Moments.packed(decode(rows), self._keep)
         self.stream.wait_stream(torch.cuda.current_stream(rows.device))
         with torch.cuda.stream(self.stream):
             self.filled[hook].copy_(rows, non_blocking=True)
-            self.copied.append((self.stream.record_event(), rows))
+            self._room(self._moments, hook, moments).copy_(moments, non_blocking=True)
+            self.copied.append((self.stream.record_event(), rows, moments))
 
-    def rows(self) -> dict[str, Tensor]:
-        """Per hook the rows `[n, width]`, once they have arrived."""
-        for event, _ in self.copied:
+    def _room(self, buffers: dict[str, Tensor], hook: str, like: Tensor) -> Tensor:
+        if hook not in buffers or len(buffers[hook]) < len(like):
+            buffers[hook] = torch.empty(like.shape, dtype=like.dtype, pin_memory=self.stream is not None)
+        return buffers[hook][: len(like)]
+
+    def arrived(self) -> tuple[dict[str, Tensor], dict[str, Moments] | None]:
+        """Per hook the rows `[n, width]`, once they are here, and their moments where a GPU has computed them."""
+        for event, *_ in self.copied:
             event.synchronize()
         self.copied.clear()
-        return self.filled
+        if self.stream is None:
+            return self.filled, None
+        return self.filled, {hook: Moments.unpacked(values.numpy()) for hook, values in self._moments.items()}
 
 
 class _Abandoned(Exception):
@@ -129,7 +146,7 @@ class BackgroundWriter:
             for start, landing in zip(range(0, len(contexts), self._batch), self._landings(), strict=False):
                 part = contexts[start : start + self._batch]
                 provenance = {name: np.concatenate([getattr(context, name) for context in part]) for name in PROVENANCE}
-                shard.write(provenance, landing.rows())
+                shard.write(provenance, *landing.arrived())
                 self._free.put(landing)
                 self._written(len(part) * length)
             for context in contexts:

@@ -18,6 +18,7 @@ from saebench.models import LanguageModel, capturer, check_hook, head, last_stat
 from saebench.runlog import interruptible, progress
 from saebench.store import Store, StoreWriter, open_store
 from saebench.store.coding import row_bytes
+from saebench.store.feed import prefetched, sent
 from saebench.store.schema import PROVENANCE
 from saebench.text import SPLITS, Context, TextConfig, fingerprint, pinned
 
@@ -106,7 +107,7 @@ def fill(
                 bar.set_postfix_str(f"{rate * _bytes_per_row(config, model) / 1e6:.1f} MB/s", refresh=False)
 
         def planned() -> Iterator[Plan]:
-            for plan in plans(config, text, model.encoder, writer.shards):
+            for plan in prefetched(plans(config, text, model.encoder, writer.shards)):
                 if plan.number == 0:
                     _warn_of_nonsense(model, plan.contexts[:_TASTE])
                 if plan.number % world.size == world.rank and plan.number not in present:
@@ -141,9 +142,12 @@ def run_model(
             for start in range(0, len(plan.contexts), config.batch):
                 batch = plan.contexts[start : start + config.batch]
                 _check_vocabulary(batch, model)
-                tokens = torch.from_numpy(np.stack([context.tokens for context in batch])).long()
+                tokens, keep = (
+                    torch.from_numpy(np.stack([getattr(c, name) for c in batch])) for name in ("tokens", "keep")
+                )
                 landing = background.landing()
-                forward(tokens.to(model.device), landing.take)
+                landing.begin(sent(keep.flatten(), model.device))
+                forward(sent(tokens.long(), model.device), landing.take)
                 background.put(landing)
             if stopped():
                 break

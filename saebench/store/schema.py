@@ -3,7 +3,9 @@
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 import xxhash
+from torch import Tensor
 
 SCHEMA = "saebench-activations"
 # What a store needs of its reader: version 2 added int8 rows, and only stores that have them say 2.
@@ -84,6 +86,23 @@ class Moments(NamedTuple):
         octaves = np.log2(np.maximum(np.sqrt(squared), _NORM_FLOOR) / _NORM_FLOOR)
         bins = np.minimum((octaves * 64).astype(np.int64), NORM_BINS - 1)
         return Moments(len(vectors), vectors.sum(0), float(squared.sum()), np.bincount(bins, minlength=NORM_BINS))
+
+    @staticmethod
+    def packed(vectors: Tensor, keep: Tensor) -> Tensor:
+        """The same of those of float vectors `[n, d_in]` that are to be kept, bool `[n]`, on their device and without waiting
+        for it: float64 `[2 + NORM_BINS + d_in]`, for `unpacked`. Σ‖x‖² is not finite where one of them is not."""
+        weights = keep.double()
+        norms = torch.linalg.vector_norm(vectors.float(), dim=1, dtype=torch.float64).where(keep, 0.0)
+        octaves = (norms.clamp(min=_NORM_FLOOR) / _NORM_FLOOR).log2()
+        bins = (octaves * 64).nan_to_num(0.0).clamp(max=NORM_BINS - 1).long()
+        histogram = weights.new_zeros(NORM_BINS).index_add_(0, bins, weights)
+        total = vectors.where(keep[:, None], 0.0).sum(0, dtype=torch.float64)
+        return torch.cat([weights.sum()[None], norms.square().sum()[None], histogram, total])
+
+    @staticmethod
+    def unpacked(values: np.ndarray) -> "Moments":
+        rows, squared, histogram, total = np.split(values, [1, 2, 2 + NORM_BINS])
+        return Moments(int(rows[0]), total.copy(), float(squared[0]), histogram.astype(np.int64))
 
     def plus(self, other: "Moments") -> "Moments":
         return Moments(

@@ -3,7 +3,7 @@
 An epoch is a random order of all blocks of the training shards. Consecutive blocks of that order
 are read into a buffer; batches are gathered from a permutation of its kept rows, and go on across
 buffers and epochs. Within an epoch nothing is skipped or repeated, and the order depends on the
-store, the seed and the memory budget alone: hooks of equal width get the same tokens in each batch.
+store, the seed and the rows of a buffer alone: hooks of a store get the same tokens in each batch.
 A caller may give each epoch shards of its own.
 """
 
@@ -11,22 +11,22 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import groupby, islice
-from operator import itemgetter
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from saebench.store.coding import all_finite, decode, finite, from_disk, in_words, row_bytes
+from saebench.store.coding import all_finite, decode, finite, from_disk, in_words, to_disk
+from saebench.store.feed import ToGPU, ToHost, feed, prefetched
 from saebench.store.reader import Shard, Store
 from saebench.store.schema import activations_path
 
-Item = TypeVar("Item")
 ShardsOf = Callable[[int], list[Shard]]
-_READERS = min(max((os.cpu_count() or 2) // 2, 1), 4)  # threads that fill a buffer: half the cores are for its use
+BUFFER_ROWS = 500_000
+_READERS = min(max((os.cpu_count() or 2) // 2, 1), 8)  # threads that fill a buffer: half the cores are for its use
 _PIECE = 256  # blocks of one shard that one of them reads at a time
+_TASTED = 16  # shards whose documents say how well a buffer shuffles
 
 
 class Cursor(NamedTuple):
@@ -45,77 +45,111 @@ class _Buffer(NamedTuple):
     rows: np.ndarray
     order: np.ndarray
 
-    def serve(self, start: int, stop: int) -> Tensor:
-        """A new tensor: the buffer's memory is used again. On one core, since training has use for the others."""
-        return from_disk(in_words(self.rows).take(self.order[start:stop], axis=0).view(self.rows.dtype))
+    def serve(self, start: int, out: Tensor, all_cores: bool) -> None:
+        """Fill `out` with the rows from `start` on: the buffer's memory is used again.
+
+        On one core where training has use for the others.
+        """
+        chosen, source = self.order[start : start + len(out)], in_words(self.rows)
+        target = in_words(to_disk(out))
+        if all_cores:
+            torch.index_select(torch.from_numpy(source), 0, torch.from_numpy(chosen), out=torch.from_numpy(target))
+        else:
+            source.take(chosen, axis=0, out=target, mode="clip")
 
 
 def shuffled_batches(
     store: Store, hook: str, batch: int, *,
-    seed: int, memory: int = 2 << 30, start: Cursor = Cursor(), longest: Mapping[str, float] | None = None,
-    shards: ShardsOf | None = None,
+    seed: int, buffer_rows: int | float = BUFFER_ROWS, start: Cursor = Cursor(), longest: Mapping[str, float] | None = None,
+    shards: ShardsOf | None = None, device: torch.device | str = "cpu",
 ) -> Iterator[tuple[Tensor, Cursor]]:  # fmt: skip
-    """Endless batches `[batch, d_in]` of kept training rows, as `Shard.rows` gives them, each with the cursor after it.
+    """Endless batches `[batch, d_in]` of kept training rows on `device`, as `Shard.rows` gives them, each with the cursor after it.
 
     Rows whose norm is above `longest` at one of the hooks that it names are left out as those are that are not kept: hooks of
     which each leaves out its own part company.
     `shards` gives the shards of an epoch (default: all of the store's, each time) and may wait until they are there;
     it is called in another thread, while the epoch before is still being served, and its errors are raised here.
-    `memory` bounds the bytes held: one buffer being served and one being read. Raises ValueError
+    Two buffers of at most `buffer_rows` are held: one being served and one being read. Raises ValueError
     when the store has fewer kept rows than a batch, or a block is damaged or not finite.
     """
-    column = activations_path(hook)
-    for rows, cursor in _batches(store, hook, column, batch, seed, memory, start, longest, shards):
-        yield decode(rows), cursor
+    way = feed(device)
+    for rows, cursor in _batches(store, activations_path(hook), batch, seed, buffer_rows, start, way, longest, shards):
+        yield decode(way.sent(rows)), cursor
 
 
 def shuffled_documents(
-    store: Store, hook: str, batch: int, *, seed: int, memory: int = 2 << 30, start: Cursor = Cursor()
+    store: Store, batch: int, *, seed: int, buffer_rows: int | float = BUFFER_ROWS, start: Cursor = Cursor()
 ) -> Iterator[Tensor]:
     """Of the same batches, the document of each row: int32 `[batch]`."""
-    for rows, _ in _batches(store, hook, "doc_id", batch, seed, memory, start):
+    for rows, _ in _batches(store, "doc_id", batch, seed, buffer_rows, start, ToHost()):
         yield rows
 
 
+def quality(store: Store, batch: int, buffer_rows: int | float) -> float:
+    """The documents that a batch is expected to have rows of, over those of a batch from a perfect shuffle; at most 1.
+
+    A batch of B rows touches 1 + B/M buffers of M of the N rows. A document of b blocks has Binomial(b, M'/N) of them there,
+    M' = M + B, and gives the batch no row of a block of 32 with probability (1 - B/M')^32. From the documents of a few shards,
+    spread over all.
+    """
+    shards = store.of_split("train")
+    some = [shards[i] for i in np.unique(np.linspace(0, len(shards) - 1, _TASTED).round().astype(int))]
+    lengths = np.unique(np.concatenate([shard.column("doc_id") for shard in some]), return_counts=True)[1]
+    total, size = store.rows("train"), shards[0].block_rows
+    touched = min(total / math.ceil(total / buffer_rows) + batch, total)
+    missed = 1 - touched / total * (1 - (1 - batch / touched) ** size)
+    here = 1 - missed ** np.maximum(lengths / size, 1)
+    perfect = 1 - (1 - batch / total) ** lengths
+    return min(1.0, float(here.sum() / perfect.sum()))
+
+
 def _batches(
-    store: Store, hook: str, column: str, batch: int, seed: int, memory: int, start: Cursor,
+    store: Store, column: str, batch: int, seed: int, buffer_rows: int | float, start: Cursor, way: ToHost | ToGPU,
     longest: Mapping[str, float] | None = None, shards: ShardsOf | None = None,
 ) -> Iterator[tuple[Tensor, Cursor]]:  # fmt: skip
     kept = store.rows("train", kept=True)
     if kept < batch:
         raise ValueError(f"{store.folder} has {kept} training rows, fewer than a batch of {batch}: harvest more tokens")
-    budget = memory / row_bytes(store.manifest["dtype"], store.d_in(hook))
     always = store.of_split("train")
-    left: list[Tensor] = []
-    for buffer in _prefetched(_buffers(shards or (lambda epoch: always), column, seed, budget, start, longest or {})):
+    filled, out = 0, torch.empty(0)
+    for buffer in prefetched(
+        _buffers(shards or (lambda epoch: always), column, seed, buffer_rows, start, longest or {})
+    ):
         position = start.row if buffer[:2] == start[:2] else 0
-        while (missing := batch - sum(map(len, left))) <= len(buffer.order) - position:
-            parts = [*left, buffer.serve(position, position + missing)]
-            left, position = [], position + missing
-            yield torch.cat(parts) if len(parts) > 1 else parts[0], Cursor(buffer.epoch, buffer.number, position)
-        left.append(buffer.serve(position, len(buffer.order)))
+        while True:
+            if not filled:
+                like = from_disk(buffer.rows)
+                out = way.room((batch, *like.shape[1:]), like.dtype)
+            more = min(batch - filled, len(buffer.order) - position)
+            buffer.serve(position, out[filled : filled + more], way.pinned)
+            filled, position = filled + more, position + more
+            if filled < batch:
+                break
+            filled = 0
+            yield out, Cursor(buffer.epoch, buffer.number, position)
 
 
 def _buffers(
-    shards_of: ShardsOf, column: str, seed: int, budget: float, start: Cursor, longest: Mapping[str, float]
+    shards_of: ShardsOf, column: str, seed: int, buffer_rows: int | float, start: Cursor, longest: Mapping[str, float]
 ) -> Iterator[_Buffer]:
-    """From the buffer that `start` names on. `budget` is the rows of two of them; their memory is used in turn."""
+    """From the buffer that `start` names on; the memory of two of them is used in turn."""
     epoch, index = start.epoch, start.buffer
     spare = last = np.empty(0)
     with ThreadPoolExecutor(_READERS) as pool:
         while True:
             shards = shards_of(epoch)
             size = shards[0].block_rows
-            blocks = [(shard, first) for shard in shards for first in range(0, shard.n_rows, size)]
-            n_buffers = min(math.ceil(2 * sum(shard.n_rows for shard in shards) / budget), len(blocks))
-            most = -(-len(blocks) // n_buffers) * size
-            order = np.random.default_rng([seed, epoch]).permutation(len(blocks))
+            ends = np.cumsum([-(-shard.n_rows // size) for shard in shards])  # of each shard's blocks among all
+            n_blocks = int(ends[-1])
+            n_buffers = min(math.ceil(sum(shard.n_rows for shard in shards) / buffer_rows), n_blocks)
+            most = -(-n_blocks // n_buffers) * size
+            order = np.random.default_rng([seed, epoch]).permutation(n_blocks)
             for chosen in np.array_split(order, n_buffers)[index:]:
                 rng = np.random.default_rng([seed, epoch, index, 1])
                 if len(spare) < most:
                     spare = shards[0].empty(column, most)
                 # Reads go forward through the files; the permutation undoes their order.
-                kept = _fill(pool, _pieces([blocks[i] for i in np.sort(chosen)]), column, spare, longest)
+                kept = _fill(pool, _pieces(shards, ends, np.sort(chosen)), column, spare, longest)
                 served = np.empty_like(kept)
                 served[rng.permutation(len(kept))] = kept
                 yield _Buffer(epoch, index, spare, served)
@@ -133,16 +167,18 @@ class _Piece(NamedTuple):
     stop: int
 
 
-def _pieces(blocks: Sequence[tuple[Shard, int]]) -> list[_Piece]:
+def _pieces(shards: Sequence[Shard], ends: np.ndarray, chosen: np.ndarray) -> list[_Piece]:
+    """Of ascending numbers of blocks among those of all shards, which end at `ends`."""
     found: list[_Piece] = []
     start = 0
-    for shard, group in groupby(blocks, key=itemgetter(0)):
-        while some := [first for _, first in islice(group, _PIECE)]:
-            ranges: list[tuple[int, int]] = []
-            for first in some:
-                end = min(first + shard.block_rows, shard.n_rows)
-                touches = bool(ranges) and ranges[-1][1] == first
-                ranges[-1:] = [(ranges[-1][0], end)] if touches else [*ranges[-1:], (first, end)]
+    of_shard = np.searchsorted(ends, chosen, side="right")
+    for index in np.unique(of_shard):
+        shard, before = shards[index], ends[index - 1] if index else 0
+        mine = chosen[of_shard == index] - before
+        for part in np.split(mine, range(_PIECE, len(mine), _PIECE)):
+            runs = np.split(part, np.flatnonzero(np.diff(part) > 1) + 1)  # those that touch
+            size = shard.block_rows
+            ranges = [(int(run[0]) * size, min((int(run[-1]) + 1) * size, shard.n_rows)) for run in runs]
             stop = start + sum(end - first for first, end in ranges)
             found.append(_Piece(shard, ranges, start, stop))
             start = stop
@@ -179,13 +215,3 @@ def _refuse(piece: _Piece, column: str, rows: Tensor, keep: np.ndarray) -> None:
         row = int(np.concatenate([np.arange(*ends) for ends in piece.ranges])[bad[0]])
         hook = column.removeprefix(activations_path(""))
         raise ValueError(f"row {row} of {piece.shard.path} at {hook} is not finite; harvest again with a wider --dtype")
-
-
-def _prefetched(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items; the next one is made in a thread while the last one is used."""
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(next, items)
-        while True:
-            item = future.result()
-            future = pool.submit(next, items)
-            yield item

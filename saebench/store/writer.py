@@ -1,6 +1,7 @@
 """Write a store shard by shard; what is finished survives whatever happens next."""
 
 import io
+import math
 import os
 import re
 import shutil
@@ -115,19 +116,26 @@ class ShardWriter:
             dataset = self.file.create_dataset(activations_path(hook), shape, ON_DISK[dtype], track_times=False)
             dataset.attrs["dtype"] = dtype
 
-    def write(self, provenance: dict[str, np.ndarray], activations: dict[str, Tensor]) -> None:
+    def write(
+        self,
+        provenance: dict[str, np.ndarray],
+        activations: dict[str, Tensor],
+        moments: dict[str, Moments] | None = None,
+    ) -> None:
         """Append rows: every column of `PROVENANCE` `[n]`, and per hook a CPU tensor that `coding.encode` made `[n, width]`.
 
-        Raises ValueError naming the first kept row that is not finite.
+        `moments` are those of the kept rows, where they are known. Raises ValueError naming the first kept row that is not finite.
         """
         start, stop = self.filled, self.filled + len(provenance["tokens"])
         keep = torch.from_numpy(provenance["keep"])
         for hook, rows in activations.items():
             assert rows.dtype == getattr(torch, self.dtype)
-            kept = rows[keep]
-            if not coding.all_finite(kept):
+            found = None if moments is None else moments[hook]
+            kept = rows[keep] if found is None else rows
+            if not (coding.all_finite(kept) if found is None else math.isfinite(found.total_squared_norm)):
                 self._refuse(hook, rows, keep)
-            self.moments[hook] = self.moments[hook].plus(Moments.of(coding.decode(kept).float().numpy()))
+            found = found or Moments.of(coding.decode(kept).float().numpy())
+            self.moments[hook] = self.moments[hook].plus(found)
             self.file[activations_path(hook)][start:stop] = coding.to_disk(rows)
         for name in PROVENANCE:
             self.file[name][start:stop] = provenance[name]

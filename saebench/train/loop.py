@@ -19,6 +19,7 @@ from saebench.models import choose_device, model_path
 from saebench.runlog import MetricsLog, interruptible, progress, provenance
 from saebench.sae import fold, read_config, save_sae
 from saebench.store import Cursor, Store, open_store, shuffled_batches
+from saebench.store.coding import row_bytes
 from saebench.store.norms import moments_within, rows_beyond
 from saebench.store.schema import MANIFEST, MASSIVE
 from saebench.store.shuffle import ShardsOf
@@ -233,11 +234,19 @@ def _batches(
 ) -> Iterator[tuple[Tensor, Cursor]]:  # fmt: skip
     start = cursors.get(hook, Cursor())
     memory = int(config.memory_gb * 2**30 / len(multiples))
+    buffer_rows = memory / row_bytes(store.manifest["dtype"], store.d_in(hook)) / 2
     # In a rolling run a row is left out at every hook if at one, so that no hook gets ahead of the others' windows.
     apart = multiples if window else {hook: multiples[hook]}
     longest = {name: _longest(store, name, multiple) for name, multiple in apart.items() if multiple is not None}
     return shuffled_batches(
-        store, hook, config.batch, seed=config.seed[0], memory=memory, start=start, longest=longest, shards=shards
+        store,
+        hook,
+        config.batch,
+        seed=config.seed[0],
+        buffer_rows=buffer_rows,
+        start=start,
+        longest=longest,
+        shards=shards,
     )
 
 
