@@ -8,7 +8,7 @@ F latents, N entries of the code.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -19,6 +19,15 @@ from saebench.sae.sparse import BLOCK_VALUES, Code, DenseCode, Encoder
 from saebench.train.objectives import AUX_WEIGHT, Context, Loss, bandwidth, prefixes
 
 _SPARSE_AUX = 4  # AuxK takes sparse products when there are this many dead latents to one of k_aux
+
+
+class Kin(NamedTuple):
+    """What TopK and its kin differ in."""
+
+    of_rows: bool = False
+    """k latents are active in each row, not k on average over a batch"""
+    nested: bool = False
+    """the error is that of Matryoshka's nested SAEs"""
 
 
 @dataclass
@@ -68,9 +77,13 @@ class Gradients:
         )
 
 
+Penalised = Callable[[Any, Tensor, Context, Gradients, bool], None]
+"""Adds to the gradients those of a block of rows; the last of its arguments is `dense` of `exact_gradients`."""
+
+
 @torch.no_grad()
 def exact_gradients(
-    architecture: str,
+    rule: Penalised | Kin,
     sae: Any,
     x_BD: Float[Tensor, "B D"],
     context: Context,
@@ -79,26 +92,26 @@ def exact_gradients(
     guess: float = 0.0,
     bf16: bool = False,
 ) -> Gradients:
-    """Gradients of `OBJECTIVES[architecture]` and what a step observes.
+    """Gradients of an architecture's objective, by the rule in its recipe, and what a step observes.
 
     `dense` takes all latents of a row as active, for ReLU, Gated and JumpReLU early in training; the
     result is the same. `guess` is what BatchTopK's least activation may be expected to exceed. `bf16`
     rounds what the encoder multiplies to bfloat16 (sums in float32), and nothing else.
     """
     gradients = Gradients(len(x_BD), (x_BD - x_BD.mean(0)).norm().square() / len(x_BD), bf16)
-    if architecture in _KIN:
-        _topk_kin(architecture, sae, x_BD, context, gradients, guess)
+    if isinstance(rule, Kin):
+        _topk_kin(rule, sae, x_BD, context, gradients, guess)
         return gradients
     n_rows = max(1, BLOCK_VALUES // 4 // sae.d_sae) if dense else len(x_BD)
     for rows_RD in x_BD.split(n_rows):
-        _PENALISED[architecture](sae, rows_RD, context, gradients, dense)
+        rule(sae, rows_RD, context, gradients, dense)
     return gradients
 
 
 # ------------------------------------------------------------- with a penalty: any number is active
 
 
-def _relu(sae: ReLUSAE, x_RD: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
+def add_relu(sae: ReLUSAE, x_RD: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
     z_RD = x_RD - sae.b_dec
     code, h = _positive(Encoder(z_RD, sae.W_enc, sae.b_enc, gradients.bf16), dense)
     acts = torch.relu(h)
@@ -114,7 +127,7 @@ def _relu(sae: ReLUSAE, x_RD: Tensor, context: Context, gradients: Gradients, de
     _observe(gradients, code, acts > 0, sparsity, error_RD, context.coefficient * sparsity)
 
 
-def _gated(sae: GatedSAE, x_RD: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
+def add_gated(sae: GatedSAE, x_RD: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
     z_RD = x_RD - sae.b_dec
     code, gate = _positive(Encoder(z_RD, sae.W_enc, sae.b_gate, gradients.bf16), dense)
     h, scale_F = gate - code.at(sae.b_gate), sae.r_mag.exp()
@@ -136,7 +149,7 @@ def _gated(sae: GatedSAE, x_RD: Tensor, context: Context, gradients: Gradients, 
     _observe(gradients, code, acts > 0, sparsity, error_RD, context.coefficient * sparsity + auxiliary)
 
 
-def _jumprelu(sae: JumpReLUSAE, x_RD: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
+def add_jumprelu(sae: JumpReLUSAE, x_RD: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
     epsilon = bandwidth(sae.d_in)
     z_RD, floor_F = x_RD - sae.b_dec, sae.threshold - epsilon / 2  # entries below θ are needed to learn it
     code, above = _positive(Encoder(z_RD, sae.W_enc, sae.b_enc - floor_F, gradients.bf16), dense)
@@ -151,9 +164,6 @@ def _jumprelu(sae: JumpReLUSAE, x_RD: Tensor, context: Context, gradients: Gradi
     gradients.add("b_enc", _encoder(sae, code, dacts * active, z_RD, error_RD.sum(0) * weight, gradients))
     sparsity = active.sum() / gradients.n_rows
     _observe(gradients, code, active, sparsity, error_RD, context.coefficient * sparsity)
-
-
-_PENALISED: dict[str, Callable[..., None]] = {"relu": _relu, "gated": _gated, "jumprelu": _jumprelu}
 
 
 def _positive(encoder: Encoder, dense: bool) -> tuple[Code, Tensor]:
@@ -181,19 +191,14 @@ def _observe(
 # ----------------------------------------------------------------- TopK and its kin: a fixed number
 
 
-_KIN = frozenset({"topk", "batchtopk", "matryoshka"})
-
-
-def _topk_kin(
-    architecture: str, sae: ReLUSAE, x_BD: Tensor, context: Context, gradients: Gradients, guess: float
-) -> None:
+def _topk_kin(kin: Kin, sae: ReLUSAE, x_BD: Tensor, context: Context, gradients: Gradients, guess: float) -> None:
     """The nested SAEs of Matryoshka are further rows of the code; TopK and BatchTopK have one per row."""
     assert context.k is not None
-    sizes = prefixes(sae.d_sae) if architecture == "matryoshka" else [sae.d_sae]
+    sizes = prefixes(sae.d_sae) if kin.nested else [sae.d_sae]
     n_rows, n_nested = len(x_BD), len(sizes)
     z_BD = x_BD - sae.b_dec
     encoder = Encoder(z_BD, sae.W_enc, sae.b_enc, gradients.bf16)
-    code, h_N = encoder.topk(context.k) if architecture == "topk" else encoder.batch_topk(context.k, guess)
+    code, h_N = encoder.topk(context.k) if kin.of_rows else encoder.batch_topk(context.k, guess)
     acts_N = torch.relu(h_N)
     weight = 2 / (n_rows * n_nested * gradients.variance)  # dLoss/dx̂ is this times the error
     if n_nested == 1:
