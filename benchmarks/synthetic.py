@@ -22,17 +22,8 @@ from saebench.evaluate.recovery import recovery_of_oracle, recovery_of_sae
 from saebench.evaluate.synthetic import SIZES, Synthetic
 from saebench.sae import SAE, fold, initialise, new_sae
 from saebench.train import Member, Spec
+from saebench.train.recipes import RECIPES
 from saebench.train.schedules import default_learning_rate
-
-SPARSITY = {
-    "relu": "target_l0",
-    "gated": "target_l0",
-    "jumprelu": "target_l0",
-    "topk": "k",
-    "batchtopk": "k",
-    "matryoshka": "k",
-}
-"""Which argument of `Spec` sets an architecture's L0."""
 
 DEFAULTS = {
     "mini": {"width": 512, "samples": 5_000_000, "l0": 6, "eval_samples": 100_000},
@@ -56,7 +47,7 @@ SCALE_ROWS, EVAL_SEED = 65_536, 1_000_003
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(SIZES), default="mini")
-    parser.add_argument("--arch", nargs="*", choices=sorted(SPARSITY), default=["relu", "topk", "gated"])
+    parser.add_argument("--arch", nargs="*", choices=sorted(RECIPES), default=["relu", "topk", "gated"])
     parser.add_argument("--l0", type=int, help="latents per row to aim at (default: 6 for mini, 25 for 16k)")
     parser.add_argument("--width", type=int, help="latents (default: 512 for mini, 4096 for 16k)")
     parser.add_argument("--samples", type=int, help="training rows (default: 5M for mini, 200M for 16k)")
@@ -75,7 +66,7 @@ def arguments() -> argparse.Namespace:
 
 
 def spec(arch: str, args: argparse.Namespace) -> Spec:
-    sparsity: dict[str, Any] = {SPARSITY[arch]: args.l0}
+    sparsity: dict[str, Any] = {"k" if RECIPES[arch].takes_k else "target_l0": args.l0}
     return Spec(name=arch, architecture=arch, d_sae=args.width, lr=args.lr, seed=args.seed, **sparsity)
 
 

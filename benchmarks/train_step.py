@@ -26,8 +26,8 @@ import torch
 
 from saebench.sae import GatedSAE, JumpReLUSAE, ReLUSAE
 from saebench.train import Member, Spec
-from saebench.train.member import RECIPES
-from saebench.train.objectives import OBJECTIVES, Context
+from saebench.train.objectives import Context
+from saebench.train.recipes import RECIPES
 
 PEERS = Path(__file__).with_name("peers.py")
 
@@ -75,7 +75,7 @@ def new_member(arch: str, x_BD: torch.Tensor, args: argparse.Namespace) -> Membe
 def reference_step(member: Member, x_BD: torch.Tensor) -> None:
     """The same step by dense autograd."""
     context = Context(torch.ones((), device=x_BD.device), torch.empty(0, dtype=torch.int64), member.spec.k)
-    OBJECTIVES[member.spec.architecture](member.sae, x_BD, context).total.backward()
+    member.recipe.objective(member.sae, x_BD, context).total.backward()
     torch.nn.utils.clip_grad_norm_(member.parameters.values(), 1.0)
     member.optimizer.step()
     member.optimizer.zero_grad()

@@ -29,7 +29,8 @@ from saebench.store.schema import MANIFEST
 from saebench.text import Document, TextConfig, fingerprint, open_documents
 from saebench.train import TrainConfig, train
 from saebench.train.member import Member
-from saebench.train.settings import Architecture, grid
+from saebench.train.recipes import Architecture
+from saebench.train.settings import grid
 
 log = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from saebench.store import Store
 from saebench.store.schema import StoreDtype
 from saebench.text import TextConfig
 from saebench.train.gradients import exact_gradients
-from saebench.train.member import RECIPES
 from saebench.train.objectives import Context, bandwidth
+from saebench.train.recipes import RECIPES
 
 SHAPES = ((64, 512, 8, 128), (768, 24_576, 32, 2048))  # d_in, d_sae, k, rows
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
@@ -80,13 +80,14 @@ def check_steps(d_in: int, d_sae: int, k: int, rows: int) -> bool:
     x = torch.randn(rows, d_in, generator=generator)
     torch.backends.cuda.matmul.allow_tf32 = False
     for architecture, recipe in RECIPES.items():
-        sae = new_sae(recipe.saved_as, d_in, d_sae, k=k)
-        initialise(sae, torch.zeros(d_in), generator, rows=architecture)
+        sae = new_sae(recipe.sae.architecture, d_in, d_sae, k=k)
+        initialise(sae, torch.zeros(d_in), generator, recipe.gains)
         if architecture == "jumprelu":
             sae.get_parameter("threshold").data.fill_(bandwidth(d_in))
         dead = torch.arange(0, d_sae, 50) if recipe.takes_k else torch.empty(0, dtype=torch.int64)
-        expected = exact_gradients(architecture, sae, x, Context(torch.tensor(0.3), dead, k))
-        found = exact_gradients(architecture, sae.cuda(), x.cuda(), Context(torch.tensor(0.3).cuda(), dead.cuda(), k))
+        expected = exact_gradients(recipe.gradients, sae, x, Context(torch.tensor(0.3), dead, k))
+        context = Context(torch.tensor(0.3).cuda(), dead.cuda(), k)
+        found = exact_gradients(recipe.gradients, sae.cuda(), x.cuda(), context)
         for name, value in expected.of.items():
             difference = (found.of[name].cpu() - value).norm().item() / max(value.norm().item(), 1e-30)
             ok = difference <= 1e-2

@@ -31,6 +31,7 @@ from saebench.steer.run import Bench, SteerConfig, open_bench, rank, steer, swee
 from saebench.steer.scores import ScoreConfig, read_scores, score, scores_path
 from saebench.store import Store
 from saebench.text import encoder_of
+from saebench.train.recipes import RECIPES
 from saebench.view import charts
 
 LATENTS, PLANTED = 24, 7
@@ -56,7 +57,7 @@ def folder(store: Store, token: int, tmp_path_factory: pytest.TempPathFactory, c
     covariance = torch.cov(x_RD.T) + 1e-3 * torch.eye(WIDTH)
     direction = torch.linalg.solve(covariance, x_RD[there].mean(0) - x_RD[~there].mean(0))
     sae = new_sae("relu", WIDTH, LATENTS)
-    initialise(sae, x_RD.mean(0), torch.Generator().manual_seed(2))
+    initialise(sae, x_RD.mean(0), torch.Generator().manual_seed(2), RECIPES["relu"].gains)
     with torch.no_grad():
         sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
         sae.W_enc[:, PLANTED] = direction

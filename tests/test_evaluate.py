@@ -27,6 +27,7 @@ from saebench.models import load_model
 from saebench.sae import SAE, GatedSAE, ReLUSAE, initialise, new_sae, save_sae
 from saebench.store import Store, open_store
 from saebench.train import TrainConfig, train
+from saebench.train.recipes import RECIPES
 
 
 def save(sae: SAE, run: Path, name: str, store: Store) -> Path:
@@ -290,7 +291,7 @@ def test_long_contexts_go_in_smaller_batches(store: Store, monkeypatch: pytest.M
 def test_latents_watched_alone_are_found_silent_like_all_together(store: Store, architecture: str) -> None:
     generator = torch.Generator().manual_seed(0)
     sae = new_sae(architecture, WIDTH, 64, k=3)
-    initialise(sae, torch.tensor(store.statistics(HOOK)["mean"]), generator)
+    initialise(sae, torch.tensor(store.statistics(HOOK)["mean"]), generator, RECIPES[architecture].gains)
     rows = torch.cat(list(store.kept_rows(HOOK, "train", 10**9, 1000)))
     rare = torch.zeros(64)
     with torch.no_grad():  # latents that hardly ever win, from never to now and then

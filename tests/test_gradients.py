@@ -12,8 +12,8 @@ from saebench.sae import JumpReLUSAE, new_sae, topk_relu
 from saebench.sae.sparse import BLOCK_VALUES, Encoder, SparseCode, rowwise_topk
 from saebench.train import Member, Spec
 from saebench.train.gradients import exact_gradients
-from saebench.train.member import RECIPES
-from saebench.train.objectives import AUX_WEIGHT, OBJECTIVES, Context, bandwidth, prefixes
+from saebench.train.objectives import AUX_WEIGHT, Context, bandwidth, prefixes
+from saebench.train.recipes import RECIPES
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ NOTHING_DEAD = torch.empty(0, dtype=torch.int64)
 
 
 def random_sae(architecture: str, d_in: int, d_sae: int, k: int, seed: int, dtype: torch.dtype = torch.float64) -> Any:
-    sae = new_sae(RECIPES[architecture].saved_as, d_in, d_sae, k=k).to(dtype)
+    sae = new_sae(RECIPES[architecture].sae.architecture, d_in, d_sae, k=k).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in sae.parameters():
@@ -41,7 +41,7 @@ def random_sae(architecture: str, d_in: int, d_sae: int, k: int, seed: int, dtyp
 
 def by_autograd(architecture: str, sae: Any, x: torch.Tensor, context: Context) -> tuple[Any, dict[str, torch.Tensor]]:
     sae.zero_grad()
-    loss = OBJECTIVES[architecture](sae, x, context)
+    loss = RECIPES[architecture].objective(sae, x, context)
     loss.total.backward()
     gradients = {name: value.grad.clone() for name, value in sae.named_parameters() if value.grad is not None}
     return loss, gradients | {"W_enc": gradients["W_enc"].T}
@@ -51,7 +51,7 @@ def assert_equal_gradients(
     architecture: str, sae: Any, x: torch.Tensor, context: Context, tolerance: float, **how: Any
 ):
     loss, want = by_autograd(architecture, sae, x, context)
-    have = exact_gradients(architecture, sae, x, context, **how)
+    have = exact_gradients(RECIPES[architecture].gradients, sae, x, context, **how)
     assert have.of.keys() == want.keys()
     for name, value in want.items():
         scale = value.abs().max().item() or 1.0
@@ -133,7 +133,7 @@ def test_latents_that_never_fire_and_no_active_latent_at_all(architecture: str) 
     with torch.no_grad():
         getattr(sae, bias)[2] = -1e3
     assert_equal_gradients(architecture, sae, x, context, 1e-6)
-    assert exact_gradients(architecture, sae, x, context).of["W_dec"][2].abs().max() == 0
+    assert exact_gradients(RECIPES[architecture].gradients, sae, x, context).of["W_dec"][2].abs().max() == 0
     with torch.no_grad():
         getattr(sae, bias).fill_(-1e3)
     assert_equal_gradients(architecture, sae, x, context, 1e-6)
@@ -145,7 +145,7 @@ def test_ties_choose_k_and_train_only_what_was_chosen() -> None:
         sae.W_enc[:] = sae.W_enc[:, :1]  # all latents alike
         sae.b_enc[:] = 5.0
     x = torch.randn(8, 4, dtype=torch.float64) / 10
-    gradients = exact_gradients("topk", sae, x, Context(torch.tensor(0.0), NOTHING_DEAD, 2))
+    gradients = exact_gradients(RECIPES["topk"].gradients, sae, x, Context(torch.tensor(0.0), NOTHING_DEAD, 2))
     assert gradients.fires_F is not None
     assert gradients.fires_F.sum() == 16
     assert ((gradients.of["W_dec"].abs().sum(1) > 0) == (gradients.fires_F > 0)).all()
@@ -186,10 +186,10 @@ def reference_step(member: Member, x: torch.Tensor, step: int) -> None:
 
     exact = module.exact_gradients
 
-    def dense(architecture: str, sae: Any, x: torch.Tensor, context: Context, **how: Any) -> Any:
-        have = exact(architecture, sae, x, context, **how)
+    def dense(rule: Any, sae: Any, x: torch.Tensor, context: Context, **how: Any) -> Any:
+        have = exact(rule, sae, x, context, **how)
         with torch.enable_grad():
-            _, have.of = by_autograd(architecture, sae, x, context)
+            _, have.of = by_autograd(member.spec.architecture, sae, x, context)
         return have
 
     module.exact_gradients = dense
@@ -248,7 +248,7 @@ def test_objectives_equal_their_formulas(architecture: str) -> None:
     x = torch.randn(30, 5, dtype=torch.float64)
     dead = torch.tensor([2, 7, 11])
     context = Context(torch.tensor(0.3, dtype=torch.float64), dead, 3)
-    loss = OBJECTIVES[architecture](sae, x, context)
+    loss = RECIPES[architecture].objective(sae, x, context)
     pre = (x - sae.b_dec) @ sae.W_enc
     if architecture == "gated":
         gate = torch.relu(pre + sae.b_gate)
@@ -279,7 +279,7 @@ def test_auxk_trains_dead_latents_only_and_their_encoder_too() -> None:
     sae = random_sae("topk", 5, 12, 3, 0)
     x = torch.randn(30, 5, dtype=torch.float64)
     dead = torch.tensor([2, 7])
-    OBJECTIVES["topk"](sae, x, Context(torch.tensor(0.0), dead, 3)).auxiliary.backward()
+    RECIPES["topk"].objective(sae, x, Context(torch.tensor(0.0), dead, 3)).auxiliary.backward()
     for gradient in (sae.W_enc.grad.T, sae.W_dec.grad, sae.b_enc.grad[:, None]):
         moved = gradient.abs().sum(1) > 0
         assert moved.nonzero()[:, 0].tolist() == dead.tolist()
@@ -290,7 +290,7 @@ def test_auxk_trains_dead_latents_only_and_their_encoder_too() -> None:
 def test_gated_auxiliary_loss_does_not_reach_the_decoder() -> None:
     sae = random_sae("gated", 5, 12, 3, 0)
     x = torch.randn(30, 5, dtype=torch.float64)
-    OBJECTIVES["gated"](sae, x, Context(torch.tensor(0.0), NOTHING_DEAD)).auxiliary.backward()
+    RECIPES["gated"].objective(sae, x, Context(torch.tensor(0.0), NOTHING_DEAD)).auxiliary.backward()
     assert sae.W_dec.grad is None
     assert sae.b_gate.grad.abs().sum() > 0
     assert sae.r_mag.grad is None or sae.r_mag.grad.abs().sum() == 0
@@ -304,7 +304,7 @@ def test_straight_through_estimates_of_jumprelu() -> None:
         sae.W_enc[:], sae.W_dec[:] = 1.0, 1.0
         sae.threshold[:] = 2.0
     x = torch.tensor([[2.0 - epsilon / 4], [2.0 + epsilon / 4], [3.0]], dtype=torch.float64)
-    loss = OBJECTIVES["jumprelu"](sae, x, Context(torch.tensor(0.5), NOTHING_DEAD))
+    loss = RECIPES["jumprelu"].objective(sae, x, Context(torch.tensor(0.5), NOTHING_DEAD))
     assert loss.sparsity.item() == pytest.approx(2 / 3)
     loss.total.backward()
     # dmse/df is -2x/3 where silent and 0 where x̂ = x; the penalty's is -λ/(3ε) for each of the two rows near θ

@@ -44,6 +44,7 @@ from saebench.steer import open_bench
 from saebench.store import Store, open_store
 from saebench.text import TextConfig
 from saebench.train import TrainConfig, train
+from saebench.train.recipes import RECIPES
 
 LATENTS = 48
 
@@ -52,7 +53,12 @@ LATENTS = 48
 def an_sae(architecture: str, store: Store, seed: int = 0) -> SAE:
     """An SAE whose latents fire on 1% to 20% of the store's rows, but for the last, which is dead."""
     sae = new_sae(architecture, WIDTH, LATENTS, k=6)
-    initialise(sae, torch.tensor(store.statistics(HOOK)["mean"]), torch.Generator().manual_seed(seed))
+    initialise(
+        sae,
+        torch.tensor(store.statistics(HOOK)["mean"]),
+        torch.Generator().manual_seed(seed),
+        RECIPES[architecture].gains,
+    )
     projections = sae.project(store.of_split("train")[0].rows(HOOK))
     shares = torch.linspace(0.01, 0.2, LATENTS)
     bias = -torch.stack([column.quantile(1 - share) for column, share in zip(projections.T, shares, strict=True)])
@@ -147,7 +153,7 @@ def test_a_sparse_code_is_what_the_sae_encodes(architecture: str, store: Store) 
 
 def test_a_sparse_code_obeys_input_normalisation(store: Store) -> None:
     sae = new_sae("relu", WIDTH, LATENTS, normalize="layer_norm")
-    initialise(sae, torch.zeros(WIDTH), torch.Generator().manual_seed(0))
+    initialise(sae, torch.zeros(WIDTH), torch.Generator().manual_seed(0), RECIPES["relu"].gains)
     x_RD = store.of_split("train")[0].rows(HOOK, 0, 50)
     code, values = encode_sparse(sae, x_RD)
     torch.testing.assert_close(

@@ -256,6 +256,13 @@ def test_a_damaged_window_stops_the_training(head: Store, tmp_path: Path) -> Non
         assert len(rolling.shards(1)) == WINDOW
         assert rolling.offered([Cursor(1)]) > head.rows("train", kept=True)
 
+        def draw() -> None:
+            raise ValueError(f"row 3 of {folder_of(head.folder, 1)}/shard-00000.h5 is not finite")
+
+        with pytest.raises(ValueError, match="is not finite$"):
+            rolling.drawn(draw)
+        assert folder_of(head.folder, 1).exists()  # it is what was written: made again it would be the same
+
 
 def test_a_stop_between_the_last_saves_loses_nothing(
     head: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -22,6 +22,7 @@ from saebench.sae import (
     topk_relu,
     update_metadata,
 )
+from saebench.train.recipes import RECIPES
 
 D, F, B = 6, 20, 40
 METADATA = {"model_name": "m", "hook_name": "blocks.0.hook_resid_post", "context_size": 16}
@@ -143,12 +144,15 @@ def test_folding_leaves_a_latent_without_a_direction_alone() -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "row", "column"),
-    [("relu", math.sqrt(2 * D / F), math.sqrt(2 * D / F)), ("topk", 1, 1), ("gated", 1, 2 * D / F)],
-)
+    [
+        ("relu", math.sqrt(2 * D / F), math.sqrt(2 * D / F)), ("jumprelu", math.sqrt(2 * D / F), math.sqrt(2 * D / F)),
+        ("topk", 1, 1), ("batchtopk", 1, 1), ("matryoshka", 1, 1), ("gated", 1, 2 * D / F),
+    ],
+)  # fmt: skip
 def test_initial_weights_are_tied_and_scaled_by_architecture(architecture: str, row: float, column: float) -> None:
-    sae = new_sae(architecture, D, F, k=3)
+    sae = new_sae(RECIPES[architecture].sae.architecture, D, F, k=3)
     mean = torch.arange(D).float()
-    initialise(sae, mean, torch.Generator().manual_seed(0))
+    initialise(sae, mean, torch.Generator().manual_seed(0), RECIPES[architecture].gains)
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.full((F,), float(row)))
     assert torch.allclose(sae.W_enc.norm(dim=0), torch.full((F,), float(column)))
     assert torch.allclose(sae.W_enc.T / column, sae.W_dec / row, atol=1e-6)

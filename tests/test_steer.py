@@ -14,6 +14,7 @@ from saebench.sae import SAE, initialise, latent_encoder, new_sae
 from saebench.steer import Intervention, Sampling, Units, Where, arms_of, generate, mask_of, steered, stream, units_of
 from saebench.steer.generate import _nucleus
 from saebench.text import encoder_of
+from saebench.train.recipes import RECIPES
 
 HOOK = "blocks.1.hook_resid_post"
 PROMPTS = ["the red cat runs under", "def house then return value over a blue dog and"]
@@ -30,7 +31,7 @@ def sae_for(model: LanguageModel, architecture: str = "relu", normalize: Any = "
     sae = new_sae(architecture, model.d_model, 64, k=16 if architecture == "topk" else None, normalize=normalize)
     vectors = residual(model, ids_of(model, PROMPTS[1]))[1:]
     mean_D = torch.zeros(model.d_model) if normalize != "none" else vectors.mean(0)
-    initialise(sae, mean_D, torch.Generator().manual_seed(3))
+    initialise(sae, mean_D, torch.Generator().manual_seed(3), RECIPES[architecture].gains)
     return sae
 
 

@@ -13,6 +13,7 @@ from saebench.sae import new_sae
 from saebench.sae.sparse import gather_sum
 from saebench.train.gradients import exact_gradients
 from saebench.train.objectives import Context
+from saebench.train.recipes import RECIPES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", minversion="3.4")
@@ -128,7 +129,7 @@ def test_a_training_step_on_the_kernels_is_the_step_on_their_twins(monkeypatch: 
         sae.get_parameter("b_enc")[3] = 50.0
     x = torch.randn(400, 10, generator=torch.Generator().manual_seed(2))
     context = Context(torch.tensor(0.0), torch.tensor([1, 5]), 3)
-    expected = exact_gradients("topk", sae, x, context)
+    expected = exact_gradients(RECIPES["topk"].gradients, sae, x, context)
     device_sae, device_x = sae.to(DEVICE), x.to(DEVICE)
     calls = []
 
@@ -138,7 +139,7 @@ def test_a_training_step_on_the_kernels_is_the_step_on_their_twins(monkeypatch: 
     monkeypatch.setattr("saebench.sae.sparse.gather_sum", counted(kernels.gather_sum))
     monkeypatch.setattr("saebench.sae.sparse.gather_dot", counted(kernels.gather_dot))
     context = Context(torch.tensor(0.0, device=DEVICE), torch.tensor([1, 5], device=DEVICE), 3)
-    found = exact_gradients("topk", device_sae, device_x, context)
+    found = exact_gradients(RECIPES["topk"].gradients, device_sae, device_x, context)
     assert len(calls) >= 4
     for name, value in expected.of.items():
         torch.testing.assert_close(found.of[name].cpu(), value, rtol=1e-4, atol=1e-4 * value.abs().max().item())

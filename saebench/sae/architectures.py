@@ -33,6 +33,10 @@ class SAE(nn.Module):
     """
 
     architecture: ClassVar[str]
+    saved_as: ClassVar[str]
+    """its name on disk, which is SAELens'"""
+    takes_k: ClassVar[bool] = False
+    """whether it is made with k, the number of active latents per row"""
 
     def __init__(self, d_in: int, d_sae: int, normalize: Normalize = "none") -> None:
         super().__init__()
@@ -93,7 +97,7 @@ class ReLUSAE(SAE):
     Bricken et al. 2023, "Towards Monosemanticity"; Anthropic, "Circuits Updates" April 2024.
     """
 
-    architecture = "relu"
+    architecture, saved_as = "relu", "standard"
 
     def __init__(self, d_in: int, d_sae: int, normalize: Normalize = "none") -> None:
         super().__init__(d_in, d_sae, normalize)
@@ -121,10 +125,13 @@ class TopKSAE(ReLUSAE):
     Gao et al. 2024, "Scaling and evaluating sparse autoencoders", section 2.3.
     """
 
-    architecture = "topk"
+    architecture = saved_as = "topk"
+    takes_k = True
 
-    def __init__(self, d_in: int, d_sae: int, k: int, normalize: Normalize = "none") -> None:
+    def __init__(self, d_in: int, d_sae: int, k: int | None, normalize: Normalize = "none") -> None:
         super().__init__(d_in, d_sae, normalize)
+        if k is None:
+            raise ValueError("architecture 'topk' needs k, the number of active latents per row")
         if not 0 < k <= d_sae:
             raise ValueError(f"k is {k}; expected 1 to d_sae = {d_sae}")
         self.k = k
@@ -147,7 +154,7 @@ class GatedSAE(SAE):
     section 3.2 (weights of the two paths tied by r_mag).
     """
 
-    architecture = "gated"
+    architecture = saved_as = "gated"
 
     def __init__(self, d_in: int, d_sae: int, normalize: Normalize = "none") -> None:
         super().__init__(d_in, d_sae, normalize)
@@ -179,7 +186,7 @@ class JumpReLUSAE(ReLUSAE):
     Rajamanoharan et al. 2024, "Jumping Ahead", section 3; also the inference form of BatchTopK.
     """
 
-    architecture = "jumprelu"
+    architecture = saved_as = "jumprelu"
 
     def __init__(self, d_in: int, d_sae: int, normalize: Normalize = "none") -> None:
         super().__init__(d_in, d_sae, normalize)
@@ -207,27 +214,23 @@ def new_sae(architecture: str, d_in: int, d_sae: int, *, k: int | None = None, n
     """An SAE with zero weights. Raises ValueError for an unknown architecture or an impossible k."""
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture {architecture!r} is not one of {', '.join(ARCHITECTURES)}")
-    if architecture == "topk":
-        if k is None:
-            raise ValueError("architecture 'topk' needs k, the number of active latents per row")
-        return TopKSAE(d_in, d_sae, k, normalize)
-    return ARCHITECTURES[architecture](d_in, d_sae, normalize=normalize)
+    chosen = ARCHITECTURES[architecture]
+    return chosen(d_in, d_sae, normalize=normalize, **({"k": k} if chosen.takes_k else {}))
 
 
 @torch.no_grad()
-def initialise(sae: SAE, mean_D: Float[Tensor, " D"], generator: torch.Generator, rows: str | None = None) -> None:
+def initialise(
+    sae: SAE, mean_D: Float[Tensor, " D"], generator: torch.Generator, gains: tuple[float, float] = (0.0, 0.0)
+) -> None:
     """Random decoder directions, encoder tied to them, b_dec at the data's mean, biases zero.
 
-    Rows have norm 1 for TopK and its kin (Gao et al. 2024, appendix A.1) and Gated, √(2D/F) for ReLU
-    and JumpReLU, where unit rows of half of all latents would add up to many times the input. `rows`
-    names the architecture that sets them where it is not the SAE's own (BatchTopK is saved as
-    JumpReLU). Inputs are scaled to E‖x‖² = D.
+    Decoder rows and encoder columns have the norms (2D/F)^`gains`: 1 as TopK begins (Gao et al. 2024, appendix A.1),
+    √(2D/F) where half of all latents are active at first, whose unit rows would add up to many times the input.
+    Inputs are scaled to E‖x‖² = D.
     """
     W_dec = torch.randn(sae.d_sae, sae.d_in, generator=generator)
     W_dec /= W_dec.norm(dim=1, keepdim=True)
-    gain = 2 * sae.d_in / sae.d_sae
-    norms = {"relu": (gain**0.5, gain**0.5), "jumprelu": (gain**0.5, gain**0.5), "gated": (1.0, gain)}
-    decoder, encoder = norms.get(rows or sae.architecture, (1.0, 1.0))
+    decoder, encoder = ((2 * sae.d_in / sae.d_sae) ** gain for gain in gains)
     sae.W_dec.copy_(W_dec * decoder)
     sae.W_enc.copy_(W_dec.T * encoder)
     sae.b_dec.copy_(mean_D)

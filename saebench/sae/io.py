@@ -12,14 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from saebench.files import read_json, replacing, write_json
-from saebench.sae.architectures import SAE, GatedSAE, ReLUSAE, new_sae
+from saebench.sae.architectures import ARCHITECTURES, SAE, GatedSAE, ReLUSAE, new_sae
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
 SAELENS_VERSION = "6.0.0"  # the version of the layout, which SAELens reads to choose its loader
 
-_TO_SAELENS = {"relu": "standard", "topk": "topk", "gated": "gated", "jumprelu": "jumprelu"}
-_FROM_SAELENS = {theirs: ours for ours, theirs in _TO_SAELENS.items()}
+_FROM_SAELENS = {sae.saved_as: name for name, sae in ARCHITECTURES.items()}
 
 
 @torch.no_grad()
@@ -41,7 +40,7 @@ def save_sae(sae: SAE, folder: Path, metadata: dict[str, Any]) -> None:
     with replacing(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary)
     config = {
-        "architecture": _TO_SAELENS[sae.architecture],
+        "architecture": sae.saved_as,
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "dtype": str(sae.W_enc.dtype).removeprefix("torch."),
@@ -95,8 +94,8 @@ def load_sae(folder: Path | str, *, device: str = "cpu") -> SAE:
     normalize = config.get("normalize_activations", "none")
     if normalize not in ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm"):
         raise ValueError(f"{folder} normalises its inputs by {normalize!r}, which is not known here")
-    if architecture == "topk" and "k" not in config:
-        raise ValueError(f"{folder / CONFIG} has no k; a topk SAE cannot be used without it")
+    if ARCHITECTURES[architecture].takes_k and "k" not in config:
+        raise ValueError(f"{folder / CONFIG} has no k; a {architecture} SAE cannot be used without it")
     # SAELens does not apply `expected_average_only_in` at inference: it is folded at save.
     normalize = "none" if normalize == "expected_average_only_in" else normalize
     sae = new_sae(architecture, config["d_in"], config["d_sae"], k=config.get("k"), normalize=normalize)

@@ -8,7 +8,7 @@ F latents, N entries of the code.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +23,15 @@ _DENSE_SHARE = {
     "cuda": 0.5,
 }  # of a block's rows where all latents are taken: about ten such arrays are held at once
 _SPARSE_AUX = 4  # AuxK takes sparse products when there are this many dead latents to one of k_aux
+
+
+class Kin(NamedTuple):
+    """What TopK and its kin differ in."""
+
+    of_rows: bool = False
+    """k latents are active in each row, not k on average over a batch"""
+    nested: bool = False
+    """the error is that of Matryoshka's nested SAEs"""
 
 
 @dataclass
@@ -76,9 +85,13 @@ class Gradients:
         )
 
 
+Penalised = Callable[[Any, Tensor, Context, Gradients, bool], None]
+"""Adds to the gradients those of a block of rows; the last of its arguments is `dense` of `exact_gradients`."""
+
+
 @torch.no_grad()
 def exact_gradients(
-    architecture: str,
+    rule: Penalised | Kin,
     sae: Any,
     x_BD: Float[Tensor, "B D"],
     context: Context,
@@ -88,7 +101,7 @@ def exact_gradients(
     bf16: bool = False,
     most: int | None = None,
 ) -> Gradients:
-    """Gradients of `OBJECTIVES[architecture]` and what a step observes.
+    """Gradients of an architecture's objective, by the rule in its recipe, and what a step observes.
 
     `dense` takes all latents of a row as active, for ReLU, Gated and JumpReLU early in training; the
     result is the same. `guess` is what BatchTopK's least activation may be expected to exceed. `bf16`
@@ -96,11 +109,11 @@ def exact_gradients(
     active pairs of a block of rows, no such search waits for a GPU; `fullest` says whether it was enough.
     """
     gradients = Gradients(len(x_BD), (x_BD - x_BD.mean(0)).norm().square() / len(x_BD), bf16, most)
-    if architecture in _KIN:
-        _topk_kin(architecture, sae, x_BD, context, gradients, guess)
+    if isinstance(rule, Kin):
+        _topk_kin(rule, sae, x_BD, context, gradients, guess)
         return gradients
     for rows_RD in x_BD.split(rows_at_once(sae.d_sae, len(x_BD), x_BD.device, dense)):
-        _PENALISED[architecture](sae, rows_RD, context, gradients, dense)
+        rule(sae, rows_RD, context, gradients, dense)
     return gradients
 
 
@@ -114,7 +127,7 @@ def rows_at_once(d_sae: int, n_rows: int, device: torch.device, dense: bool) -> 
 # ------------------------------------------------------------- with a penalty: any number is active
 
 
-def _relu(sae: ReLUSAE, x_RD: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
+def add_relu(sae: ReLUSAE, x_RD: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
     z_RD = x_RD - sae.b_dec
     code, h = _positive(Encoder(z_RD, sae.W_enc, sae.b_enc, gradients.bf16), dense, gradients)
     acts = torch.relu(h)
@@ -130,7 +143,7 @@ def _relu(sae: ReLUSAE, x_RD: Tensor, context: Context, gradients: Gradients, de
     _observe(gradients, code, acts > 0, sparsity, error_RD, context.coefficient * sparsity)
 
 
-def _gated(sae: GatedSAE, x_RD: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
+def add_gated(sae: GatedSAE, x_RD: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
     z_RD = x_RD - sae.b_dec
     code, gate = _positive(Encoder(z_RD, sae.W_enc, sae.b_gate, gradients.bf16), dense, gradients)
     h, scale_F = gate - code.at(sae.b_gate), sae.r_mag.exp()
@@ -152,7 +165,7 @@ def _gated(sae: GatedSAE, x_RD: Tensor, context: Context, gradients: Gradients, 
     _observe(gradients, code, acts > 0, sparsity, error_RD, context.coefficient * sparsity + auxiliary)
 
 
-def _jumprelu(sae: JumpReLUSAE, x_RD: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
+def add_jumprelu(sae: JumpReLUSAE, x_RD: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
     epsilon = bandwidth(sae.d_in)
     z_RD, floor_F = x_RD - sae.b_dec, sae.threshold - epsilon / 2  # entries below θ are needed to learn it
     code, above = _positive(Encoder(z_RD, sae.W_enc, sae.b_enc - floor_F, gradients.bf16), dense, gradients)
@@ -167,9 +180,6 @@ def _jumprelu(sae: JumpReLUSAE, x_RD: Tensor, context: Context, gradients: Gradi
     gradients.add("b_enc", _encoder(sae, code, dacts * active, z_RD, error_RD.sum(0) * weight, gradients))
     sparsity = active.sum() / gradients.n_rows
     _observe(gradients, code, active, sparsity, error_RD, context.coefficient * sparsity)
-
-
-_PENALISED: dict[str, Callable[..., None]] = {"relu": _relu, "gated": _gated, "jumprelu": _jumprelu}
 
 
 def _positive(encoder: Encoder, dense: bool, gradients: Gradients) -> tuple[Code, Tensor]:
@@ -202,19 +212,14 @@ def _observe(
 # ----------------------------------------------------------------- TopK and its kin: a fixed number
 
 
-_KIN = frozenset({"topk", "batchtopk", "matryoshka"})
-
-
-def _topk_kin(
-    architecture: str, sae: ReLUSAE, x_BD: Tensor, context: Context, gradients: Gradients, guess: float
-) -> None:
+def _topk_kin(kin: Kin, sae: ReLUSAE, x_BD: Tensor, context: Context, gradients: Gradients, guess: float) -> None:
     """The nested SAEs of Matryoshka are further rows of the code; TopK and BatchTopK have one per row."""
     assert context.k is not None
-    sizes = prefixes(sae.d_sae) if architecture == "matryoshka" else [sae.d_sae]
+    sizes = prefixes(sae.d_sae) if kin.nested else [sae.d_sae]
     n_rows, n_nested = len(x_BD), len(sizes)
     z_BD = x_BD - sae.b_dec
     encoder = Encoder(z_BD, sae.W_enc, sae.b_enc, gradients.bf16)
-    code, h_N = encoder.topk(context.k) if architecture == "topk" else encoder.batch_topk(context.k, guess)
+    code, h_N = encoder.topk(context.k) if kin.of_rows else encoder.batch_topk(context.k, guess)
     acts_N = torch.relu(h_N)
     weight = 2 / (n_rows * n_nested * gradients.variance)  # dLoss/dx̂ is this times the error
     if n_nested == 1:

@@ -1,7 +1,7 @@
 """One SAE of a grid: its weights, its optimizer, and one training step."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -10,6 +10,7 @@ from torch import Tensor
 from saebench.sae import SAE, JumpReLUSAE, initialise, new_sae
 from saebench.train.gradients import Gradients, exact_gradients
 from saebench.train.objectives import Context, bandwidth
+from saebench.train.recipes import RECIPES
 from saebench.train.schedules import DECAY, WARMUP, Sparsity, learning_rate
 
 CLIP = 1.0
@@ -24,28 +25,6 @@ _ENCODER_SHARE = 0.2  # of the living latents' mean encoder norm, for a resample
 _NONE = torch.empty(0, dtype=torch.int64)
 _SUMS = ("loss", "mse", "sparsity", "aux", "variance", "l0", "grad_norm", "coefficient", "steps")
 _OWN = ("sums", "silent_steps", "diverged_at", "pool", "pool_keys")
-
-
-class Recipe(NamedTuple):
-    """How an architecture is trained, beside its objective."""
-
-    saved_as: str
-    """architecture of the SAE: BatchTopK's inference form is JumpReLU"""
-    takes_k: bool
-    """sparsity is a number of latents, not a coefficient; dead latents are then revived by AuxK, else by resampling"""
-    unit_rows: bool
-    """decoder rows are kept at norm 1 throughout"""
-    beta1: float
-
-
-RECIPES = {
-    "relu": Recipe("relu", takes_k=False, unit_rows=False, beta1=0.9),
-    "topk": Recipe("topk", takes_k=True, unit_rows=True, beta1=0.9),
-    "batchtopk": Recipe("jumprelu", takes_k=True, unit_rows=True, beta1=0.9),
-    "matryoshka": Recipe("jumprelu", takes_k=True, unit_rows=True, beta1=0.9),
-    "gated": Recipe("gated", takes_k=False, unit_rows=True, beta1=0.0),
-    "jumprelu": Recipe("jumprelu", takes_k=False, unit_rows=False, beta1=0.0),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +55,8 @@ class Member:
     ) -> None:
         self.spec, self.dead_steps, self.n_steps, self.bf16 = spec, dead_steps, n_steps, bf16
         self.recipe = RECIPES[spec.architecture]
-        self.sae: SAE = new_sae(self.recipe.saved_as, len(mean_D), spec.d_sae, k=spec.k)
-        initialise(self.sae, mean_D, torch.Generator().manual_seed(spec.seed), rows=spec.architecture)
+        self.sae: SAE = new_sae(self.recipe.sae.architecture, len(mean_D), spec.d_sae, k=spec.k)
+        initialise(self.sae, mean_D, torch.Generator().manual_seed(spec.seed), self.recipe.gains)
         self.sae.to(device)
         if isinstance(self.sae, JumpReLUSAE):
             self.sae.threshold.requires_grad_(not self.recipe.takes_k)
@@ -105,7 +84,7 @@ class Member:
             self._look()
         context = Context(self.sparsity.coefficient(step, self.n_steps), self._dead, self.spec.k)
         gradients = exact_gradients(
-            self.spec.architecture, self.sae, x_BD, context,
+            self.recipe.gradients, self.sae, x_BD, context,
             dense=self._dense, guess=self._guess, bf16=self.bf16, most=self._most,
         )  # fmt: skip
         with torch.no_grad():

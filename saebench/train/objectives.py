@@ -96,16 +96,6 @@ def jumprelu_objective(sae: JumpReLUSAE, x_BD: Tensor, context: Context) -> Loss
     return Loss(reconstruction + context.coefficient * sparsity, reconstruction, sparsity, torch.zeros_like(sparsity))
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "relu": relu_objective,
-    "topk": topk_objective,
-    "batchtopk": batchtopk_objective,
-    "matryoshka": matryoshka_objective,
-    "gated": gated_objective,
-    "jumprelu": jumprelu_objective,
-}
-
-
 def prefixes(d_sae: int) -> list[int]:
     """Sizes of Matryoshka's nested SAEs, the last of them d_sae; for few latents some coincide and are left out."""
     sizes = [max(1, round(d_sae * sum(PREFIX_SHARES[: n + 1]))) for n in range(len(PREFIX_SHARES) - 1)]

@@ -5,26 +5,20 @@ checkpoint lies beyond it. The head and two windows are on disk at most: one tha
 """
 
 import contextlib
-import gc
-import json
 import logging
 import math
-import os
 import shutil
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
 from saebench.files import locked
 from saebench.harvest.window import ROLLING, delete, delete_windows, folder_of, window_manifest
 from saebench.models import choose_device
-from saebench.store import Cursor, Shard, Store, open_store
+from saebench.store import Cursor, Damaged, Shard, Store, open_store
+from saebench.train.harvester import Harvester
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -92,8 +86,7 @@ class Rolling:
         """seconds for which training waited for windows"""
         self._size = shards
         self._stopped = stopped
-        self._command = [sys.executable, "-P", "-m", "saebench.harvest.window", str(head.folder), str(shards)]
-        self._command += [f"--device={device}"] * (device is not None) + ["--trust-remote-code"] * trust_remote_code
+        self._options = [f"--device={device}"] * (device is not None) + ["--trust-remote-code"] * trust_remote_code
         self._first = _oldest(cursors)
         """the oldest window that is needed; the one after it may be there, too"""
         self._asked = self._first - 1
@@ -102,11 +95,6 @@ class Rolling:
         # An estimate, so that the last windows are not made in vain; one that is waited for is made in any case.
         self._window_kept = self._window_rows * kept / head.rows("train")
         self._wanted = math.ceil((rows - kept) / self._window_kept)
-        self._whole: set[int] = set()
-        self._passes = 0
-        self._failure: str | None = None
-        self._harvester: subprocess.Popen[str] | None = None
-        self._changed = threading.Condition()
         self._waiting = 0
         self._drawing = 0.0
         """when the draw began that is under way"""
@@ -121,8 +109,10 @@ class Rolling:
         with contextlib.ExitStack() as held:
             held.enter_context(locked(folder, other="--store"))
             # The harvester inherits this one; that of a run that was killed may be about to end.
-            self._lock = held.enter_context(locked(folder / ROLLING, other="--store", patience=_PATIENCE))
-            self._clear()
+            lock = held.enter_context(locked(folder / ROLLING, other="--store", patience=_PATIENCE))
+            self._harvester = Harvester(
+                folder, self._size, self._clear(), lock=lock, threads=self._share, options=self._options
+            )
             self._check_disk()
             held.callback(torch.set_num_threads, self._threads)
             torch.set_num_threads(self._share)
@@ -138,20 +128,21 @@ class Rolling:
 
         Raises Stopped when the user asked to stop while it was waited for, and ValueError when the harvester failed.
         """
-        with self._changed:
+        harvester = self._harvester
+        with harvester.changed:
             self._ask()
             self._waiting += 1
             try:
-                while epoch and epoch not in self._whole:
+                while epoch and epoch not in harvester.whole:
                     # Beyond the estimate only what training itself waits for, not what is read ahead.
                     if self._drawing and time.perf_counter() - self._drawing > _GLANCE:
                         self._wanted = max(self._wanted, epoch)
                         self._ask()
-                    if self._failure:
-                        raise ValueError(self._failure)
+                    if harvester.failure:
+                        raise ValueError(harvester.failure)
                     if self._stopped():
                         raise Stopped
-                    self._changed.wait(_GLANCE)
+                    harvester.changed.wait(_GLANCE)
             finally:
                 self._waiting -= 1
         return (open_store(folder_of(self.head.folder, epoch)) if epoch else self.head).of_split("train")
@@ -165,14 +156,12 @@ class Rolling:
         self._drawing = began
         try:
             result = draw()
-        except ValueError as error:
-            for number in sorted(self._whole):
-                if str(folder := folder_of(self.head.folder, number)) in str(error):
-                    delete(folder)
-                    raise ValueError(
-                        f"{error}. The window is deleted: run the same command again, to have it made anew"
-                    ) from error
-            raise
+        except Damaged as error:
+            if (window := error.path.parent).parent != self.head.folder / ROLLING:
+                raise
+            delete(window)
+            remedy = "The window is deleted: run the same command again, to have it made anew"
+            raise Damaged(error.path, f"{error}. {remedy}") from error
         finally:
             self._drawing = 0.0
         self.stall += time.perf_counter() - began if waiting else 0.0
@@ -187,7 +176,7 @@ class Rolling:
         oldest = _oldest(cursors)
         for number in range(self._first, oldest):
             delete(folder_of(self.head.folder, number))
-        with self._changed:
+        with self._harvester.changed:
             self._first = oldest
             self._ask()
 
@@ -204,93 +193,25 @@ class Rolling:
         self._end()
         delete_windows(self.head.folder)
 
-    # ------------------------------------------------------------------------------- the harvester
-
     def _end(self) -> None:
         """End the harvester, and every wait for it."""
-        with self._changed:
+        with self._harvester.changed:
             self._stopped = lambda: True
-            self._changed.notify_all()
-        if self._harvester is None:
-            return
-        self._harvester.kill()  # whole shards are safe, and the one in progress is worth nothing now
-        self._reader.join()
-        assert self._harvester.stdin
-        with contextlib.suppress(BrokenPipeError):
-            self._harvester.stdin.close()
-        self._harvester = None
-        log.info("training waited %.1f s for the harvester", self.stall)
+            self._harvester.changed.notify_all()
+        if self._harvester.end():
+            log.info("training waited %.1f s for the harvester", self.stall)
 
     def _ask(self) -> None:
         """Ask for the windows that are wanted and may be there."""
         while not self._stopped() and self._asked < min(self._first + 1, self._wanted):
             self._asked += 1
-            if self._asked in self._whole:
-                continue
-            if self._harvester is None:
-                self._harvester = self._start()
-            assert self._harvester.stdin
-            with contextlib.suppress(BrokenPipeError):  # its end is told by the thread that reads
-                self._harvester.stdin.write(f"{self._asked}\n")
-                self._harvester.stdin.flush()
-
-    def _start(self) -> "subprocess.Popen[str]":
-        gc.collect()  # of a head that was harvested in this process
-        torch.cuda.empty_cache()
-        known = {"PYTHONPATH": os.pathsep.join(map(str, sys.path)), "OMP_NUM_THREADS": str(self._share)}
-        answers, end = os.pipe()  # not its output, to which any library may print
-        with open(self._log, "w") as output:
-            process = subprocess.Popen(
-                [*self._command, f"--answers={end}"], stdin=subprocess.PIPE, stdout=output, stderr=output, text=True,
-                pass_fds=[self._lock.fileno(), end], env=os.environ | known,
-                process_group=0,  # Ctrl-C in a terminal is the trainer's alone
-            )  # fmt: skip
-        os.close(end)
-        log.info("windows of %d shards are harvested by process %d", self._size, process.pid)
-        self._reader = threading.Thread(target=self._read, args=(process, answers), daemon=True)
-        self._reader.start()
-        return process
-
-    def _read(self, process: "subprocess.Popen[str]", answers: int) -> None:
-        """Take the harvester's answers, until its end."""
-        error = None
-        with open(answers) as lines:
-            for line in lines:
-                answer = json.loads(line)
-                error = answer.get("error")
-                if error is None:
-                    self._take(answer)
-        status = process.wait()
-        with self._changed:
-            self._failure = error or self._obituary(status)
-            self._changed.notify_all()
-
-    def _obituary(self, status: int) -> str:
-        """What the harvester ended of, where it did not say so itself, with the last line of its log."""
-        log_lines = self._log.read_text(errors="replace").split("\n") if self._log.exists() else []
-        last = "".join(f" ({line.strip()})" for line in [line for line in log_lines if line.strip()][-1:])
-        how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        return (
-            f"the harvester of {self.head.folder} {how}{last}; run the same command again to continue from the last "
-            "checkpoint"
-        )
-
-    def _take(self, answer: dict[str, Any]) -> None:
-        if answer["passes"] > self._passes:
-            self._passes = answer["passes"]
-            log.info("the text ended after %s rows to train on, and was begun again", f"{answer['fresh']:,}")
-        with self._changed:
-            self._whole.add(answer["window"])
-            self._changed.notify_all()
-
-    @property
-    def _log(self) -> Path:
-        return self.head.folder / ROLLING / "harvester.log"
+            self._harvester.ask(self._asked)
 
     # ------------------------------------------------------------------------------------- the disk
 
-    def _clear(self) -> None:
-        """Delete all but the windows that this run needs next; they can be made again."""
+    def _clear(self) -> set[int]:
+        """Delete all but the windows that this run needs next; they can be made again. Returns those that are whole."""
+        whole = set()
         needed = {folder_of(self.head.folder, number): number for number in (self._first, self._first + 1)}
         for folder in (self.head.folder / ROLLING).glob("[0-9]*"):
             manifest = window_manifest(self.head, needed[folder], self._size) if folder in needed else None
@@ -298,13 +219,14 @@ class Rolling:
                 if manifest:
                     for entry in manifest["shards"]:
                         Shard(folder, entry, manifest).check()
-            except ValueError as error:
+            except Damaged as error:
                 log.warning("%s; the window is made again", error)
                 manifest = None
             if manifest is None:
                 delete(folder)
             elif manifest["complete"]:
-                self._whole.add(needed[folder])
+                whole.add(needed[folder])
+        return whole
 
     def _check_disk(self) -> None:
         entries = [entry for entry in self.head.manifest["shards"] if entry["split"] == "train"]

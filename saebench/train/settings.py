@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from saebench.config import Count, Multiple
-from saebench.train.member import RECIPES, Spec
+from saebench.train.member import Spec
+from saebench.train.recipes import RECIPES, Architecture
 from saebench.train.schedules import DECAY, WARMUP, default_learning_rate
 
-Architecture = Literal["relu", "topk", "gated", "batchtopk", "jumprelu", "matryoshka"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 
 

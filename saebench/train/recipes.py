@@ -1,0 +1,61 @@
+"""How each architecture is trained: a row is all that is particular to one, beside the functions that it names.
+
+What an SAE reads and writes is no part of it.
+"""
+
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from saebench.sae import SAE, GatedSAE, JumpReLUSAE, ReLUSAE, TopKSAE
+from saebench.train import gradients, objectives
+from saebench.train.gradients import Kin, Penalised
+from saebench.train.objectives import Objective
+
+
+class Recipe(NamedTuple):
+    """A row of the table."""
+
+    sae: type[SAE]
+    """what is trained and saved; its own names are those on disk (BatchTopK's inference form is JumpReLU)"""
+    takes_k: bool
+    """sparsity is a number of latents, not a coefficient; dead latents are then revived by AuxK, else by resampling"""
+    unit_rows: bool
+    """decoder rows are kept at norm 1 throughout"""
+    gains: tuple[float, float]
+    """norms of decoder rows and encoder columns at the start, as powers of 2D/F (`initialise`)"""
+    beta1: float
+    """of Adam"""
+    objective: Objective
+    gradients: Penalised | Kin
+    """those of the objective, as `exact_gradients` takes them"""
+
+
+RECIPES = {
+    "relu": Recipe(
+        ReLUSAE, takes_k=False, unit_rows=False, gains=(0.5, 0.5), beta1=0.9,
+        objective=objectives.relu_objective, gradients=gradients.add_relu,
+    ),
+    "topk": Recipe(
+        TopKSAE, takes_k=True, unit_rows=True, gains=(0.0, 0.0), beta1=0.9,
+        objective=objectives.topk_objective, gradients=Kin(of_rows=True),
+    ),
+    "gated": Recipe(
+        GatedSAE, takes_k=False, unit_rows=True, gains=(0.0, 1.0), beta1=0.0,
+        objective=objectives.gated_objective, gradients=gradients.add_gated,
+    ),
+    "batchtopk": Recipe(
+        JumpReLUSAE, takes_k=True, unit_rows=True, gains=(0.0, 0.0), beta1=0.9,
+        objective=objectives.batchtopk_objective, gradients=Kin(),
+    ),
+    "jumprelu": Recipe(
+        JumpReLUSAE, takes_k=False, unit_rows=False, gains=(0.5, 0.5), beta1=0.0,
+        objective=objectives.jumprelu_objective, gradients=gradients.add_jumprelu,
+    ),
+    "matryoshka": Recipe(
+        JumpReLUSAE, takes_k=True, unit_rows=True, gains=(0.0, 0.0), beta1=0.9,
+        objective=objectives.matryoshka_objective, gradients=Kin(nested=True),
+    ),
+}  # fmt: skip
+if TYPE_CHECKING:
+    Architecture = str
+else:
+    Architecture = Literal[tuple(RECIPES)]  # the choices of the command line are the names of the table
