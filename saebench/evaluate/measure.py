@@ -176,7 +176,7 @@ class Measurement:
 
 @torch.inference_mode()
 def silent_latents(store: Store, hook: str, subjects: list[Subject], rows: int) -> tuple[list[Tensor], int]:
-    """Which latents fired neither on the held-out rows nor on up to `rows` training rows, massive ones apart; and how many those are.
+    """Which latents fired neither on the held-out rows nor on the first `rows` training rows, massive ones apart; and how many those are.
 
     Latents once few are watched alone, and only rows on which one of them may fire are encoded whole.
     """
@@ -184,7 +184,7 @@ def silent_latents(store: Store, hook: str, subjects: list[Subject], rows: int) 
     rows, seen = min(rows, store.rows("train", kept=True)), 0
     watches = [_watch(subject, silent_F) for subject, silent_F in zip(subjects, silent, strict=True)]
     with progress(rows, "count dead latents", "row") as bar:
-        for chunk in store.kept_rows(hook, "train", rows, _ROWS):
+        for chunk in store.usual_rows(hook, "train", first=rows):
             if not any(silent_F.any() for silent_F in silent):
                 seen = rows  # what came after could change nothing
                 break
