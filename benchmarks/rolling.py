@@ -91,7 +91,7 @@ def turn(args: argparse.Namespace, folder: Path, *, rolling: bool) -> Turn:
 def fvu(run: Path, store: Store) -> float:
     """Of a run's SAE, on the held-out rows of a store."""
     sae = load_sae(run / "saes" / "topk-k32")
-    x_RD = torch.cat(list(store.kept_rows(store.hooks[0], "validation", 10**6, 4096)))
+    x_RD = torch.cat(list(store.usual_rows(store.hooks[0], "validation")))
     with torch.no_grad():
         error = (x_RD - sae(x_RD).x_hat).square().sum()
     return float(error / (x_RD - x_RD.mean(0)).square().sum())

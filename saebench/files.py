@@ -1,7 +1,6 @@
 """Durable files: written whole or not at all, checksummed in blocks, locked while in use."""
 
 import contextlib
-import fcntl
 import json
 import os
 import time
@@ -11,6 +10,7 @@ from typing import IO, Any
 
 import numpy as np
 import xxhash
+from filelock import lock_descriptor
 
 
 @contextlib.contextmanager
@@ -91,20 +91,23 @@ def found_from(path: Path, recorded: Path) -> Path:
 def locked(folder: Path, *, other: str = "--out", patience: float = 0.0) -> Iterator[IO[str]]:
     """Hold the folder for this process, and for those that inherit the file given, until the last of them has ended.
 
-    Raises ValueError when another process still writes into it after `patience` seconds; `other` is the option to
-    choose another folder with.
+    Raises ValueError when another process still writes into it after `patience` seconds, and where the file system has
+    no locks; `other` is the option to choose another folder with.
     """
     folder.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + patience
+    # Closing the file is what ends the lock, so that a child that has it open keeps it (decision 28).
     with open(folder / ".lock", "w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
+        try:
+            while not lock_descriptor(file.fileno(), blocking=False):
                 if time.monotonic() >= deadline:
                     raise ValueError(
                         f"{folder} is being written by another process; wait for it or choose another {other}"
-                    ) from error
+                    )
                 time.sleep(0.05)
+        except OSError as error:
+            raise ValueError(
+                f"{folder} cannot be held against other processes ({error.strerror}): its file system has no locks; "
+                f"mount it with them, or choose another {other}"
+            ) from error
         yield file

@@ -105,7 +105,7 @@ def test_an_oracle_of_known_fvu_l0_and_shrinkage_is_scored_exactly(store: Store,
     folder = save(scaled_identity(0.5), tmp_path, "half", store)
     evaluate(EvalConfig(run=tmp_path))
     got = metrics_of(folder)
-    rows = torch.cat(list(store.kept_rows(HOOK, "validation", 10**9, 1000))).double()
+    rows = torch.cat(list(store.usual_rows(HOOK, "validation"))).double()
     residual = 0.25 * rows.pow(2).sum()
     assert got["l0"] == WIDTH  # every dimension is positive or negative
     assert got["gamma"] == pytest.approx(0.5)
@@ -145,7 +145,7 @@ def test_reported_figures_follow_from_the_weights_and_hugging_face_alone(
     columns = validation(store)
     tokens, keep = torch.tensor(columns["tokens"]).long(), torch.tensor(columns["keep"])
     model = AutoModelForCausalLM.from_pretrained(checkpoints["llama"], dtype=torch.float32).eval()
-    train_rows = torch.cat(list(store.kept_rows(HOOK, "train", 10**9, 1000)))
+    train_rows = torch.cat(list(store.usual_rows(HOOK, "train")))
 
     def encode(x: torch.Tensor) -> torch.Tensor:
         h = (x - w["b_dec"]) @ w["W_enc"]
@@ -196,7 +196,7 @@ def test_reported_figures_follow_from_the_weights_and_hugging_face_alone(
 
 def test_pca_fvu_is_that_of_the_projection(store: Store) -> None:
     pca = PCA.fit(store, HOOK, "cpu")
-    rows = torch.cat(list(store.kept_rows(HOOK, "validation", 10**9, 1000)))
+    rows = torch.cat(list(store.usual_rows(HOOK, "validation")))
     pca.observe(rows)
     variance = float((rows - rows.mean(0)).double().pow(2).sum())
     basis = pca.components_DD[:, :5]
@@ -228,8 +228,8 @@ def test_the_untrained_sae_is_a_topk_one_with_the_best_factor(store: Store) -> N
     scale = math.sqrt(WIDTH / statistics["mean_squared_norm"])
     sae = new_sae("topk", WIDTH, 64, k=5)
     initialise(sae, torch.tensor(statistics["mean"]) * scale, torch.Generator().manual_seed(3))
-    first = torch.cat(list(store.spread_rows(HOOK, 8192))) * scale
-    rows = torch.cat(list(store.kept_rows(HOOK, "validation", 300, 100))) * scale
+    first = torch.cat(list(store.usual_rows(HOOK, "train", spread=8192))) * scale
+    rows = torch.cat(list(store.usual_rows(HOOK, "validation", first=300))) * scale
     with torch.no_grad():
         decoded, target = sae(first).x_hat - sae.b_dec, first - sae.b_dec
         factor = (decoded * target).sum() / decoded.pow(2).sum()
@@ -292,7 +292,7 @@ def test_latents_watched_alone_are_found_silent_like_all_together(store: Store, 
     generator = torch.Generator().manual_seed(0)
     sae = new_sae(architecture, WIDTH, 64, k=3)
     initialise(sae, torch.tensor(store.statistics(HOOK)["mean"]), generator, RECIPES[architecture].gains)
-    rows = torch.cat(list(store.kept_rows(HOOK, "train", 10**9, 1000)))
+    rows = torch.cat(list(store.usual_rows(HOOK, "train")))
     rare = torch.zeros(64)
     with torch.no_grad():  # latents that hardly ever win, from never to now and then
         rare[:24] = (rows - sae.b_dec).norm(dim=1).mean() * torch.linspace(4, 0.1, 24)

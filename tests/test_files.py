@@ -1,10 +1,15 @@
+import errno
 import multiprocessing
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import xxhash
 
+import saebench.files
 from saebench.files import block_checksums, hash_files, locked, read_json, replacing, write_json
 
 
@@ -74,3 +79,34 @@ def test_a_second_process_cannot_write_into_the_same_folder(tmp_path: Path) -> N
     with locked(tmp_path):
         assert "is being written by another process; wait for it or choose another --out" in ask()
     assert ask() == "got it"
+
+
+def test_the_lock_lives_as_long_as_a_child_that_inherited_it(tmp_path: Path) -> None:
+    with locked(tmp_path) as file:
+        child = subprocess.Popen(
+            [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[file.fileno()], text=True
+        )
+    try:
+        with pytest.raises(ValueError, match="is being written by another process"), locked(tmp_path, patience=0.1):
+            pass
+    finally:
+        child.communicate("\n")
+    with locked(tmp_path):
+        pass
+
+
+def test_a_lock_waits_for_its_holder_to_end(tmp_path: Path) -> None:
+    with locked(tmp_path) as file:
+        child = subprocess.Popen(["sleep", "0.3"], pass_fds=[file.fileno()])
+    with locked(tmp_path, patience=10.0):
+        assert child.wait() == 0
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> bool:  # as Lustre answers that is mounted without -o flock
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(saebench.files, "lock_descriptor", missing)
+    message = r"cannot be held against other processes \(Function not implemented\): .* choose another --store"
+    with pytest.raises(ValueError, match=message), locked(tmp_path, other="--store"):
+        pass

@@ -1,3 +1,4 @@
+import tomllib
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -33,3 +34,12 @@ def test_everything_that_installs_is_pinned() -> None:
                 todo.append(inner)
     assert {"torch", "streamlit", "tree-sitter-python", "websockets"} <= seen
     assert seen - pinned == {"saebench"}
+
+
+def test_transformer_lens_is_bound_to_the_version_that_was_tried() -> None:
+    """`models/places.py` takes of its internals, which test_models.py tries in the pinned version."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *(ROOT / "constraints.txt").read_text().splitlines()[1:]]
+    bound, pin = (r.specifier for line in lines if (r := Requirement(line)).name == "transformer-lens")
+    major, minor, *_ = str(pin).removeprefix("==").split(".")
+    assert set(map(str, bound)) == {f">={major}.{minor}", f"<{major}.{int(minor) + 1}"}

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import LAYERS, SHAPES, VOCABULARY, WIDTH
+from families import FAMILIES
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel
 
 from saebench.files import read_json
@@ -34,6 +35,7 @@ from saebench.models import (
     spliced_logits,
     spliced_states,
 )
+from saebench.models.places import transformer_lens_paths
 from saebench.steer import Sampling, generate
 
 TOKENS = torch.randint(1, VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -399,3 +401,29 @@ def test_a_hook_whose_edits_are_ignored_is_refused(
     check_hook(model, hook_name(1))
     with pytest.raises(ValueError, match=r"an edit at 'blocks.1.hook_mlp_out' of model .* does not reach the logits"):
         check_hook(model, hook_name(1, "mlp_out"))
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "attention", "mlp"),
+    [
+        ("gpt2", "GPT2LMHeadModel", "attn", "mlp"),
+        ("falcon", "FalconForCausalLM", "self_attention", "mlp"),
+        ("opt", "OPTForCausalLM", "self_attn", "fc2"),  # no module of its own for the MLP: an alias of its last layer
+        ("olmo2", "Olmo2ForCausalLM", "post_attention_layernorm", "post_feedforward_layernorm"),  # norms behind both
+        ("granite", "GraniteForCausalLM", "self_attn", "mlp"),  # scaled on their way: no aliases
+    ],
+)
+def test_transformer_lens_says_where_a_family_writes(family: str, name: str, attention: str, mlp: str) -> None:
+    """What fails here with another version of TransformerLens is what `models/places.py` takes of its internals."""
+    config = AutoConfig.for_model(family, **FAMILIES[family].config)
+    assert transformer_lens_paths(config, name, family) == {"attn_out": attention, "mlp_out": mlp}
+
+
+def test_what_is_gone_from_transformer_lens_is_no_unknown_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+
+    config = AutoConfig.for_model("gpt2", **FAMILIES["gpt2"].config)
+    assert transformer_lens_paths(config, "NobodysLMHeadModel", "nobody's") == {}
+    monkeypatch.delattr(ArchitectureAdapterFactory, "select_architecture_adapter")
+    with pytest.raises(AttributeError, match="select_architecture_adapter"):
+        transformer_lens_paths(config, "GPT2LMHeadModel", "gpt2")

@@ -17,6 +17,7 @@ from saebench.sae import (
     initialise,
     load_sae,
     new_sae,
+    part,
     read_config,
     save_sae,
     topk_relu,
@@ -286,3 +287,16 @@ def test_impossible_architectures_are_named() -> None:
         new_sae("topk", D, F)
     with pytest.raises(ValueError, match="k is 21; expected 1 to d_sae = 20"):
         TopKSAE(D, F, 21)
+
+
+@pytest.mark.parametrize("architecture", ["relu", "topk", "gated", "jumprelu"])
+@pytest.mark.parametrize("normalize", ["none", "layer_norm"])
+def test_a_part_of_an_sae_is_its_latents_in_the_order_given(architecture: str, normalize: str) -> None:
+    sae, x_BD, latents = random_sae(architecture), inputs(), torch.tensor([7, 0, 3])
+    sae.normalize = normalize
+    whole, some = sae(x_BD), part(sae, latents)
+    # Latents of a TopK SAE compete, and those of its part do not.
+    acts_BF = torch.relu(whole.pre) if architecture == "topk" else whole.acts
+    assert (acts_BF[:, latents] > 0).any()
+    torch.testing.assert_close(some.encode(x_BD), acts_BF[:, latents])
+    torch.testing.assert_close(some.decode(torch.eye(3)), sae.W_dec[latents] + sae.b_dec)

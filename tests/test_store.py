@@ -221,12 +221,28 @@ def test_a_few_rows_that_dominate_are_named_counted_and_left_out(store: Store, t
     batches = islice(shuffled_batches(made, HOOK, 1998, seed=0, longest={HOOK: longest}), 2)
     seen = torch.cat([batch for batch, _ in batches])
     assert torch.equal(sorted_rows(seen), sorted_rows(rows[torch.from_numpy(keep) & (rows.norm(dim=1) <= longest)]))
-    assert torch.equal(sorted_rows(torch.cat(list(made.kept_rows(HOOK, "train", 10**6, 100)))), sorted_rows(seen))
-    assert torch.equal(sorted_rows(torch.cat(list(made.spread_rows(HOOK, 10**6)))), sorted_rows(seen))
+    assert torch.equal(sorted_rows(torch.cat(list(made.usual_rows(HOOK, "train")))), sorted_rows(seen))
+    assert torch.equal(sorted_rows(torch.cat(list(made.usual_rows(HOOK, "train", spread=10**6)))), sorted_rows(seen))
     mean, squared = usual_moments(made, HOOK)
     assert np.allclose(mean, seen.double().mean(0), atol=1e-6)
     assert squared == pytest.approx(seen.double().pow(2).sum(1).mean().item())
 
+
+
+def test_rows_are_read_whole_from_the_first_or_spread_over_the_split(tmp_path: Path) -> None:
+    shards = [("train", random_rows(300, d=4, seed=seed), np.arange(300) % 3 > 0) for seed in range(4)]
+    made = make(tmp_path / "s", [*shards, ("validation", *shards[0][1:])])
+    want = torch.cat([rows[torch.from_numpy(keep)] for _, rows, keep in shards])
+
+    def read(**which: int) -> torch.Tensor:
+        return torch.cat(list(made.usual_rows(HOOK, "train", **which)))
+
+    assert torch.equal(read(), want)
+    assert torch.equal(read(first=250), want[:250])
+    assert list(made.usual_rows(HOOK, "train", first=0)) == []
+    assert torch.equal(read(spread=1200), want)  # of shards that end within a stretch, too
+    ends = torch.cat([want[:170], want[-30:]])  # rows 0 to 255 and 1156 to 1199: the stretches at both ends
+    assert torch.equal(read(spread=512), ends)
 
 def test_a_store_whose_manifest_has_no_histogram_is_read_from_its_shards(small: Store) -> None:
     want = small.norm_histogram(HOOK)

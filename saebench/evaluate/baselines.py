@@ -37,7 +37,7 @@ class PCA:
         first, n = torch.zeros(d_in, dtype=torch.float64, device=device), 0
         rows = min(_FIT_ROWS, store.rows("train"))
         with progress(rows, f"principal components of {hook}", "row", delay=1.0) as bar:
-            for part in store.spread_rows(hook, _FIT_ROWS):
+            for part in store.usual_rows(hook, "train", spread=_FIT_ROWS):
                 x = part.to(device).double()
                 second += x.T @ x
                 first += x.sum(0)
@@ -91,13 +91,13 @@ def untrained_fvus(
             for k in sorted(set(ks))
         }
 
-    x_BD = torch.cat(list(store.spread_rows(hook, _SCALE_ROWS))).to(device) * scale
+    x_BD = torch.cat(list(store.usual_rows(hook, "train", spread=_SCALE_ROWS))).to(device) * scale
     centred_BD = x_BD - sae.b_dec
     factors = {k: float((out * centred_BD).sum() / out.pow(2).sum()) for k, out in decoded(x_BD).items()}
     error = {k: torch.zeros((), dtype=torch.float64, device=device) for k in factors}
     sums = Sums()
     bar = progress(n_rows, f"untrained SAE of {d_sae} latents", "row", delay=1.0)
-    for rows in store.kept_rows(hook, "validation", n_rows, 8192):
+    for rows in store.usual_rows(hook, "validation", first=n_rows):
         bar.update(len(rows))
         x_BD = rows.to(device) * scale
         centred_BD = (x_BD - sae.b_dec).double()

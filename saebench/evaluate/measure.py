@@ -19,7 +19,7 @@ from saebench.evaluate.baselines import PCA
 from saebench.metrics import Sums, loss_and_kl, reconstruction_terms
 from saebench.models import CleanPass, LanguageModel, clean_pass, head, resumed_states, resumes, spliced_states
 from saebench.runlog import progress
-from saebench.sae import SAE, TopKSAE, encode_sparse, new_sae, reconstruct_sparse
+from saebench.sae import SAE, TopKSAE, encode_sparse, part, reconstruct_sparse
 from saebench.store import Store
 
 _log = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ class Measurement:
 
 @torch.inference_mode()
 def silent_latents(store: Store, hook: str, subjects: list[Subject], rows: int) -> tuple[list[Tensor], int]:
-    """Which latents fired neither on the held-out rows nor on up to `rows` training rows, massive ones apart; and how many those are.
+    """Which latents fired neither on the held-out rows nor on the first `rows` training rows, massive ones apart; and how many those are.
 
     Latents once few are watched alone, and only rows on which one of them may fire are encoded whole.
     """
@@ -184,7 +184,7 @@ def silent_latents(store: Store, hook: str, subjects: list[Subject], rows: int) 
     rows, seen = min(rows, store.rows("train", kept=True)), 0
     watches = [_watch(subject, silent_F) for subject, silent_F in zip(subjects, silent, strict=True)]
     with progress(rows, "count dead latents", "row") as bar:
-        for chunk in store.kept_rows(hook, "train", rows, _ROWS):
+        for chunk in store.usual_rows(hook, "train", first=rows):
             if not any(silent_F.any() for silent_F in silent):
                 seen = rows  # what came after could change nothing
                 break
@@ -211,7 +211,7 @@ def _watch(subject: Subject, silent_F: Bool[Tensor, " F"]) -> Callable[[Tensor],
     busy = subject.fires_F.topk(min(8 * k, sae.d_sae)).indices
     if int(silent_F.sum()) + len(busy) > sae.d_sae / 2:
         return lambda x_ND: torch.ones_like(x_ND[:, 0], dtype=torch.bool)
-    watched, rivals = _only(sae, silent_F.nonzero().squeeze(1)), _only(sae, busy)
+    watched, rivals = part(sae, silent_F.nonzero().squeeze(1)), part(sae, busy)
 
     def may_fire(x_ND: Tensor) -> Tensor:
         strongest_N = watched.encode(x_ND).amax(1)
@@ -221,13 +221,3 @@ def _watch(subject: Subject, silent_F: Bool[Tensor, " F"]) -> Callable[[Tensor],
         return (strongest_N > 0) & (strongest_N >= 0.999 * bound_N)  # a product's rounding depends on its shape
 
     return may_fire
-
-
-def _only(sae: SAE, latents: Int[Tensor, " n"]) -> SAE:
-    """The SAE of some latents; for a TopK one without the competition, as ReLU."""
-    architecture = "relu" if isinstance(sae, TopKSAE) else sae.architecture
-    part = new_sae(architecture, sae.d_in, len(latents), normalize=sae.normalize).to(latents.device)
-    for name, parameter in part.named_parameters():
-        whole = sae.get_parameter(name)
-        parameter.copy_(whole if name == "b_dec" else whole[:, latents] if name == "W_enc" else whole[latents])
-    return part

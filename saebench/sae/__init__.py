@@ -11,7 +11,7 @@ from saebench.sae.architectures import (
     new_sae,
     topk_relu,
 )
-from saebench.sae.encode import encode_sparse, latent_encoder, reconstruct_sparse
+from saebench.sae.encode import encode_sparse, latent_encoder, part, reconstruct_sparse
 from saebench.sae.io import fold, load_sae, read_config, save_sae, update_metadata
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "latent_encoder",
     "load_sae",
     "new_sae",
+    "part",
     "read_config",
     "reconstruct_sparse",
     "save_sae",

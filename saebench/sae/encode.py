@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from saebench.sae.architectures import SAE, GatedSAE, JumpReLUSAE, ReLUSAE, TopKSAE, new_sae, normalized
@@ -61,8 +61,15 @@ def latent_encoder(sae: SAE, latents: Sequence[int]) -> Callable[[Float[Tensor, 
             return acts_RG
 
         return torch.no_grad()(among_all)
-    part = new_sae(sae.architecture, sae.d_in, len(picked), normalize=sae.normalize).to(sae.W_enc.device)
-    for name, parameter in sae.named_parameters():
-        axis = {"b_dec": None, "W_enc": 1}.get(name, 0)
-        part.get_parameter(name).copy_(parameter if axis is None else parameter.index_select(axis, picked))
-    return torch.no_grad()(part.encode)
+    return torch.no_grad()(part(sae, picked).encode)
+
+
+@torch.no_grad()
+def part(sae: SAE, latents: Int[Tensor, " G"]) -> SAE:
+    """The SAE of some latents alone, in the order given; of a TopK one, whose latents compete, without the competition: ReLU."""
+    architecture = "relu" if isinstance(sae, TopKSAE) else sae.architecture
+    made = new_sae(architecture, sae.d_in, len(latents), normalize=sae.normalize).to(sae.W_enc.device)
+    for name, parameter in made.named_parameters():
+        whole = sae.get_parameter(name)
+        parameter.copy_(whole if name == "b_dec" else whole.index_select(int(name == "W_enc"), latents))
+    return made

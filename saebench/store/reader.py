@@ -34,8 +34,8 @@ from saebench.store.schema import (
 )
 from saebench.text import encoder_of
 
+_AT_ONCE = 8192  # rows given at once
 _SPREAD_ROWS = 256  # consecutive rows of a sample
-_STRETCHES = 32  # of them given at once
 _STRETCH_BYTES = 1 << 20  # read and checked at once: in the cache of a core
 
 
@@ -266,34 +266,38 @@ class Store:
         entries = [entry for entry in self.manifest["shards"] if entry["split"] == split]
         return sum(entry["kept" if kept else "rows"] for entry in entries)
 
-    def kept_rows(self, hook: str, split: str, limit: int, chunk: int) -> Iterator[Tensor]:
-        """Kept rows of a split in order, but for massive ones, float32 `[at most chunk, d_in]`, `limit` of them at most."""
-        for shard in self.of_split(split):
-            for start in range(0, shard.n_rows, chunk):
-                if limit <= 0:
-                    return
-                rows = self._usual(shard, hook, start, min(start + chunk, shard.n_rows))[:limit]
-                limit -= len(rows)
-                yield rows
-
-    def spread_rows(self, hook: str, limit: int) -> Iterator[Tensor]:
-        """Kept training rows but for massive ones, float32 `[n, d_in]` at a time: of about `limit` rows in stretches that are
-        spread evenly over all of the training text."""
-        pending: list[Tensor] = []
-        for shard, start, stop in self.spread("train", limit):
-            pending.append(self._usual(shard, hook, start, stop))
-            if len(pending) == _STRETCHES:
-                yield torch.cat(pending)
-                pending = []
-        if pending:
-            yield torch.cat(pending)
+    def usual_rows(
+        self, hook: str, split: str, *, first: int | None = None, spread: int | None = None
+    ) -> Iterator[Tensor]:
+        """Kept rows of a split but for massive ones, in order, float32 `[n, d_in]` at a time: all of them, the `first` so many,
+        or a sample: those among about `spread` rows from all over the split."""
+        if spread is not None:
+            stretches, together = list(self.spread(split, spread)), _AT_ONCE // _SPREAD_ROWS
+            for i in range(0, len(stretches), together):
+                yield torch.cat([self._usual(shard, hook, *span) for shard, *span in stretches[i : i + together]])
+            return
+        left = self.rows(split) if first is None else first
+        for shard, start, stop in self._stretches(split, _AT_ONCE):
+            if left <= 0:
+                return
+            rows = self._usual(shard, hook, start, stop)[:left]
+            left -= len(rows)
+            yield rows
 
     def spread(self, split: str, limit: int) -> Iterator[tuple[Shard, int, int]]:
-        """(shard, first row, after the last) of stretches of rows, evenly spread over a split: of all of it, where it has no more than `limit`."""
-        places = [(shard, start) for shard in self.of_split(split) for start in range(0, shard.n_rows, _SPREAD_ROWS)]
-        for i in np.unique(np.linspace(0, len(places) - 1, max(limit // _SPREAD_ROWS, 1)).round().astype(int)):
-            shard, start = places[i]
-            yield shard, start, min(start + _SPREAD_ROWS, shard.n_rows)
+        """(shard, first row, after the last) of stretches of rows, about `limit` of them, evenly spread over a split: all of it, where it has no more."""
+        places = self._stretches(split, _SPREAD_ROWS)
+        n_places = len(places) if limit >= self.rows(split) else max(limit // _SPREAD_ROWS, 1)
+        for i in np.unique(np.linspace(0, len(places) - 1, n_places).round().astype(int)):
+            yield places[i]
+
+    def _stretches(self, split: str, rows: int) -> list[tuple[Shard, int, int]]:
+        """(shard, first row, after the last) of every so many rows of a split."""
+        return [
+            (shard, start, min(start + rows, shard.n_rows))
+            for shard in self.of_split(split)
+            for start in range(0, shard.n_rows, rows)
+        ]
 
     def _usual(self, shard: Shard, hook: str, start: int, stop: int) -> Tensor:
         """Kept rows of a stretch that are not massive, float32."""

@@ -1,17 +1,12 @@
 """Text as it lies about -> documents in one fixed order: the embedded corpus, local files, a data set on the hub.
 
-Local files are read here, of rows no more than the columns that are wanted; what `datasets` saved or the hub has is
-read by `datasets`.
+Local files are read here and, where they hold rows, by `rows.py`; what `datasets` saved or the hub has is read by `datasets`.
 """
 
-import bz2
 import codecs
 import dataclasses
-import gzip
 import io
 import itertools
-import json
-import lzma
 import sysconfig
 import tokenize
 from collections.abc import Iterator, Mapping
@@ -23,6 +18,7 @@ import xxhash
 
 from saebench.files import first_line, hash_files
 from saebench.text.packing import Document, unit_hash
+from saebench.text.rows import ROW_SUFFIXES, rows_of, suffix_of
 
 EMBEDDED = "embedded"
 # Tests, vendored packages and generated tables say little about Python as people write it.
@@ -30,14 +26,10 @@ _EMBEDDED_SKIP = frozenset(
     ["test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"]
 )
 _TEXT_SUFFIXES = frozenset({".txt", ".md", ".py"})
-_LINES, _PARQUET, _ARROW = frozenset({".jsonl", ".json"}), ".parquet", ".arrow"
-_ROW_SUFFIXES = _LINES | {_PARQUET, _ARROW}
-_PACKED = frozenset({".gz", ".bz2", ".zst", ".xz"})  # on top of one for lines
 _BOMS = {
     codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
 }  # fmt: skip
-_PARQUET_ROWS = 1024  # read at once
 _END: Any = object()  # behind the last row: a row may be null
 
 
@@ -152,11 +144,6 @@ def _files_under(path: Path) -> list[Path]:
     return sorted(file for file in files if file.is_file())
 
 
-def _suffix(file: Path) -> str:
-    """What a file holds, by its name: that of `a.jsonl.gz` is .jsonl."""
-    return Path(file.stem).suffix if file.suffix in _PACKED else file.suffix
-
-
 def _text_files(config: TextConfig) -> list[tuple[Path, Path]] | None:
     """(root, file) of every document where each file is one, None where documents are rows."""
     if config.source == EMBEDDED:
@@ -174,11 +161,11 @@ def _text_files(config: TextConfig) -> list[tuple[Path, Path]] | None:
     if path is None:
         return None
     files = _files_under(path)
-    rows = [file for file in files if _suffix(file) in _ROW_SUFFIXES]
+    rows = [file for file in files if suffix_of(file) in ROW_SUFFIXES]
     texts = [file for file in files if file.suffix in _TEXT_SUFFIXES]
     # Beside texts a .json is a setting of something; beside rows a README is about them.
     documents = [file for file in texts if not file.name.startswith("README")]
-    data = [file for file in rows if _suffix(file) != ".json"] if documents else rows
+    data = [file for file in rows if suffix_of(file) != ".json"] if documents else rows
     if documents and data:
         raise ValueError(
             f"dataset {config.source!r} holds texts ({documents[0].name}) as well as rows ({data[0].name}): "
@@ -187,7 +174,7 @@ def _text_files(config: TextConfig) -> list[tuple[Path, Path]] | None:
     if data:
         return None
     if not texts:
-        known = " ".join(sorted(_TEXT_SUFFIXES | _ROW_SUFFIXES))
+        known = " ".join(sorted(_TEXT_SUFFIXES | ROW_SUFFIXES))
         raise ValueError(f"dataset {config.source!r} holds no file that can be read; expected files ending in {known}")
     return [(path if path.is_dir() else path.parent, file) for file in texts]
 
@@ -237,10 +224,10 @@ def _rows(config: TextConfig) -> Any:
             raise ValueError(
                 f"dataset {config.source!r} cannot be loaded: a single file has no --subset, and no --split but train"
             )
-        return _from_files(config, [path])
+        return _local(config, [path])
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         return _saved(config, path)
-    return _from_files(config, _files_of_split(config, path))
+    return _local(config, _files_of_split(config, path))
 
 
 def _wanted(config: TextConfig) -> list[str]:
@@ -249,75 +236,8 @@ def _wanted(config: TextConfig) -> list[str]:
     return text + ([] if config.id_column is None else [config.id_column])
 
 
-def _from_files(config: TextConfig, files: list[Path]) -> Iterator[dict[str, Any]]:
-    for file in files:
-        suffix = _suffix(file)
-        if suffix in _LINES:
-            yield from _json_rows(config, file)
-            continue
-        try:
-            yield from _parquet_rows(config, file) if suffix == _PARQUET else _arrow_rows(file)
-        except ValueError as error:  # pyarrow does not name the file
-            raise ValueError(f"{str(file)!r} is damaged or no {suffix} file: {first_line(error)}") from error
-
-
-def _json_rows(config: TextConfig, file: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a file with one in each line, or with a list of them."""
-    with _unpacked(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", errors=config.errors) as lines:
-        try:
-            for number, line in enumerate(lines, 1):
-                if number == 1 and line.lstrip().startswith("["):
-                    yield from _parsed(line + lines.read(), repr(str(file)))
-                elif line.strip():
-                    yield _parsed(line, f"line {number} of {str(file)!r}")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{str(file)!r} is not text in UTF-8: turn it into that first, or give --errors replace"
-            ) from error
-
-
-def _unpacked(file: Path) -> Any:
-    """A file's bytes, whatever it is compressed with. (pyarrow takes no name that is not UTF-8, and does not know xz.)"""
-    if file.suffix in (".xz", ".gz", ".bz2"):
-        module = {".xz": lzma, ".gz": gzip, ".bz2": bz2}[file.suffix]
-        return module.open(file)
-    if file.suffix == ".zst":
-        import pyarrow as pa
-
-        return pa.CompressedInputStream(file.open("rb"), "zstd")
-    return file.open("rb")
-
-
-def _parsed(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{place} is not JSON ({error}): mend it, or leave it out") from error
-
-
-def _parquet_rows(config: TextConfig, file: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet as pq
-
-    with file.open("rb") as stream, pq.ParquetFile(stream) as table:
-        there = table.schema_arrow.names
-        columns = [name for name in _wanted(config) if name in there] or there
-        for batch in table.iter_batches(_PARQUET_ROWS, columns=columns):
-            yield from batch.to_pylist()
-
-
-def _arrow_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a file as `datasets` writes it (a stream), or as `pyarrow.feather` does."""
-    import pyarrow as pa
-
-    with file.open("rb") as stream:
-        try:
-            batches: Any = pa.ipc.open_stream(stream)
-        except pa.ArrowInvalid:
-            stream.seek(0)
-            opened = pa.ipc.open_file(stream)
-            batches = (opened.get_batch(number) for number in range(opened.num_record_batches))
-        for batch in batches:
-            yield from batch.to_pylist()
+def _local(config: TextConfig, files: list[Path]) -> Iterator[Any]:
+    return itertools.chain.from_iterable(rows_of(file, _wanted(config), config.errors) for file in files)
 
 
 def _files_of_split(config: TextConfig, folder: Path) -> list[Path]:
