@@ -78,6 +78,6 @@ def model_of(sae: Trained) -> Shared:
 def bench_of(sae: Trained, index: FeatureIndex | None) -> tuple[Bench, Any]:
     """(what steering needs, the model's lock). Raises ValueError where the model is not the one that was indexed."""
     shared = model_of(sae)
-    if index is not None and shared.model.weights_hash != index.identity["model"]:
+    if index is not None and shared.model.hash_like(index.identity["model"]) != index.identity["model"]:
         raise ValueError(f"model {sae.model!r} has changed since {index.path} was made from it; index again")
     return Bench(shared.model, weights_of(sae).to(shared.model.device), sae.hook, index), shared.lock

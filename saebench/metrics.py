@@ -5,7 +5,8 @@ are functions of such rows added up, so the same few lines give the figure for a
 for every bootstrap resample of them. Definitions follow the field's: see each function.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 SMALL_DENOMINATOR = 0.05  # nats; loss recovered over less says little
 DUPLICATE = 0.99  # cosine
 _PAIRS = 2**26  # of latents at once
+_DRAWS = 2**24  # resamples × documents at once: 256 MiB with their copy in float64
 _CHUNK_CPU = 2**19  # numbers worked on at once: what stays in a core's cache from one operation to the next,
 _CHUNK = 2**26  # and, on a GPU, what is worth a launch
 
@@ -66,13 +68,16 @@ class Sums:
         self._columns: dict[str, np.ndarray] = {}
 
     def add(self, doc_id: Int[Tensor, " n"], terms: Mapping[str, Tensor]) -> None:
-        """Add per-token terms, `[n]` or `[n, ...]`, to the rows of their documents."""
+        """Add per-token terms, `[n]` or `[n, ...]`, to the rows of their documents; all of it is read from the device at once."""
         documents, inverse = torch.unique(doc_id, return_inverse=True)
-        places = np.array([self.index.setdefault(int(d), len(self.index)) for d in documents], dtype=np.int64)
-        for name, values in terms.items():
+        parts = [documents.double()]
+        for values in terms.values():
             sums = torch.zeros(len(documents), *values.shape[1:], dtype=torch.float64, device=values.device)
-            sums.index_add_(0, inverse.to(values.device), values.double())
-            self._column(name, values.shape[1:])[places] += sums.cpu().numpy()
+            parts.append(sums.index_add_(0, inverse, values.double()))
+        ids, *read = _on_host(parts)
+        places = np.array([self.index.setdefault(int(d), len(self.index)) for d in ids], dtype=np.int64)
+        for (name, values), sums in zip(terms.items(), read, strict=True):
+            self._column(name, values.shape[1:])[places] += sums
 
     def _column(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         have = self._columns.get(name, np.zeros((0, *shape)))
@@ -88,16 +93,35 @@ class Sums:
         return {name: self._column(name, self._columns[name].shape[1:])[: len(self.index)] for name in names}
 
 
+def _on_host(columns: Sequence[Float[Tensor, "n ..."]]) -> list[np.ndarray]:
+    """Columns of equal length, by one copy from the device."""
+    read = torch.cat([column[:, None].flatten(1) for column in columns], dim=1).cpu().numpy()
+    widths = [math.prod(column.shape[1:]) for column in columns]
+    parts = np.split(read, np.cumsum(widths)[:-1], axis=1)
+    return [part.reshape(column.shape) for part, column in zip(parts, columns, strict=True)]
+
+
 def total(table: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The sums over all documents."""
     return {name: column.sum(0) for name, column in table.items()}
 
 
-def resampled(table: Mapping[str, np.ndarray], resamples: int, seed: int) -> dict[str, np.ndarray]:
-    """The sums of `resamples` bootstrap samples of documents, `[resamples, ...]` each."""
-    documents = len(next(iter(table.values())))
-    draws = np.random.default_rng(seed).multinomial(documents, np.full(documents, 1 / documents), size=resamples)
-    return {name: np.tensordot(draws.astype(np.float64), column, 1) for name, column in table.items()}
+def resampled(tables: Sequence[Mapping[str, np.ndarray]], resamples: int, seed: int) -> list[dict[str, np.ndarray]]:
+    """The sums of `resamples` bootstrap samples of documents, `[resamples, ...]` each: the same samples for all tables.
+
+    They are drawn some at a time: all would be as many numbers as resamples × documents.
+    """
+    documents = len(next(iter(tables[0].values())))
+    generator, shares = np.random.default_rng(seed), np.full(documents, 1 / documents)
+    found = [{name: np.empty((resamples, *column.shape[1:])) for name, column in table.items()} for table in tables]
+    step = max(1, _DRAWS // documents)
+    for start in range(0, resamples, step):
+        size = min(step, resamples - start)
+        draws = generator.multinomial(documents, shares, size=size).astype(np.float64)
+        for table, sums in zip(tables, found, strict=True):
+            for name, column in table.items():
+                sums[name][start : start + size] = np.tensordot(draws, column, 1)
+    return found
 
 
 def total_variance(sums: Mapping[str, Any]) -> Any:

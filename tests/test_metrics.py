@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -150,10 +152,27 @@ def test_sums_are_kept_per_document_whatever_the_order() -> None:
     assert total(table)["v"].tolist() == [1.0, 1.0]
 
 
+def test_a_batch_is_read_from_the_device_once_however_many_documents_and_quantities(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU each read waits for what was begun before it."""
+    reads: list[tuple[int, ...]] = []
+    copy = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: reads.append(tuple(tensor.shape)) or copy(tensor))
+    monkeypatch.setattr(torch.Tensor, "__int__", lambda _: pytest.fail("a number was read alone"))
+    sums = Sums()
+    sums.add(torch.arange(1000) % 500, {"a": torch.ones(1000), "v": torch.ones(1000, 3)})
+    sums.add(torch.arange(0), {"a": torch.ones(0), "v": torch.ones(0, 3)})
+    assert reads == [(500, 5), (0, 5)]
+    table = sums.table()
+    assert [table[name].shape for name in ("a", "v")] == [(500,), (500, 3)]
+    assert all((column == 2.0).all() for column in table.values())
+
+
 def test_bootstrap_resamples_documents_whole() -> None:
     """Numerator and denominator move together: a ratio that is the same in every document has no spread."""
     table = {"n": np.array([1.0, 10.0, 100.0]), "d": np.array([2.0, 20.0, 200.0])}
-    samples = resampled(table, 500, seed=0)
+    samples = resampled([table], 500, seed=0)[0]
     assert np.allclose(samples["n"] / samples["d"], 0.5)
     assert samples["n"].std() > 0
 
@@ -163,10 +182,35 @@ def test_bootstrap_interval_covers_the_truth_about_as_often_as_it_says() -> None
     covered = 0
     for _ in range(200):
         table = {"n": rng.normal(3.0, 1.0, 40), "d": np.ones(40)}
-        samples = resampled(table, 400, seed=1)
+        samples = resampled([table], 400, seed=1)[0]
         low, high = np.quantile(samples["n"] / samples["d"], (0.025, 0.975))
         covered += low <= 3.0 <= high
     assert 0.88 <= covered / 200 <= 0.98
+
+
+def test_all_tables_see_the_same_samples_however_many_are_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    tables = [{"n": rng.normal(size=300), "v": rng.normal(size=(300, 4))}, {"n": rng.normal(size=300)}]
+    whole = resampled(tables, 50, seed=3)
+    draws = np.random.default_rng(3).multinomial(300, np.full(300, 1 / 300), size=50).astype(np.float64)
+    assert np.array_equal(whole[0]["v"], draws @ tables[0]["v"])
+    monkeypatch.setattr("saebench.metrics._DRAWS", 7 * 300)
+    parts = resampled(tables, 50, seed=3)
+    for one, other in zip(whole, parts, strict=True):
+        assert {name: values.shape for name, values in other.items()} == {name: v.shape for name, v in one.items()}
+        assert all(np.allclose(other[name], values, rtol=1e-12, atol=1e-12) for name, values in one.items())
+
+
+def test_the_bootstrap_of_many_documents_takes_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, 20 samples of 100,000 documents would be 16 MB, and as much again in float64."""
+    monkeypatch.setattr("saebench.metrics._DRAWS", 2 * 10**5)
+    table = {"n": np.ones(10**5)}
+    tracemalloc.start()
+    found = resampled([table], 20, seed=0)[0]["n"]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found.tolist() == [1e5] * 20
+    assert peak < 6e6
 
 
 def test_total_variance_of_resamples_recentres() -> None:
@@ -174,7 +218,7 @@ def test_total_variance_of_resamples_recentres() -> None:
     sums = Sums()
     sums.add(torch.tensor([0, 0, 1, 1]), {"rows": torch.ones(4), "squared_norm": (x**2).sum(1), "vector": x})
     assert float(total_variance(total(sums.table()))) == 16.0
-    samples = resampled(sums.table(), 50, seed=0)
+    samples = resampled([sums.table()], 50, seed=0)[0]
     assert set(np.round(total_variance(samples), 9)) == {0.0, 16.0}
 
 

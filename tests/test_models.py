@@ -9,12 +9,14 @@ import torch
 from conftest import LAYERS, SHAPES, VOCABULARY, WIDTH
 from families import FAMILIES
 from safetensors.torch import load_file, save_file
+from test_harvest import config, text
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel
 
-from saebench.files import read_json
+from saebench.files import hash_files, read_json, write_json
+from saebench.harvest import ExtendConfig, extend, harvest
 from saebench.models import (
     EMBEDDED_MODEL_PATH,
     HookKind,
@@ -37,6 +39,8 @@ from saebench.models import (
 )
 from saebench.models.places import transformer_lens_paths
 from saebench.steer import Sampling, generate
+from saebench.store.schema import MANIFEST
+from saebench.store.source import model_of
 
 TOKENS = torch.randint(1, VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(0))
 
@@ -223,6 +227,47 @@ def test_the_weights_hash_is_of_the_files_whatever_the_dtype(checkpoints: dict[s
     two = load_model(str(checkpoints["gpt2"]), device="cpu", dtype="bfloat16")
     other = load_model(str(checkpoints["llama"]), device="cpu")
     assert one.weights_hash == two.weights_hash != other.weights_hash
+
+
+def test_files_that_are_no_weights_leave_the_hash_alone(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    path = changed(checkpoints, tmp_path / "trained")
+    before = load_model(str(path), device="cpu").weights_hash
+    for name in ("training_args.bin", "optimizer.bin", "scheduler.bin", "tokenizer.bin"):
+        (path / name).write_bytes(b"no weights")
+    assert load_model(str(path), device="cpu").weights_hash == before
+    write_json(path / "pytorch_model.bin.index.json", {"weight_map": {"w": "part.bin", "v": "absent.bin"}})
+    for name in ("pytorch_model-00001-of-00002.bin", "part.bin"):
+        (path / name).write_bytes(b"weights")
+        now = load_model(str(path), device="cpu").weights_hash
+        assert now != before
+        before = now
+
+
+def test_a_store_that_recorded_the_hash_of_before_is_of_its_model(
+    checkpoints: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    """Harvest, extension and evaluation know it, and new weights are still others."""
+    path = changed(checkpoints, tmp_path / "trained")
+    (path / "training_args.bin").write_bytes(b"no weights")
+    told = config(path, tmp_path / "s", tokens=2_000)
+    store = harvest(told, text(corpus))
+    assert store is not None
+    manifest = read_json(store.folder / MANIFEST)
+    former = hash_files([path / "model.safetensors", path / "training_args.bin"])
+    assert manifest["identity"]["model"]["weights"] != former
+    manifest["identity"]["model"]["weights"] = former
+    write_json(store.folder / MANIFEST, manifest)
+    assert harvest(told, text(corpus)) is not None
+    grown = extend(store.folder, ExtendConfig(tokens=1_000, device="cpu"))
+    assert grown is not None
+    assert grown.manifest["identity"]["model"]["weights"] == former
+    assert model_of(grown, "cpu").hash_like(former) == former
+    weights = load_file(path / "model.safetensors")
+    save_file({name: value * 1.5 for name, value in weights.items()}, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"has weights \w+, store .* was made with {former}"):
+        model_of(grown, "cpu")
+    with pytest.raises(ValueError, match=f"model.weights: '{former}' -> "):
+        extend(store.folder, ExtendConfig(tokens=1_000, device="cpu"))
 
 
 def test_unknown_models_and_hooks_are_named(checkpoints: dict[str, Path], tmp_path: Path) -> None:

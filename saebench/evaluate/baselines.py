@@ -27,7 +27,7 @@ class PCA:
         """`components_DD` holds a direction per column, strongest first."""
         self.mean_D, self.components_DD = mean_D, components_DD
         self.energy_D = torch.zeros(len(mean_D), dtype=torch.float64, device=mean_D.device)
-        self.squared_norm = 0.0
+        self.squared_norm = torch.zeros((), dtype=torch.float64, device=mean_D.device)
 
     @classmethod
     def fit(cls, store: Store, hook: str, device: str) -> "PCA":
@@ -51,7 +51,7 @@ class PCA:
         """Count evaluated rows in."""
         centred = x_ND - self.mean_D
         self.energy_D += (centred @ self.components_DD).double().pow(2).sum(0)
-        self.squared_norm += float(centred.double().pow(2).sum())
+        self.squared_norm += centred.double().pow(2).sum()
 
     def fvu(self, rank: float, variance: float) -> float:
         """FVU of the reconstruction from the first `rank` components, linear between whole ranks.
@@ -60,7 +60,7 @@ class PCA:
         """
         explained = np.concatenate([[0.0], np.cumsum(self.energy_D.cpu().numpy())])
         kept = np.interp(rank, np.arange(len(explained)), explained)
-        return float((self.squared_norm - kept) / variance)
+        return float((float(self.squared_norm) - kept) / variance)
 
 
 @torch.inference_mode()
@@ -103,7 +103,7 @@ def untrained_fvus(
         centred_BD = (x_BD - sae.b_dec).double()
         for k, out in decoded(x_BD).items():
             error[k] += (centred_BD - factors[k] * out).pow(2).sum()
-        doc = torch.zeros(len(rows), dtype=torch.int64)
+        doc = torch.zeros(len(rows), dtype=torch.int64, device=device)
         sums.add(doc, {"rows": doc + 1, "squared_norm": x_BD.double().pow(2).sum(1), "vector": x_BD})
     bar.close()
     variance = float(total_variance(total(sums.table())))

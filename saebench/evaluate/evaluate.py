@@ -140,8 +140,12 @@ def _evaluate_hook(config: EvalConfig, store: Store, hook: str, folders: list[Pa
     rows = int(total(measured.shared.table())["rows"])
     silent, seen = silent_latents(store, hook, subjects, max(0, config.dead_rows - rows))
     untrained = _untrained(store, hook, subjects, rows, device)
-    for subject, silent_F, fvu in zip(subjects, silent, untrained, strict=True):
-        _write(config, store, subject, measured, {"silent": silent_F, "window": rows + seen}, fvu)
+    shared, *own = resampled(
+        [sums.table() for sums in (measured.shared, *(s.sums for s in subjects))], config.resamples, 0
+    )
+    for subject, samples, silent_F, fvu in zip(subjects, own, silent, untrained, strict=True):
+        dead = {"silent": silent_F, "window": rows + seen}
+        _write(config, store, subject, measured, shared | samples, dead, fvu)
 
 
 def _untrained(store: Store, hook: str, subjects: list[Subject], rows: int, device: str) -> list[float]:
@@ -159,18 +163,23 @@ def _untrained(store: Store, hook: str, subjects: list[Subject], rows: int, devi
 
 
 def _write(
-    config: EvalConfig, store: Store, subject: Subject, measured: Measurement, dead: dict[str, Any], untrained: float
+    config: EvalConfig,
+    store: Store,
+    subject: Subject,
+    measured: Measurement,
+    resampled_sums: dict[str, np.ndarray],
+    dead: dict[str, Any],
+    untrained: float,
 ) -> None:
-    """Turn the sums into metrics with intervals, and save them beside the SAE."""
+    """Turn the sums, and those of resampled documents, into metrics with intervals, and save them beside the SAE."""
     shared = measured.shared
     table = {**shared.table(), **subject.sums.table()}
     sums = total(table)
     metrics = {name: _number(value) for name, value in _metrics(sums).items()}
-    samples = _metrics(resampled(table, config.resamples, seed=0))
     intervals = {
         # One document says nothing of how documents differ.
         name: [_number(q) for q in np.quantile(values, (0.025, 0.975))] if len(shared.index) > 1 else [None, None]
-        for name, values in samples.items()
+        for name, values in _metrics(resampled_sums).items()
     }
     rows, l0 = int(sums["rows"]), float(sums["l0"] / sums["rows"])
     massive = int(sums.get("massive_rows", 0))

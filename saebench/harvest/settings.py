@@ -140,10 +140,12 @@ def identity_of(config: HarvestConfig, text: TextConfig, model: LanguageModel, s
     kept = to_json(config)
     for name in ("out", "device", "trust_remote_code", "model", "model_revision"):
         del kept[name]
+    made = _begun(config.out)
+    weights = model.hash_like(None if made is None else made["identity"]["model"]["weights"])
     return {
         **kept,
         "model_dtype": model.dtype,
-        "model": {"id": model.id, "revision": config.model_revision, "weights": model.weights_hash},
+        "model": {"id": model.id, "revision": config.model_revision, "weights": weights},
         "tokenizer": {"files": hash_files(list(model.tokenizer_files))},
         "text": {**noted(text), "fingerprint": source},
     }

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from saebench.files import first_line, hash_files
+from saebench.files import first_line, hash_files, read_json
 from saebench.pieces import TokenBytes
 from saebench.text import Encoder, encoder_of
 
@@ -24,7 +24,8 @@ ModelDtype = Literal["float32", "bfloat16", "float16"]
 UNLIMITED = 2**31 - 1
 """the context of a model that knows no longest one"""
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
-_WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+_WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
+_WEIGHT_INDEX = "pytorch_model*.bin.index.json"  # may name others
 _TOKENIZER_FILES = (
     "tokenizer", "vocab", "merges", "special_tokens_map", "added_tokens", "spiece", "chat_template",
 )  # fmt: skip
@@ -50,6 +51,8 @@ class LanguageModel:
     """None where the model came without: it then takes token ids alone"""
     encoder: Encoder
     """how it reads text"""
+    folder: Path
+    """where its files lie"""
     weights_hash: str
     tokenizer_files: tuple[Path, ...]
     base: Any
@@ -76,6 +79,16 @@ class LanguageModel:
     def pieces(self) -> TokenBytes:
         """What each token stands for."""
         return TokenBytes(self.tokenizer)
+
+    @cached_property
+    def _former_hash(self) -> str:
+        return hash_files(sorted([*self.folder.glob("*.safetensors"), *self.folder.glob("*.bin")]))
+
+    def hash_like(self, recorded: str | None) -> str:
+        """`weights_hash`; or what was recorded, if it is the hash of the first versions, for which every *.bin file was weights."""
+        if recorded in (None, self.weights_hash) or recorded != self._former_hash:
+            return self.weights_hash
+        return recorded
 
     def tokens_of(self, text: str) -> list[int]:
         """Token ids of a text as contexts have them: BOS first, once.
@@ -171,7 +184,8 @@ def load_model(
         module=module,
         tokenizer=tokenizer,
         encoder=encoder_of(tokenizer),
-        weights_hash=hash_files(sorted(file for pattern in _WEIGHT_PATTERNS for file in folder.glob(pattern))),
+        folder=folder,
+        weights_hash=hash_files(_weight_files(folder)),
         tokenizer_files=tokenizer_files,
         base=_base(name, module, blocks[0]),
         blocks=blocks,
@@ -315,6 +329,14 @@ def _checkpoint_folder(path: str, revision: str | None) -> Path:
     return Path(
         snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.txt", "*.model"], local_files_only=True)
     )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """What holds weights: *.bin may as well be the state of an optimizer, arguments of a training, or a tokenizer."""
+    files = {file for pattern in _WEIGHT_PATTERNS for file in folder.glob(pattern)}
+    for index in folder.glob(_WEIGHT_INDEX):
+        files |= {folder / name for name in read_json(index)["weight_map"].values()}
+    return sorted(file for file in files if file.exists())
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ def model_of(
         revision=made["model"]["revision"],
         trust_remote_code=trust_remote_code,
     )
-    if model.weights_hash != made["model"]["weights"]:
+    if model.hash_like(made["model"]["weights"]) != made["model"]["weights"]:
         raise ValueError(
             f"model {model.id!r} has weights {model.weights_hash}, store {store.folder} was made with {made['model']['weights']}: "
             "use the model it was made with, or harvest again"
