@@ -544,8 +544,8 @@ def test_a_passage_is_the_same_behind_any_document() -> None:
 
 def test_of_equal_strengths_the_first_row_counts() -> None:
     evidence = Evidence.empty(2, 4)
-    evidence.add(summarise(a_unit([3.0, 3.0, 3.0], [1, 2, 5], [0, 0, 0], first_row=8), 2, 1.0))
-    evidence.add(summarise(a_unit([3.0, 5.0], [0, 7], [0, 0]), 2, 1.0))
+    evidence.add(summarise(a_unit([3.0, 3.0, 3.0], [1, 2, 5], [0, 0, 0], first_row=8), 1.0, evidence))
+    evidence.add(summarise(a_unit([3.0, 5.0], [0, 7], [0, 0]), 1.0, evidence))
     groups = intervals(evidence, 1.0)
     assert groups["counts"].sum() == 5
     from saebench.index.evidence import rows_of_top, values_of_top
