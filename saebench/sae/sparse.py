@@ -203,8 +203,8 @@ class Encoder:
         offsets = torch.arange(len(self.z_RD) + 1, dtype=torch.int32, device=values.device) * k
         return SparseCode(offsets, latents.int(), len(self.bias_F)), values
 
-    def above(self, threshold: float = 0.0) -> tuple[SparseCode, Float[Tensor, " N"]]:
-        """All that is above a threshold: (code, pre-activations of its entries)."""
+    def above(self, threshold: float | Float[Tensor, " F"] = 0.0) -> tuple[SparseCode, Float[Tensor, " N"]]:
+        """All that is above a threshold, or above that of its latent: (code, pre-activations of its entries)."""
         d_sae = len(self.bias_F)
         counts, latents, values = [], [], []
         for block in self._each():
