@@ -19,6 +19,7 @@ from saebench.files import write_json
 from saebench.harvest import HarvestConfig, harvest
 from saebench.index import FeatureIndex, IndexConfig, build, build_index, open_feature_index
 from saebench.index.compare import KINDS, compare
+from saebench.index.decoder import geometry
 from saebench.index.derive import companions, flags, intervals, token_counts
 from saebench.index.evidence import (
     N_BINS,
@@ -33,8 +34,11 @@ from saebench.index.evidence import (
     hashed,
     passages,
     position_edges,
+    rows_of,
+    rows_of_top,
     sample,
     summarise,
+    values_of_top,
 )
 from saebench.index.examples import show
 from saebench.index.search import features_for_text
@@ -304,6 +308,19 @@ def test_decoder_geometry(index: FeatureIndex, store: Store) -> None:
     np.testing.assert_allclose(index.columns["encoder_cosine"], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_neighbours_of_many_latents() -> None:
+    """More than are searched one by one, in blocks of which the last is short."""
+    sae = new_sae("relu", 8, 1280)
+    initialise(sae, torch.zeros(8), torch.Generator().manual_seed(0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("saebench.index.decoder.BLOCK_VALUES", 500 * 1280)
+        found = geometry(sae)
+    rows = torch.nn.functional.normalize(sae.W_dec.detach(), dim=1)
+    cosines = (rows @ rows.T).fill_diagonal_(-2.0)
+    np.testing.assert_allclose(found["cosines"], cosines.topk(20).values, atol=1e-6)
+    np.testing.assert_allclose(found["cosines"], cosines.gather(1, torch.from_numpy(found["ids"]).long()), atol=1e-6)
+
+
 def test_logit_effects_are_the_decoder_times_the_unembedding(index: FeatureIndex, store: Store) -> None:
     model = load_model(store.manifest["identity"]["model"]["id"], dtype="float32")
     weight = model.module.model.norm.weight.detach()  # the Llama shape's final RMSNorm
@@ -550,14 +567,65 @@ def test_a_passage_is_the_same_behind_any_document() -> None:
 
 def test_of_equal_strengths_the_first_row_counts() -> None:
     evidence = Evidence.empty(2, 4)
-    evidence.add(summarise(a_unit([3.0, 3.0, 3.0], [1, 2, 5], [0, 0, 0], first_row=8), 2, 1.0))
-    evidence.add(summarise(a_unit([3.0, 5.0], [0, 7], [0, 0]), 2, 1.0))
+    evidence.add(summarise(a_unit([3.0, 3.0, 3.0], [1, 2, 5], [0, 0, 0], first_row=8), 1.0, evidence))
+    evidence.add(summarise(a_unit([3.0, 5.0], [0, 7], [0, 0]), 1.0, evidence))
     groups = intervals(evidence, 1.0)
     assert groups["counts"].sum() == 5
-    from saebench.index.evidence import rows_of_top, values_of_top
-
     assert rows_of_top(evidence.top)[0, :5].tolist() == [7, 0, 9, 13, -1]
     assert values_of_top(evidence.top)[0, :5].tolist() == [5.0, 3.0, 3.0, 3.0, 0.0]
+
+
+def a_busy_unit(first_row: int, random: np.random.Generator) -> Unit:
+    """16 contexts of 4 rows, three latents of which one fires nearly everywhere; few strengths and few texts."""
+    fires = random.random((64, 3)) < (0.9, 0.3, 0.02)
+    rows, latents = np.nonzero(fires)
+    values = random.choice([0.5, 1.0, 1.1, 3.0, 8.0], len(rows)).astype(np.float32)
+    texts = random.integers(0, 60, 64).astype(np.uint32)
+    everywhere, nowhere = np.ones(64, bool), np.zeros(0, np.int32)
+    return Unit(
+        first_row, 64, 4, rows, latents, values, everywhere, np.tile(np.arange(4), 16), texts, nowhere
+    )  # fmt: skip
+
+
+def test_evidence_is_that_of_all_firings_whatever_a_summary_was_compared_with() -> None:
+    """Examples by sorting everything, against units in another order and summaries made before others were added."""
+    random = np.random.default_rng(0)
+    units = [a_busy_unit(64 * number, random) for number in range(20)]
+    at_once, early, late = Evidence.empty(3, 4), Evidence.empty(3, 4), Evidence.empty(3, 4)
+    for unit in units:
+        at_once.add(summarise(unit, 1.0, at_once))
+    for summary in [summarise(unit, 1.0, early) for unit in units][::-1]:
+        early.add(summary)
+    pending = [summarise(unit, 1.0, late) for unit in units[:7]]
+    for unit in units[:6:-1]:
+        pending.append(summarise(unit, 1.0, late))
+        late.add(pending.pop(0))
+    for summary in pending:
+        late.add(summary)
+    for name, column in vars(at_once).items():
+        np.testing.assert_array_equal(column, getattr(early, name), name)
+        np.testing.assert_array_equal(column, getattr(late, name), name)
+
+    rows = np.concatenate([unit.rows + unit.first_row for unit in units])
+    latents, values = (np.concatenate([getattr(unit, name) for unit in units]) for name in ("latents", "values"))
+    texts = np.concatenate([unit.texts for unit in units])[rows]
+    for latent in range(3):
+        mine = [tuple(firing) for firing in np.stack([rows, values, texts], 1)[latents == latent].tolist()]
+        assert at_once.counts[latent].sum() == len(mine)
+        strongest, contexts, seen = [], set(), set()
+        for row, value, text in sorted(mine, key=lambda firing: (-firing[1], firing[0])):
+            if row // 4 not in contexts:  # the strongest of its context, if not of its text
+                contexts.add(row // 4)
+                if text not in seen:
+                    seen.add(text)
+                    strongest.append((row, value))
+        kept = at_once.top[latent] > 0
+        found = zip(rows_of_top(at_once.top[latent])[kept], values_of_top(at_once.top[latent])[kept], strict=True)
+        assert list(found) == strongest[:TOP]
+        first = {text: row for row, _, text in sorted(mine, reverse=True)}  # the lowest row of each text
+        by_hash = sorted(first, key=lambda text: int(hashed(np.array([text]), latent + 1)[0] >> np.uint64(33)))
+        drawn = at_once.random[latent]
+        assert rows_of(drawn).tolist() == ([first[text] for text in by_hash] + [-1] * RANDOM)[:RANDOM]
 
 
 def test_tokens_by_how_often_a_latent_fires_on_them() -> None:

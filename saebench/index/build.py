@@ -149,7 +149,7 @@ def build_index(config: IndexConfig) -> Path | None:
         total = sum(piece.n_rows for piece in plan.pieces)
         bar = progress(total, f"index {config.sae.name}", "row", _rows_done(plan, gathered))
         with interruptible() as interrupt, bar:
-            for number, summary, part in _results(plan, gathered.done, config.workers, interrupt):
+            for number, summary, part in _results(plan, gathered, config.workers, interrupt):
                 if summary is not None:
                     gathered.evidence.add(summary)
                 gathered.samples[plan.pieces[number].shard.split].append(part)
@@ -203,19 +203,22 @@ def _pieces(store: Store, limits: dict[str, int]) -> Iterator[Piece]:
 
 
 def _results(
-    plan: Plan, done: np.ndarray, workers: int | None, interrupt: Interrupt
+    plan: Plan, gathered: Gathered, workers: int | None, interrupt: Interrupt
 ) -> Iterator[tuple[int, Summary | None, Sample]]:
     """The pieces not yet done, in the order in which they are finished; a few are under way at once."""
     n_workers = workers or torch.get_num_threads()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each worker computes alone, so that rounding does not depend on their number
-    todo = iter([number for number, finished in enumerate(done) if not finished])
+    todo = iter([number for number, finished in enumerate(gathered.done) if not finished])
     with ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         running: dict[Future, int] = {}
         try:
             while True:
                 wanted = 2 * n_workers - len(running) if not interrupt.requested else 0
-                running |= {pool.submit(_reduce, plan, plan.pieces[n]): n for n in itertools.islice(todo, wanted)}
+                running |= {
+                    pool.submit(_reduce, plan, plan.pieces[n], gathered.evidence): n
+                    for n in itertools.islice(todo, wanted)
+                }
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -226,9 +229,9 @@ def _results(
             torch.set_num_threads(threads)
 
 
-def _reduce(plan: Plan, piece: Piece) -> tuple[Summary | None, Sample]:
+def _reduce(plan: Plan, piece: Piece, so_far: Evidence) -> tuple[Summary | None, Sample]:
     unit = _read(plan, piece)
-    summary = summarise(unit, plan.sae.d_sae, plan.scale) if piece.shard.split == "train" else None
+    summary = summarise(unit, plan.scale, so_far) if piece.shard.split == "train" else None
     return summary, sample(unit, plan.below[piece.shard.split])
 
 

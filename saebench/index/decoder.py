@@ -13,11 +13,12 @@ from torch import Tensor
 from saebench.models import Unembedding
 from saebench.runlog import progress
 from saebench.sae import SAE
+from saebench.sae.sparse import BLOCK_VALUES, rowwise_topk
 
 NEIGHBOURS = 20
 LOGIT_TOKENS = 20
 LOGIT_BINS = 40
-_VALUES = 2**22  # products held at once
+_VALUES = 2**22  # effects held at once, with as many of their bins
 
 
 @torch.no_grad()
@@ -30,12 +31,13 @@ def geometry(sae: SAE) -> dict[str, np.ndarray]:
     ids_FN = np.full((sae.d_sae, NEIGHBOURS), -1, np.int32)
     cosines_FN = np.zeros((sae.d_sae, NEIGHBOURS), np.float32)
     with progress(sae.d_sae, "decoder neighbours", "latent", delay=1.0) as bar:
-        for first, block_BD in _blocks(rows_FD, sae.d_sae):
+        for first, block_BD in _blocks(rows_FD, sae.d_sae, BLOCK_VALUES):
             cosines_BF = block_BD @ rows_FD.T
             here = torch.arange(len(block_BD), device=block_BD.device)
             cosines_BF[here, here + first] = -torch.inf
-            best = cosines_BF.topk(size, dim=1)
-            ids_FN[first : first + len(block_BD), :size] = best.indices.cpu().numpy()
+            cosines_BN, ids_BN = rowwise_topk(cosines_BF, size)
+            best = cosines_BN.sort(dim=1, descending=True)
+            ids_FN[first : first + len(block_BD), :size] = ids_BN.gather(1, best.indices).cpu().numpy()
             cosines_FN[first : first + len(block_BD), :size] = best.values.cpu().numpy()
             bar.update(len(block_BD))
     return {
@@ -102,7 +104,7 @@ def logit_effects(
     return columns
 
 
-def _blocks(rows_FD: Tensor, width: int) -> list[tuple[int, Tensor]]:
-    """(first row, rows) of blocks whose products with `width` columns fit in memory."""
-    step = max(1, _VALUES // width)
+def _blocks(rows_FD: Tensor, width: int, values: int = _VALUES) -> list[tuple[int, Tensor]]:
+    """(first row, rows) of blocks whose products with `width` columns are so many values at most."""
+    step = max(1, values // width)
     return [(first, rows_FD[first : first + step]) for first in range(0, len(rows_FD), step)]

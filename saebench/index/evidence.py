@@ -9,9 +9,13 @@ Firings in order of strength and samples in order of hash are both kept as sorte
 high half decides (bits of the activation, which for positive floats sort as the numbers do; or the
 hash), the low half is the row. A passage that is repeated counts once in a list of examples, in whatever
 document: firings whose last few tokens are the same have the same `text`, of which the hash is made, too.
+
+What a list of examples has only gets better, so a summary leaves out what could not enter the lists as they are
+while it is made, and those that make summaries may look at them while others are added.
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,20 +49,28 @@ class Unit(NamedTuple):
     massive: np.ndarray  # [M] latents of the firings on massive rows
 
 
-class Summary(NamedTuple):
-    """What `Evidence.add` takes of a unit; F latents, samples not yet compared with those of other units."""
+class Entries(NamedTuple):
+    """Firings that may enter lists of examples, by list and the best first; keys of which the smallest are the best."""
 
-    counts: np.ndarray  # [F, N_BINS]
-    sums: np.ndarray  # [F, 2] in fixed point
-    positions: np.ndarray  # [F, P]
-    position_rows: np.ndarray  # [P]
-    top_cells: np.ndarray  # latent of each context's strongest firing of it
-    top_keys: np.ndarray
-    top_texts: np.ndarray
-    massive: np.ndarray  # [F] firings on massive rows
+    cells: np.ndarray  # [n] number of the list
+    keys: np.ndarray  # [n]
+    carried: np.ndarray  # [n] what is kept with the key
+
+    def take(self, chosen: np.ndarray) -> "Entries":
+        return Entries(*(column[chosen] for column in self))
+
+
+class Summary(NamedTuple):
+    """What `Evidence.add` takes of a unit; F latents, N firings."""
+
     cells: np.ndarray  # [N] latent * N_BINS + bin
-    keys: np.ndarray  # [N] hash and row
-    values: np.ndarray  # [N]
+    sums: np.ndarray  # [F, 2] in fixed point
+    positions: np.ndarray  # [N] latent * P + bucket
+    position_rows: np.ndarray  # [P]
+    massive: np.ndarray  # [M] latents of the firings on massive rows
+    top: Entries  # each context's strongest firing of a latent
+    strata: Entries
+    random: Entries
 
 
 class Sample(NamedTuple):
@@ -160,6 +172,11 @@ def _sample_keys(rows: np.ndarray, texts: np.ndarray, latents: np.ndarray) -> np
     return ((high << np.uint64(32)) | rows.astype(np.uint64)).astype(np.int64)
 
 
+def _strength_keys(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Less than 0, so that the strongest come first; of equal strengths the lowest row. What is kept is the negative."""
+    return -((values.view(np.int32).astype(np.int64) << 32) | (0xFFFFFFFF - rows))
+
+
 def rows_of(keys: np.ndarray) -> np.ndarray:
     """Rows of sample keys; -1 where there is none."""
     return np.where(keys == _NOTHING, -1, keys & 0xFFFFFFFF)
@@ -181,16 +198,13 @@ def sample(unit: Unit, below: int) -> Sample:
     return all_rows.take((hashed(rows) < np.uint64(below)) & unit.keep)
 
 
-def summarise(unit: Unit, d_sae: int, scale: float) -> Summary:
-    """Reduce a unit to what is added up."""
-    latents = unit.latents.astype(np.int64)
+def summarise(unit: Unit, scale: float, so_far: "Evidence") -> Summary:
+    """Reduce a unit to what is added up, and to what may enter the examples that there are so far."""
+    d_sae, latents = len(so_far.counts), unit.latents.astype(np.int64)
     rows = unit.rows.astype(np.int64) + unit.first_row
     cells = latents * N_BINS + bins_of(unit.values, scale)
-    strength = (unit.values.view(np.int32).astype(np.int64) << 32) | (0xFFFFFFFF - rows)
-    strongest = np.zeros(unit.n_rows // unit.context * d_sae, np.int64)
-    np.maximum.at(strongest, unit.rows // unit.context * d_sae + latents, strength)
-    fired = np.flatnonzero(strongest)
-
+    texts = unit.texts[unit.rows]
+    keys = _sample_keys(rows, texts, latents)
     edges = position_edges(unit.context)
     bucket = np.searchsorted(edges, unit.positions, "right") - 1
     sums = [
@@ -198,19 +212,14 @@ def summarise(unit: Unit, d_sae: int, scale: float) -> Summary:
         for power, step in enumerate(_FIXED, 1)
     ]
     return Summary(
-        counts=np.bincount(cells, minlength=d_sae * N_BINS).reshape(d_sae, N_BINS),
-        sums=np.rint(np.stack(sums, 1)).astype(np.int64),
-        positions=np.bincount(latents * len(edges) + bucket[unit.rows], minlength=d_sae * len(edges)).reshape(
-            d_sae, -1
-        ),
-        position_rows=np.bincount(bucket[unit.keep], minlength=len(edges)),
-        top_cells=fired % d_sae,
-        top_keys=strongest[fired],
-        top_texts=unit.texts[rows_of_top(strongest[fired]) - unit.first_row],
-        massive=np.bincount(unit.massive, minlength=d_sae),
         cells=cells,
-        keys=_sample_keys(rows, unit.texts[unit.rows], latents),
-        values=unit.values,
+        sums=np.rint(np.stack(sums, 1)).astype(np.int64),
+        positions=latents * len(edges) + bucket[unit.rows],
+        position_rows=np.bincount(bucket[unit.keep], minlength=len(edges)),
+        massive=unit.massive,
+        top=_strongest(unit, Entries(latents, _strength_keys(rows, unit.values), texts), so_far.top),
+        strata=_entering(Entries(cells, keys, unit.values), so_far.strata),
+        random=_entering(Entries(latents, keys, unit.values), so_far.random),
     )
 
 
@@ -248,17 +257,14 @@ class Evidence:
         )
 
     def add(self, unit: Summary) -> None:
-        self.counts += unit.counts
+        np.add.at(self.counts.reshape(-1), unit.cells, 1)
         self.sums += unit.sums
-        self.positions += unit.positions
+        np.add.at(self.positions.reshape(-1), unit.positions, 1)
         self.position_rows += unit.position_rows
-        self.massive += unit.massive
-        stronger = unit.top_keys > self.top[unit.top_cells, -1]
-        _merge_top(
-            self.top, self.top_texts, unit.top_cells[stronger], unit.top_keys[stronger], unit.top_texts[stronger]
-        )
-        _keep_smallest(self.strata, self.strata_values, unit.cells, unit.keys, unit.values)
-        _keep_smallest(self.random, self.random_values, unit.cells // N_BINS, unit.keys, unit.values)
+        np.add.at(self.massive, unit.massive, 1)
+        _insert(unit.top, self.top, self.top_texts, -1, lambda keys, texts: texts)
+        _insert(unit.strata, self.strata, self.strata_values, 1, lambda keys, values: keys >> 32)
+        _insert(unit.random, self.random, self.random_values, 1, lambda keys, values: keys >> 32)
 
     @property
     def fires(self) -> np.ndarray:
@@ -270,49 +276,54 @@ class Evidence:
         return (self.sums / np.array(_FIXED) * np.array([scale, scale**2])).T
 
 
-def _keep_smallest(
-    kept: np.ndarray, kept_values: np.ndarray, cells: np.ndarray, keys: np.ndarray, values: np.ndarray
+def _entering(entries: Entries, kept: np.ndarray) -> Entries:
+    """Those sample keys that would enter the rows `[cell, size]` of `kept`, of one text the lowest row."""
+    entries = entries.take(entries.keys < kept[entries.cells, -1])
+    entries = entries.take(np.lexsort((entries.keys, entries.cells)))
+    return entries.take(_first(entries.cells, entries.keys >> 32))
+
+
+def _strongest(unit: Unit, entries: Entries, kept: np.ndarray) -> Entries:
+    """Those of all firings of a unit that would enter `kept`, the strongest of a latent in each context."""
+    near = np.flatnonzero(entries.keys < -kept[entries.cells, -1])
+    entries, contexts = entries.take(near), unit.rows[near] // unit.context
+    order = np.lexsort((entries.keys, contexts, entries.cells))
+    entries = entries.take(order[_first(entries.cells[order], contexts[order])])
+    return entries.take(np.lexsort((entries.keys, entries.cells)))
+
+
+def _first(*columns: np.ndarray) -> np.ndarray:
+    """`[n]` where any of some columns is not what it was one before."""
+    changes = [np.ones(min(1, len(columns[0])), bool), np.any([np.diff(column) != 0 for column in columns], axis=0)]
+    return np.concatenate(changes)
+
+
+def _insert(
+    entries: Entries,
+    kept: np.ndarray,
+    kept_carried: np.ndarray,
+    sign: int,
+    text: Callable[[np.ndarray, np.ndarray], np.ndarray],
 ) -> None:
-    """Merge sample keys into the sorted rows `[cell, size]` of `kept`, with their values; of one text the lowest row."""
-    smaller = keys < kept[cells, -1]
-    cells, keys, values = cells[smaller], keys[smaller], values[smaller]
-    touched, cells = _with_kept(kept, cells)
-    keys = np.concatenate([kept[touched].ravel(), keys])
-    order = np.lexsort((keys, cells))
-    place = _first_of_each(
-        order[~_again(cells[order], keys[order] >> 32, keys[order] == _NOTHING)], cells, kept, touched
-    )
-    kept[touched] = keys[place]
-    kept_values[touched] = np.concatenate([kept_values[touched].ravel(), values])[place]
+    """Put entries in their places in the rows `[cell, size]` of `kept`, keys times `sign`; of one text the best stays.
 
-
-def _merge_top(
-    kept: np.ndarray, kept_texts: np.ndarray, cells: np.ndarray, keys: np.ndarray, texts: np.ndarray
-) -> None:
-    """Merge strength keys into the sorted rows `[cell, size]` of `kept`, with their texts; of one text the strongest."""
-    touched, cells = _with_kept(kept, cells)
-    keys = np.concatenate([kept[touched].ravel(), keys])
-    texts = np.concatenate([kept_texts[touched].ravel(), texts])
-    order = np.lexsort((-keys, texts, cells))
-    order = order[~_again(cells[order], texts[order], keys[order] == 0)]
-    order = order[np.lexsort((-keys[order], cells[order]))]
-    place = _first_of_each(order, cells, kept, touched)
-    kept[touched], kept_texts[touched] = keys[place], texts[place]
-
-
-def _with_kept(kept: np.ndarray, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(cells that are to change, the cell of each entry that they have and of each new one)."""
-    touched = np.unique(cells)
-    return touched, np.concatenate([np.repeat(touched, kept.shape[1]), cells])
-
-
-def _again(cells: np.ndarray, texts: np.ndarray, nothing: np.ndarray) -> np.ndarray:
-    """Which of entries sorted by cell and text are of the same text as the one before."""
-    same = (np.diff(cells) == 0) & (np.diff(texts) == 0) & ~nothing[1:]
-    return np.concatenate([np.zeros(min(1, len(cells)), bool), same])
-
-
-def _first_of_each(order: np.ndarray, cells: np.ndarray, kept: np.ndarray, touched: np.ndarray) -> np.ndarray:
-    """Of each cell the first entries in an order, as many as it keeps: what it kept were all different, so it has enough."""
-    first = np.searchsorted(cells[order], touched)
-    return order[first[:, None] + np.arange(kept.shape[1])]
+    One entry of each cell at a time. `text` tells of keys and what is carried with them which are of one passage.
+    """
+    place = np.arange(kept.shape[1])
+    while True:
+        entries = entries.take(entries.keys < sign * kept[entries.cells, -1])
+        if not len(entries.cells):
+            return
+        first = _first(entries.cells)
+        cells = entries.cells[first]
+        keys, carried = entries.keys[first, None], entries.carried[first, None]
+        old, old_carried = sign * kept[cells], kept_carried[cells]
+        same = text(old, old_carried) == text(keys, carried)
+        gone = np.where(same.any(1), same.argmax(1), place[-1])[:, None]  # what makes room
+        at = (old < keys).sum(1, keepdims=True)  # beyond `gone` where the same text is there, and better: all stays
+        stays = (place < at) | (place > gone)
+        kept[cells] = sign * np.where(stays, old, np.where(place == at, keys, np.roll(old, 1, axis=1)))
+        kept_carried[cells] = np.where(
+            stays, old_carried, np.where(place == at, carried, np.roll(old_carried, 1, axis=1))
+        )
+        entries = entries.take(~first)

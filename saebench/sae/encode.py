@@ -27,8 +27,7 @@ def encode_sparse(sae: SAE, x_RD: Float[Tensor, "R D"]) -> tuple[SparseCode, Flo
     if isinstance(sae, TopKSAE):
         code, values = encoder.topk(sae.k)
         return select(code, values, values > 0)
-    code, values = encoder.above()
-    return select(code, values, values > code.at(sae.threshold)) if isinstance(sae, JumpReLUSAE) else (code, values)
+    return encoder.above(sae.threshold.clamp(min=0) if isinstance(sae, JumpReLUSAE) else 0.0)
 
 
 @torch.no_grad()

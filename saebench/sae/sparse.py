@@ -215,8 +215,10 @@ class Encoder:
         offsets = torch.arange(len(self.z_RD) + 1, dtype=torch.int32, device=values.device) * k
         return SparseCode(offsets, latents.int(), len(self.bias_F)), values
 
-    def above(self, threshold: float = 0.0, most: int | None = None) -> tuple[SparseCode, Float[Tensor, " N"]]:
-        """All that is above a threshold: (code, pre-activations of its entries).
+    def above(
+        self, threshold: float | Float[Tensor, " F"] = 0.0, most: int | None = None
+    ) -> tuple[SparseCode, Float[Tensor, " N"]]:
+        """All that is above a threshold, or above that of its latent: (code, pre-activations of its entries).
 
         With `most`, N is that whatever is found, and a GPU need not be waited for: there are inert entries behind those found,
         or only the first are found, where `offsets[-1]` is `most`. Rows must then be those of one block.
@@ -230,7 +232,7 @@ class Encoder:
                 flat = _nonzero(block > threshold)
                 values.append(block.view(-1)[flat])
             else:
-                flat = torch.nonzero_static(block.view(-1) > threshold, size=most, fill_value=n_values)[:, 0]
+                flat = torch.nonzero_static((block > threshold).view(-1), size=most, fill_value=n_values)[:, 0]
                 values.append(torch.where(flat < n_values, block.view(-1)[flat.clamp(max=n_values - 1)], _INERT))
             rows.append((flat // d_sae).int() + start)
             latents.append((flat % d_sae).int())
