@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerFast
 from saebench.files import block_checksums, hash_files, read_json, write_json
 from saebench.store import Cursor, Store, StoreWriter, open_store, shuffled_batches
 from saebench.store.coding import PEAKS, TAIL, decode, encode
+from saebench.store.manifest import check_manifest
 from saebench.store.norms import norm_report, usual_moments
 from saebench.store.norms import show as describe_norms
-from saebench.store.reader import check_manifest
 from saebench.store.schema import BLOCK_ROWS, NORM_BINS, PROVENANCE, Moments, digest, norm_quantile, shard_name
 from saebench.store.shuffle import shuffled_documents
 from saebench.store.writer import _shards_in

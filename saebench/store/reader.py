@@ -12,20 +12,18 @@ import numpy as np
 import safetensors
 import torch
 from torch import Tensor
-from xxhash import xxh3_64_intdigest, xxh3_128_hexdigest
+from xxhash import xxh3_64_intdigest
 
-from saebench.files import hash_files, read_json
+from saebench.files import hash_files
 from saebench.store.coding import decode, from_disk, width
+from saebench.store.manifest import check_manifest, read_manifest
 from saebench.store.schema import (
     DOCUMENTS,
     EXTENSION,
-    MANIFEST,
     MANIFEST_HASH,
     NORM_BINS,
     ON_DISK,
     PROVENANCE,
-    SCHEMA,
-    SCHEMA_VERSIONS,
     TOKENIZER,
     UNEMBEDDING,
     Norms,
@@ -37,35 +35,6 @@ from saebench.text import encoder_of
 _SPREAD_ROWS = 256  # consecutive rows of a sample
 _STRETCHES = 32  # of them given at once
 _STRETCH_BYTES = 1 << 20  # read and checked at once: in the cache of a core
-
-
-def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
-    """The manifest. Raises ValueError when there is none, or one that this version cannot read."""
-    path = folder / name
-    if not path.exists():
-        raise ValueError(
-            f"{folder} holds no activation store (no {MANIFEST}); make one with `saebench harvest --out {folder}`"
-        )
-    manifest = read_json(path)
-    if manifest.get("schema") != SCHEMA:
-        raise ValueError(f"{path} is not the manifest of an activation store: schema is {manifest.get('schema')!r}")
-    if (version := manifest.get("schema_version")) not in SCHEMA_VERSIONS:
-        raise ValueError(
-            f"{folder} has schema version {version}, this saebench reads {' and '.join(map(str, SCHEMA_VERSIONS))}: "
-            "use the version that wrote it, or harvest again"
-        )
-    return manifest
-
-
-def check_manifest(folder: Path) -> None:
-    """Hold the manifest to the hash beside it, where there is one. Raises ValueError where it is another."""
-    path, side = folder / MANIFEST, folder / MANIFEST_HASH
-    if path.exists() and side.exists() and side.read_bytes() != f"{xxh3_128_hexdigest(path.read_bytes())}\n".encode():
-        begun = (folder / EXTENSION).exists()  # killed between the files that end an extension
-        remedy = (
-            "finish the extension that was begun, by the same command" if begun else "restore both, or harvest again"
-        )
-        raise ValueError(f"{path} and {side.name} do not match, and are not what the harvest wrote: {remedy}")
 
 
 class Damaged(ValueError):

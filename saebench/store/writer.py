@@ -13,19 +13,18 @@ import h5py
 import numpy as np
 import safetensors.torch
 import torch
-import xxhash
 from torch import Tensor
 
 from saebench.config import differences, flat
-from saebench.files import block_checksums, hash_files, json_text, replacing, write_json, write_text
+from saebench.files import block_checksums, hash_files, replacing
 from saebench.store import coding
-from saebench.store.reader import Shard, open_shard, read_manifest
+from saebench.store.manifest import begin_manifest, publish_manifest, read_manifest
+from saebench.store.reader import Shard, open_shard
 from saebench.store.schema import (
     BLOCK_ROWS,
     DOCUMENTS,
     EXTENSION,
     MANIFEST,
-    MANIFEST_HASH,
     ON_DISK,
     PROVENANCE,
     SCHEMA,
@@ -339,13 +338,10 @@ class StoreWriter:
             **({"unembedding_hash": hash_files([self.folder / UNEMBEDDING])} if self.has_unembedding else {}),
             "complete": True,
         }
-        text = json_text(self.manifest)
-        write_text(self.folder / MANIFEST_HASH, xxhash.xxh3_128_hexdigest(text.encode()) + "\n")
-        write_text(self.folder / MANIFEST, text)
-        (self.folder / EXTENSION).unlink(missing_ok=True)
+        publish_manifest(self.folder, self.manifest)
 
     def _publish(self) -> None:
-        write_json(self.path, self.manifest)
+        begin_manifest(self.folder, self.path.name, self.manifest)
 
 
 def _entry(path: Path, widths: dict[str, int]) -> dict[str, Any]:
