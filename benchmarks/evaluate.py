@@ -110,9 +110,9 @@ def memory(vocabulary: int, context: int, width: int, batch: int) -> dict[str, A
         hook = next(iter(store.hooks))
         sae = root / "run" / "saes" / "untrained"
         synthetic(sae, store, hook, 4096, {"hook_name": hook, "saebench": {"store": str(store.folder)}})
-        _, loaded, _ = measured([sys.executable, "-c", _LOAD, store.folder, sae])
+        _, _, loaded, _ = measured([sys.executable, "-c", _LOAD, store.folder, sae])
         command = [sys.executable, "-m", "saebench.cli", "eval", "--run", root / "run", "--batch", str(batch)]
-        seconds, peak, _ = measured(command)
+        seconds, _, peak, _ = measured(command)
     return {
         "vocabulary": vocabulary, "context": context, "width": width, "batch": batch, "seconds": round(seconds, 1), "loaded_mb": round(loaded),
         "peak_mb": round(peak), "beyond_mb": round(peak - loaded),

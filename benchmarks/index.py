@@ -35,7 +35,7 @@ from saebench.index import open_feature_index
 from saebench.index.examples import show
 from saebench.models import model_path
 from saebench.sae import initialise, load_sae, new_sae, read_config, save_sae
-from saebench.sae.sparse import BLOCK_VALUES
+from saebench.sae.sparse import rows_of_a_block
 from saebench.store import Store, StoreWriter, open_store
 from saebench.store.coding import encode
 from saebench.store.schema import MANIFEST_HASH
@@ -68,14 +68,20 @@ def measured(command: list[str | Path]) -> tuple[float, float, float, str]:
 
 @torch.no_grad()
 def synthetic(
-    folder: Path, store: Store, hook: str, n_latents: int, metadata: dict[str, Any], architecture: str, l0: int
+    folder: Path,
+    store: Store,
+    hook: str,
+    n_latents: int,
+    metadata: dict[str, Any],
+    architecture: str = "topk",
+    l0: int = 32,
 ) -> None:
     """An untrained SAE on disk, of which `l0` latents fire on a row: TopK, or JumpReLU of one threshold."""
     statistics_of_hook = store.statistics(hook)
     sae = new_sae(architecture, len(statistics_of_hook["mean"]), n_latents, k=l0)
     initialise(sae, torch.tensor(statistics_of_hook["mean"]), torch.Generator().manual_seed(0))
     if architecture == "jumprelu":
-        x_RD = next(store.spread_rows(hook, 512)).float()
+        x_RD = next(store.usual_rows(hook, "train", spread=512))
         sae.get_parameter("threshold").fill_(sae.project(x_RD).flatten().topk(l0 * len(x_RD)).values[-1].item())
     save_sae(sae, folder, metadata)
 
@@ -107,7 +113,7 @@ def side_by_side(folder: Path, store: Store) -> Store:
 def product(sae_folder: Path, store: Store, hook: str) -> tuple[float, float]:
     """(seconds, processor seconds) of the encoder's product for a row, over 8,192 rows."""
     sae, shard = load_sae(sae_folder), store.of_split("train")[0]
-    step = max(1, BLOCK_VALUES // sae.d_sae)
+    step = rows_of_a_block(sae.d_sae, sae.W_enc.device)
     x_RD = shard.rows(hook, 0, min(8192, shard.n_rows)).float()
     out = torch.zeros(step, sae.d_sae)
     blocks = x_RD.split(step)

@@ -23,8 +23,8 @@ from saebench.runlog import progress
 from saebench.steer import Generation
 from saebench.steer.run import SteerConfig, rank, steer, sweep
 from saebench.store import open_store
+from saebench.store.manifest import check_manifest, read_manifest
 from saebench.store.norms import describe
-from saebench.store.reader import check_manifest, read_manifest
 from saebench.store.schema import MANIFEST
 from saebench.text import TextConfig
 from saebench.train import TrainConfig, train

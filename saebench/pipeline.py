@@ -24,7 +24,7 @@ from saebench.index import IndexConfig, build_index
 from saebench.models import EMBEDDED_MODEL, LanguageModel, capturer, choose_device, head, last_states
 from saebench.sae import encode_sparse
 from saebench.store.coding import row_bytes
-from saebench.store.reader import read_manifest
+from saebench.store.manifest import read_manifest
 from saebench.store.schema import MANIFEST
 from saebench.text import Document, TextConfig, fingerprint, open_documents
 from saebench.train import TrainConfig, train

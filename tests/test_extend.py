@@ -98,7 +98,7 @@ def test_an_extension_that_is_cut_at_its_very_end_names_the_remedy(
             raise OSError("cut")
         write_text(path, content)
 
-    monkeypatch.setattr("saebench.store.writer.write_text", cut)
+    monkeypatch.setattr("saebench.store.manifest.write_text", cut)
     with pytest.raises(OSError, match="cut"):
         extend(folder, by(4_000))
     monkeypatch.undo()

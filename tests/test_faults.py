@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from saebench.files import read_json
 from saebench.harvest import harvest, pipeline
 from saebench.store import ShardWriter
+from saebench.store.manifest import read_manifest
 
 KILLS = int(os.environ.get("SAEBENCH_KILLS", "3"))
 SLOW = 0.004  # seconds by which every hook of every forward pass is longer
@@ -216,7 +217,7 @@ def test_an_error_of_the_model_leaves_whole_shards_only(
     with pytest.raises(RuntimeError, match="in the model"):
         harvest(config(checkpoints["llama"], tmp_path / "s"), text(corpus))
     assert sorted(path.name for path in (tmp_path / "s").glob("*shard*")) == ["shard-00000.h5", "shard-00001.h5"]
-    assert len(read_json(tmp_path / "s" / "manifest.json")["shards"]) == 2
+    assert len(read_manifest(tmp_path / "s")["shards"]) == 2
 
 
 def test_the_model_never_runs_further_ahead_than_there_are_buffers(

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from saebench.files import read_json, write_json
 from saebench.harvest import HarvestConfig, deal, harvest
 from saebench.store import Store, open_store
+from saebench.store.manifest import read_manifest
 from saebench.text import SPLITS, Context, Document, Encoder, TextConfig, open_documents, pack, split_of
 
 
@@ -149,7 +150,7 @@ def test_ctrl_c_ends_after_the_shard_and_the_same_command_continues(
     assert "stopping as soon as the work so far is safe" in stderr
     assert "the same command continues" in stderr
     assert not list(out.glob(".*.tmp"))
-    n = len(read_json(out / "manifest.json")["shards"])
+    n = len(read_manifest(out)["shards"])
     assert n == len(list(out.glob("shard-*.h5"))) >= 2
     with pytest.raises(ValueError, match=f"is unfinished \\({n} shards so far\\)"):
         open_store(out)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -20,10 +21,19 @@ from saebench.files import block_checksums, hash_files, read_json, write_json
 from saebench.store import Cursor, Store, StoreWriter, open_store, shuffled_batches
 from saebench.store.coding import PEAKS, TAIL, decode, encode, from_disk, to_disk
 from saebench.store.feed import prefetched
+from saebench.store.manifest import begin_manifest, check_manifest, publish_manifest, read_manifest
 from saebench.store.norms import norm_report, usual_moments
 from saebench.store.norms import show as describe_norms
-from saebench.store.reader import check_manifest
-from saebench.store.schema import BLOCK_ROWS, NORM_BINS, PROVENANCE, Moments, digest, norm_quantile, shard_name
+from saebench.store.schema import (
+    BLOCK_ROWS,
+    NORM_BINS,
+    PROVENANCE,
+    Moments,
+    column_digest,
+    digest,
+    norm_quantile,
+    shard_name,
+)
 from saebench.store.shuffle import _Buffer, quality, shuffled_documents
 from saebench.store.writer import _shards_in
 
@@ -50,7 +60,7 @@ def make(
     writer = StoreWriter(
         folder,
         identity or {"context": CONTEXT, "tokenizer": {"files": hash_files([])}},
-        {HOOK: shards[0][1].shape[1]},
+        {HOOK: shards[0][1].shape[1] if shards else 2},
         dtype,
     )  # type: ignore[arg-type]
     for split, rows, keep in shards:
@@ -167,7 +177,6 @@ def test_int8_rows_come_back_within_half_a_step_and_massive_coordinates_exactly(
     rows[7, 5], rows[7, 9] = 3e5, -2e5  # massive coordinates, beyond float16
     rows[11] = 0.0
     store = make(tmp_path / "s", [("train", rows, np.ones(200, dtype=bool))], "int8")
-    assert store.manifest["schema_version"] == 2
     got = store.shards[0].rows(HOOK)
     assert got.dtype == torch.float32
     ordinary = rows.abs().sort(dim=1).values[:, -PEAKS - 1]
@@ -249,6 +258,151 @@ def test_a_store_whose_manifest_has_no_histogram_is_read_from_its_shards(small: 
     assert want.sum() == 455
     del small.manifest["hooks"][HOOK]["statistics"]["norms"]
     assert np.array_equal(small.norm_histogram(HOOK), want)
+
+
+# ------------------------------------------------------------------------------------- versions
+
+
+def as_before_version_3(folder: Path, complete: bool = True) -> None:
+    """Make a store what version 1 or 2 has written."""
+    manifest = read_json(folder / "manifest.json")
+    columns = [*PROVENANCE, *(f"activations/{hook}" for hook in manifest["hooks"])]
+    version = 2 if manifest["dtype"] == "int8" else 1
+    for entry in manifest["shards"]:
+        path = folder / entry["file"]
+        with h5py.File(path, "r+") as file:
+            del file["digests"]
+            file.attrs["schema_version"] = version
+            entry["digest"] = digest({name: file[f"checksums/{name}"][:] for name in columns})  # pyright: ignore
+        del entry["digests"]
+        entry |= {"bytes": path.stat().st_size, "hash": hash_files([path])}
+    publish_manifest(folder / "manifest.json", manifest | {"schema_version": version})
+    if not complete:
+        write_json(folder / "manifest.json", manifest | {"schema_version": version, "complete": False})
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_store_of_an_earlier_version_is_read_and_not_rewritten(dtype: str, tmp_path: Path) -> None:
+    whole = np.ones(320, dtype=bool)
+    store = make(tmp_path / "s", [("train", random_rows(320, seed), whole) for seed in range(2)], dtype)
+    rows = [shard.rows(HOOK) for shard in store.shards]
+    as_before_version_3(store.folder)
+    before = {path.name: path.read_bytes() for path in store.folder.iterdir() if path.is_file()}
+    old = open_store(store.folder)
+    assert old.manifest["schema_version"] == (2 if dtype == "int8" else 1)
+    assert old.verify() == []
+    assert all(torch.equal(shard.rows(HOOK), had) for shard, had in zip(old.shards, rows, strict=True))
+    StoreWriter(store.folder, old.manifest["identity"], {HOOK: 8}, dtype)  # type: ignore[arg-type]
+    assert {path.name: path.read_bytes() for path in store.folder.iterdir() if path.is_file()} == before
+    with h5py.File(store.shards[1].path, "r+") as file:
+        file["checksums/tokens"][3] += np.uint64(1)  # pyright: ignore
+    with pytest.raises(ValueError, match="shard-00001.h5 is not the shard that the manifest describes"):
+        open_store(store.folder).shards[1].rows(HOOK)
+
+
+def test_a_harvest_begun_by_an_earlier_version_continues(tmp_path: Path) -> None:
+    """With the last of its shards on disk and not in the manifest, as a kill leaves it."""
+    parts = [("train", random_rows(64, seed), np.ones(64, dtype=bool)) for seed in range(4)]
+    whole = make(tmp_path / "whole", parts)
+    make(tmp_path / "s", parts[:3])
+    as_before_version_3(tmp_path / "s", complete=False)
+    manifest = read_json(tmp_path / "s" / "manifest.json")
+    write_json(tmp_path / "s" / "manifest.json", manifest | {"shards": manifest["shards"][:2]})
+    begun = (tmp_path / "s" / "manifest.json").read_bytes()
+    assert len(StoreWriter(tmp_path / "s", manifest["identity"], {HOOK: 8}, "float32").shards) == 3
+    assert (tmp_path / "s" / "manifest.json").read_bytes() == begun
+    made = make(tmp_path / "s", parts[3:])
+    assert made.manifest["schema_version"] == 3
+    assert ["digests" in entry for entry in made.manifest["shards"]] == [False, False, False, True]
+    assert made.verify() == []
+    assert made.shards[3].path.read_bytes() == whole.shards[3].path.read_bytes()
+    assert torch.equal(kept_training_rows(made), kept_training_rows(whole))
+    assert not (tmp_path / "s" / "manifest.jsonl").exists()
+
+
+def test_a_reader_loads_the_checksums_of_what_it_reads(small: Store) -> None:
+    """And those alone: others may be damaged, of which reading a damaged column is told."""
+    path = small.shards[0].path
+    with h5py.File(path, "r+") as file:
+        file["checksums/doc_id"][0] += np.uint64(1)  # pyright: ignore
+    shard = open_store(small.folder).shards[0]
+    assert len(shard.rows(HOOK)) == len(shard.column("keep")) == 320
+    shard.check()
+    for read in (lambda: shard.column("doc_id"), shard.verify):
+        with pytest.raises(ValueError, match="shard-00000.h5: the checksums of doc_id are not those that were written"):
+            read()
+    with h5py.File(path, "r+") as file:
+        file["digests"][3] = file["digests"][2]  # pyright: ignore
+    with pytest.raises(ValueError, match="shard-00000.h5 is not the shard that the manifest describes"):
+        open_store(small.folder).shards[0].rows(HOOK)
+
+
+# -------------------------------------------------------------------------------------- journal
+
+PARTS = [("train", random_rows(BLOCK_ROWS, seed, d=2), np.ones(BLOCK_ROWS, dtype=bool)) for seed in range(3)]
+
+
+def begun(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The journal and the identity of a harvest that has written three shards and goes on."""
+    store = make(folder, PARTS)
+    manifest = store.manifest | {"complete": False, "shards": []}
+    begin_manifest(folder / "manifest.json", manifest)
+    (folder / "manifest.xxh3").unlink()
+    StoreWriter(folder, manifest["identity"], {HOOK: 2}, "float32")
+    return folder / "manifest.jsonl", manifest["identity"]
+
+
+def test_whole_shards_go_to_the_journal_and_the_manifest_stays(tmp_path: Path) -> None:
+    journal, identity = begun(tmp_path / "s")
+    before = (tmp_path / "s" / "manifest.json").read_bytes()
+    assert read_json(tmp_path / "s" / "manifest.json")["shards"] == []
+    assert [entry["file"] for entry in read_manifest(tmp_path / "s")["shards"]] == [shard_name(i) for i in range(3)]
+    writer = StoreWriter(tmp_path / "s", identity, {HOOK: 2}, "float32")
+    assert (len(writer.shards), len(journal.read_bytes().splitlines())) == (3, 3)
+    assert (tmp_path / "s" / "manifest.json").read_bytes() == before
+    writer.complete({"rows": {}, "exhausted": True})
+    assert not journal.exists()
+    assert len(read_json(tmp_path / "s" / "manifest.json")["shards"]) == 3
+
+
+def test_a_line_that_a_kill_has_cut_short_is_taken_from_its_shard_again(tmp_path: Path) -> None:
+    journal, identity = begun(tmp_path / "s")
+    whole = journal.read_bytes()
+    last = whole[:-1].rindex(b"\n") + 1
+    for cut in range(last, len(whole), 7):
+        journal.write_bytes(whole[:cut])
+        assert len(read_manifest(tmp_path / "s")["shards"]) == 2
+        assert len(StoreWriter(tmp_path / "s", identity, {HOOK: 2}, "float32").shards) == 3
+        assert journal.read_bytes() == whole
+
+
+def test_every_byte_of_a_journal_is_looked_at(tmp_path: Path) -> None:
+    """What is not what was written is named, and deleting the journal heals it."""
+    journal, identity = begun(tmp_path / "s")
+    raw, unseen = journal.read_bytes(), []
+    few = None if "SAEBENCH_KILLS" in os.environ else 60
+    places = range(len(raw)) if few is None else random.Random(0).sample(range(len(raw)), few)
+    for place in places:
+        damaged = bytearray(raw)
+        damaged[place] ^= 1 << place % 8
+        journal.write_bytes(damaged)
+        if "manifest.jsonl is not what was written: delete this file" not in verified(tmp_path / "s"):
+            unseen.append(place)
+    assert set(unseen) <= {len(raw) - 1}  # the end of the last line: as if it had been cut short
+    journal.unlink()
+    StoreWriter(tmp_path / "s", identity, {HOOK: 2}, "float32")
+    assert journal.read_bytes() == raw
+
+
+def test_a_journal_that_outlives_its_store_is_no_part_of_it(tmp_path: Path) -> None:
+    """Killed after the whole manifest was written, before the journal went."""
+    journal, identity = begun(tmp_path / "s")
+    kept = journal.read_bytes()
+    store = make(tmp_path / "s", [])
+    journal.write_bytes(kept)
+    assert len(open_store(tmp_path / "s").shards) == 3
+    assert StoreWriter(tmp_path / "s", identity, {HOOK: 2}, "float32").manifest == store.manifest
+    assert not journal.exists()
 
 
 # ---------------------------------------------------------------------------------------- damage
@@ -462,8 +616,8 @@ def test_verify_names_every_damaged_shard(tmp_path: Path) -> None:
 
 def test_a_newer_schema_is_refused(small: Store) -> None:
     manifest = read_json(small.folder / "manifest.json")
-    write_json(small.folder / "manifest.json", manifest | {"schema_version": 3})
-    with pytest.raises(ValueError, match="has schema version 3, this saebench reads 1 and 2"):
+    write_json(small.folder / "manifest.json", manifest | {"schema_version": 4})
+    with pytest.raises(ValueError, match="has schema version 4, this saebench reads 1 and 2 and 3"):
         open_store(small.folder)
     write_json(small.folder / "manifest.json", manifest | {"schema": "other"})
     with pytest.raises(ValueError, match="is not the manifest of an activation store: schema is 'other'"):
@@ -499,11 +653,13 @@ def test_rows_that_are_not_finite_in_a_store_stop_the_reader_by_shard_and_row(tm
     # As another program might have written it: the checksums are right, a value is not.
     with h5py.File(store.shards[0].path, "r+") as file:
         file[f"activations/{HOOK}"][70, 1] = np.nan
-        checksums = {name: file[f"checksums/{name}"][:] for name in (*PROVENANCE, f"activations/{HOOK}")}
-        checksums[f"activations/{HOOK}"] = block_checksums(file[f"activations/{HOOK}"][:], BLOCK_ROWS)
-        file[f"checksums/activations/{HOOK}"][:] = checksums[f"activations/{HOOK}"]
+        checksums = block_checksums(file[f"activations/{HOOK}"][:], BLOCK_ROWS)
+        file[f"checksums/activations/{HOOK}"][:] = checksums
+        columns = sorted((*PROVENANCE, f"activations/{HOOK}"))
+        file["digests"][columns.index(f"activations/{HOOK}")] = column_digest(checksums)
+        vouched = digest(dict(zip(columns, file["digests"][:], strict=True)))
     manifest = read_json(store.folder / "manifest.json")
-    manifest["shards"][0]["digest"] = digest(checksums)
+    manifest["shards"][0]["digests"] = vouched
     write_json(store.folder / "manifest.json", manifest)
     with pytest.raises(ValueError, match=r"row 70 of .*shard-00000.h5 at .* is not finite"):
         next(shuffled_batches(open_store(store.folder), HOOK, 16, seed=0))

@@ -12,6 +12,7 @@ from saebench.harvest.run import fill, open_model
 from saebench.harvest.settings import HarvestConfig, as_made, identity_of
 from saebench.models import LanguageModel
 from saebench.store import Store, StoreWriter, open_store
+from saebench.store.manifest import drop_unfinished
 from saebench.store.schema import EXTENSION
 from saebench.text import TextConfig, fingerprint, pinned
 
@@ -79,7 +80,7 @@ def _check_unfinished(folder: Path, made: dict[str, Any], target: dict[str, Any]
         return
     begun = read_json(path)["identity"]
     if begun == made:
-        path.unlink()  # it was finished, and killed just before this
+        drop_unfinished(path)  # it was finished, and killed just before this
     elif begun != target:
         raise ValueError(
             f"{folder} is being extended by {begun['tokens'] - made['tokens']} tokens, not {tokens}: finish that first, with "

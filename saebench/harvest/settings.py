@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from saebench.config import Count, to_json
-from saebench.files import hash_files, read_json
+from saebench.files import hash_files
 from saebench.models import EMBEDDED_MODEL, HookKind, LanguageModel, ModelDtype, hook_name
+from saebench.store.manifest import read_manifest
 from saebench.store.schema import MANIFEST, StoreDtype
 from saebench.text import EMBEDDED, TextConfig
 
@@ -105,9 +106,8 @@ def settled(config: HarvestConfig, model: LanguageModel) -> HarvestConfig:
 
 def _begun(folder: Path) -> dict[str, Any] | None:
     """The manifest of a store that has shards; one without was not begun."""
-    path = folder / MANIFEST
-    made = read_json(path) if path.exists() else None
-    return made if made and made["shards"] else None
+    made = read_manifest(folder) if (folder / MANIFEST).exists() else None
+    return made if made and (made["shards"] or any(folder.glob("shard-*.h5"))) else None
 
 
 def noted(text: TextConfig) -> dict[str, Any]:

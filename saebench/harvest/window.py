@@ -29,7 +29,7 @@ from saebench.harvest.plan import Plan
 from saebench.harvest.run import run_model
 from saebench.harvest.settings import HarvestConfig
 from saebench.store import Store, StoreWriter, open_store
-from saebench.store.reader import read_manifest
+from saebench.store.manifest import read_manifest
 from saebench.store.schema import MANIFEST
 from saebench.text import SPLITS, Context, Encoder, TextConfig, open_documents, pack, pinned, split_of
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from saebench.models import Unembedding
 from saebench.runlog import progress
 from saebench.sae import SAE
-from saebench.sae.sparse import BLOCK_VALUES, rowwise_topk
+from saebench.sae.sparse import rows_of_a_block, rowwise_topk
 
 NEIGHBOURS = 20
 LOGIT_TOKENS = 20
@@ -31,7 +31,7 @@ def geometry(sae: SAE) -> dict[str, np.ndarray]:
     ids_FN = np.full((sae.d_sae, NEIGHBOURS), -1, np.int32)
     cosines_FN = np.zeros((sae.d_sae, NEIGHBOURS), np.float32)
     with progress(sae.d_sae, "decoder neighbours", "latent", delay=1.0) as bar:
-        for first, block_BD in _blocks(rows_FD, sae.d_sae, BLOCK_VALUES):
+        for first, block_BD in _blocks(rows_FD, rows_of_a_block(sae.d_sae, rows_FD.device)):
             cosines_BF = block_BD @ rows_FD.T
             here = torch.arange(len(block_BD), device=block_BD.device)
             cosines_BF[here, here + first] = -torch.inf
@@ -71,7 +71,7 @@ def logit_effects(
     if len(ids) < unembedding.W_U.shape[1]:
         unembedding = unembedding._replace(W_U=unembedding.W_U[:, ids])
     bar = progress(len(W_dec_FD), "logit effects", "latent", delay=1.0)
-    for first, block_BD in _blocks(W_dec_FD, len(ids)):
+    for first, block_BD in _blocks(W_dec_FD, max(1, _VALUES // len(ids))):
         effects_BV = unembedding.effects(block_BD)
         top, bottom = effects_BV.topk(size, dim=1), effects_BV.topk(size, dim=1, largest=False)
         low_B, high_B = bottom.values[:, :1], top.values[:, :1]
@@ -104,7 +104,6 @@ def logit_effects(
     return columns
 
 
-def _blocks(rows_FD: Tensor, width: int, values: int = _VALUES) -> list[tuple[int, Tensor]]:
-    """(first row, rows) of blocks whose products with `width` columns are so many values at most."""
-    step = max(1, values // width)
+def _blocks(rows_FD: Tensor, step: int) -> list[tuple[int, Tensor]]:
+    """(first row, rows) of blocks of so many rows."""
     return [(first, rows_FD[first : first + step]) for first in range(0, len(rows_FD), step)]

@@ -12,24 +12,24 @@ import numpy as np
 import safetensors
 import torch
 from torch import Tensor
-from xxhash import xxh3_64_intdigest, xxh3_128_hexdigest
+from xxhash import xxh3_64_intdigest
 
-from saebench.files import hash_files, read_json
+from saebench.files import hash_files
 from saebench.store.coding import decode, from_disk, width
+from saebench.store.manifest import check_manifest, read_manifest
 from saebench.store.schema import (
+    DIGESTS,
     DOCUMENTS,
     EXTENSION,
-    MANIFEST,
     MANIFEST_HASH,
     NORM_BINS,
     ON_DISK,
     PROVENANCE,
-    SCHEMA,
-    SCHEMA_VERSIONS,
     TOKENIZER,
     UNEMBEDDING,
     Norms,
     activations_path,
+    column_digest,
     digest,
 )
 from saebench.text import encoder_of
@@ -37,35 +37,6 @@ from saebench.text import encoder_of
 _AT_ONCE = 8192  # rows given at once
 _SPREAD_ROWS = 256  # consecutive rows of a sample
 _STRETCH_BYTES = 1 << 20  # read and checked at once: in the cache of a core
-
-
-def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
-    """The manifest. Raises ValueError when there is none, or one that this version cannot read."""
-    path = folder / name
-    if not path.exists():
-        raise ValueError(
-            f"{folder} holds no activation store (no {MANIFEST}); make one with `saebench harvest --out {folder}`"
-        )
-    manifest = read_json(path)
-    if manifest.get("schema") != SCHEMA:
-        raise ValueError(f"{path} is not the manifest of an activation store: schema is {manifest.get('schema')!r}")
-    if (version := manifest.get("schema_version")) not in SCHEMA_VERSIONS:
-        raise ValueError(
-            f"{folder} has schema version {version}, this saebench reads {' and '.join(map(str, SCHEMA_VERSIONS))}: "
-            "use the version that wrote it, or harvest again"
-        )
-    return manifest
-
-
-def check_manifest(folder: Path) -> None:
-    """Hold the manifest to the hash beside it, where there is one. Raises ValueError where it is another."""
-    path, side = folder / MANIFEST, folder / MANIFEST_HASH
-    if path.exists() and side.exists() and side.read_bytes() != f"{xxh3_128_hexdigest(path.read_bytes())}\n".encode():
-        begun = (folder / EXTENSION).exists()  # killed between the files that end an extension
-        remedy = (
-            "finish the extension that was begun, by the same command" if begun else "restore both, or harvest again"
-        )
-        raise ValueError(f"{path} and {side.name} do not match, and are not what the harvest wrote: {remedy}")
 
 
 class Damaged(ValueError):
@@ -81,12 +52,12 @@ def open_shard(path: Path) -> Any:
     return h5py.File(path, "r")
 
 
-class _Columns(NamedTuple):
-    """Where the columns of a shard lie in its file, and what their blocks must be."""
+class _Column(NamedTuple):
+    """Where a column of a shard lies in its file, and what its blocks must be."""
 
-    offsets: dict[str, int]
-    checksums: dict[str, np.ndarray]
-    """vouched for by the manifest's digest"""
+    offset: int
+    checksums: np.ndarray
+    """vouched for by the manifest"""
 
 
 class Shard:
@@ -103,39 +74,45 @@ class Shard:
         widths = {hook: width(manifest["dtype"], facts["d_in"]) for hook, facts in sorted(manifest["hooks"].items())}
         vectors = {activations_path(hook): (kind, (self.n_rows, columns)) for hook, columns in widths.items()}
         self._layout = {**{name: (kind, (self.n_rows,)) for name, kind in PROVENANCE.items()}, **vectors}
-        self._columns: _Columns | None = None
+        self._columns: dict[str, _Column] = {}
 
-    def _opened(self) -> _Columns:
-        """What is known of the columns. Threads that ask at the same time may each look; they find the same."""
-        if self._columns is None:
-            self._columns = self._look()
-        return self._columns
+    def _column(self, name: str) -> _Column:
+        """What is known of a column. Threads that ask at the same time may each look; they find the same."""
+        if name not in self._columns:
+            self._columns |= self._look([name])
+        return self._columns[name]
 
-    def _look(self) -> _Columns:
+    def _look(self, names: Sequence[str]) -> dict[str, _Column]:
+        """These columns; all of them where they are vouched for together, as before version 3."""
         if not self.path.exists():
             raise self._missing()
         size = self.path.stat().st_size
         if size != self._entry["bytes"]:
             raise self._damaged(f" has {size} bytes, the manifest says {self._entry['bytes']}")
-        offsets: dict[str, int] = {}
+        apart = "digests" in self._entry
+        found: dict[str, _Column] = {}
         try:
             with open_shard(self.path) as file:
-                checksums = {name: file[f"checksums/{name}"][:] for name in self._layout}
-                for name, (kind, shape) in self._layout.items():
-                    dataset = file[name]
+                digests = dict(zip(sorted(self._layout), file[DIGESTS][:], strict=True)) if apart else {}
+                for name in names if apart else self._layout:
+                    dataset, (kind, shape) = file[name], self._layout[name]
                     # Checksums cover the data; what the header says of them is checked here.
                     if (dataset.dtype, dataset.shape) != (kind, shape):
                         raise ValueError(f"{name} is {dataset.dtype} {dataset.shape}, expected {kind} {shape}")
-                    offsets[name] = dataset.id.get_offset()
+                    found[name] = _Column(dataset.id.get_offset(), file[f"checksums/{name}"][:])
         except (OSError, KeyError, TypeError, RuntimeError, ValueError, AttributeError, IndexError) as error:
             raise self._damaged(f" cannot be read as HDF5 ({error})") from error
-        if digest(checksums) != self._entry["digest"]:
+        vouched = digest(digests) if apart else digest({name: column.checksums for name, column in found.items()})
+        if vouched != self._entry["digests" if apart else "digest"]:
             raise self._damaged(" is not the shard that the manifest describes")
-        return _Columns(offsets, checksums)
+        for name in digests.keys() & found.keys():
+            if not np.array_equal(column_digest(found[name].checksums), digests[name]):
+                raise self._damaged(f": the checksums of {name} are not those that were written")
+        return found
 
     def check(self) -> None:
         """Raises ValueError unless the file is there, whole, and the one that the manifest describes."""
-        self._opened()
+        self._look(())
 
     def _damaged(self, what: str) -> Damaged:
         remedy = "it was damaged or exchanged; restore it, or delete the store and harvest again"
@@ -171,7 +148,7 @@ class Shard:
         Ranges begin and end with a block (or the shard). Each stretch is checked while the cache still has it.
         Raises ValueError naming the first rows that are not what was written.
         """
-        columns = self._opened()
+        column = self._column(name)
         view, at = out.data.cast("B") if out.size else memoryview(b""), 0
         row = out.nbytes // max(len(out), 1)
         block = row * self.block_rows
@@ -185,13 +162,13 @@ class Shard:
             for first, end in ranges:
                 for start in range(first, end, stretch):
                     part = view[at : at + min(stretch, end - start) * row]
-                    self._fill(file, part, columns.offsets[name] + start * row)
+                    self._fill(file, part, column.offset + start * row)
                     found += [xxh3_64_intdigest(part[i : i + block]) for i in range(0, len(part), block)]
                     at += len(part)
         finally:
             os.close(file)
         blocks = np.concatenate([np.arange(f // self.block_rows, -(-e // self.block_rows)) for f, e in ranges])
-        bad = np.array(found, dtype=np.uint64) != columns.checksums[name][blocks]
+        bad = np.array(found, dtype=np.uint64) != column.checksums[blocks]
         if bad.any():
             first = int(blocks[bad.argmax()]) * self.block_rows
             last = min(first + self.block_rows, self.n_rows) - 1

@@ -8,14 +8,16 @@ import xxhash
 from torch import Tensor
 
 SCHEMA = "saebench-activations"
-# What a store needs of its reader: version 2 added int8 rows, and only stores that have them say 2.
-SCHEMA_VERSIONS = (1, 2)
+# What a store needs of its reader: version 2 was of stores with int8 rows; since 3 each column's checksums have a digest of their own.
+SCHEMA_VERSION = 3
+SCHEMA_VERSIONS = (1, 2, SCHEMA_VERSION)
 MANIFEST = "manifest.json"
 MANIFEST_HASH = "manifest.xxh3"
 EXTENSION = "extension.json"  # the manifest of a store that is being extended, until it takes the other's place
 DOCUMENTS = "documents.parquet"
 TOKENIZER = "tokenizer"
 UNEMBEDDING = "unembedding.safetensors"
+DIGESTS = "digests"  # data set of a shard: the digest of each column's checksums, columns in order of name
 
 BLOCK_ROWS = 32  # rows under one checksum: the smallest read of a shuffled epoch
 
@@ -45,10 +47,6 @@ MASSIVE = 10.0
 language models"). Attention sinks that are not BOS, a few in a thousand rows at most, which no figure of an SAE should be about."""
 
 
-def schema_version(dtype: StoreDtype) -> int:
-    return 2 if dtype == "int8" else 1
-
-
 def shard_name(index: int) -> str:
     return f"shard-{index:05d}.h5"
 
@@ -57,13 +55,22 @@ def activations_path(hook: str) -> str:
     return f"activations/{hook}"
 
 
-def digest(checksums: dict[str, np.ndarray]) -> str:
-    """One xxh3-128 over the block checksums of all columns, so that the manifest vouches for a shard."""
+def digest(columns: dict[str, np.ndarray]) -> str:
+    """One xxh3-128 over the columns' names and values: of their digests, or in shards before version 3 of all of their checksums."""
     total = xxhash.xxh3_128()
-    for name in sorted(checksums):
+    for name in sorted(columns):
         total.update(name.encode())
-        total.update(np.ascontiguousarray(checksums[name], dtype="<u8").tobytes())
+        total.update(_little_endian(columns[name]))
     return total.hexdigest()
+
+
+def column_digest(checksums: np.ndarray) -> np.ndarray:
+    """The xxh3-128 of a column's block checksums, uint8 `[16]`."""
+    return np.frombuffer(xxhash.xxh3_128_digest(_little_endian(checksums)), dtype=np.uint8)
+
+
+def _little_endian(values: np.ndarray) -> bytes:
+    return values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
 class Moments(NamedTuple):

@@ -14,29 +14,37 @@ import h5py
 import numpy as np
 import safetensors.torch
 import torch
-import xxhash
 from torch import Tensor
 
 from saebench.config import differences, flat
-from saebench.files import block_checksums, hash_files, json_text, replacing, write_json, write_text
+from saebench.files import block_checksums, hash_files, replacing
 from saebench.store import coding
-from saebench.store.reader import Shard, open_shard, read_manifest
+from saebench.store.manifest import (
+    add_to_journal,
+    begin_manifest,
+    drop_unfinished,
+    mend_journal,
+    publish_manifest,
+    read_manifest,
+)
+from saebench.store.reader import Shard, open_shard
 from saebench.store.schema import (
     BLOCK_ROWS,
+    DIGESTS,
     DOCUMENTS,
     EXTENSION,
     MANIFEST,
-    MANIFEST_HASH,
     ON_DISK,
     PROVENANCE,
     SCHEMA,
+    SCHEMA_VERSION,
     TOKENIZER,
     UNEMBEDDING,
     Moments,
     StoreDtype,
     activations_path,
+    column_digest,
     digest,
-    schema_version,
     shard_name,
 )
 
@@ -162,6 +170,8 @@ class ShardWriter:
             checksums[name] = block_checksums(column, BLOCK_ROWS)
         for name, values in checksums.items():
             self.file.create_dataset(f"checksums/{name}", data=values, track_times=False)
+        digests = np.stack([column_digest(checksums[name]) for name in sorted(checksums)])
+        self.file.create_dataset(DIGESTS, data=digests, track_times=False)
         for hook, moments in self.moments.items():
             group = f"statistics/{hook}"
             self.file.create_dataset(f"{group}/mean_sum", data=moments.total, track_times=False)
@@ -170,9 +180,7 @@ class ShardWriter:
         self.file.create_dataset("documents/doc_id", data=np.array(sorted(documents), dtype="<i4"), track_times=False)
         names = [documents[index] for index in sorted(documents)]
         self.file.create_dataset("documents/name", data=names, dtype=h5py.string_dtype(), track_times=False)
-        self.file.attrs.update(
-            schema=SCHEMA, schema_version=schema_version(self.dtype), block_rows=BLOCK_ROWS, **attributes
-        )
+        self.file.attrs.update(schema=SCHEMA, schema_version=SCHEMA_VERSION, block_rows=BLOCK_ROWS, **attributes)
         self.close()
         self.spool.check()
 
@@ -231,11 +239,14 @@ class StoreWriter:
                 )
             for entry in self.shards:
                 Shard(folder, entry, self.manifest).check()
-            if leads and not self.manifest["complete"]:
+            if leads and self.manifest["complete"]:
+                drop_unfinished(self.path)  # killed between the two
+            elif leads:
+                mend_journal(self.path)
                 self.adopt()
         else:
             self.manifest = {
-                "schema": SCHEMA, "schema_version": schema_version(dtype), "identity": identity, "complete": False,
+                "schema": SCHEMA, "schema_version": SCHEMA_VERSION, "identity": identity, "complete": False,
                 "dtype": dtype, "block_rows": BLOCK_ROWS, "shards": list(finished["shards"] if finished else []),
                 "hooks": {hook: {"d_in": width} for hook, width in widths.items()},
             }  # fmt: skip
@@ -243,7 +254,7 @@ class StoreWriter:
                 path.unlink()  # of an extension that was given up: what lies beyond a manifest is always its own
             if finished is None:
                 (folder / UNEMBEDDING).unlink(missing_ok=True)
-            self._publish()
+            begin_manifest(self.path, self.manifest)
 
     @property
     def shards(self) -> list[dict[str, Any]]:
@@ -311,10 +322,11 @@ class StoreWriter:
             ) from error
 
     def adopt(self) -> None:
-        """Take the shards on disk that come next into the manifest, whoever wrote them."""
+        """Take the shards on disk that come next into the journal, whoever wrote them."""
         while (path := self.folder / shard_name(len(self.shards))).exists():
-            self.manifest["shards"].append(_entry(path, self.widths))
-        self._publish()
+            entry = _entry(path, self.widths)
+            add_to_journal(self.path, entry)
+            self.shards.append(entry)
 
     def complete(self, facts: dict[str, Any]) -> None:
         """Merge the shards' statistics and document names, and mark the store whole."""
@@ -345,25 +357,24 @@ class StoreWriter:
             "documents": len(documents),
             "documents_hash": hash_files([self.folder / DOCUMENTS]),
             **({"unembedding_hash": hash_files([self.folder / UNEMBEDDING])} if self.has_unembedding else {}),
+            "schema_version": SCHEMA_VERSION,  # also of a store that an earlier version began
             "complete": True,
         }
-        text = json_text(self.manifest)
-        write_text(self.folder / MANIFEST_HASH, xxhash.xxh3_128_hexdigest(text.encode()) + "\n")
-        write_text(self.folder / MANIFEST, text)
-        (self.folder / EXTENSION).unlink(missing_ok=True)
-
-    def _publish(self) -> None:
-        write_json(self.path, self.manifest)
+        publish_manifest(self.path, self.manifest)
 
 
 def _entry(path: Path, widths: dict[str, int]) -> dict[str, Any]:
     """A whole shard's entry in the manifest, by what its file says of itself."""
     with open_shard(path) as file:
-        columns = [*PROVENANCE, *map(activations_path, widths)]
+        columns = sorted([*PROVENANCE, *map(activations_path, widths)])
+        if DIGESTS in file:
+            vouched = {"digests": digest(dict(zip(columns, file[DIGESTS][:], strict=True)))}
+        else:  # written by an earlier version
+            vouched = {"digest": digest({name: file[f"checksums/{name}"][:] for name in columns})}
         return {
             "file": path.name, "split": str(file.attrs["split"]), "context": int(file.attrs["context"]),
             "cursor": file.attrs["cursor"].tolist(), "rows": len(file["tokens"]), "kept": int(file["keep"][:].sum()),
-            "bytes": path.stat().st_size, "hash": hash_files([path]), "digest": digest({name: file[f"checksums/{name}"][:] for name in columns}),
+            "bytes": path.stat().st_size, "hash": hash_files([path]), **vouched,
         }  # fmt: skip
 
 
