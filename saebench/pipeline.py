@@ -200,10 +200,12 @@ def plan(model: LanguageModel, stages: Stages) -> list[str]:
     told, trained = stages.harvest, stages.train
     held_out = min(told.validation_tokens, int(told.tokens / 9))
     specs = grid(trained, model.d_model, tuple(told.hooks))
-    disk = (told.tokens + held_out) * len(told.hooks) * row_bytes(settled(told, model).stored_as, model.d_model)
+    stored = len(told.hooks) * row_bytes(settled(told, model).stored_as, model.d_model)
+    disk = (told.tokens + held_out) * stored
+    buffers = 2 * min(trained.rows_of_a_buffer(stored), told.tokens) * stored
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.module.parameters())
     saes = sum(8 * spec.d_sae * model.d_model * 4 for spec in specs)  # encoder and decoder, their gradients and moments
-    memory = max(weights + 2**29, saes + trained.memory_gb * 2**30)
+    memory = max(weights + 2**29, saes + buffers)
     seconds = _estimate(model, stages)
     each = ", ".join(f"{stage} {_duration(value)}" for stage, value in seconds.items())
     layers = ", ".join(map(str, told.layers))

@@ -4,6 +4,7 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from saebench.harvest.window import Windows, folder_of
 from saebench.sae import SAE, read_config, save_sae
 from saebench.store import Cursor, Shard, Store, open_store, shuffled_batches
 from saebench.train import TrainConfig, train
-from saebench.train.rolling import Rolling
+from saebench.train.rolling import Rolling, rows_offered
 
 HOOKS = ("blocks.0.hook_resid_post", HOOK)
 N, PER_SHARD = 7, 64 * CONTEXT
@@ -254,13 +255,14 @@ def test_a_damaged_window_stops_the_training(head: Store, tmp_path: Path) -> Non
     with Rolling(head, WINDOW, 3000, [], lambda: False, device="cpu") as rolling:
         assert not folder_of(head.folder, 2).exists()
         assert len(rolling.shards(1)) == WINDOW
-        assert rolling.offered([Cursor(1)]) > head.rows("train", kept=True)
+        assert rows_offered(head, WINDOW, [Cursor(1)]) > head.rows("train", kept=True)
 
-        def draw() -> None:
+        def batches() -> Iterator[None]:
+            yield
             raise ValueError(f"row 3 of {folder_of(head.folder, 1)}/shard-00000.h5 is not finite")
 
         with pytest.raises(ValueError, match="is not finite$"):
-            rolling.drawn(draw)
+            list(rolling.served(batches()))
         assert folder_of(head.folder, 1).exists()  # it is what was written: made again it would be the same
 
 

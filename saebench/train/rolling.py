@@ -9,7 +9,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -22,6 +22,8 @@ from saebench.train.harvester import Harvester
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+MARGIN = 1.2  # batches that a window must have, since how many rows of it are kept is an estimate
+FEW = 10_000  # held-out rows, fewer than which leave the figures of an evaluation wide apart
 _PATIENCE = 30.0  # seconds for a harvester to be gone whose trainer has died
 _GLANCE = 0.2  # seconds between looks at whether the user asked to stop
 
@@ -30,15 +32,43 @@ class Stopped(Exception):
     """Ends a wait for a window: the user asked to stop, or the run is over."""
 
 
-def window_shards(head: Store, rolling: int) -> int:
-    """Shards of a window behind a head. Raises ValueError where the head leaves no room for two windows."""
+def window_shards(head: Store, rolling: int, batch: int) -> int | None:
+    """Shards of a window behind a head, at most `rolling` with it; None behind one that holds all of its text.
+
+    Raises ValueError where the head leaves no room for two windows, or a window has too few rows for a batch.
+    """
+    if head.manifest["exhausted"]:
+        log.warning("%s holds all of its text: there are no windows to follow, it is trained on as it is", head.folder)
+        return None
     there = len(head.of_split("train"))
     if rolling < there + 2:
         raise ValueError(
             f"rolling is {rolling} and {head.folder} has {there} training shards, which stay; expected at least "
             f"{there + 2}, so that two windows of a shard fit behind it"
         )
-    return (rolling - there) // 2
+    shards = (rolling - there) // 2
+    if (kept := _kept_rows(head, shards)) < MARGIN * batch:  # a batch may then need three windows at once
+        raise ValueError(
+            f"batch is {batch} and a window of {shards} shards has about {kept:.0f} rows to train on; expected at least "
+            f"{MARGIN} batches in a window: use a larger --rolling, or a smaller --batch"
+        )
+    if (held_out := head.rows("validation")) < FEW:
+        log.warning(
+            "%s has %s held-out rows, those of its own stretch of text: figures on so few are not to be trusted; a larger "
+            "--rolling, or -- --validation-fraction, gives more", head.folder, f"{held_out:,}",
+        )  # fmt: skip
+    return shards
+
+
+def rows_offered(store: Store, window: int | None, cursors: Iterable[Cursor]) -> int:
+    """Kept rows of a store, and of the windows behind it up to these cursors: those of the text's first pass alone."""
+    kept, newest = store.rows("train", kept=True), max((cursor.epoch for cursor in cursors), default=0)
+    if window is None or newest == 0:
+        return kept
+    manifest = window_manifest(store, newest, window)
+    if manifest and manifest["complete"]:
+        return manifest["after"]["fresh"]
+    return int(kept + newest * _kept_rows(store, window))  # as if the text had not ended
 
 
 class Whole:
@@ -46,7 +76,6 @@ class Whole:
 
     def __init__(self, store: Store) -> None:
         self._shards = store.of_split("train")
-        self._kept = store.rows("train", kept=True)
 
     def __enter__(self) -> "Whole":
         return self
@@ -56,16 +85,13 @@ class Whole:
     def shards(self, epoch: int) -> list[Shard]:
         return self._shards
 
-    def drawn(self, draw: Callable[[], T]) -> T:
-        return draw()
+    def served(self, batches: Iterator[T]) -> Iterator[T]:
+        return batches
 
     def left(self, cursors: Iterable[Cursor]) -> bool:
         return False
 
     def release(self, cursors: Iterable[Cursor]) -> None: ...
-
-    def offered(self, cursors: Iterable[Cursor]) -> int:
-        return self._kept
 
     def delete(self) -> None: ...
 
@@ -90,11 +116,8 @@ class Rolling:
         self._first = _oldest(cursors)
         """the oldest window that is needed; the one after it may be there, too"""
         self._asked = self._first - 1
-        kept, made = head.rows("train", kept=True), head.manifest["identity"]
-        self._window_rows = shards * made["shard_contexts"] * made["context"]
         # An estimate, so that the last windows are not made in vain; one that is waited for is made in any case.
-        self._window_kept = self._window_rows * kept / head.rows("train")
-        self._wanted = math.ceil((rows - kept) / self._window_kept)
+        self._wanted = math.ceil((rows - head.rows("train", kept=True)) / _kept_rows(head, shards))
         self._waiting = 0
         self._drawing = 0.0
         """when the draw began that is under way"""
@@ -147,15 +170,19 @@ class Rolling:
                 self._waiting -= 1
         return (open_store(folder_of(self.head.folder, epoch)) if epoch else self.head).of_split("train")
 
-    def drawn(self, draw: Callable[[], T]) -> T:
-        """What `draw` returns; the time that it takes counts as waiting where a window is waited for.
+    def served(self, batches: Iterator[T]) -> Iterator[T]:
+        """The same batches, drawn for training itself: the time counts as waiting where a window is waited for.
 
-        A window that it finds damaged is deleted, to be made again by the next run.
+        A window that is found damaged is deleted, to be made again by the next run.
         """
+        while True:
+            yield self._drawn(batches)
+
+    def _drawn(self, batches: Iterator[T]) -> T:
         began, waiting = time.perf_counter(), self._waiting
         self._drawing = began
         try:
-            result = draw()
+            batch = next(batches)
         except Damaged as error:
             if (window := error.path.parent).parent != self.head.folder / ROLLING:
                 raise
@@ -165,7 +192,7 @@ class Rolling:
         finally:
             self._drawing = 0.0
         self.stall += time.perf_counter() - began if waiting else 0.0
-        return result
+        return batch
 
     def left(self, cursors: Iterable[Cursor]) -> bool:
         """Whether a window would no longer be needed, were there a checkpoint of these cursors."""
@@ -179,14 +206,6 @@ class Rolling:
         with self._harvester.changed:
             self._first = oldest
             self._ask()
-
-    def offered(self, cursors: Iterable[Cursor]) -> int:
-        """Kept rows of the head and the windows up to these cursors, those of the text's first pass alone."""
-        newest = max((cursor.epoch for cursor in cursors), default=0)
-        manifest = window_manifest(self.head, newest, self._size) if newest else None
-        if manifest and manifest["complete"]:
-            return manifest["after"]["fresh"]
-        return int(self.head.rows("train", kept=True) + newest * self._window_kept)  # as if the text had not ended
 
     def delete(self) -> None:
         """Leave the head as the ordinary store that it was."""
@@ -233,13 +252,24 @@ class Rolling:
         row_bytes = sum(entry["bytes"] for entry in entries) / sum(entry["rows"] for entry in entries)
         there = sum(path.stat().st_size for path in (self.head.folder / ROLLING).rglob("*.h5"))
         windows = max(min(self._wanted - self._first + 1, 2), 0)
-        need = (windows * self._window_rows * row_bytes - there) / 1e6
+        need = (windows * _rows(self.head, self._size) * row_bytes - there) / 1e6
         free = shutil.disk_usage(self.head.folder).free / 1e6
         if need > free:
             raise ValueError(
                 f"windows of {self._size} shards behind {self.head.folder} need about {need:,.1f} MB and the disk has "
                 f"{free:,.1f} MB free: use a smaller --rolling, or another --store"
             )
+
+
+def _rows(head: Store, shards: int) -> int:
+    """Of a window."""
+    made = head.manifest["identity"]
+    return shards * made["shard_contexts"] * made["context"]
+
+
+def _kept_rows(head: Store, shards: int) -> float:
+    """Of a window about, if as many are kept as in its head."""
+    return _rows(head, shards) * head.rows("train", kept=True) / head.rows("train")
 
 
 def _oldest(cursors: Iterable[Cursor]) -> int:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from saebench.config import Count, Multiple
+from saebench.store.shuffle import BUFFER_ROWS
+from saebench.train.memory import total_memory
 from saebench.train.member import Spec
 from saebench.train.recipes import RECIPES, Architecture
 from saebench.train.schedules import DECAY, WARMUP, default_learning_rate
@@ -48,8 +50,10 @@ class TrainConfig:
     """share of the steps, at the end, in which it falls to 0"""
     dead_tokens: Count | None = None
     """rows without firing after which a latent counts as dead (default: a twentieth of the run, at most 10M)"""
-    memory_gb: float = 2.0
-    """memory for the shuffle buffer"""
+    memory_gb: float | None = None
+    """memory for the two buffers that rows are shuffled in, for all hooks together (default: 2, or what 500,000 rows take)"""
+    buffer_rows: Count | None = None
+    """rows of such a buffer, instead of --memory-gb"""
     rolling: Count | None = None
     """keep at most so many training shards on disk: the store stays, and windows of the text behind it are harvested while training, and deleted; for a new store, the options of `harvest` follow at the end, after ` -- `"""
     exclude_outliers: Multiple | None = None
@@ -62,9 +66,13 @@ class TrainConfig:
     """cuda or cpu (default: cuda where it is at hand)"""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch", "expansion", "memory_gb"):
-            if getattr(self, name) <= 0:
+        for name in ("tokens", "batch", "expansion", "memory_gb", "buffer_rows"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
+        if self.memory_gb is not None and self.buffer_rows is not None:
+            raise ValueError(
+                f"memory_gb is {self.memory_gb:g} and buffer_rows {self.buffer_rows}; expected one of them: either follows from the other"
+            )
         if self.rolling is not None and self.rolling < 3:
             raise ValueError(
                 f"rolling is {self.rolling}; expected at least 3 shards: one of the store and two windows behind it"
@@ -87,6 +95,14 @@ class TrainConfig:
     @property
     def n_steps(self) -> int:
         return math.ceil(self.tokens / self.batch)
+
+    def rows_of_a_buffer(self, row_bytes: int) -> int:
+        """Of the two that rows are shuffled in, where a row of all hooks has so many bytes: as asked, or `BUFFER_ROWS`, or more
+        where 2 GB hold more, or fewer where half of the machine's memory does not hold that."""
+        if self.buffer_rows is not None:
+            return self.buffer_rows
+        within = [math.ceil(gb * 2**30 / (2 * row_bytes)) for gb in (self.memory_gb or 2.0, total_memory() / 2**31)]
+        return within[0] if self.memory_gb is not None else max(1, min(max(BUFFER_ROWS, within[0]), within[1]))
 
     @property
     def dead_steps(self) -> int:

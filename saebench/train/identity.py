@@ -1,0 +1,203 @@
+"""What a run is: which rows its SAEs see, what decides their weights, and what they say of themselves once saved."""
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from saebench.config import differences, to_json
+from saebench.files import hash_files
+from saebench.models import model_path
+from saebench.runlog import provenance
+from saebench.sae import read_config
+from saebench.store import Cursor, Store, shuffled_batches
+from saebench.store.coding import row_bytes
+from saebench.store.norms import moments_within, rows_beyond
+from saebench.store.schema import MANIFEST, MASSIVE
+from saebench.store.shuffle import ShardsOf, quality
+from saebench.train.checkpoint import begun_as
+from saebench.train.member import Member, Spec
+from saebench.train.settings import TrainConfig
+
+log = logging.getLogger(__name__)
+GOOD_SHUFFLE = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A grid of SAEs on a store."""
+
+    config: TrainConfig
+    store: Store
+    window: int | None
+    """shards of a window, where rows come in windows"""
+    buffers: dict[str, int | float]
+    """for each hook, the rows of a buffer that they are shuffled in"""
+    multiples: dict[str, float | None]
+    """for each hook, how many times the median norm is too long for a row; None where no row is left out"""
+    identity: dict[str, dict[str, Any]]
+    """for each SAE, everything that decides its weights"""
+
+    @classmethod
+    def of(cls, config: TrainConfig, store: Store, specs: list[Spec], window: int | None) -> "Run":
+        """What is not said is as the run was begun, whose folder this process holds."""
+        begun = begun_as(config.out / "saes")
+        multiples = {}
+        for hook in dict.fromkeys(spec.hook for spec in specs):
+            mine = [begun[spec.name] for spec in specs if spec.hook == hook and spec.name in begun]
+            multiples[hook] = _multiple(config, store, hook, mine, window)
+        buffer, buffers = _buffers(config, store, list(multiples), list(begun.values()))
+        shared = {
+            **{name: to_json(config)[name] for name in ("tokens", "batch", "dtype")},
+            **buffer,
+            "order": config.seed[0],
+            "dead_steps": config.dead_steps,
+            "store": hash_files([store.folder / MANIFEST]),
+        }
+        if window:
+            shared["window_shards"] = window
+            if len(multiples) > 1 and any(multiples.values()):
+                shared["left_out_at"] = sorted(multiples)
+        identity = {}
+        for spec in specs:
+            multiple = multiples[spec.hook]
+            left_out = {} if multiple is None else {"exclude_outliers": multiple}
+            identity[spec.name] = {**spec.to_json(), **shared, **left_out}
+        return cls(
+            config=config, store=store, window=window, buffers=buffers, multiples=multiples, identity=identity
+        )  # fmt: skip
+
+    @property
+    def folder(self) -> Path:
+        """Where the SAEs' directories are."""
+        return self.config.out / "saes"
+
+    @property
+    def folders(self) -> list[Path]:
+        """The SAEs' directories."""
+        return [self.folder / name for name in self.identity]
+
+    def is_done(self, name: str) -> bool:
+        """Whether this SAE was trained already. Raises ValueError when the folder has another of its name."""
+        folder = self.folder / name
+        if not (folder / "cfg.json").exists():
+            return False
+        if changed := differences(read_config(folder)["metadata"]["saebench"]["identity"], self.identity[name]):
+            raise ValueError(
+                f"{folder} holds an SAE trained with other settings: {'; '.join(changed)}. Choose another --out"
+            )
+        return True
+
+    def inputs(self, hook: str) -> tuple[float, Float[Tensor, " D"]]:
+        """(the factor that brings E‖x‖² to D, the mean of the rows times it), both of the rows trained on."""
+        statistics, multiple = self.store.statistics(hook), self.multiples[hook]
+        mean, squared = np.array(statistics["mean"]), statistics["mean_squared_norm"]
+        if multiple is not None:
+            histogram = self.store.norm_histogram(hook)
+            log.info(
+                "%s: %s of %s rows are left out, longer than %g × the median norm of %.4g",
+                hook, f"{rows_beyond(histogram, multiple):,}", f"{int(histogram.sum()):,}",
+                multiple, statistics["median_norm"],
+            )  # fmt: skip
+            mean, squared = moments_within(self.store, hook, self._longest(hook))
+        scale = math.sqrt(self.store.d_in(hook) / squared)
+        return scale, torch.tensor(mean, dtype=torch.float32) * scale
+
+    def say_how_well_it_shuffles(self) -> None:
+        """And warn where a batch has rows of clearly fewer documents than chance would give it."""
+        rows = min(self.buffers.values())
+        found = quality(self.store, self.config.batch, rows)
+        held = sum(2 * min(n, self.store.rows("train")) * self._row_bytes(hook) for hook, n in self.buffers.items())
+        said = "rows are shuffled in buffers of %s, %.1f GB in all: a batch has %.2f of the documents of a perfect shuffle's"
+        known = f"{int(rows):,}", held / 1e9, found
+        if found >= GOOD_SHUFFLE:
+            log.info(said, *known)
+        else:
+            log.warning(said + "; a larger --buffer-rows, or fewer hooks at a time, brings it nearer", *known)
+
+    def _row_bytes(self, hook: str) -> int:
+        return row_bytes(self.store.manifest["dtype"], self.store.d_in(hook))
+
+    def batches(
+        self, hook: str, start: Cursor | None, shards: ShardsOf, device: str
+    ) -> Iterator[tuple[Tensor, Cursor]]:
+        """The rows to train on, on their device and without end, from a cursor on or from the first."""
+        # In a rolling run a row is left out at every hook if at one, so that no hook gets ahead of the others' windows.
+        apart = self.multiples if self.window else (hook,)
+        longest = {name: self._longest(name) for name in apart if self.multiples[name] is not None}
+        return shuffled_batches(
+            self.store, hook, self.config.batch,
+            seed=self.config.seed[0], buffer_rows=self.buffers[hook], start=start or Cursor(), longest=longest,
+            shards=shards, device=device,
+        )  # fmt: skip
+
+    def facts(self, member: Member, seconds: float, epochs: float) -> dict[str, Any]:
+        """Metadata of a saved SAE: what SAELens' tools read, and under `saebench` how it came about."""
+        hook, made = member.spec.hook, self.store.manifest["identity"]
+        return {
+            # Vectors of one's own need not say what they are of.
+            "model_name": model_path(made["model"]["id"]) if "model" in made else None,
+            "model_class_name": "HookedTransformer",
+            "hook_name": hook,
+            "hook_head_index": None,
+            "context_size": self.store.context,
+            "prepend_bos": self.store.prepends_bos,
+            "seqpos_slice": [None],
+            "dataset_path": made.get("text", {}).get("dataset"),
+            "exclude_special_tokens": True,
+            "neuronpedia_id": None,
+            "training_architecture": member.spec.architecture,
+            "saebench": {
+                "identity": self.identity[member.spec.name],
+                "store": str(self.config.store),
+                "longest_row": None if self.multiples[hook] is None else self._longest(hook),
+                "tokens_trained": self.config.n_steps * self.config.batch,
+                "epochs": epochs,
+                "seconds": seconds,
+                "lambda": None if member.spec.k else float(member.sparsity.log_coefficient.exp()),
+                "provenance": provenance(),
+            },
+        }
+
+    def _longest(self, hook: str) -> float:
+        """The norm of the longest row to train on."""
+        return (self.multiples[hook] or math.inf) * self.store.statistics(hook)["median_norm"]
+
+
+def _buffers(
+    config: TrainConfig, store: Store, hooks: list[str], begun: list[dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, int | float]]:
+    """(what an identity says of the buffers, the rows of each hook's), as asked or as begun.
+
+    Runs were begun with so many bytes for each hook, once.
+    """
+    sizes = {hook: row_bytes(store.manifest["dtype"], store.d_in(hook)) for hook in hooks}
+    first = begun[0] if begun else {}
+    if "memory_gb" in first and config.buffer_rows is None:
+        gb = first["memory_gb"] if config.memory_gb is None else config.memory_gb / len(hooks)
+        return {"memory_gb": gb}, {hook: int(gb * 2**30) / size / 2 for hook, size in sizes.items()}
+    rows = config.rows_of_a_buffer(sum(sizes.values()))
+    if config.memory_gb is None and config.buffer_rows is None:
+        rows = first.get("buffer_rows", rows)
+    return {"buffer_rows": rows}, dict.fromkeys(hooks, rows)
+
+
+def _multiple(
+    config: TrainConfig, store: Store, hook: str, begun: list[dict[str, Any]], window: int | None
+) -> float | None:
+    """That of a hook, whose SAEs may have been begun before massive rows were left out."""
+    before = begun[0].get("exclude_outliers") if begun else None
+    if config.exclude_outliers is None and begun:
+        return before
+    asked = MASSIVE if config.exclude_outliers is None else config.exclude_outliers
+    # Windows may have such rows where their head has none.
+    if asked == math.inf or asked == before or window or rows_beyond(store.norm_histogram(hook), asked):
+        return None if asked == math.inf else asked
+    return None
