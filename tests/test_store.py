@@ -226,7 +226,6 @@ def test_a_few_rows_that_dominate_are_named_counted_and_left_out(store: Store, t
     assert squared == pytest.approx(seen.double().pow(2).sum(1).mean().item())
 
 
-
 def test_rows_are_read_whole_from_the_first_or_spread_over_the_split(tmp_path: Path) -> None:
     shards = [("train", random_rows(300, d=4, seed=seed), np.arange(300) % 3 > 0) for seed in range(4)]
     made = make(tmp_path / "s", [*shards, ("validation", *shards[0][1:])])
@@ -241,6 +240,7 @@ def test_rows_are_read_whole_from_the_first_or_spread_over_the_split(tmp_path: P
     assert torch.equal(read(spread=1200), want)  # of shards that end within a stretch, too
     ends = torch.cat([want[:170], want[-30:]])  # rows 0 to 255 and 1156 to 1199: the stretches at both ends
     assert torch.equal(read(spread=512), ends)
+
 
 def test_a_store_whose_manifest_has_no_histogram_is_read_from_its_shards(small: Store) -> None:
     want = small.norm_histogram(HOOK)
