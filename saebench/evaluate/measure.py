@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -42,7 +43,7 @@ def validation_batches(store: Store, tokens: int, contexts: int) -> Iterator[Bat
     left = max(1, tokens // store.context)
     for shard in store.of_split("validation"):
         columns = [torch.from_numpy(shard.column(name).copy()) for name in ("tokens", "doc_id", "keep")]
-        shaped = [column.view(-1, store.context)[:left] for column in columns]
+        shaped = [rearrange(column, "(b l) -> b l", l=store.context)[:left] for column in columns]
         left -= len(shaped[0])
         for start in range(0, len(shaped[0]), contexts):
             token, doc, keep = (column[start : start + contexts] for column in shaped)

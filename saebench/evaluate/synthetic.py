@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
@@ -242,11 +243,11 @@ def compensated(rates_N: Float[Tensor, " N"], tree: Hierarchy | None) -> Float[T
     if tree is None:
         return drawn_N
     parents_P = rates_N[: tree.n_parents(), None]
-    children_PC = rates_N[tree.n_roots : tree.n_features()].reshape(-1, tree.branching)
+    children_PC = rearrange(rates_N[tree.n_roots : tree.n_features()], "(p c) -> p c", c=tree.branching)
     drawn_PC = children_PC / parents_P
     if tree.exclusive:
         drawn_PC = drawn_PC * (1 + (children_PC.sum(1, keepdim=True) - children_PC) / parents_P)
-    drawn_N[tree.n_roots : tree.n_features()] = drawn_PC.flatten()
+    drawn_N[tree.n_roots : tree.n_features()] = rearrange(drawn_PC, "p c -> (p c)")
     return drawn_N.clamp(max=1.0)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from einops import rearrange
 from scipy import sparse
 
 from saebench.index.evidence import (
@@ -103,13 +104,14 @@ def intervals(evidence: Evidence, scale: float) -> dict[str, np.ndarray]:
         n_cells = len(interval[first : first + step]) * (INTERVALS + 1)
         bounds = np.searchsorted(cell[order], np.arange(n_cells + 1))
         place = bounds[:-1, None] + np.arange(PER_BIN)
-        there = (place < bounds[1:, None]).reshape(-1, INTERVALS + 1, PER_BIN)[:, :-1]
-        chosen = order[np.minimum(place, len(order) - 1)].reshape(-1, INTERVALS + 1, PER_BIN)[:, :-1]
+        place = rearrange(place, "(f i) n -> f i n", i=INTERVALS + 1)[:, :-1]
+        there = place < rearrange(bounds[1:], "(f i) -> f i 1", i=INTERVALS + 1)[:, :-1]
+        chosen = order[np.minimum(place, len(order) - 1)]
         rows[first : first + step] = np.where(there, rows_of(keys[chosen]), -1)
         values[first : first + step] = np.where(rows[first : first + step] >= 0, strengths[chosen], 0.0)
     return {
         "edges": edges,
-        "counts": counts.reshape(d_sae, -1)[:, :INTERVALS],
+        "counts": rearrange(counts, "(f i) -> f i", f=d_sae)[:, :INTERVALS],
         "rows": rows,
         "values": values,
     }

@@ -4,6 +4,7 @@ B contexts, L positions, D d_model, V vocabulary.
 """
 
 import torch
+from einops import rearrange
 from jaxtyping import Int
 from torch import Tensor
 
@@ -24,7 +25,7 @@ def probe_tokens(model: LanguageModel) -> Int[Tensor, "B L"]:
     size = min(model.n_vocab, model.n_vocab if model.tokenizer is None else model.tokenizer.vocab_size)
     plain = torch.tensor([token for token in range(size) if token not in special] or [0])
     wanted = torch.linspace(0, len(plain) - 1, _CONTEXTS * _POSITIONS + 2)[1:-1].round().long()
-    return plain[wanted].view(_POSITIONS, _CONTEXTS).T.contiguous().to(model.device)
+    return rearrange(plain[wanted], "(l b) -> b l", b=_CONTEXTS).contiguous().to(model.device)
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -203,9 +204,9 @@ def next_logits(
         extra |= {name: value for name, value in masks.items() if name in taken}
     output = model.base(tokens, use_cache=use_cache, **extra)
     states_BkD = first_of(output)[:, -keep:]
-    made = head(model, states_BkD.flatten(0, 1)).unflatten(0, states_BkD.shape[:2])
+    logits_NV = head(model, rearrange(states_BkD, "b k d -> (b k) d"))
     found = getattr(output, name, None) if name and use_cache else None
-    return made, found if isinstance(found, Cache) else None
+    return rearrange(logits_NV, "(b k) v -> b k v", b=len(states_BkD)), found if isinstance(found, Cache) else None
 
 
 def repeated(cache: Any, times: int) -> Any:

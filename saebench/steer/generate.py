@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -198,16 +199,17 @@ class _Batch:
     def _start(self, n_samples: int) -> tuple[Tensor, Tensor | None]:
         """(prompts `[R, columns]` padded at the left, padding `[R]`, None where there is none)."""
         padded = [[ids[0]] * (self.columns - len(ids)) + ids for ids in self.prompts]
-        ids = torch.tensor(padded, device=self.model.device).repeat_interleave(n_samples, 0).repeat(len(self.arms), 1)
-        lengths = torch.tensor([len(ids) for ids in self.prompts], device=self.model.device)
-        padding = (self.columns - lengths).repeat_interleave(n_samples).repeat(len(self.arms))
+        missing = [self.columns - len(ids) for ids in self.prompts]
+        rows = {"a": len(self.arms), "s": n_samples}
+        ids = repeat(torch.tensor(padded, device=self.model.device), "p l -> (a p s) l", **rows)
+        padding = repeat(torch.tensor(missing, device=self.model.device), "p -> (a p s)", **rows)
         if not bool(padding.any()):
             return ids, None
         check_padding(self.model)
         return ids, padding
 
     def by_arm(self, tokens_R: Int[np.ndarray, " R"]) -> Int[np.ndarray, "A P S"]:
-        return tokens_R.reshape(len(self.arms), len(self.prompts), self.sampling.n_samples)
+        return rearrange(tokens_R, "(a p s) -> a p s", a=len(self.arms), s=self.sampling.n_samples)
 
     def _place(self, editor: Editor, column: int, padding: Tensor | None) -> Editor:
         editor.first_column, editor.prompt_columns, editor.padding = column, self.columns, padding
@@ -257,7 +259,8 @@ class _Batch:
             if settings.top_p < 1:
                 logits_RV = _nucleus(logits_RV, settings.top_p)
             gumbel = np.stack([generator.gumbel(size=logits_RV.shape[1]).astype(np.float32) for generator in noise])
-            logits_RV = logits_RV + torch.from_numpy(gumbel).to(logits_RV.device).repeat(len(self.arms), 1)
+            gumbel_nV = torch.from_numpy(gumbel).to(logits_RV.device)
+            logits_RV = logits_RV + repeat(gumbel_nV, "n v -> (a n) v", a=len(self.arms))
         tokens = logits_RV.argmax(1)
         if seen is not None:
             seen.add(tokens)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 import torch
+from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -144,30 +145,31 @@ class _Trial:
                 f"model {model.id!r} cannot be scored: layers after {index.hook} read more than its output"
             )
         once = clean_pass(model, tokens, index.hook)
-        self._clean = clean_pass(model, tokens.repeat(self.size, 1), index.hook)
+        self._clean = clean_pass(model, repeat(tokens, "p l -> (f p) l", f=self.size), index.hook)
         self._x_PLD = once.value.float()
         self._left_alone_PL = self._x_PLD.norm(dim=2) > norms.bound
         self._left_alone_PL[:, 0] = True  # BOS
         with torch.no_grad():
             self._scale = normalized(self._x_PLD, sae.normalize)[1]
             self._before_PV = head(model, once.states[:, -1]).float().softmax(-1)
-            self._code, self._values = encode_sparse(sae, self._x_PLD.flatten(0, 1))
+            self._code, self._values = encode_sparse(sae, rearrange(self._x_PLD, "p l d -> (p l) d"))
 
     @torch.no_grad()
     def __call__(self, latents: Int[np.ndarray, " f"]) -> Float[np.ndarray, "f P"]:
         """Gain in the probability of each latent's tokens on each prompt."""
         picked_f = torch.as_tensor(latents, device=self.model.device)
-        n, shape = len(picked_f), self._x_PLD.shape[:2]
+        n = len(picked_f)
         acts_fR = torch.stack([self._of(latent) for latent in picked_f])
-        change_fPL = self._raw_F[picked_f, None, None] - acts_fR.unflatten(1, shape)
+        acts_fPL = rearrange(acts_fR, "f (p l) -> f p l", p=len(self._x_PLD))
+        change_fPL = self._raw_F[picked_f, None, None] - acts_fPL
         change_fPL[:, self._left_alone_PL] = 0
         edited = self._x_PLD + (change_fPL[..., None] * self._scale) * self.sae.W_dec[picked_f, None, None]
-        rows = edited.flatten(0, 1).to(self._clean.value.dtype)
+        rows = rearrange(edited, "f p l d -> (f p) l d").to(self._clean.value.dtype)
         clean = self._clean
         if n < self.size:  # the last of them
             clean = clean_pass(self.model, self._clean.tokens[: len(rows)], self._clean.hook)
         states = resumed_states(self.model, clean, rows)[:, -1]
-        after_fPV = head(self.model, states).float().softmax(-1).unflatten(0, (n, shape[0]))
+        after_fPV = rearrange(head(self.model, states).float().softmax(-1), "(f p) v -> f p v", f=n)
         return _gain(after_fPV, self._before_PV, self._picked[picked_f]).cpu().numpy()
 
     def _of(self, latent: Tensor) -> Float[Tensor, " R"]:
