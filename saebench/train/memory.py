@@ -71,10 +71,16 @@ def check_memory(specs: Sequence[Spec], d_in: int, batch: int, device: torch.dev
             "%s of %s latents: weights %s, moments %s; in its step gradients %s, scratch %s GB",
             spec.architecture, f"{spec.d_sae:,}", *(f"{part / 1e9:.2f}" for part in need),
         )  # fmt: skip
-    log.info("%d SAEs take at most %.1f GB of %s, which has %.1f GB for them", len(specs), total / 1e9, device, free / 1e9)
+    log.info(
+        "%d SAEs take at most %.1f GB of %s, which has %.1f GB for them", len(specs), total / 1e9, device, free / 1e9
+    )
     if total <= free:
         return
-    fit = [n for n in range(1, len(specs)) if sum(need.held for need in needs[:n]) + max(n.passing for n in needs[:n]) <= free]
+    fit = [
+        n
+        for n in range(1, len(specs))
+        if sum(need.held for need in needs[:n]) + max(n.passing for n in needs[:n]) <= free
+    ]
     widest = max(spec.d_sae for spec in specs)
     remedy = (
         f"the first {fit[-1]} would fit: train the grid in parts"

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from saebench.config import Count, Multiple
 from saebench.store.shuffle import BUFFER_ROWS
-from saebench.train.memory import total_memory
 from saebench.train.member import Spec
+from saebench.train.memory import total_memory
 from saebench.train.recipes import RECIPES, Architecture
 from saebench.train.schedules import DECAY, WARMUP, default_learning_rate
 
