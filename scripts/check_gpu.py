@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +22,12 @@ from saebench.models import ModelDtype, capture, hook_name, load_model
 from saebench.sae import initialise, new_sae
 from saebench.sae.sparse import Encoder, gather_dot, gather_sum
 from saebench.store import Store
-from saebench.store.schema import StoreDtype
+from saebench.store.schema import Moments, StoreDtype
+from saebench.store.shuffle import shuffled_batches
 from saebench.text import TextConfig
 from saebench.train.gradients import exact_gradients
+from saebench.train.member import LOOK_EVERY, Member, Spec
+from saebench.train.memory import need_of
 from saebench.train.objectives import Context, bandwidth
 from saebench.train.recipes import RECIPES
 
@@ -96,8 +100,84 @@ def check_steps(d_in: int, d_sae: int, k: int, rows: int) -> bool:
     return fine
 
 
+def new_member(architecture: str, d_in: int, d_sae: int, k: int, n_steps: int = 10_000) -> Member:
+    level: dict[str, Any] = {"k": k} if RECIPES[architecture].takes_k else {"l1": 1.0}
+    spec = Spec(name=architecture, architecture=architecture, d_sae=d_sae, lr=1e-4, seed=0, **level)
+    return Member(spec, torch.zeros(d_in), dead_steps=10**6, n_steps=n_steps, device="cuda")
+
+
+@torch.no_grad()
+def sparse_member(architecture: str, x: Tensor, d_sae: int, k: int) -> Member:
+    """Past its warm-up: k latents are active on the mean row."""
+    member = new_member(architecture, x.shape[1], d_sae, k)
+    if not RECIPES[architecture].takes_k:
+        least = member.sae.project(x).flatten().topk(k * len(x), sorted=False).values.min()
+        name = {"jumprelu": "threshold", "gated": "b_gate", "relu": "b_enc"}[architecture]
+        member.sae.get_parameter(name).fill_(least if name == "threshold" else -least)
+        member.sparsity.l0.fill_(k)
+    for step in range(2):
+        member.step(x, step * LOOK_EVERY)  # looks, so that there is room for the pairs of the next steps
+    return member
+
+
+def check_no_waits(d_in: int, d_sae: int, k: int, rows: int) -> bool:
+    """Between looks no step reads from the device."""
+    fine, x = True, torch.randn(rows, d_in, device="cuda")
+    for architecture in RECIPES:
+        member, said = sparse_member(architecture, x, d_sae, k), ""
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for step in range(LOOK_EVERY + 1, LOOK_EVERY + 4):
+                member.step(x, step)
+        except RuntimeError as error:
+            said = str(error).splitlines()[0]
+        torch.cuda.set_sync_debug_mode("default")
+        ok = not said and "steps_left_out" not in member.log_line(0)
+        fine &= ok
+        print(json.dumps({"check": f"{architecture} waits for nothing", "ok": ok} | ({"error": said} if said else {})))
+    return fine
+
+
+def check_room(d_in: int, d_sae: int, k: int, rows: int) -> bool:
+    """Gradients where there is room for the active pairs and more are those of a search that waits."""
+    fine, x = True, torch.randn(rows, d_in, device="cuda")
+    for architecture, recipe in RECIPES.items():
+        if recipe.takes_k:
+            continue
+        sae = sparse_member(architecture, x, d_sae, k).sae
+        context = Context(torch.tensor(0.3).cuda(), torch.empty(0, dtype=torch.int64).cuda(), None)
+        waited = exact_gradients(recipe.gradients, sae, x, context)
+        assert waited.fullest is not None
+        found = exact_gradients(recipe.gradients, sae, x, context, most=2 * int(waited.fullest))
+        for name, value in waited.of.items():
+            fine &= check(f"{architecture} d{name} with room", found.of[name], value.cpu(), 1e-5)
+    return fine
+
+
+def check_plan(d_in: int, d_sae: int, k: int, rows: int) -> bool:
+    """What a step takes at most is what the plan says, or up to 2.5 times less."""
+    fine, x = True, torch.randn(rows, d_in, device="cuda")
+    for architecture in RECIPES:
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        member = new_member(architecture, d_in, d_sae, k)
+        for step in range(3):
+            member.step(x, step)  # with all latents at first, where there is no k
+        most = torch.cuda.max_memory_allocated() - before
+        need = need_of(member.spec, d_in, rows, torch.device("cuda"))
+        planned = need.held + need.passing
+        ok = most <= planned <= 2.5 * most
+        fine &= ok
+        line = {"check": f"{architecture} memory", "most_mb": most >> 20, "planned_mb": planned >> 20, "ok": ok}
+        print(json.dumps(line))
+        del member
+    return fine
+
+
 def check_harvest() -> bool:
-    """Rows that a copy stream brought into pinned buffers are those that the model gave, and about those of a CPU."""
+    """Rows that a copy stream brought into pinned buffers are those that the model gave, and about those of a CPU; so are the
+    batches that go back to the GPU, and the moments that it has summed."""
     text, fine = TextConfig(), True
     with tempfile.TemporaryDirectory() as scratch:
 
@@ -122,6 +202,21 @@ def check_harvest() -> bool:
         batches = [batch.cuda() for part in tokens for batch in torch.from_numpy(part).long().split(8)]
         expected = [capture(model, batch, [hook_name(2)])[hook_name(2)].flatten(0, 1).cpu() for batch in batches]
         fine &= check("harvest bfloat16, to the last bit", found, torch.cat(expected), 0.0)
+        for store in (made, rows("cuda", "float32", "int8")[0]):
+            of = store.manifest["dtype"]
+            kept = [
+                shard.rows(hook_name(2))[torch.from_numpy(shard.column("keep"))] for shard in store.of_split("train")
+            ]
+            want, have = Moments.of(torch.cat(kept).float().numpy()).to_json(), store.statistics(hook_name(2))
+            for name in ("rows", "mean", "mean_squared_norm", "median_norm"):
+                fine &= check(f"{name} of {of}", torch.tensor(have[name]), torch.tensor(want[name]), 1e-6)
+            streams = [
+                shuffled_batches(store, hook_name(2), 1000, seed=0, buffer_rows=20_000, device=device)
+                for device in ("cpu", "cuda")
+            ]
+            pairs = [[next(stream)[0] for stream in streams] for _ in range(150)]  # as fast as they come
+            fine &= all(torch.equal(one, other.cpu()) for one, other in pairs)
+            print(json.dumps({"check": f"batches of {of}, to the last bit", "ok": fine}))
     return fine
 
 
@@ -141,14 +236,52 @@ def time_kernels(d_in: int, d_sae: int, k: int, rows: int) -> None:
         print(json.dumps(line | ({"gathered_gb_per_s": round(moved / ms / 1e6)} if moved else {})))
 
 
+def time_steps(d_in: int, d_sae: int, k: int, rows: int) -> None:
+    x = torch.randn(rows, d_in, device="cuda")
+    matmul: Any = torch.backends.cuda.matmul
+    for dtype in ("float32", "tf32", "bfloat16"):
+        matmul.allow_tf32 = dtype != "float32"
+        for architecture, recipe in RECIPES.items():
+            for dense in (False,) if recipe.takes_k else (False, True):
+                member = sparse_member(architecture, x, d_sae, k)
+                member.bf16, member._dense, steps = (
+                    dtype == "bfloat16",
+                    dense,
+                    iter(range(LOOK_EVERY + 1, 2 * LOOK_EVERY)),
+                )
+                weights, inputs = member.sae.W_enc.detach(), x
+                if member.bf16:
+                    weights, inputs = weights.bfloat16(), x.bfloat16()
+                product = median_ms(lambda weights=weights, inputs=inputs: inputs @ weights)
+                step = median_ms(lambda member=member, steps=steps: member.step(x, next(steps)))
+                line = {
+                    "time": f"{architecture} step",
+                    "dense": dense,
+                    "dtype": dtype,
+                    "d": d_in,
+                    "f": d_sae,
+                    "rows": rows,
+                }
+                print(
+                    json.dumps(
+                        line
+                        | {"ms": round(step, 3), "product_ms": round(product, 3), "ratio": round(step / product, 2)}
+                    )
+                )
+    matmul.allow_tf32 = False
+
+
 def main() -> int:
     if not torch.cuda.is_available():
         print("no CUDA device here; the tests check the same kernels through Triton's interpreter", file=sys.stderr)
         return 2
     print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__}))
-    fine = all([check_kernels(*shape) for shape in SHAPES] + [check_steps(64, 512, 8, 256), check_harvest()])
+    checks = [check_kernels(*shape) for shape in SHAPES]
+    checks += [check_steps(64, 512, 8, 256), check_room(64, 512, 8, 256), check_no_waits(768, 24_576, 32, 4096)]
+    checks += [check_plan(768, 24_576, 32, 4096), check_plan(512, 8192, 64, 16_384), check_harvest()]
     time_kernels(768, 24_576, 32, 16_384)
-    return 0 if fine else 1
+    time_steps(768, 24_576, 32, 4096)
+    return 0 if all(checks) else 1
 
 
 if __name__ == "__main__":

@@ -96,6 +96,7 @@ def quality(store: Store, batch: int, buffer_rows: int | float) -> float:
     some = [shards[i] for i in np.unique(np.linspace(0, len(shards) - 1, _TASTED).round().astype(int))]
     lengths = np.unique(np.concatenate([shard.column("doc_id") for shard in some]), return_counts=True)[1]
     total, size = store.rows("train"), shards[0].block_rows
+    batch = min(batch, total)
     touched = min(total / math.ceil(total / buffer_rows) + batch, total)
     missed = 1 - touched / total * (1 - (1 - batch / touched) ** size)
     here = 1 - missed ** np.maximum(lengths / size, 1)
