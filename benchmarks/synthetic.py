@@ -22,7 +22,7 @@ from saebench.evaluate.recovery import recovery_of_oracle, recovery_of_sae
 from saebench.evaluate.synthetic import SIZES, Synthetic
 from saebench.sae import SAE, fold, initialise, new_sae
 from saebench.train import Member, Spec
-from saebench.train.schedules import default_learning_rate
+from saebench.train.schedules import default_learning_rate, pace
 
 SPARSITY = {
     "relu": "target_l0",
@@ -76,7 +76,8 @@ def arguments() -> argparse.Namespace:
 
 def spec(arch: str, args: argparse.Namespace) -> Spec:
     sparsity: dict[str, Any] = {SPARSITY[arch]: args.l0}
-    return Spec(name=arch, architecture=arch, d_sae=args.width, lr=args.lr, seed=args.seed, **sparsity)
+    own = pace(args.lr, SIZES[args.size].d_in)
+    return Spec(name=arch, architecture=arch, d_sae=args.width, lr=args.lr, pace=own, seed=args.seed, **sparsity)
 
 
 def milliseconds(data: Synthetic, batch: int, generator: torch.Generator) -> float:

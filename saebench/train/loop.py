@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +62,7 @@ def train(
     specs = grid(config, store.d_in(hooks[0]), hooks)
     window = _window_shards(config, store, hooks)
     with locked(config.out), _tf32(config.dtype == "tf32"), contextlib.ExitStack() as held:
+        specs = _at_begun_paces(specs, folder)
         multiples = {hook: _multiple(config, store, hook, specs, folder, window) for hook in hooks}
         identity = {spec.name: _identity(config, spec, store, multiples, window) for spec in specs}
         todo = [spec for spec in specs if not _done(folder / spec.name, identity[spec.name])]
@@ -262,6 +264,12 @@ def _window_shards(config: TrainConfig, store: Store, hooks: Sequence[str]) -> i
             "--rolling, or -- --validation-fraction, gives more", store.folder, f"{held_out:,}",
         )  # fmt: skip
     return size
+
+
+def _at_begun_paces(specs: list[Spec], folder: Path) -> list[Spec]:
+    """SAEs that are done or in a checkpoint keep the controller's pace, which was 1 before it followed the learning rate."""
+    begun = begun_as(folder)
+    return [replace(spec, pace=begun[spec.name].get("pace", 1.0)) if spec.name in begun else spec for spec in specs]
 
 
 def _only_hook(store: Store) -> str:
