@@ -23,7 +23,7 @@ from saebench.evaluate.synthetic import SIZES, Synthetic
 from saebench.sae import SAE, fold, initialise, new_sae
 from saebench.train import Member, Spec
 from saebench.train.recipes import RECIPES
-from saebench.train.schedules import default_learning_rate
+from saebench.train.schedules import default_learning_rate, pace
 
 DEFAULTS = {
     "mini": {"width": 512, "samples": 5_000_000, "l0": 6, "eval_samples": 100_000},
@@ -67,7 +67,8 @@ def arguments() -> argparse.Namespace:
 
 def spec(arch: str, args: argparse.Namespace) -> Spec:
     sparsity: dict[str, Any] = {"k" if RECIPES[arch].takes_k else "target_l0": args.l0}
-    return Spec(name=arch, architecture=arch, d_sae=args.width, lr=args.lr, seed=args.seed, **sparsity)
+    own = pace(args.lr, SIZES[args.size].d_in)
+    return Spec(name=arch, architecture=arch, d_sae=args.width, lr=args.lr, pace=own, seed=args.seed, **sparsity)
 
 
 def milliseconds(data: Synthetic, batch: int, generator: torch.Generator) -> float:

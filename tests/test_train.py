@@ -6,6 +6,7 @@ import shutil
 import signal
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import processes
@@ -22,8 +23,9 @@ from saebench.index import IndexConfig, build_index, open_feature_index
 from saebench.sae import SAE, load_sae, read_config, save_sae
 from saebench.store import Store, shuffled_batches
 from saebench.train import Member, Spec, TrainConfig, grid, train
+from saebench.train.checkpoint import Checkpoint, begun_as
 from saebench.train.loop import Clock
-from saebench.train.schedules import Sparsity, learning_rate
+from saebench.train.schedules import Sparsity, default_learning_rate, learning_rate, pace
 
 COMMON = {"d_sae": (64,), "tokens": 20_000, "batch": 100, "lr": (3e-3,)}
 
@@ -53,16 +55,36 @@ def test_learning_rate_warms_up_holds_and_decays_to_zero() -> None:
     assert all(a >= b for a, b in pairwise(rates[800:]))
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.97])
-def test_the_controller_brings_l0_to_its_target(delay: float) -> None:
-    """Against an SAE whose L0 is 100/λ, reached at once or over many steps."""
-    sparsity = Sparsity(None, 8.0, "cpu")
-    l0, n_steps = 300.0, 4000
+def follow(lag: float, pace: float, n_steps: int) -> list[float]:
+    """L0 at each step of an SAE where it is 100/λ, reached over about `lag` steps; the target is 8."""
+    sparsity = Sparsity(None, 8.0, "cpu", pace)
+    l0, course = 300.0, []
     for step in range(n_steps):
         settled = min(300.0, 100.0 / float(sparsity.coefficient(step, n_steps)))
-        l0 = delay * l0 + (1 - delay) * settled
+        l0 += (settled - l0) / lag
         sparsity.observe(torch.tensor(l0), step, n_steps)
-    assert l0 == pytest.approx(8.0, rel=0.03)
+        course.append(l0)
+    return course
+
+
+@pytest.mark.parametrize("lag", [1.0, 33.0])
+def test_the_controller_brings_l0_to_its_target(lag: float) -> None:
+    assert follow(lag, 1.0, 4000)[-1] == pytest.approx(8.0, rel=0.03)
+
+
+def test_at_a_lower_learning_rate_the_controller_takes_its_time() -> None:
+    """An eighth of the rate, and eight times the lag: at the gains of a short run L0 goes up and down."""
+    wide, near = (max(abs(l0 / 8.0 - 1) for l0 in follow(264.0, pace, 6000)[2400:]) for pace in (1.0, 0.125))
+    assert near < 0.1 < 0.2 < wide
+
+
+def test_the_pace_is_the_learning_rates(store: Store, tmp_path: Path) -> None:
+    own = default_learning_rate(WIDTH, 4000)
+    options = {"arch": ("relu", "topk"), "lr": (own, own / 4, 2 * own), "l1": (1.0,), "k": (6,), "target_l0": (6.0,)}
+    specs = grid(config(store, tmp_path, **options), WIDTH)
+    assert [(spec.name, spec.pace) for spec in specs if spec.pace != 1.0] == [(f"relu-l0-6-lr{own / 4:g}", 0.25)]
+    assert [spec.name for spec in specs if "pace" in spec.to_json()] == [f"relu-l0-6-lr{own / 4:g}"]
+    assert grid(config(store, tmp_path, arch=("relu",), lr=()), WIDTH)[0].pace == 1.0  # 200 steps
 
 
 def test_a_fixed_coefficient_warms_up_and_stays() -> None:
@@ -302,6 +324,34 @@ def test_ctrl_c_saves_and_the_same_command_continues(run: Path, store: Store, tm
     status, printed = processes.run(*arguments(store, tmp_path))
     assert status == 0, printed
     assert same_saes(run, tmp_path)
+
+
+def test_runs_begun_before_the_pace_followed_the_learning_rate_go_on_at_1(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, whether done or in a checkpoint; a run begun now says its pace."""
+    whole, cut, now = tmp_path / "whole", tmp_path / "cut", tmp_path / "now"
+    options = {"arch": ("relu",), "tokens": 4_000, "device": "cpu"}
+    save = Checkpoint.save
+
+    def save_and_cut(self: Checkpoint, *args: Any) -> None:
+        save(self, *args)
+        raise InterruptedError("cut")
+
+    monkeypatch.setattr("saebench.train.settings.pace", lambda *_: 1.0)
+    train(config(store, whole, **options))
+    monkeypatch.setattr("saebench.train.loop.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(Checkpoint, "save", save_and_cut)
+    with pytest.raises(InterruptedError, match="cut"):
+        train(config(store, cut, **options))
+    monkeypatch.undo()
+    assert read_json(cut / "saes" / "checkpoint.json")["step"] < 40
+    for out in (whole, cut, now):
+        train(config(store, out, **options))
+    said = {out: begun_as(out / "saes")["relu-l0-6"].get("pace") for out in (whole, cut, now)}
+    assert said == {whole: None, cut: None, now: pace(3e-3, WIDTH)}
+    assert same_saes(whole, cut)
+    assert not same_saes(whole, now)
 
 
 def test_a_full_disk_while_checkpointing_keeps_the_last_checkpoint(run: Path, store: Store, tmp_path: Path) -> None:

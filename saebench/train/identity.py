@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Run:
     """A grid of SAEs on a store."""
 
     config: TrainConfig
+    specs: list[Spec]
     store: Store
     window: int | None
     """shards of a window, where rows come in windows"""
@@ -49,6 +50,8 @@ class Run:
     def of(cls, config: TrainConfig, store: Store, specs: list[Spec], window: int | None) -> "Run":
         """What is not said is as the run was begun, whose folder this process holds."""
         begun = begun_as(config.out / "saes")
+        # The controller's pace was 1 before it followed the learning rate.
+        specs = [replace(spec, pace=begun[spec.name].get("pace", 1.0)) if spec.name in begun else spec for spec in specs]
         multiples = {}
         for hook in dict.fromkeys(spec.hook for spec in specs):
             mine = [begun[spec.name] for spec in specs if spec.hook == hook and spec.name in begun]
@@ -71,7 +74,7 @@ class Run:
             left_out = {} if multiple is None else {"exclude_outliers": multiple}
             identity[spec.name] = {**spec.to_json(), **shared, **left_out}
         return cls(
-            config=config, store=store, window=window, buffers=buffers, multiples=multiples, identity=identity
+            config=config, specs=specs, store=store, window=window, buffers=buffers, multiples=multiples, identity=identity
         )  # fmt: skip
 
     @property

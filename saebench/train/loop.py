@@ -47,7 +47,7 @@ def train(
     with locked(config.out), _tf32(config.dtype != "float32"), contextlib.ExitStack() as held:
         run = Run.of(config, store, specs, window)
         checkpoint = Checkpoint(run.folder, run.identity)
-        todo = [spec for spec in specs if not run.is_done(spec.name)]
+        todo = [spec for spec in run.specs if not run.is_done(spec.name)]
         if not todo:
             _clear_away(run, checkpoint)
             return run.folders

@@ -41,10 +41,16 @@ class Spec:
     lr: float
     warmup: float = WARMUP
     decay: float = DECAY
+    pace: float = 1.0
+    """of the controller that meets target_l0"""
     seed: int
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The fields; `pace` where it is not 1, which it was for all once."""
+        values = asdict(self)
+        if self.pace == 1.0:
+            del values["pace"]
+        return values
 
 
 class Member:
@@ -67,7 +73,7 @@ class Member:
         self.parameters["W_enc"] = torch.nn.Parameter(self.sae.W_enc.data.T)
         groups = [{"params": [value], "scale": self._pace(name)} for name, value in self.parameters.items()]
         self.optimizer = torch.optim.Adam(groups, lr=spec.lr, betas=(self.recipe.beta1, 0.999), fused=True)
-        self.sparsity = Sparsity(spec.l1, spec.target_l0, device)
+        self.sparsity = Sparsity(spec.l1, spec.target_l0, device, spec.pace)
         self.silent_steps = torch.zeros(spec.d_sae, dtype=torch.int32, device=device)
         self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)  # since the last line of the log
         self.fullest = torch.zeros((), dtype=torch.int32, device=device)  # since the host last looked

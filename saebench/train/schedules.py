@@ -11,8 +11,10 @@ _SPARSITY_WARMUP = 0.05  # of λ
 
 # The controller sets log λ = P e + I ∫e + J ∬e of the relative error e of L0. P answers at once, which damps
 # what I alone would overshoot, since L0 follows λ with a lag of about a hundred steps; J follows the slow
-# drift of L0 at equal λ that training brings. The integrals take no more than a bounded error, and J none while
-# it is large, as in the first steps, when L0 is high whatever λ is.
+# drift of L0 at equal λ that training brings. At a lower learning rate the lag is as much longer, and so are the
+# integrals' times: I × pace, J × pace². P × √pace, since L0 also answers within tens of steps, and rings with P alone.
+# The integrals take no more than a bounded error, and J none while it is large, as in the first steps, when L0 is high
+# whatever λ is.
 _PROPORTIONAL = 1.0
 _INTEGRAL = 0.04
 _DRIFT = _INTEGRAL**2 / 8
@@ -38,15 +40,21 @@ def default_learning_rate(d_in: int, n_steps: int) -> float:
     return 3e-3 * math.sqrt(256 / d_in) * min(1.0, math.sqrt(4000 / n_steps))
 
 
+def pace(lr: float, d_in: int) -> float:
+    """How fast L0 follows λ, relative to runs of up to 4,000 steps at their default rate: as the learning rate is, no more than 1."""
+    return min(1.0, lr / default_learning_rate(d_in, 1))
+
+
 class Sparsity:
-    """λ of a run: fixed after a warm-up, or moved until the mean L0 meets a target.
+    """λ of a run: fixed after a warm-up, or moved until the mean L0 meets a target, at a `pace`.
 
     State (`log_coefficient`, `drift`, `l0`, `error`) is four float64 scalars, kept as tensors so that a
     step needs no host synchronisation and a checkpoint is exact.
     """
 
-    def __init__(self, coefficient: float | None, target_l0: float | None, device: str) -> None:
+    def __init__(self, coefficient: float | None, target_l0: float | None, device: str, pace: float = 1.0) -> None:
         self.target = target_l0
+        self._gains = _PROPORTIONAL * math.sqrt(pace), _INTEGRAL * pace, _DRIFT * pace**2
         start = coefficient if coefficient is not None else 1.0
         self.log_coefficient = torch.tensor(math.log(start), dtype=torch.float64, device=device)
         self.drift = torch.zeros((), dtype=torch.float64, device=device)
@@ -66,8 +74,9 @@ class Sparsity:
         error = (self.l0.clamp(min=1e-3) / self.target).log().clamp(-_LARGEST_ERROR, _LARGEST_ERROR)
         change = (error - self.error).nan_to_num(0.0)  # the first time there is none
         self.error = error
-        self.drift += _DRIFT * torch.where(error.abs() < _LARGEST_DRIFT_ERROR, error, 0.0)
-        self.log_coefficient += _PROPORTIONAL * change + _INTEGRAL * error + self.drift
+        proportional, integral, drift = self._gains
+        self.drift += drift * torch.where(error.abs() < _LARGEST_DRIFT_ERROR, error, 0.0)
+        self.log_coefficient += proportional * change + integral * error + self.drift
 
     def state(self) -> dict[str, Tensor]:
         return {

@@ -11,7 +11,7 @@ from saebench.store.shuffle import BUFFER_ROWS
 from saebench.train.member import Spec
 from saebench.train.memory import total_memory
 from saebench.train.recipes import RECIPES, Architecture
-from saebench.train.schedules import DECAY, WARMUP, default_learning_rate
+from saebench.train.schedules import DECAY, WARMUP, default_learning_rate, pace
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 
