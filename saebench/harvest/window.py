@@ -137,7 +137,7 @@ class Windows:
 
     def _plans(self) -> Iterator[Plan]:
         for number in range(self.shards):
-            contexts = list(self._take(self.config.shard_contexts))
+            contexts = list(self._take(self.config.per_shard))
             yield Plan(number, "train", contexts, self.place.cursor)
 
     def _seek(self, number: int) -> None:
@@ -152,7 +152,7 @@ class Windows:
             last = [entry for entry in self.head.manifest["shards"] if entry["split"] == "train"][-1]
             self.place = Place(tuple(last["cursor"]), self.head.rows("train", kept=True), 0)
         self.contexts = contexts_behind(self.config, self.text, self.model.encoder, self.place)
-        missing = (number - 1 - before) * self.shards * self.config.shard_contexts
+        missing = (number - 1 - before) * self.shards * self.config.per_shard
         deque(self._take(missing), maxlen=0)
 
     def _take(self, n: int) -> Iterator[Context]:
