@@ -23,7 +23,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from saebench.files import hash_files
 from saebench.harvest.extend import ExtendConfig, open_as_made, settings_of
 from saebench.harvest.plan import Plan
 from saebench.harvest.run import run_model
@@ -54,7 +53,7 @@ def identity_of_window(head: Store, number: int, shards: int) -> dict[str, Any]:
     """Everything that decides the contents of a window, counted from 1."""
     made = head.manifest["identity"]
     rows = shards * made["shard_contexts"] * made["context"]
-    window = {"head": hash_files([head.folder / MANIFEST]), "number": number, "shards": shards}
+    window = {"head": head.hash, "number": number, "shards": shards}
     return made | {"tokens": rows, "validation_tokens": 0, "window": window}
 
 

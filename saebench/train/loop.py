@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from saebench.config import differences, to_json
-from saebench.files import hash_files, locked
+from saebench.files import locked
 from saebench.harvest.window import delete_windows
 from saebench.models import choose_device, model_path
 from saebench.runlog import MetricsLog, interruptible, progress, provenance
 from saebench.sae import fold, read_config, save_sae
 from saebench.store import Cursor, Store, open_store, shuffled_batches
 from saebench.store.norms import moments_within, rows_beyond
-from saebench.store.schema import MANIFEST, MASSIVE
+from saebench.store.schema import MASSIVE
 from saebench.store.shuffle import ShardsOf
 from saebench.train.checkpoint import Checkpoint, begun_as, full_disk_is_a_value_error
 from saebench.train.member import Member, Spec
@@ -279,7 +279,7 @@ def _identity(
         "memory_gb": config.memory_gb / len(multiples),
         "order": config.seed[0],
         "dead_steps": config.dead_steps,
-        "store": hash_files([store.folder / MANIFEST]),
+        "store": store.hash,
     }
     if (multiple := multiples[spec.hook]) is not None:
         shared["exclude_outliers"] = multiple
