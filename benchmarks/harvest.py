@@ -100,8 +100,8 @@ class Harvest:
         stall = run_model(self.config, self.model, self.writer, next_plan())
         harvested, cpu_harvested = time.perf_counter(), time.process_time()
         contexts = found[0].contexts
-        for start in range(0, len(contexts), self.config.batch):
-            rows = [context.tokens for context in contexts[start : start + self.config.batch]]
+        for start in range(0, len(contexts), self.config.per_pass):
+            rows = [context.tokens for context in contexts[start : start + self.config.per_pass]]
             self.bare(torch.from_numpy(np.stack(rows)).long())
         ended = time.perf_counter()
         if counted:

@@ -16,6 +16,8 @@ from saebench.demo import demo
 from saebench.evaluate import EvalConfig, equal_l0_table, evaluate, massive_note, table, write_report
 from saebench.harvest import ExtendConfig, HarvestConfig, extend, harvest
 from saebench.harvest.extend import settings_of
+from saebench.harvest.run import open_model
+from saebench.harvest.settings import settled
 from saebench.index import IndexConfig, build_index
 from saebench.index.export import ExportConfig, export
 from saebench.pipeline import RunConfig, run, run_stages
@@ -183,7 +185,9 @@ def _head_of(config: TrainConfig, behind: list[str]) -> tuple[HarvestConfig, Tex
                         "leave the option out, or choose another --store"
                     )
         return head, text, 0
-    shard = head.shard_contexts * head.context
+    if head.shard_contexts is None:  # how many fit depends on the model's width
+        head = settled(head, open_model(head, head.device))
+    shard = head.per_shard * head.context
     tokens = config.rolling // 3 * shard
     return dataclasses.replace(head, tokens=tokens), text, config.rolling * shard - tokens
 

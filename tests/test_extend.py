@@ -9,8 +9,10 @@ import torch
 from conftest import HOOK
 from test_harvest import config, contents, text
 
-from saebench.files import read_json, write_text
+from saebench.files import read_json, write_json, write_text
 from saebench.harvest import ExtendConfig, extend, harvest
+from saebench.index import IndexConfig, build_index, open_feature_index
+from saebench.sae import ReLUSAE, save_sae
 from saebench.store import Store, open_store
 from saebench.store.schema import MANIFEST
 from saebench.text import SPLITS
@@ -108,6 +110,59 @@ def test_an_extension_that_is_cut_at_its_very_end_names_the_remedy(
     grown = extend(folder, by(4_000))
     assert grown is not None
     assert grown.verify() == []
+
+
+def test_an_index_of_the_shorter_store_is_read_while_it_grows_and_afterwards(
+    short: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows are still the same rows. Whoever has the shorter store open goes on knowing it by the same hash."""
+    before = open_store(copied(short, tmp_path / "s"))
+    sae = tmp_path / "run" / "saes" / "one"
+    weights = ReLUSAE(before.d_in(HOOK), 8)
+    torch.nn.init.normal_(weights.W_enc, generator=torch.Generator().manual_seed(0))
+    save_sae(weights, sae, {"hook_name": HOOK, "saebench": {"store": str(before.folder)}})
+    settings = IndexConfig(sae=sae, sample=500, rules=False, logits=False)
+    path = build_index(settings)
+    assert path is not None
+
+    def shown() -> list[tuple[int, list[int]]]:
+        with open_feature_index(path) as index:
+            examples = [example for latent in range(8) for example in index[latent].top[:3]]
+            return [(example.row, index.context_of(example.row).tokens.tolist()) for example in examples]
+
+    then = shown()
+    assert len(then) > 8
+
+    def cut(path: Path, content: str) -> None:
+        if path.name == MANIFEST:
+            raise OSError("cut")
+        write_text(path, content)
+
+    monkeypatch.setattr("saebench.store.manifest.write_text", cut)
+    with pytest.raises(OSError, match="cut"):
+        extend(before.folder, by(1_000))
+    monkeypatch.undo()
+    built = path.read_bytes()
+    assert open_store(before.folder).hash == before.hash
+    assert build_index(settings) == path
+    assert path.read_bytes() == built
+    assert shown() == then
+    for number in range(2):
+        grown = extend(before.folder, by(1_000))
+        assert grown is not None
+        assert grown.grown_from[0] == before.hash != grown.hash
+        assert len(grown.grown_from) == number + 1
+        assert shown() == then
+    with pytest.raises(ValueError, match=r"one.h5 was made from another store: it says \w{32}, this one is \w{32}"):
+        other = harvest_again(short, tmp_path / "other")
+        open_feature_index(path, store=other)
+
+
+def harvest_again(store: Store, folder: Path) -> Path:
+    """A store of the same rows, known by another hash."""
+    shutil.copytree(store.folder, folder)
+    write_json(folder / MANIFEST, store.manifest | {"exhausted": True})
+    return folder
 
 
 def test_text_that_ends_is_said_and_no_token_comes_twice(

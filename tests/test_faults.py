@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -12,10 +13,11 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-from conftest import CONTEXT
+from conftest import CONTEXT, HOOK
 from test_harvest import arguments, config, contents, text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from saebench.cli import main
 from saebench.files import read_json
 from saebench.harvest import harvest, pipeline
 from saebench.store import ShardWriter
@@ -258,3 +260,36 @@ def test_shards_without_a_manifest_are_neither_taken_for_ones_own_nor_lost(
         ):
             harvest(config(checkpoints[model], tmp_path / "other"), text(corpus))
     assert contents(tmp_path / "other") == before
+
+
+def test_a_manifest_lost_is_named_by_every_command_and_nothing_is_lost_with_it(
+    whole: tuple[dict[str, bytes], float],
+    checkpoints: dict[str, Path],
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Restoring the file heals."""
+    folder, run = tmp_path / "s", tmp_path / "run"
+    command = arguments(checkpoints["llama"], corpus, folder)
+    before = whole[0]
+    for name, data in before.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    (folder / "manifest.json").unlink()
+    fit = ["train", "--store", str(folder), "--hook", HOOK, "--out", str(run), "--k", "4", "--d-sae", "48"]
+    for argv in (
+        command,
+        [*fit, "--tokens", "1000", "--batch", "100", "--device", "cpu"],
+        ["store", "verify", str(folder)],
+        ["store", "info", str(folder)],
+        ["store", "extend", str(folder), "--tokens", "100", "--device", "cpu"],
+    ):
+        assert main(argv) == 2
+        printed = capsys.readouterr().err
+        assert re.search(r"shard-00000.h5.* no manifest.json that says what (it is|they are): .*restore it", printed)
+    assert contents(folder) == {name: data for name, data in before.items() if name != "manifest.json"}
+    assert not run.exists() or not list(run.rglob("*.safetensors"))
+    (folder / "manifest.json").write_bytes(before["manifest.json"])
+    assert main(["store", "verify", str(folder)]) == main(command) == 0
+    assert contents(folder) == before

@@ -13,7 +13,9 @@ from conftest import CONTEXT, HOOK, WIDTH, sentences
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from saebench.files import read_json, write_json
-from saebench.harvest import HarvestConfig, deal, harvest
+from saebench.harvest import HarvestConfig, deal, harvest, settings
+from saebench.harvest.settings import bytes_per_row, settled
+from saebench.models import load_model
 from saebench.store import Store, open_store
 from saebench.store.manifest import read_manifest
 from saebench.text import SPLITS, Context, Document, Encoder, TextConfig, open_documents, pack, split_of
@@ -272,6 +274,34 @@ def test_resuming_names_a_shard_that_is_no_longer_whole(
         harvest(config(checkpoints["llama"], tmp_path / "s"), text(corpus))
 
 
+def test_contexts_in_a_pass_and_in_a_shard_are_bounded_in_bytes(
+    checkpoints: dict[str, Path], corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a store was begun with holds; what is given is obeyed."""
+    model = load_model(str(checkpoints["llama"]), dtype="float32")
+    usual = config(checkpoints["llama"], tmp_path / "s", tokens=400, batch=None, shard_contexts=None)
+    assert (settled(usual, model).per_pass, settled(usual, model).per_shard) == (32, 256)
+    wide = bytes_per_row(100, "float16", 4096) * 256  # 100 layers of Llama 3.1 8B
+    assert {name: bound // wide for name, (_, bound) in settings._BOUNDS.items()} == {"batch": 1, "shard_contexts": 5}
+    context = CONTEXT * (2 * WIDTH * 4 + 4 + 4 + 4 + 1)
+    monkeypatch.setattr(
+        settings, "_BOUNDS", {"batch": (32, 6 * context - 1), "shard_contexts": (256, 13 * context - 1)}
+    )
+    made = harvest(usual, text(corpus))
+    assert made is not None
+    assert {name: made.manifest["identity"][name] for name in ("batch", "shard_contexts")} == {
+        "batch": 5,
+        "shard_contexts": 12,
+    }
+    assert max(shard.n_rows for shard in made.shards) == 12 * CONTEXT
+    given = dataclasses.replace(usual, batch=8, out=tmp_path / "t")
+    assert (settled(given, model).per_pass, settled(given, model).per_shard) == (8, 12)
+    monkeypatch.undo()
+    assert harvest(usual, text(corpus)) is not None
+    with pytest.raises(ValueError, match="made with other settings: shard_contexts: 12 -> 13"):
+        harvest(dataclasses.replace(usual, shard_contexts=13), text(corpus))
+
+
 def test_other_settings_are_refused_with_the_values(
     store: Store, checkpoints: dict[str, Path], corpus: Path, tmp_path: Path
 ) -> None:
@@ -304,10 +334,10 @@ def test_token_ids_of_another_vocabulary_are_named(checkpoints: dict[str, Path],
 
 def test_a_tokenizer_that_cannot_open_a_context_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(checkpoints["llama"], tmp_path / "bare")
-    settings = read_json(tmp_path / "bare" / "tokenizer_config.json")
+    told = read_json(tmp_path / "bare" / "tokenizer_config.json")
     for name in ("bos_token", "eos_token", "pad_token"):
-        del settings[name]
-    (tmp_path / "bare" / "tokenizer_config.json").write_text(json.dumps(settings))
+        del told[name]
+    (tmp_path / "bare" / "tokenizer_config.json").write_text(json.dumps(told))
     tokens = read_json(tmp_path / "bare" / "tokenizer.json")
     tokens["added_tokens"] = []
     vocabulary = tokens["model"]["vocab"]
@@ -317,7 +347,7 @@ def test_a_tokenizer_that_cannot_open_a_context_is_refused(checkpoints: dict[str
     (tmp_path / "a.txt").write_text("a cat")
     with pytest.raises(ValueError, match=r"has neither a BOS nor an EOS token"):
         harvest(config(tmp_path / "bare", tmp_path / "s"), text(tmp_path / "a.txt"))
-    (tmp_path / "bare" / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "<new>"}))
+    (tmp_path / "bare" / "tokenizer_config.json").write_text(json.dumps(told | {"bos_token": "<new>"}))
     token = {"id": 512, "content": "<new>", "special": True}
     tokens["added_tokens"] = [token | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)]
     (tmp_path / "bare" / "tokenizer.json").write_text(json.dumps(tokens))

@@ -371,7 +371,7 @@ def test_what_cannot_roll_is_said(
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(
-        ValueError, match=r"windows of 2 shards behind .* need about 1\.3 MB and the disk has 0\.1 MB free"
+        ValueError, match=r"windows of 2 shards behind .* need about 1\.4 MB and the disk has 0\.1 MB free"
     ):
         train(config(head, out))
     command = ["train", "--store", str(head.folder), "--out", str(out), "--k", "4"]

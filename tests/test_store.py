@@ -4,7 +4,7 @@ import random
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -54,8 +54,9 @@ def make(
     shards: list[tuple[str, torch.Tensor, np.ndarray]],
     dtype: str = "float32",
     identity: dict | None = None,
+    beside: Callable[[StoreWriter], None] = lambda writer: None,
 ) -> Store:
-    """A store of (split, rows, keep) shards with one hook."""
+    """A store of (split, rows, keep) shards with one hook, and what `beside` adds to it."""
     folder.mkdir(exist_ok=True)
     writer = StoreWriter(
         folder,
@@ -71,6 +72,7 @@ def make(
                 shard.write(columns, {HOOK: encode(rows[part], dtype)})  # type: ignore[arg-type]
             documents.update({i: f"doc {i}" for i in range(-(-len(rows) // 10))})
             attributes.update(split=split, context=CONTEXT, cursor=(1, 0))
+    beside(writer)
     writer.complete({"rows": {}, "exhausted": True})
     return open_store(folder)
 
@@ -456,34 +458,41 @@ def test_verify_looks_beside_the_shards(name: str, gone: bool, store: Store, tmp
         open_store(tmp_path / "s").verify_beside()
 
 
-def test_every_byte_of_a_store_is_looked_at(tmp_path: Path) -> None:
-    """Each byte of the shards and of the manifest with another value; `make faults` takes all of them, the suite some."""
-    store = make(tmp_path / "s", [("train", random_rows(BLOCK_ROWS, d=2), np.ones(BLOCK_ROWS, dtype=bool))])
-    (store.folder / "tokenizer").mkdir(exist_ok=True)
-    few = None if "SAEBENCH_KILLS" in os.environ else 150
-    names = [*(shard.path.name for shard in store.shards), "manifest.json", "manifest.xxh3", "documents.parquet"]
-    assert sum((store.folder / name).stat().st_size for name in names[:2]) < 2**16
-    unseen, tried = [], 0
-    random = np.random.default_rng(0)
-    for name in names:
-        path = store.folder / name
+def test_every_byte_of_a_store_is_looked_at(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Each byte of the shards and of the manifest with another value, and some of all other files; the suite takes fewer."""
+    files = [Path(file) for file in sorted(tokenizer.save_pretrained(tmp_path / "tokenizer")) if Path(file).exists()]
+
+    def beside(writer: StoreWriter) -> None:
+        writer.add_tokenizer(files)
+        writer.add_unembedding(random_rows(2, d=512), torch.ones(2), centred=True, scale=1.0)
+
+    identity = {"context": CONTEXT, "tokenizer": {"files": hash_files(files)}}
+    whole = np.ones(BLOCK_ROWS, dtype=bool)
+    folder = make(
+        tmp_path / "s", [("train", random_rows(BLOCK_ROWS, d=2), whole)], identity=identity, beside=beside
+    ).folder
+    assert verified(folder) == ""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    named = {path: path.relative_to(folder).parts[0] for path in paths}
+    every = [path for path in paths if path.suffix == ".h5" or path.name == "manifest.json"]
+    assert {*named.values()} == {
+        "shard-00000.h5", "manifest.json", "manifest.xxh3", "documents.parquet", "tokenizer", "unembedding.safetensors"
+    }  # fmt: skip
+    assert sum(path.stat().st_size for path in every) <= 2**16
+    few = "SAEBENCH_KILLS" not in os.environ
+    random, unseen = np.random.default_rng(0), []
+    for path in paths:
         raw = path.read_bytes()
-        places = (
-            np.arange(len(raw))
-            if few is None and name != "documents.parquet"
-            else random.choice(len(raw), min(few or 200, len(raw)), replace=False)
-        )
-        for place in places.tolist():
+        n = min((100 if few else len(raw)) if path in every else (30 if few else 200), len(raw))
+        for place in random.choice(len(raw), n, replace=False).tolist():
             damaged = bytearray(raw)
             damaged[place] ^= 1 << int(random.integers(8))
             path.write_bytes(damaged)
-            tried += 1
-            if name not in verified(store.folder):
-                unseen.append((name, place))
+            if named[path] not in verified(folder):
+                unseen.append((path.name, place))
         path.write_bytes(raw)
-    assert tried >= 300
     assert unseen == []
-    assert verified(store.folder) == ""
+    assert verified(folder) == ""
 
 
 def verified(folder: Path) -> str:

@@ -33,7 +33,6 @@ from saebench.runlog import progress, provenance
 from saebench.sae import load_sae, read_config, update_metadata
 from saebench.store import Store, open_store
 from saebench.store.norms import usual_moments
-from saebench.store.schema import MANIFEST
 from saebench.store.source import model_of, recorded_store
 
 EVALUATION = "evaluation.json"
@@ -108,7 +107,7 @@ def _identity(config: EvalConfig, folder: Path, store: Store) -> dict[str, Any]:
         **settings,
         "model_dtype": config.model_dtype or store.manifest["identity"]["model_dtype"],
         "version": _VERSION,
-        "store": hash_files([store.folder / MANIFEST]),
+        "store": store.hash,
         "weights": hash_files([folder / "sae_weights.safetensors"]),
     }
 

@@ -34,7 +34,7 @@ def plans(
     start = min((cursors[split][0] for split in SPLITS if done[split] < limits[split]), default=cursors["train"][0])
     documents = open_documents(text, start)
     contexts = pack(documents, encoder, config.context, text.validation_fraction, cursors)
-    return deal(contexts, config.shard_contexts, limits, done, cursors["train"], len(shards))
+    return deal(contexts, config.per_shard, limits, done, cursors["train"], len(shards))
 
 
 def deal(

@@ -13,13 +13,11 @@ from saebench.files import locked
 from saebench.harvest.pipeline import BackgroundWriter
 from saebench.harvest.plan import Plan, plans
 from saebench.harvest.ranks import World, joined
-from saebench.harvest.settings import HarvestConfig, identity_of, settled, text_of
+from saebench.harvest.settings import HarvestConfig, bytes_per_row, identity_of, settled, text_of
 from saebench.models import LanguageModel, capturer, check_hook, head, last_states, load_model, unembedding
 from saebench.runlog import interruptible, progress
 from saebench.store import Store, StoreWriter, open_store
-from saebench.store.coding import row_bytes
 from saebench.store.feed import prefetched, sent
-from saebench.store.schema import PROVENANCE
 from saebench.text import SPLITS, Context, TextConfig, fingerprint, pinned
 
 log = logging.getLogger(__name__)
@@ -136,11 +134,11 @@ def run_model(
     `written` is told of every batch's rows as they are written, in another thread.
     """
     forward = capturer(model, config.hooks)
-    with BackgroundWriter(writer, config.batch, model.device, written) as background:
+    with BackgroundWriter(writer, config.per_pass, model.device, written) as background:
         for plan in planned:
             background.begin(plan)
-            for start in range(0, len(plan.contexts), config.batch):
-                batch = plan.contexts[start : start + config.batch]
+            for start in range(0, len(plan.contexts), config.per_pass):
+                batch = plan.contexts[start : start + config.per_pass]
                 _check_vocabulary(batch, model)
                 tokens, keep = (
                     torch.from_numpy(np.stack([getattr(c, name) for c in batch])) for name in ("tokens", "keep")
@@ -160,8 +158,7 @@ def _expected_rows(config: HarvestConfig, fraction: float) -> int:
 
 
 def _bytes_per_row(config: HarvestConfig, model: LanguageModel) -> int:
-    vectors = len(config.hooks) * row_bytes(config.stored_as, model.d_model)
-    return vectors + sum(kind.itemsize for kind in PROVENANCE.values())
+    return bytes_per_row(len(config.hooks), config.stored_as, model.d_model)
 
 
 def _check_disk(config: HarvestConfig, model: LanguageModel, rows: int, spare: int) -> None:

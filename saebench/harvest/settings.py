@@ -9,8 +9,9 @@ from typing import Any
 from saebench.config import Count, to_json
 from saebench.files import hash_files
 from saebench.models import EMBEDDED_MODEL, HookKind, LanguageModel, ModelDtype, hook_name
+from saebench.store.coding import row_bytes
 from saebench.store.manifest import read_manifest
-from saebench.store.schema import MANIFEST, StoreDtype
+from saebench.store.schema import MANIFEST, PROVENANCE, StoreDtype
 from saebench.text import EMBEDDED, TextConfig
 
 
@@ -32,10 +33,10 @@ class HarvestConfig:
     """held-out tokens to keep at most, of those met on the way"""
     context: Count = 256
     """tokens in a context, BOS included"""
-    batch: Count = 32
-    """contexts in a forward pass"""
-    shard_contexts: Count = 256
-    """contexts in a shard, the unit in which a harvest is resumed"""
+    batch: Count | None = None
+    """contexts in a forward pass (default: 32, or fewer where their rows would take more than 256 MiB; or as the store was begun)"""
+    shard_contexts: Count | None = None
+    """contexts in a shard, the unit in which a harvest is resumed (default: 256, or fewer where they would take more than 1 GiB; or as the store was begun)"""
     dtype: StoreDtype | None = None
     """how vectors are kept on disk (default: bfloat16 where the model computes in it, else float16; or as the store was begun)"""
     model_dtype: ModelDtype | None = None
@@ -53,8 +54,9 @@ class HarvestConfig:
         if len(set(self.hooks)) < len(self.hooks):
             raise ValueError(f"layers {self.layers} with kinds {self.kinds} name a hook twice; expected each once")
         for name in ("tokens", "validation_tokens", "context", "batch", "shard_contexts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1")
         if self.context < 2:
             raise ValueError(f"context is {self.context}; expected at least 2: BOS and a token")
 
@@ -63,6 +65,18 @@ class HarvestConfig:
         """`dtype`, once it is settled."""
         assert self.dtype is not None
         return self.dtype
+
+    @property
+    def per_pass(self) -> int:
+        """`batch`, once it is settled."""
+        assert self.batch is not None
+        return self.batch
+
+    @property
+    def per_shard(self) -> int:
+        """`shard_contexts`, once they are settled."""
+        assert self.shard_contexts is not None
+        return self.shard_contexts
 
     @property
     def hooks(self) -> list[str]:
@@ -96,12 +110,28 @@ _FIRST: dict[str, Any] = {"split_by": "name", "errors": "replace"}
 
 
 def settled(config: HarvestConfig, model: LanguageModel) -> HarvestConfig:
-    """With the dtype of the store that was begun, or else one that holds what the model gives: float16 ends at 65,504."""
-    if config.dtype is not None:
-        return config
+    """With what is not given as in the store that was begun, or else a dtype that holds what the model gives (float16 ends at 65,504),
+    and as many contexts in a pass and in a shard as fit their bounds in bytes, one at least."""
     made = _begun(config.out)
-    usual = "bfloat16" if model.dtype == "bfloat16" else "float16"
-    return dataclasses.replace(config, dtype=usual if made is None else made["dtype"])
+    if made is None:
+        usual: StoreDtype = "bfloat16" if model.dtype == "bfloat16" else "float16"
+        dtype = config.dtype or usual
+        size = config.context * bytes_per_row(len(config.hooks), dtype, model.d_model)
+        fit = {name: min(most, max(bound // size, 1)) for name, (most, bound) in _BOUNDS.items()}
+        usually = {"dtype": dtype, **fit}
+    else:
+        usually = {name: made["identity"][name] for name in ("dtype", *_BOUNDS)}
+    missing = {name: value for name, value in usually.items() if getattr(config, name) is None}
+    return dataclasses.replace(config, **missing)
+
+
+_BOUNDS = {"batch": (32, 2**28), "shard_contexts": (256, 2**30)}
+"""contexts at most, and bytes of their rows"""
+
+
+def bytes_per_row(hooks: int, dtype: StoreDtype, d_in: int) -> int:
+    """Of the vectors at all hooks, and of where they come from."""
+    return hooks * row_bytes(dtype, d_in) + sum(kind.itemsize for kind in PROVENANCE.values())
 
 
 def _begun(folder: Path) -> dict[str, Any] | None:

@@ -23,7 +23,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from saebench.files import hash_files
 from saebench.harvest.extend import ExtendConfig, open_as_made, settings_of
 from saebench.harvest.plan import Plan
 from saebench.harvest.run import run_model
@@ -54,7 +53,7 @@ def identity_of_window(head: Store, number: int, shards: int) -> dict[str, Any]:
     """Everything that decides the contents of a window, counted from 1."""
     made = head.manifest["identity"]
     rows = shards * made["shard_contexts"] * made["context"]
-    window = {"head": hash_files([head.folder / MANIFEST]), "number": number, "shards": shards}
+    window = {"head": head.hash, "number": number, "shards": shards}
     return made | {"tokens": rows, "validation_tokens": 0, "window": window}
 
 
@@ -137,7 +136,7 @@ class Windows:
 
     def _plans(self) -> Iterator[Plan]:
         for number in range(self.shards):
-            contexts = list(self._take(self.config.shard_contexts))
+            contexts = list(self._take(self.config.per_shard))
             yield Plan(number, "train", contexts, self.place.cursor)
 
     def _seek(self, number: int) -> None:
@@ -152,7 +151,7 @@ class Windows:
             last = [entry for entry in self.head.manifest["shards"] if entry["split"] == "train"][-1]
             self.place = Place(tuple(last["cursor"]), self.head.rows("train", kept=True), 0)
         self.contexts = contexts_behind(self.config, self.text, self.model.encoder, self.place)
-        missing = (number - 1 - before) * self.shards * self.config.shard_contexts
+        missing = (number - 1 - before) * self.shards * self.config.per_shard
         deque(self._take(missing), maxlen=0)
 
     def _take(self, n: int) -> Iterator[Context]:

@@ -380,7 +380,10 @@ def open_feature_index(
         identity = json.loads(file.attrs["identity"])
     sae = Path(sae or path.parent.parent / "saes" / path.stem)
     opened = open_store(folder) if need_store or (folder / MANIFEST).exists() else None
-    check_identity(path, identity, identity_of(sae, opened))
+    expected = identity_of(sae, opened)
+    if opened is not None and identity.get("store") in opened.grown_from:
+        expected["store"] = identity["store"]  # its rows are still where they were
+    check_identity(path, identity, expected)
     name = read_config(sae).get("metadata", {}).get("model_name")
     return FeatureIndex(path, opened, None if name is None else model_name(sae, name))
 

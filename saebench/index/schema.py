@@ -8,7 +8,6 @@ import h5py
 from saebench.files import hash_files
 from saebench.sae.io import WEIGHTS
 from saebench.store import Store
-from saebench.store.schema import MANIFEST
 
 INDEX_SCHEMA = "saebench-index"
 INDEX_VERSIONS = (1, 2)
@@ -22,7 +21,7 @@ def identity_of(sae: Path, store: Store | None) -> dict[str, str]:
         return own
     made = store.manifest["identity"]
     known = {name: made[name][what] for name, what in (("tokenizer", "files"), ("model", "weights")) if name in made}
-    return own | {"store": hash_files([store.folder / MANIFEST])} | known
+    return own | {"store": store.hash} | known
 
 
 def open_index(path: Path) -> Any:

@@ -21,6 +21,8 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
     """
     path = folder / name
     if not path.exists():
+        if lost := sorted(folder.glob("shard-*.h5")):
+            raise ValueError(f"{folder} holds {lost[0].name} and no {name} that says what it is: restore it")
         raise ValueError(
             f"{folder} holds no activation store (no {MANIFEST}); make one with `saebench harvest --out {folder}`"
         )

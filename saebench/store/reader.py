@@ -21,6 +21,7 @@ from saebench.store.schema import (
     DIGESTS,
     DOCUMENTS,
     EXTENSION,
+    MANIFEST,
     MANIFEST_HASH,
     NORM_BINS,
     ON_DISK,
@@ -202,6 +203,8 @@ class Store:
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.manifest = manifest
+        self.hash = hash_files([folder / MANIFEST])
+        """what runs and indexes know a store by; taken now, since an extension may end while this one is read"""
         self.hooks: list[str] = sorted(manifest["hooks"])
         self.context: int = manifest["identity"]["context"]
         self.shards = [Shard(folder, entry, manifest) for entry in manifest["shards"]]
@@ -212,6 +215,11 @@ class Store:
 
     def d_in(self, hook: str) -> int:
         return self._hook(hook)["d_in"]
+
+    @property
+    def grown_from(self) -> list[str]:
+        """The `hash` of each store that this one was before an extension: the rows of those are its first, in the same order."""
+        return self.manifest.get("grown_from", [])
 
     def statistics(self, hook: str) -> dict[str, Any]:
         """Over kept training rows: `rows`, `mean` `[d_in]`, `mean_squared_norm`, `median_norm`, `norms`."""

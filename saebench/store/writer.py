@@ -249,6 +249,7 @@ class StoreWriter:
                 "schema": SCHEMA, "schema_version": SCHEMA_VERSION, "identity": identity, "complete": False,
                 "dtype": dtype, "block_rows": BLOCK_ROWS, "shards": list(finished["shards"] if finished else []),
                 "hooks": {hook: {"d_in": width} for hook, width in widths.items()},
+                **({"grown_from": [*finished.get("grown_from", []), hash_files([folder / MANIFEST])]} if finished else {}),
             }  # fmt: skip
             for path in self._present().values():
                 path.unlink()  # of an extension that was given up: what lies beyond a manifest is always its own

@@ -13,14 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saebench.config import differences, to_json
-from saebench.files import hash_files
 from saebench.models import model_path
 from saebench.runlog import provenance
 from saebench.sae import read_config
 from saebench.store import Cursor, Store, shuffled_batches
 from saebench.store.coding import row_bytes
 from saebench.store.norms import moments_within, rows_beyond
-from saebench.store.schema import MANIFEST, MASSIVE
+from saebench.store.schema import MASSIVE
 from saebench.store.shuffle import ShardsOf, quality
 from saebench.train.checkpoint import begun_as
 from saebench.train.member import Member, Spec
@@ -51,7 +50,9 @@ class Run:
         """What is not said is as the run was begun, whose folder this process holds."""
         begun = begun_as(config.out / "saes")
         # The controller's pace was 1 before it followed the learning rate.
-        specs = [replace(spec, pace=begun[spec.name].get("pace", 1.0)) if spec.name in begun else spec for spec in specs]
+        specs = [
+            replace(spec, pace=begun[spec.name].get("pace", 1.0)) if spec.name in begun else spec for spec in specs
+        ]
         multiples = {}
         for hook in dict.fromkeys(spec.hook for spec in specs):
             mine = [begun[spec.name] for spec in specs if spec.hook == hook and spec.name in begun]
@@ -62,7 +63,7 @@ class Run:
             **buffer,
             "order": config.seed[0],
             "dead_steps": config.dead_steps,
-            "store": hash_files([store.folder / MANIFEST]),
+            "store": store.hash,
         }
         if window:
             shared["window_shards"] = window

@@ -134,10 +134,9 @@ def grid(config: TrainConfig, d_in: int, hooks: tuple[str, ...] = ("",)) -> list
             name += f"-lr{lr:g}" if len(config.lr) > 1 else ""
             name += f"-seed{seed}" if len(config.seed) > 1 else ""
             name += f"-{hook}" if len(hooks) > 1 else ""
-            schedule = {
-                "lr": lr or default_learning_rate(d_in, config.n_steps),
-                "warmup": config.warmup,
-                "decay": config.decay,
-            }
+            rate = lr or default_learning_rate(d_in, config.n_steps)
+            schedule = {"lr": rate, "warmup": config.warmup, "decay": config.decay}
+            if kind == "target_l0":
+                schedule["pace"] = pace(rate, d_in)
             specs.append(Spec(name=name, hook=hook, architecture=arch, d_sae=d_sae, seed=seed, **schedule, **level))
     return list({spec.name: spec for spec in specs}.values())
