@@ -359,9 +359,10 @@ def test_room_for_active_pairs_changes_nothing_where_it_is_enough(architecture: 
     x = torch.randn(30, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     context = Context(torch.tensor(0.3, dtype=torch.float64), NOTHING_DEAD, None)
     assert_equal_gradients(architecture, sae, x, context, 1e-6, most=1201)
-    pairs = exact_gradients(architecture, sae, x, context).fullest
+    rule = RECIPES[architecture].gradients
+    pairs = exact_gradients(rule, sae, x, context).fullest
     for room, enough in ((1201, True), (int(pairs) + 1, True), (int(pairs), False), (7, False)):
-        assert (int(exact_gradients(architecture, sae, x, context, most=room).fullest) < room) == enough
+        assert (int(exact_gradients(rule, sae, x, context, most=room).fullest) < room) == enough
 
 
 @pytest.mark.parametrize("architecture", ["relu", "gated", "jumprelu"])
