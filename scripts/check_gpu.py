@@ -20,7 +20,7 @@ from torch import Tensor
 from saebench.harvest import HarvestConfig, harvest
 from saebench.models import ModelDtype, capture, hook_name, load_model
 from saebench.sae import initialise, new_sae
-from saebench.sae.sparse import Encoder, gather_dot, gather_sum
+from saebench.sae.sparse import Encoder, forget_scratch, gather_dot, gather_sum
 from saebench.store import Store
 from saebench.store.schema import Moments, StoreDtype
 from saebench.store.shuffle import shuffled_batches
@@ -158,6 +158,7 @@ def check_plan(d_in: int, d_sae: int, k: int, rows: int) -> bool:
     """What a step takes at most is what the plan says, or up to 2.5 times less."""
     fine, x = True, torch.randn(rows, d_in, device="cuda")
     for architecture in RECIPES:
+        forget_scratch()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -359,7 +359,7 @@ def test_bad_input_says_what_is_wrong(folder: Path, store: Store, tmp_path: Path
 
 
 def test_a_model_that_changed_since_is_refused(folder: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    changed = dataclasses.replace(bench.model, weights_hash="0")
+    changed = dataclasses.replace(bench.model, weights_hash="0", folder=folder)
     monkeypatch.setattr("saebench.store.source.load_model", lambda name, **options: changed)
     with pytest.raises(ValueError, match=r"has weights 0, store .* was made with"):
         open_bench(folder, device="cpu")

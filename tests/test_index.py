@@ -44,6 +44,7 @@ from saebench.index.examples import show
 from saebench.index.search import features_for_text
 from saebench.models import capture, load_model, logits, spliced_logits, unembedding
 from saebench.sae import SAE, GatedSAE, JumpReLUSAE, encode_sparse, initialise, new_sae, save_sae
+from saebench.sae.sparse import BLOCK_VALUES
 from saebench.steer import open_bench
 from saebench.store import Store, open_store
 from saebench.text import TextConfig
@@ -313,7 +314,7 @@ def test_neighbours_of_many_latents() -> None:
     sae = new_sae("relu", 8, 1280)
     initialise(sae, torch.zeros(8), torch.Generator().manual_seed(0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("saebench.index.decoder.BLOCK_VALUES", 500 * 1280)
+        patch.setitem(BLOCK_VALUES, "cpu", 500 * 1280)
         found = geometry(sae)
     rows = torch.nn.functional.normalize(sae.W_dec.detach(), dim=1)
     cosines = (rows @ rows.T).fill_diagonal_(-2.0)

@@ -306,6 +306,11 @@ def _scratch(n_rows: int, d_sae: int, dtype: torch.dtype, device: torch.device) 
     return _kept.buffer
 
 
+def forget_scratch() -> None:
+    """Give back what this thread keeps for the next step."""
+    vars(_kept).clear()
+
+
 def _nonzero(mask: Tensor) -> Int[Tensor, " N"]:
     """Flat places of the true entries, ascending. NumPy's search is thrice as fast as PyTorch's on a CPU."""
     return mask.view(-1).nonzero()[:, 0] if mask.is_cuda else torch.from_numpy(np.flatnonzero(mask.numpy()))

@@ -14,6 +14,7 @@ from saebench.harvest.window import delete_windows
 from saebench.models import choose_device
 from saebench.runlog import MetricsLog, interruptible, progress
 from saebench.sae import fold, save_sae
+from saebench.sae.sparse import forget_scratch
 from saebench.store import Store, open_store
 from saebench.train.checkpoint import Checkpoint, full_disk_is_a_value_error
 from saebench.train.identity import Run
@@ -45,6 +46,7 @@ def train(
     specs = grid(config, store.d_in(hooks[0]), hooks)
     window = None if config.rolling is None else window_shards(store, config.rolling, config.batch)
     with locked(config.out), _tf32(config.dtype != "float32"), contextlib.ExitStack() as held:
+        held.callback(forget_scratch)
         run = Run.of(config, store, specs, window)
         checkpoint = Checkpoint(run.folder, run.identity)
         todo = [spec for spec in run.specs if not run.is_done(spec.name)]

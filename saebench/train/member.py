@@ -16,7 +16,8 @@ from saebench.train.schedules import DECAY, WARMUP, Sparsity, learning_rate
 CLIP = 1.0
 LOOK_EVERY = 50  # steps on a GPU between moments when the host reads from it
 ROOM = 2.0  # times the most active pairs of late, for those of the next steps on a GPU
-DENSE_ABOVE = {"cpu": 0.15, "cuda": 0.03}  # share of active latents from which dense products are faster
+# Share of active latents from which dense products are faster; on a GPU also by whether those may be in TF32.
+DENSE_ABOVE = {"cpu": 0.15, "cuda": 0.06, "cuda tf32": 0.01}
 _THRESHOLD_RATE = 0.01  # of BatchTopK's running mean of the least activation
 _POOLED = 16  # steps before a resampling whose rows are drawn from
 _APART = 0.99  # cosine from which two inputs would make one latent twice
@@ -71,7 +72,11 @@ class Member:
         # The same memory seen as `[F, D]`, contiguous: the optimizer copies anything else, and every
         # parameter but b_dec is now a row for each latent.
         self.parameters["W_enc"] = torch.nn.Parameter(self.sae.W_enc.data.T)
-        groups = [{"params": [value], "scale": self._pace(name)} for name, value in self.parameters.items()]
+        paces = {name: self._pace(name) for name in self.parameters}
+        groups = [
+            {"params": [self.parameters[name] for name in paces if paces[name] == pace], "scale": pace}
+            for pace in sorted(set(paces.values()))
+        ]
         self.optimizer = torch.optim.Adam(groups, lr=spec.lr, betas=(self.recipe.beta1, 0.999), fused=True)
         self.sparsity = Sparsity(spec.l1, spec.target_l0, device, spec.pace)
         self.silent_steps = torch.zeros(spec.d_sae, dtype=torch.int32, device=device)
@@ -99,7 +104,8 @@ class Member:
                 assert gradients.along_F is not None
                 gradients.of["W_dec"].addcmul_(gradients.along_F[:, None], self.sae.W_dec, value=-1)
             norm = torch.nn.utils.get_total_norm([value for name, value in gradients.of.items() if name != "threshold"])
-            fine = norm.isfinite() & gradients.loss.total.isfinite()
+            assert gradients.total is not None
+            fine = norm.isfinite() & gradients.total.isfinite()
             bad = ~(fine & gradients.of["threshold"].isfinite().all() if "threshold" in gradients.of else fine)
             bad |= self.diverged_at >= 0  # no step more: what is kept are the weights of before
             full = self._full(gradients)
@@ -121,7 +127,9 @@ class Member:
         """What decides the kind of the next steps' products; read from the device seldom, since it has to be waited for."""
         self._dead = (self.silent_steps >= self.dead_steps).nonzero()[:, 0] if self.recipe.takes_k else _NONE
         l0 = float(self.sparsity.l0)
-        dense_above = DENSE_ABOVE[self.silent_steps.device.type] * self.spec.d_sae
+        where = self.silent_steps.device.type
+        where += " tf32" if where == "cuda" and torch.backends.cuda.matmul.allow_tf32 else ""
+        dense_above = DENSE_ABOVE[where] * self.spec.d_sae
         self._dense = not self.recipe.takes_k and not l0 < dense_above  # before the first step it is nan
         self._most: int | None = None
         self._guess = 0.0
