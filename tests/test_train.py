@@ -21,10 +21,14 @@ from test_store import make, random_rows
 from saebench.files import read_json, write_json
 from saebench.index import IndexConfig, build_index, open_feature_index
 from saebench.sae import SAE, load_sae, read_config, save_sae
+from saebench.sae.sparse import forget_scratch
 from saebench.store import Store, shuffled_batches
 from saebench.train import Member, Spec, TrainConfig, grid, train
 from saebench.train.checkpoint import Checkpoint, begun_as
+from saebench.train.identity import Run
 from saebench.train.loop import Clock
+from saebench.train.memory import check_memory, need_of
+from saebench.train.recipes import RECIPES
 from saebench.train.schedules import Sparsity, default_learning_rate, learning_rate, pace
 
 COMMON = {"d_sae": (64,), "tokens": 20_000, "batch": 100, "lr": (3e-3,)}
@@ -635,3 +639,89 @@ def test_unit_rows_stay_unit_rows(architecture: str, store: Store) -> None:
     for step in range(20):
         member.step(rows.float(), step)
     assert torch.allclose(member.sae.W_dec.norm(dim=1), torch.ones(32), atol=1e-6)
+
+
+# ------------------------------------------------------------------------- the buffer, and the plan
+
+
+def test_a_buffer_is_asked_for_in_rows_or_memory(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saebench.train.settings.total_memory", lambda: 2**38)
+    told = config(store, tmp_path)
+    assert told.rows_of_a_buffer(256 * 2) == 2**31 // (2 * 256 * 2)  # 2 GB hold more than 500,000
+    assert told.rows_of_a_buffer(4 * 4096 * 2) == 500_000
+    assert config(store, tmp_path, memory_gb=1.0).rows_of_a_buffer(1024) == 2**19
+    assert config(store, tmp_path, buffer_rows=777).rows_of_a_buffer(10**6) == 777
+    monkeypatch.setattr("saebench.train.settings.total_memory", lambda: 2**34)
+    assert told.rows_of_a_buffer(32 * 4096 * 2) == 2**33 // (2 * 32 * 4096 * 2)  # half of the memory
+    with pytest.raises(ValueError, match="memory_gb is 1 and buffer_rows 777; expected one of them"):
+        config(store, tmp_path, memory_gb=1.0, buffer_rows=777)
+    with pytest.raises(ValueError, match="buffer_rows is 0; expected more than 0"):
+        config(store, tmp_path, buffer_rows=0)
+
+
+def test_a_run_says_how_well_it_shuffles(store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    for rows, level in ((None, "INFO"), (300, "WARNING")):
+        told = config(store, tmp_path / level, arch=("topk",), k=(6,), target_l0=(), tokens=1000, buffer_rows=rows)
+        train(told)
+        (said,) = (line for line in caplog.records if "of a perfect shuffle" in line.getMessage())
+        assert said.levelname == level
+        assert ("larger --buffer-rows" in said.getMessage()) == (level == "WARNING")
+        caplog.clear()
+
+
+def test_a_run_goes_on_with_the_buffer_it_was_begun_with(store: Store, tmp_path: Path) -> None:
+    """Where that was bytes for each hook, and where a machine of other memory would choose another."""
+    told = config(store, tmp_path, arch=("topk",), k=(6,), target_l0=())
+    specs, pointer = grid(told, WIDTH, (HOOK,)), tmp_path / "saes" / "checkpoint.json"
+    (now,) = Run.of(told, store, specs, None).identity.values()
+    assert now["buffer_rows"] == Run.of(told, store, specs, None).buffers[HOOK]
+    former = {name: value for name, value in now.items() if name != "buffer_rows"}
+    for begun, rows in (
+        ({**former, "memory_gb": 0.001}, int(0.001 * 2**30) / (WIDTH * 4) / 2),
+        ({**now, "buffer_rows": 12_345}, 12_345),
+    ):
+        write_json(pointer, {"step": 1, "cursors": {}, "seconds": 1.0, "identity": {specs[0].name: begun}})
+        run = Run.of(told, store, specs, None)
+        assert run.identity[specs[0].name] == begun
+        assert run.buffers[HOOK] == rows
+    asked = config(store, tmp_path, arch=("topk",), k=(6,), target_l0=(), buffer_rows=99)
+    with pytest.raises(ValueError, match="buffer_rows: 12345 -> 99"):
+        train(asked)
+
+
+def test_a_grid_that_does_not_fit_is_refused_with_what_would(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    told = config(store, tmp_path, arch=("relu", "topk"), target_l0=(4.0, 6.0))
+    specs, cpu = grid(told, WIDTH, (HOOK,)), torch.device("cpu")
+    needs = [need_of(spec, WIDTH, 100, cpu) for spec in specs]
+    room = sum(need.held for need in needs[:3]) + max(need.passing for need in needs)
+    monkeypatch.setattr("saebench.train.memory.free_memory", lambda device: room)
+    check_memory(specs[:3], WIDTH, 100, cpu)
+    assert "relu of 64 latents: weights" in caplog.text
+    assert "3 SAEs take at most" in caplog.text
+    with pytest.raises(ValueError, match="4 SAEs take about .* the first 3 would fit: train the grid in parts"):
+        train(told)
+    assert not (tmp_path / "saes" / "checkpoint.json").exists()
+    monkeypatch.setattr("saebench.train.memory.free_memory", lambda device: 1000)
+    with pytest.raises(ValueError, match="one of 64 latents alone is too large: use a smaller --d-sae than 64"):
+        train(told)
+
+
+@pytest.mark.parametrize("architecture", list(RECIPES))
+def test_a_step_takes_what_was_planned_for_it(architecture: str) -> None:
+    """Of memory beside the weights and moments: at most that, and not ten times less."""
+    level: dict[str, Any] = {"k": 32} if RECIPES[architecture].takes_k else {"l1": 1.0}
+    spec = Spec(name="m", architecture=architecture, d_sae=4096, lr=1e-3, seed=0, **level)
+    member = Member(spec, torch.zeros(64), 10**6, 100, "cpu")
+    x = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
+    member.step(x, 0)
+    forget_scratch()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        member.step(x, 1)
+    changes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    most = int(np.cumsum(changes).max())
+    planned = need_of(spec, 64, 512, torch.device("cpu")).passing
+    assert most <= planned <= 10 * most
