@@ -20,7 +20,7 @@ from saebench.train.checkpoint import Checkpoint, full_disk_is_a_value_error
 from saebench.train.identity import Run
 from saebench.train.member import Member
 from saebench.train.memory import check_memory
-from saebench.train.rolling import Rolling, Stopped, Whole, rows_offered, window_shards
+from saebench.train.rolling import Stopped, rows_offered, source_of, window_shards
 from saebench.train.settings import TrainConfig, grid
 
 log = logging.getLogger(__name__)
@@ -57,10 +57,8 @@ def train(
         check_memory(todo, store.d_in(hooks[0]), config.batch, torch.device(device))
         run.say_how_well_it_shuffles()
         inputs = {hook: run.inputs(hook) for hook in dict.fromkeys(spec.hook for spec in todo)}
-        members = [
-            Member(spec, inputs[spec.hook][1], config.dead_steps, config.n_steps, device, config.dtype == "bfloat16")
-            for spec in todo
-        ]
+        shared = (config.dead_steps, config.n_steps, device, config.dtype == "bfloat16")
+        members = [Member(spec, inputs[spec.hook][1], *shared) for spec in todo]
         first, cursors, seconds = checkpoint.restore(members)
         logs = {spec.name: MetricsLog(run.folder / spec.name / "metrics.jsonl", first) for spec in todo}
         active = [member for member in members if member.diverged is None]
@@ -68,22 +66,17 @@ def train(
         clock = Clock(seconds, done)
         interrupt = held.enter_context(interruptible())
         bar = held.enter_context(progress(total, f"train {len(active)} SAEs", "row", done))
-        source = Whole(store) if window is None else Rolling(
-            store, window, total, cursors.values(), lambda: interrupt.requested,
-            device=model_device, trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+        made = {"device": model_device, "trust_remote_code": trust_remote_code}
+        source = source_of(store, window, total, cursors.values(), lambda: interrupt.requested, **made)
         held.enter_context(source)
         streams = {hook: source.served(run.batches(hook, cursors.get(hook), source.shards, device)) for hook in inputs}
         for step in range(first, config.n_steps):
+            # All hooks' before the first SAE takes a step: what cannot be had leaves all of them where they are.
             try:
-                # All hooks' before the first SAE takes a step: what cannot be had leaves all of them where they are.
                 drawn = {hook: next(batches) for hook, batches in streams.items()}
             except (Stopped, ValueError) as end:
                 checkpoint.save(members, step, cursors, clock.total)
-                if isinstance(end, ValueError):
-                    raise
-                log.warning("stopped before step %d of %d; the same command continues", step + 1, config.n_steps)
-                return None
+                return _stopped(step, config, end)
             for hook, (rows, cursor) in drawn.items():
                 cursors[hook] = cursor
                 x_BD = rows.float() * inputs[hook][0]
@@ -94,17 +87,14 @@ def train(
             last = step + 1 == config.n_steps
             if (step + 1) % LOG_EVERY == 0 or last:
                 active = _log(active, logs, bar, step, config.batch, clock)
-            due = clock.save_is_due or source.left(cursors.values())
-            if last or due or not active or interrupt.requested:
+            if last or clock.save_is_due or source.left(cursors.values()) or not active or interrupt.requested:
                 with clock.saving():
                     checkpoint.save(members, step + 1, cursors, clock.total)
                 source.release(cursors.values())
             if not active:
                 break
             if interrupt.requested and not last:
-                log.warning("stopped after step %d of %d; the same command continues", step + 1, config.n_steps)
-                return None
-
+                return _stopped(step + 1, config)
         bar.close()
         epochs = total / rows_offered(store, window, cursors.values())
         for member in active:
@@ -171,6 +161,13 @@ def _clear_away(run: Run, checkpoint: Checkpoint) -> None:
             delete_windows(run.store.folder)
     checkpoint.remove()
     log.info("%s: all %d SAEs are trained already", run.folder, len(run.identity))
+
+
+def _stopped(steps: int, config: TrainConfig, end: Exception | None = None) -> None:
+    """Ends a run of which a checkpoint was just saved: by the user's wish, or the error for which no rows came."""
+    if isinstance(end, ValueError):
+        raise end
+    log.warning("stopped after step %d of %d; the same command continues", steps, config.n_steps)
 
 
 def _save(run: Run, member: Member, scale: float, seconds: float, epochs: float) -> None:

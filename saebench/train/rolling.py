@@ -10,7 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -275,3 +275,10 @@ def _kept_rows(head: Store, shards: int) -> float:
 def _oldest(cursors: Iterable[Cursor]) -> int:
     """The oldest window that these cursors need."""
     return max(min((cursor.epoch for cursor in cursors), default=0), 1)
+
+
+def source_of(
+    store: Store, window: int | None, rows: int, cursors: Iterable[Cursor], stopped: Callable[[], bool], **made: Any
+) -> Whole | Rolling:
+    """Where a training's shards come from: the store, or windows of so many shards behind it (`made` as `Rolling` takes it)."""
+    return Whole(store) if window is None else Rolling(store, window, rows, cursors, stopped, **made)
