@@ -14,7 +14,7 @@ from saebench.harvest import ExtendConfig, extend, harvest
 from saebench.index import IndexConfig, build_index, open_feature_index
 from saebench.sae import ReLUSAE, save_sae
 from saebench.store import Store, open_store
-from saebench.store.schema import MANIFEST
+from saebench.store.schema import EXTENSION, MANIFEST
 from saebench.text import SPLITS
 
 
@@ -110,6 +110,26 @@ def test_an_extension_that_is_cut_at_its_very_end_names_the_remedy(
     grown = extend(folder, by(4_000))
     assert grown is not None
     assert grown.verify() == []
+
+
+def test_an_extension_that_is_killed_once_it_is_whole_is_not_begun_again(
+    short: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(short, tmp_path / "s")
+
+    def killed(path: Path) -> None:
+        raise OSError("killed")
+
+    monkeypatch.setattr("saebench.store.manifest.drop_unfinished", killed)
+    with pytest.raises(OSError, match="killed"):
+        extend(folder, by(4_000))
+    monkeypatch.undo()
+    assert (folder / EXTENSION).exists()
+    again = extend(folder, by(4_000))
+    assert again is not None
+    assert again.manifest["identity"]["tokens"] == short.manifest["identity"]["tokens"] + 4_000
+    assert not (folder / EXTENSION).exists()
+    assert again.verify() == []
 
 
 def test_an_index_of_the_shorter_store_is_read_while_it_grows_and_afterwards(

@@ -366,27 +366,30 @@ def test_room_for_active_pairs_changes_nothing_where_it_is_enough(architecture: 
 
 
 @pytest.mark.parametrize("architecture", ["relu", "gated", "jumprelu"])
-def test_a_step_without_room_for_its_pairs_is_left_out_and_counted(architecture: str) -> None:
+def test_a_step_without_room_for_its_pairs_teaches_nothing_and_is_counted(architecture: str) -> None:
     x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
-    member = Member(
-        Spec(name="m", architecture=architecture, d_sae=128, l1=0.1, lr=1e-3, seed=0),
-        torch.zeros(16),
-        10**6,
-        100,
-        "cpu",
-    )
-    before = {name: value.clone() for name, value in member.sae.state_dict().items()}
+    spec = Spec(name="m", architecture=architecture, d_sae=128, target_l0=4.0, lr=1e-3, seed=0)
+    member = Member(spec, torch.zeros(16), 16, 100, "cpu")  # each step adds to the pool of resampling
+    for step in range(20):
+        member.step(x, step)
+    before = {name: value.clone() for name, value in member.state().items()}
     member._look = lambda: None  # as between the looks of a GPU
     member._dense, member._most = False, 10
-    member.step(x, 0)
-    assert all(torch.equal(value, before[name]) for name, value in member.sae.state_dict().items())
+    for step in range(20, 25):
+        member.step(x, step)
+    after = member.state()
+    assert not any(
+        name for name, value in before.items() if not name.startswith("pool") and not torch.equal(value, after[name])
+    )
+    assert torch.equal(member.pool[: len(before["pool"])], before["pool"])
+    assert (member.pool_keys[len(before["pool"]) :] < before["pool_keys"].min()).all()  # where rows have no loss
     assert member.diverged is None
     member._most = 64 * 128 + 1
-    member.step(x, 1)
-    assert not torch.equal(member.sae.W_dec, before["W_dec"])
-    assert member.log_line(1)["steps_left_out"] == 1
-    member.step(x, 2)
-    assert "steps_left_out" not in member.log_line(1)
+    member.step(x, 25)
+    assert not torch.equal(member.sae.W_dec, before["sae.W_dec"])
+    assert member.log_line(25)["steps_left_out"] == 5
+    member.step(x, 26)
+    assert "steps_left_out" not in member.log_line(26)
 
 
 @pytest.mark.parametrize(("n_rows", "d_sae", "k"), [(40, 320, 3), (1, 64, 1), (30, 37, 5), (4, 8, 8)])

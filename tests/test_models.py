@@ -468,3 +468,8 @@ def test_what_is_gone_from_transformer_lens_is_no_unknown_family(monkeypatch: py
     monkeypatch.delattr(ArchitectureAdapterFactory, "select_architecture_adapter")
     with pytest.raises(AttributeError, match="select_architecture_adapter"):
         transformer_lens_paths(config, "GPT2LMHeadModel", "gpt2")
+    monkeypatch.undo()
+    builder = "transformer_lens.model_bridge.sources._bridge_builder.build_bridge_config_from_hf"
+    monkeypatch.setattr(builder, lambda config, *, family: None)  # as a later version might have it
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        transformer_lens_paths(config, "GPT2LMHeadModel", "gpt2")

@@ -26,6 +26,7 @@ from saebench.store.norms import norm_report, usual_moments
 from saebench.store.norms import show as describe_norms
 from saebench.store.schema import (
     BLOCK_ROWS,
+    MANIFEST_HASH,
     NORM_BINS,
     PROVENANCE,
     Moments,
@@ -697,6 +698,19 @@ def test_shards_without_a_manifest_are_not_lost(tmp_path: Path) -> None:
         StoreWriter(store.folder, manifest["identity"] | {"context": 32}, {HOOK: 8}, "float32")
     assert shard.read_bytes() == before
     assert len(StoreWriter(store.folder, manifest["identity"], {HOOK: 8}, "float32").shards) == 1
+
+
+def test_what_is_verified_is_not_kept_and_rows_of_nothing_are_none(tmp_path: Path) -> None:
+    """Nor does a store that is begun keep the hash of one that was there before."""
+    store = make(tmp_path / "s", [("train", random_rows(64), np.ones(64, dtype=bool))])
+    assert store.verify() == []
+    assert all(not shard._columns for shard in store.shards)
+    assert store.shards[0].rows(HOOK, 0, 0).shape == (0, 8)
+    assert store.shards[0].rows(HOOK, 32, 32).shape == (0, 8)
+    (tmp_path / "t").mkdir()
+    shutil.copyfile(store.folder / MANIFEST_HASH, tmp_path / "t" / MANIFEST_HASH)
+    StoreWriter(tmp_path / "t", {"context": 16}, {HOOK: 8}, "float32")
+    assert not (tmp_path / "t" / MANIFEST_HASH).exists()
 
 
 def test_numbers_of_shards_may_have_more_digits(tmp_path: Path) -> None:

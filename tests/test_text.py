@@ -1,3 +1,4 @@
+import bz2
 import gzip
 import itertools
 import json
@@ -361,6 +362,18 @@ def test_columns_that_are_not_used_are_not_read(tmp_path: Path) -> None:
 def test_a_list_of_rows_and_a_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text("\ufeff" + json.dumps(ROWS))
     assert [d.text for d in read(tmp_path / "list.json")] == [row["text"] for row in ROWS]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl.gz", "jsonl.xz", "jsonl.bz2", "parquet"])
+def test_a_file_that_is_damaged_is_named_among_many(suffix: str, tmp_path: Path) -> None:
+    pack = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress, "parquet": lambda content: b"PAR1" + content}
+    content = pack[suffix.split(".")[-1]]("".join(json.dumps(row) + "\n" for row in ROWS * 500).encode())
+    for number, damaged in enumerate((content[: len(content) // 2], b"nothing of the kind" * 100)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / f"b.{suffix}").write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{number}/b.{suffix}"):
+            read(folder)
 
 
 def test_a_row_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -698,10 +698,11 @@ def test_a_grid_that_does_not_fit_is_refused_with_what_would(
     specs, cpu = grid(told, WIDTH, (HOOK,)), torch.device("cpu")
     needs = [need_of(spec, WIDTH, 100, cpu) for spec in specs]
     room = sum(need.held for need in needs[:3]) + max(need.passing for need in needs)
-    monkeypatch.setattr("saebench.train.memory.free_memory", lambda device: room)
-    check_memory(specs[:3], WIDTH, 100, cpu)
+    monkeypatch.setattr("saebench.train.memory.free_memory", lambda device: room)  # of a CPU buffers take a part
+    check_memory(specs[:3], [WIDTH] * 3, 100, "cpu", 0)
     assert "relu of 64 latents: weights" in caplog.text
     assert "3 SAEs take at most" in caplog.text
+    room += 2 * store.rows("train") * WIDTH * 4
     with pytest.raises(ValueError, match="4 SAEs take about .* the first 3 would fit: train the grid in parts"):
         train(told)
     assert not (tmp_path / "saes" / "checkpoint.json").exists()
@@ -710,18 +711,25 @@ def test_a_grid_that_does_not_fit_is_refused_with_what_would(
         train(told)
 
 
+@pytest.mark.parametrize("active", [None, 0.14])
 @pytest.mark.parametrize("architecture", list(RECIPES))
-def test_a_step_takes_what_was_planned_for_it(architecture: str) -> None:
-    """Of memory beside the weights and moments: at most that, and not ten times less."""
+def test_a_step_takes_what_was_planned_for_it(architecture: str, active: float | None) -> None:
+    """Of memory beside the weights and moments: at most that, and not ten times less; all latents active, or as many as sparse products are for."""
     level: dict[str, Any] = {"k": 32} if RECIPES[architecture].takes_k else {"l1": 1.0}
     spec = Spec(name="m", architecture=architecture, d_sae=4096, lr=1e-3, seed=0, **level)
     member = Member(spec, torch.zeros(64), 10**6, 100, "cpu")
-    x = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1024, 64, generator=torch.Generator().manual_seed(0))
     member.step(x, 0)
+    if active is not None and not RECIPES[architecture].takes_k:
+        with torch.no_grad():
+            least = member.sae.project(x).flatten().topk(int(active * x.shape[0] * 4096)).values.min()
+            name = {"jumprelu": "threshold", "gated": "b_gate", "relu": "b_enc"}[architecture]
+            member.sae.get_parameter(name).fill_(least if name == "threshold" else -least)
+        member.sparsity.l0.fill_(active * 4096)
     forget_scratch()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         member.step(x, 1)
     changes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     most = int(np.cumsum(changes).max())
-    planned = need_of(spec, 64, 512, torch.device("cpu")).passing
+    planned = need_of(spec, 64, 1024, torch.device("cpu")).passing
     assert most <= planned <= 10 * most

@@ -44,7 +44,8 @@ def extend(folder: Path, config: ExtendConfig) -> Store | None:
         made = store.manifest["identity"]
         told, text = settings_of(folder, made, config)
         target = made | {"tokens": told.tokens, "extended_from": [*made.get("extended_from", []), made["tokens"]]}
-        _check_unfinished(folder, made, target, config.tokens)
+        if _was_finished(folder, made, target, config.tokens):
+            return store
         if store.manifest["exhausted"]:
             raise ValueError(
                 f"{folder} holds all {store.rows('train'):,} training tokens of {text.dataset!r}: there is no more text to extend it with"
@@ -73,16 +74,21 @@ def settings_of(folder: Path, made: dict[str, Any], config: ExtendConfig) -> tup
     return dataclasses.replace(told, tokens=tokens, device=config.device, trust_remote_code=trusted), text
 
 
-def _check_unfinished(folder: Path, made: dict[str, Any], target: dict[str, Any], tokens: int) -> None:
-    """Raises ValueError where an extension by another number of tokens was begun and not finished."""
+def _was_finished(folder: Path, made: dict[str, Any], target: dict[str, Any], tokens: int) -> bool:
+    """Whether this very extension was killed once it was whole, and just before it was tidied up.
+
+    Raises ValueError where one by another number of tokens was begun and not finished.
+    """
     path = folder / EXTENSION
     if not path.exists():
-        return
+        return False
     begun = read_json(path)["identity"]
     if begun == made:
-        drop_unfinished(path)  # it was finished, and killed just before this
-    elif begun != target:
+        drop_unfinished(path)
+        return made["tokens"] - made["extended_from"][-1] == tokens
+    if begun != target:
         raise ValueError(
             f"{folder} is being extended by {begun['tokens'] - made['tokens']} tokens, not {tokens}: finish that first, with "
             f"`saebench store extend {folder} --tokens {begun['tokens'] - made['tokens']}`"
         )
+    return False

@@ -48,6 +48,7 @@ Groups = dict[str, dict[str, np.ndarray]]
 """Columns of the file by group and name."""
 
 log = logging.getLogger(__name__)
+_ON_A_GPU = 2  # workers, each with memory of its own there
 
 UNIT_ROWS = 2048
 SNAPSHOT_SECONDS = 30.0
@@ -165,7 +166,7 @@ def build_index(config: IndexConfig) -> Path | None:
 
 def _plan(config: IndexConfig) -> Plan:
     """Raises ValueError when SAE, store and hook do not belong together."""
-    device = choose_device(config.device)
+    device = choose_device(config.device, float64=True)
     sae = load_sae(config.sae, device=device)
     metadata = read_config(config.sae).get("metadata", {})
     folder, hook = config.store or recorded_store(config.sae), metadata.get("hook_name")
@@ -206,7 +207,7 @@ def _results(
     plan: Plan, gathered: Gathered, workers: int | None, interrupt: Interrupt
 ) -> Iterator[tuple[int, Summary | None, Sample]]:
     """The pieces not yet done, in the order in which they are finished; a few are under way at once."""
-    n_workers = workers or torch.get_num_threads()
+    n_workers = workers or (_ON_A_GPU if plan.sae.W_enc.is_cuda else torch.get_num_threads())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each worker computes alone, so that rounding does not depend on their number
     todo = iter([number for number, finished in enumerate(gathered.done) if not finished])

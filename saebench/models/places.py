@@ -4,6 +4,7 @@ Hook names are TransformerLens' own. What goes into a block and comes out of it 
 MLP write to the stream is what TransformerLens knows of a family: `transformer_lens_paths`, the only place that imports it.
 """
 
+import inspect
 import re
 import weakref
 from typing import Any, Literal, NamedTuple
@@ -82,9 +83,10 @@ def transformer_lens_paths(config: Any, family: str, name: str) -> dict[str, str
     from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 
-    select = ArchitectureAdapterFactory.select_architecture_adapter
+    select, told = ArchitectureAdapterFactory.select_architecture_adapter, (config, family, name, torch.float32)
+    inspect.signature(build_bridge_config_from_hf).bind(*told)
     try:
-        adapter: Any = select(build_bridge_config_from_hf(config, family, name, torch.float32))
+        adapter: Any = select(build_bridge_config_from_hf(*told))
     except (
         ValueError,
         KeyError,
@@ -92,7 +94,7 @@ def transformer_lens_paths(config: Any, family: str, name: str) -> dict[str, str
         TypeError,
     ):  # a family that it does not have, or a configuration of its own
         return {}
-    block = adapter.component_mapping.get("blocks")
+    block = (adapter.component_mapping or {}).get("blocks")
     if block is None:
         return {}
     # A family whose MLP and attention are scaled on their way to the stream has no alias for either.

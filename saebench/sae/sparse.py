@@ -280,9 +280,10 @@ class Encoder:
 
     def _each(self) -> Iterator[Float[Tensor, "R F"]]:
         spans = self.blocks()
-        buffer = _scratch(spans[0][1], len(self.bias_F), self.bias_F.dtype, self.bias_F.device)
+        own = self.z_RD.dtype == torch.bfloat16  # a product that has its own memory
+        buffer = None if own else _scratch(spans[0][1], len(self.bias_F), self.bias_F.dtype, self.bias_F.device)
         for start, end in spans:
-            yield self._product(self.z_RD[start:end], buffer[: end - start])
+            yield self._product(self.z_RD[start:end], None if buffer is None else buffer[: end - start])
 
     def _product(self, z_RD: Tensor, out: Tensor | None) -> Tensor:
         if z_RD.dtype == torch.bfloat16:

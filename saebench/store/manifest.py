@@ -43,16 +43,19 @@ def check_manifest(folder: Path) -> None:
     """Hold the manifest to the hash beside it, where there is one. Raises ValueError where it is another."""
     path, side = folder / MANIFEST, folder / MANIFEST_HASH
     if path.exists() and side.exists() and side.read_bytes() != _hash_line(path.read_bytes()).encode():
-        begun = (folder / EXTENSION).exists()  # killed between the files that end an extension
-        remedy = (
-            "finish the extension that was begun, by the same command" if begun else "restore both, or harvest again"
-        )
+        remedy = "restore both, or harvest again"
+        if (folder / EXTENSION).exists():  # killed between the files that end an extension
+            remedy = "finish the extension that was begun, by the same command"
+        elif not _seems_complete(path):  # or a harvest
+            remedy = "run the same harvest again to complete it"
         raise ValueError(f"{path} and {side.name} do not match, and are not what the harvest wrote: {remedy}")
 
 
 def begin_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest of an unfinished store, whose journal is empty yet."""
     _journal(path).unlink(missing_ok=True)
+    if path.name == MANIFEST:
+        path.with_name(MANIFEST_HASH).unlink(missing_ok=True)  # of a store that was there before
     write_json(path, manifest)
 
 
@@ -110,6 +113,14 @@ def _journalled(journal: Path, first: int) -> list[dict[str, Any]]:
             ) from error
         entries.append(entry)
     return entries
+
+
+def _seems_complete(path: Path) -> bool:
+    """Whether a manifest that may be damaged is one of a whole store."""
+    try:
+        return bool(read_json(path)["complete"])
+    except (ValueError, KeyError, TypeError):
+        return True
 
 
 def _hash_line(content: bytes) -> str:

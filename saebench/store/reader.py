@@ -153,7 +153,7 @@ class Shard:
         view, at = out.data.cast("B") if out.size else memoryview(b""), 0
         row = out.nbytes // max(len(out), 1)
         block = row * self.block_rows
-        stretch = max(_STRETCH_BYTES // block, 1) * self.block_rows
+        stretch = max(_STRETCH_BYTES // max(block, 1), 1) * self.block_rows
         found: list[int] = []
         try:
             file = os.open(self.path, os.O_RDONLY)
@@ -164,7 +164,7 @@ class Shard:
                 for start in range(first, end, stretch):
                     part = view[at : at + min(stretch, end - start) * row]
                     self._fill(file, part, column.offset + start * row)
-                    found += [xxh3_64_intdigest(part[i : i + block]) for i in range(0, len(part), block)]
+                    found += [xxh3_64_intdigest(part[i : i + block]) for i in range(0, len(part), max(block, 1))]
                     at += len(part)
         finally:
             os.close(file)
@@ -185,13 +185,14 @@ class Shard:
 
     def verify(self, checked: Callable[[int], object] = lambda rows: None) -> None:
         """Check every block of every column, reporting rows as they are done. Raises ValueError at the first that is wrong."""
-        self.check()
+        self._columns = self._look(list(self._layout))
         step = self.block_rows * 128
         for start in range(0, self.n_rows, step):
             stop = min(start + step, self.n_rows)
             for name in self._layout:
                 self._verified(name, start, stop)
             checked(stop - start)
+        self._columns = {}  # checksums of all hooks and shards would be gigabytes
         # Blocks, whose damage is named by its rows, are not all of a file: the rest is HDF5's own structures.
         if "hash" in self._entry and hash_files([self.path]) != self._entry["hash"]:
             raise self._damaged(": bytes beside its rows are not what was written")
@@ -200,10 +201,10 @@ class Shard:
 class Store:
     """A finished store, opened for reading."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, manifest: dict[str, Any], hashed: str) -> None:
         self.folder = folder
         self.manifest = manifest
-        self.hash = hash_files([folder / MANIFEST])
+        self.hash = hashed
         """what runs and indexes know a store by; taken now, since an extension may end while this one is read"""
         self.hooks: list[str] = sorted(manifest["hooks"])
         self.context: int = manifest["identity"]["context"]
@@ -380,9 +381,11 @@ class Store:
 def open_store(folder: Path | str) -> Store:
     """Open a finished store. Raises ValueError when there is none, it is unfinished or of another schema."""
     folder = Path(folder)
-    manifest = read_manifest(folder)
+    hashed, manifest = None, read_manifest(folder)
+    while hashed != (hashed := hash_files([folder / MANIFEST])):  # an extension may end between the two
+        manifest = read_manifest(folder)
     if not manifest["complete"]:
         raise ValueError(
             f"{folder} is unfinished ({len(manifest['shards'])} shards so far); run the same harvest again to complete it"
         )
-    return Store(folder, manifest)
+    return Store(folder, manifest, hashed)

@@ -92,7 +92,8 @@ def quality(store: Store, batch: int, buffer_rows: int | float) -> float:
     M' = M + B, and gives the batch no row of a block of 32 with probability (1 - B/M')^32. From the documents of a few shards,
     spread over all.
     """
-    shards = store.of_split("train")
+    if not (shards := store.of_split("train")):
+        return 1.0
     some = [shards[i] for i in np.unique(np.linspace(0, len(shards) - 1, _TASTED).round().astype(int))]
     lengths = np.unique(np.concatenate([shard.column("doc_id") for shard in some]), return_counts=True)[1]
     total, size = store.rows("train"), shards[0].block_rows

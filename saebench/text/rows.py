@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,17 @@ def rows_of(file: Path, wanted: Sequence[str], errors: str) -> Iterator[Any]:
     or `replace`. Raises ValueError naming the file, and the line where there are lines, that cannot be read.
     """
     suffix = suffix_of(file)
-    if suffix in _LINES:
-        yield from _json_rows(file, errors)
-        return
     try:
-        yield from _parquet_rows(file, wanted) if suffix == _PARQUET else _arrow_rows(file)
-    except ValueError as error:  # pyarrow does not name the file
-        raise ValueError(f"{str(file)!r} is damaged or no {suffix} file: {first_line(error)}") from error
+        if suffix in _LINES:
+            yield from _json_rows(file, errors)
+        else:
+            yield from _parquet_rows(file, wanted) if suffix == _PARQUET else _arrow_rows(file)
+    except (ValueError, OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        if str(file) in str(error):
+            raise
+        raise ValueError(
+            f"{str(file)!r} is damaged or no {file.suffix} file: {first_line(error)}"
+        ) from error  # its reader does not name it
 
 
 def _json_rows(file: Path, errors: str) -> Iterator[Any]:

@@ -151,7 +151,7 @@ def add_gated(sae: GatedSAE, x_RD: Tensor, context: Context, gradients: Gradient
     acts = torch.relu(h * code.at(scale_F) + code.at(sae.b_mag)) * opens
     error_RD, frozen_RD = (code.decode(values, sae.W_dec).sub_(z_RD) for values in (acts, gate))
     weight, share = 2 / gradients.n_rows, context.coefficient / gradients.n_rows
-    dmag = code.products(error_RD, sae.W_dec).mul_(weight * (acts > 0))
+    dmag = code.products(error_RD, sae.W_dec).mul_(weight).mul_(acts > 0)
     dgate = (code.products(frozen_RD, sae.W_dec).mul_(weight) + share).mul_(opens)
     gradients.add("W_dec", code.accumulate(acts * weight, error_RD))
     gradients.count("along_F", code.sum_latents(acts * dmag))

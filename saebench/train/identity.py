@@ -57,7 +57,8 @@ class Run:
         for hook in dict.fromkeys(spec.hook for spec in specs):
             mine = [begun[spec.name] for spec in specs if spec.hook == hook and spec.name in begun]
             multiples[hook] = _multiple(config, store, hook, mine, window)
-        buffer, buffers = _buffers(config, store, list(multiples), list(begun.values()))
+        mine = [begun[spec.name] for spec in specs if spec.name in begun]
+        buffer, buffers = _buffers(config, store, list(multiples), mine)
         shared = {
             **{name: to_json(config)[name] for name in ("tokens", "batch", "dtype")},
             **buffer,
@@ -118,16 +119,18 @@ class Run:
         """And warn where a batch has rows of clearly fewer documents than chance would give it."""
         rows = min(self.buffers.values())
         found = quality(self.store, self.config.batch, rows)
-        held = sum(2 * min(n, self.store.rows("train")) * self._row_bytes(hook) for hook, n in self.buffers.items())
         said = "rows are shuffled in buffers of %s, %.1f GB in all: a batch has %.2f of the documents of a perfect shuffle's"
-        known = f"{int(rows):,}", held / 1e9, found
+        known = f"{int(rows):,}", self.buffer_bytes / 1e9, found
         if found >= GOOD_SHUFFLE:
             log.info(said, *known)
         else:
             log.warning(said + "; a larger --buffer-rows, or fewer hooks at a time, brings it nearer", *known)
 
-    def _row_bytes(self, hook: str) -> int:
-        return row_bytes(self.store.manifest["dtype"], self.store.d_in(hook))
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory of the two buffers of all hooks."""
+        rows, dtype = self.store.rows("train"), self.store.manifest["dtype"]
+        return sum(int(2 * min(n, rows)) * row_bytes(dtype, self.store.d_in(hook)) for hook, n in self.buffers.items())
 
     def batches(
         self, hook: str, start: Cursor | None, shards: ShardsOf, device: str

@@ -18,14 +18,14 @@ from saebench.sae.sparse import forget_scratch
 from saebench.store import Store, open_store
 from saebench.train.checkpoint import Checkpoint, full_disk_is_a_value_error
 from saebench.train.identity import Run
-from saebench.train.member import Member
+from saebench.train.member import LOOK_EVERY, Member
 from saebench.train.memory import check_memory
 from saebench.train.rolling import Stopped, rows_offered, source_of, window_shards
 from saebench.train.settings import TrainConfig, grid
 
 log = logging.getLogger(__name__)
 
-LOG_EVERY = 50  # steps
+LOG_EVERY = LOOK_EVERY
 CHECKPOINT_SECONDS = 60.0  # at least, and so many that checkpoints take no more than this share of the time:
 CHECKPOINT_SHARE = 0.05
 
@@ -54,7 +54,7 @@ def train(
             _clear_away(run, checkpoint)
             return run.folders
 
-        check_memory(todo, store.d_in(hooks[0]), config.batch, torch.device(device))
+        check_memory(todo, [store.d_in(spec.hook) for spec in todo], config.batch, device, run.buffer_bytes)
         run.say_how_well_it_shuffles()
         inputs = {hook: run.inputs(hook) for hook in dict.fromkeys(spec.hook for spec in todo)}
         shared = (config.dead_steps, config.n_steps, device, config.dtype == "bfloat16")

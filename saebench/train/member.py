@@ -1,5 +1,8 @@
 """One SAE of a grid: its weights, its optimizer, and one training step."""
 
+import contextlib
+import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -7,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from saebench.metrics import DUPLICATE
 from saebench.sae import SAE, JumpReLUSAE, initialise, new_sae
 from saebench.train.gradients import Gradients, exact_gradients
 from saebench.train.objectives import Context, bandwidth
@@ -20,7 +24,6 @@ ROOM = 2.0  # times the most active pairs of late, for those of the next steps o
 DENSE_ABOVE = {"cpu": 0.15, "cuda": 0.06, "cuda tf32": 0.01}
 _THRESHOLD_RATE = 0.01  # of BatchTopK's running mean of the least activation
 _POOLED = 16  # steps before a resampling whose rows are drawn from
-_APART = 0.99  # cosine from which two inputs would make one latent twice
 _PAIRED = 1024  # rows whose cosines with all others are held at once
 _ENCODER_SHARE = 0.2  # of the living latents' mean encoder norm, for a resampled one (Bricken et al. 2023)
 _NONE = torch.empty(0, dtype=torch.int64)
@@ -110,9 +113,10 @@ class Member:
             bad |= self.diverged_at >= 0  # no step more: what is kept are the weights of before
             full = self._full(gradients)
             self._update(gradients, norm, bad | full, step)
-            self._observe(x_BD, gradients, norm, bad, full, context, step)
-            if self._steps_to_resampling(step) < _POOLED:
-                self._pool(x_BD, gradients.error_B, step)
+            with self._kept_where(full):
+                self._observe(x_BD, gradients, norm, bad, context, step)
+                if self._steps_to_resampling(step) < _POOLED:
+                    self._pool(x_BD, gradients.error_B * ~full, step)
             if self._steps_to_resampling(step) == 0:
                 self._resample()
 
@@ -147,6 +151,24 @@ class Member:
         self.fullest = torch.maximum(self.fullest, gradients.fullest)
         return gradients.fullest >= (torch.inf if gradients.most is None else gradients.most)
 
+    @contextlib.contextmanager
+    def _kept_where(self, full: Bool[Tensor, ""]) -> Iterator[None]:
+        """What is learned of a step, beside the weights, is as before where it was left out."""
+        if self._most is None:
+            yield
+            return
+        before = {name: value.clone() for name, value in self.sparsity.state().items()}
+        sums, silent_steps = self.sums, self.silent_steps
+        yield
+        self.left_out += full
+        self.sums, self.silent_steps = (
+            torch.where(full, sums, self.sums),
+            torch.where(full, silent_steps, self.silent_steps),
+        )
+        self.sparsity.restore(
+            {name: torch.where(full, before[name], now) for name, now in self.sparsity.state().items()}
+        )
+
     def _update(self, gradients: Gradients, norm: Tensor, bad: Tensor, step: int) -> None:
         """Adam, with the clipping of the gradient's norm and the skip of a bad step inside its one pass over memory."""
         for name, parameter in self.parameters.items():
@@ -167,7 +189,7 @@ class Member:
                 self.sae.threshold += torch.where(least.isfinite() & ~bad, rate * (least - self.sae.threshold), 0.0)
 
     def _observe(
-        self, x_BD: Tensor, gradients: Gradients, norm: Tensor, bad: Tensor, full: Tensor, context: Context, step: int
+        self, x_BD: Tensor, gradients: Gradients, norm: Tensor, bad: Tensor, context: Context, step: int
     ) -> None:
         assert gradients.fires_F is not None
         loss = gradients.loss
@@ -185,8 +207,7 @@ class Member:
             norm,
             context.coefficient,
         )
-        self.sums += torch.stack([*values, torch.ones_like(norm)]).double()
-        self.left_out += full
+        self.sums = self.sums + torch.stack([*values, torch.ones_like(norm)]).double()
 
     @property
     def diverged(self) -> int | None:
@@ -197,7 +218,7 @@ class Member:
     def log_line(self, step: int) -> dict[str, Any]:
         """Means since the last line; here the host waits for the device."""
         *sums, steps = self.sums.tolist()
-        means = {name: value / steps for name, value in zip(_SUMS, sums, strict=False)}
+        means = {name: value / steps if steps else math.nan for name, value in zip(_SUMS, sums, strict=False)}
         self.sums = torch.zeros_like(self.sums)
         alive = int((self.silent_steps < self.dead_steps).sum())
         line = {name: means[name] for name in ("loss", "mse", "sparsity", "aux", "l0", "grad_norm")}
@@ -302,4 +323,4 @@ def _apart(rows_ND: Float[Tensor, "N D"]) -> Bool[Tensor, " N"]:
     """Which rows point nowhere near one before them."""
     unit_ND = torch.nn.functional.normalize(rows_ND, dim=1)
     parts = enumerate(unit_ND.split(_PAIRED))
-    return ~torch.cat([(part @ unit_ND.T).tril_(_PAIRED * n - 1).amax(1) > _APART for n, part in parts])
+    return ~torch.cat([(part @ unit_ND.T).tril_(_PAIRED * n - 1).amax(1) > DUPLICATE for n, part in parts])

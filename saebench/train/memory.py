@@ -3,16 +3,18 @@
 All SAEs are there throughout, with the moments of Adam; gradients and what a step works with are those of one at a time.
 """
 
+import contextlib
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from saebench.sae.sparse import rows_of_a_block
 from saebench.train.gradients import rows_at_once
-from saebench.train.member import Spec
+from saebench.train.member import DENSE_ABOVE, ROOM, Spec
 from saebench.train.objectives import prefixes
 from saebench.train.recipes import RECIPES
 
@@ -56,16 +58,23 @@ def need_of(spec: Spec, d_in: int, batch: int, device: torch.device) -> Need:
         scratch += batch * (spec.k + d_in // 2) * _ENTRY_BYTES + 3 * nested * batch * d_in * 4
     else:
         dense = min(rows_at_once(spec.d_sae, batch, device, dense=True), batch)
-        scratch += max(_DENSE_ARRAYS * dense * spec.d_sae * 4 - rows * spec.d_sae * 4, 0) + matrix
+        pairs = DENSE_ABOVE[device.type] * rows_at_once(spec.d_sae, batch, device, dense=False) * spec.d_sae
+        pairs *= ROOM if device.type == "cuda" else 1.0
+        scratch += max(_DENSE_ARRAYS * dense * spec.d_sae * 4, int(pairs) * _ENTRY_BYTES) + matrix
         scratch += 2 * batch * d_in * 4  # the rows that dead latents may be pointed at
     return Need(weights, 2 * weights, weights, scratch)
 
 
-def check_memory(specs: Sequence[Spec], d_in: int, batch: int, device: torch.device) -> None:
-    """Say what a grid takes. Raises ValueError where its device has less, with how many of its SAEs would fit."""
-    needs = [need_of(spec, d_in, batch, device) for spec in specs]
+def check_memory(specs: Sequence[Spec], widths: Sequence[int], batch: int, device: str, buffers: int) -> None:
+    """Say what a grid takes, of vectors of these `widths` and beside `buffers` that a CPU has to hold as well.
+
+    Raises ValueError where its device has less, with how many of its SAEs would fit.
+    """
+    needs = [need_of(spec, d_in, batch, torch.device(device)) for spec, d_in in zip(specs, widths, strict=True)]
     total = sum(need.held for need in needs) + max(need.passing for need in needs)
-    free = free_memory(device)
+    free = free_memory(torch.device(device))
+    if torch.device(device).type == "cpu":
+        free -= buffers
     for spec, need in {(s.architecture, s.d_sae): (s, n) for s, n in zip(specs, needs, strict=True)}.values():
         log.info(
             "%s of %s latents: weights %s, moments %s; in its step gradients %s, scratch %s GB",
@@ -100,5 +109,9 @@ def free_memory(device: torch.device) -> int:
 
 
 def total_memory() -> int:
-    """Bytes of memory that the machine has."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of memory that the machine has, or the container that this runs in."""
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):  # there is none, or it is `max`
+            most = min(most, int(limit.read_text()))
+    return most
