@@ -19,13 +19,11 @@ from saebench.evaluate import EvalConfig, evaluate, write_report
 from saebench.files import read_json, write_json
 from saebench.harvest import HarvestConfig, harvest
 from saebench.harvest.run import open_model
-from saebench.harvest.settings import as_made, settled, text_of
+from saebench.harvest.settings import as_made, begun_store, settled, text_of
 from saebench.index import IndexConfig, build_index
 from saebench.models import EMBEDDED_MODEL, LanguageModel, capturer, choose_device, head, last_states
 from saebench.sae import encode_sparse
 from saebench.store.coding import row_bytes
-from saebench.store.manifest import read_manifest
-from saebench.store.schema import MANIFEST
 from saebench.text import Document, TextConfig, fingerprint, open_documents
 from saebench.train import TrainConfig, train
 from saebench.train.member import Member
@@ -97,7 +95,7 @@ def run(config: RunConfig) -> dict[str, Any] | None:
     Before it starts, the plan is logged. Raises ValueError as the stages do.
     """
     store = Path("activations") / config.folder.resolve().name
-    if (store / MANIFEST).exists() and (manifest := read_manifest(store))["shards"]:
+    if manifest := begun_store(store):
         return run_stages(stages_of(config, *_as_made(config, store, manifest["identity"])))
     first = HarvestConfig(model=config.model, layers=config.layers or (0,), context=2, out=store)
     text, _ = text_of(first, TextConfig(dataset=config.dataset))

@@ -1,4 +1,4 @@
-"""What a harvest survives. `make faults` runs all twenty kills; the suite runs three."""
+"""What a harvest survives. `make faults` kills it twenty times, the suite three."""
 
 import os
 import random

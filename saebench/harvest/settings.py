@@ -88,7 +88,7 @@ def text_of(config: HarvestConfig, text: TextConfig) -> tuple[TextConfig, dict[s
 
     Raises ValueError where none is named for a model that has none of its own.
     """
-    made = _begun(config.out)
+    made = begun_store(config.out)
     begun = None if made is None else made["identity"]["text"]
     if text.dataset is None:
         if config.model != EMBEDDED_MODEL and (begun or {}).get("dataset") != EMBEDDED:
@@ -112,7 +112,7 @@ _FIRST: dict[str, Any] = {"split_by": "name", "errors": "replace"}
 def settled(config: HarvestConfig, model: LanguageModel) -> HarvestConfig:
     """With what is not given as in the store that was begun, or else a dtype that holds what the model gives (float16 ends at 65,504),
     and as many contexts in a pass and in a shard as fit their bounds in bytes, one at least."""
-    made = _begun(config.out)
+    made = begun_store(config.out)
     if made is None:
         usual: StoreDtype = "bfloat16" if model.dtype == "bfloat16" else "float16"
         dtype = config.dtype or usual
@@ -134,7 +134,7 @@ def bytes_per_row(hooks: int, dtype: StoreDtype, d_in: int) -> int:
     return hooks * row_bytes(dtype, d_in) + sum(kind.itemsize for kind in PROVENANCE.values())
 
 
-def _begun(folder: Path) -> dict[str, Any] | None:
+def begun_store(folder: Path) -> dict[str, Any] | None:
     """The manifest of a store that has shards; one without was not begun."""
     made = read_manifest(folder) if (folder / MANIFEST).exists() else None
     return made if made and (made["shards"] or any(folder.glob("shard-*.h5"))) else None
@@ -170,7 +170,7 @@ def identity_of(config: HarvestConfig, text: TextConfig, model: LanguageModel, s
     kept = to_json(config)
     for name in ("out", "device", "trust_remote_code", "model", "model_revision"):
         del kept[name]
-    made = _begun(config.out)
+    made = begun_store(config.out)
     weights = model.hash_like(None if made is None else made["identity"]["model"]["weights"])
     return {
         **kept,

@@ -1,4 +1,4 @@
-"""The way of a batch's rows to the device that uses them.
+"""What is made ahead of its use, and the way of a batch's rows to the device that uses them.
 
 To a CPU they need none. To a GPU they travel as the store has them, from a few sets of pinned memory that go round, on
 a stream of their own, beside what is computed on the batch before; nobody waits but for a set to be free again.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saebench.pieces import TokenBytes, show_bytes
 from saebench.store.reader import Store
-from saebench.store.schema import MASSIVE, Moments, norm_at, norm_quantile
+from saebench.store.schema import MASSIVE, Moments, bins_beyond, norm_at, norm_quantile
 
 DOMINANT = 0.05  # of the variance: a fiftieth of it is what a heavy tail may have
 QUANTILES = (0.0, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 1.0)
@@ -90,9 +90,7 @@ def norm_report(store: Store, hook: str, sample: int = 100_000) -> NormReport:
 
 def rows_beyond(histogram: np.ndarray, multiple: float) -> int:
     """Rows whose norm is above `multiple` times the median, to a bin of half a percent."""
-    limit = multiple * norm_quantile(histogram, 0.5)
-    middles = np.array([norm_at(index + 0.5) for index in range(len(histogram))])
-    return int(histogram[middles > limit].sum())
+    return int(histogram[bins_beyond(multiple * norm_quantile(histogram, 0.5))].sum())
 
 
 def usual_moments(store: Store, hook: str) -> tuple[np.ndarray, float]:

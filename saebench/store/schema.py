@@ -148,7 +148,7 @@ class Norms(NamedTuple):
     def of(histogram: np.ndarray) -> "Norms":
         """From the rows in each bin of norms, `[NORM_BINS]`."""
         bound = MASSIVE * norm_quantile(histogram, 0.5)
-        usual = np.array([norm_at(index + 0.5) for index in range(len(histogram))]) <= bound
+        usual = ~bins_beyond(bound)
         return Norms(
             bound, int(histogram.sum()), int(histogram[~usual].sum()), norm_quantile(np.where(usual, histogram, 0), 0.5)
         )
@@ -157,6 +157,11 @@ class Norms(NamedTuple):
 def norm_at(index: int | float) -> float:
     """The norm at the lower edge of a bin, or anywhere between two."""
     return float(_NORM_FLOOR * 2 ** (index / 64))
+
+
+def bins_beyond(bound: float) -> np.ndarray:
+    """Which bins of norms lie above a norm, by their middles: bool `[NORM_BINS]`."""
+    return np.array([norm_at(index + 0.5) for index in range(NORM_BINS)]) > bound
 
 
 def norm_quantile(histogram: np.ndarray, q: float) -> float:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from saebench.sae.sparse import rows_of_a_block
-from saebench.train.gradients import rows_at_once
+from saebench.train.gradients import Kin, rows_at_once
 from saebench.train.member import DENSE_ABOVE, ROOM, Spec
 from saebench.train.objectives import prefixes
 from saebench.train.recipes import RECIPES
@@ -45,22 +45,23 @@ class Need(NamedTuple):
 
 def need_of(spec: Spec, d_in: int, batch: int, device: torch.device) -> Need:
     """An estimate from above of what training an SAE takes."""
-    recipe = RECIPES[spec.architecture]
+    rule = RECIPES[spec.architecture].gradients
     matrix = spec.d_sae * d_in * 4
     weights = 2 * matrix + 5 * spec.d_sae * 4
     rows = min(rows_of_a_block(spec.d_sae, device), batch)
     scratch = rows * spec.d_sae * 4 + matrix + _ROW_ARRAYS * batch * d_in * 4
     if device.type == "cuda":
         scratch += matrix // 2 + rows * spec.d_sae * 2  # selection, and what is rounded to bfloat16
-    if recipe.takes_k:
+    if isinstance(rule, Kin):
         assert spec.k is not None
-        nested = len(prefixes(spec.d_sae)) if spec.architecture == "matryoshka" else 1
+        nested = len(prefixes(spec.d_sae)) if rule.nested else 1
         scratch += batch * (spec.k + d_in // 2) * _ENTRY_BYTES + 3 * nested * batch * d_in * 4
     else:
         dense = min(rows_at_once(spec.d_sae, batch, device, dense=True), batch)
-        pairs = DENSE_ABOVE[device.type] * rows_at_once(spec.d_sae, batch, device, dense=False) * spec.d_sae
+        pairs = DENSE_ABOVE[device.type] * min(rows_at_once(spec.d_sae, batch, device, dense=False), batch) * spec.d_sae
         pairs *= ROOM if device.type == "cuda" else 1.0
-        scratch += max(_DENSE_ARRAYS * dense * spec.d_sae * 4, int(pairs) * _ENTRY_BYTES) + matrix
+        all_latents = (_DENSE_ARRAYS * dense - rows) * spec.d_sae * 4  # where the rows of a selection are not held
+        scratch += max(all_latents, int(pairs) * _ENTRY_BYTES) + matrix
         scratch += 2 * batch * d_in * 4  # the rows that dead latents may be pointed at
     return Need(weights, 2 * weights, weights, scratch)
 
