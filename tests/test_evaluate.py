@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CONTEXT, HOOK, WIDTH, sentences
+from plotly.offline import get_plotlyjs
 from safetensors.numpy import load_file
 from test_harvest import config as harvest_config
 from test_harvest import text
@@ -433,7 +434,7 @@ def test_small_denominators_are_flagged(checkpoints: dict[str, Path], tmp_path: 
         (tmp_path / "text" / f"{number}.txt").write_text(sentences(number, 60))
     store = harvest(harvest_config(tmp_path / "model", tmp_path / "store", tokens=2000), text(tmp_path / "text"))
     assert store is not None
-    folder = save(scaled_identity(0.9), tmp_path, "one", store)
+    folder = save(scaled_identity(0.9), tmp_path, "<i>one", store)
     write_report(tmp_path, evaluate(EvalConfig(run=tmp_path)))
     evaluation = read_json(folder / "evaluation.json")
     flagged = evaluation["small_denominators"]
@@ -441,4 +442,6 @@ def test_small_denominators_are_flagged(checkpoints: dict[str, Path], tmp_path: 
         arm for arm in ("zero", "mean") if evaluation["metrics"][f"ce_{arm}"] - evaluation["metrics"]["ce_clean"] < 0.05
     ]
     assert flagged == small != []
-    assert "over a denominator under 0.05 nats for one" in (tmp_path / "report.html").read_text()
+    report = (tmp_path / "report.html").read_text()
+    assert "over a denominator under 0.05 nats for &lt;i&gt;one:" in report
+    assert "<i>" not in report.replace(get_plotlyjs(), "")
