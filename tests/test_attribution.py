@@ -8,6 +8,7 @@ import torch
 
 from saebench.evaluate.attribution import ablation_effects, attribute, logit_of
 from saebench.models import LanguageModel, capture, edits, load_model, logits
+from saebench.models.passes import first_of
 from saebench.sae import SAE, initialise, new_sae
 from saebench.sae.architectures import normalized
 
@@ -97,6 +98,27 @@ def test_ablating_a_latent_that_does_not_fire_changes_nothing(
     assert logits.abs().max() == 0
     assert loss[:-1].abs().max() == 0
     assert loss[-1].isnan()
+
+
+def test_the_gradient_is_that_of_the_vectors_at_the_hook_alone(
+    model: LanguageModel, sae: SAE, tokens: np.ndarray
+) -> None:
+    """No weight has one, and what lies before the hook is not part of it."""
+    outputs: dict[int, bool] = {}
+
+    def see(layer: int, output: object) -> None:
+        if torch.is_grad_enabled():
+            outputs[layer] = first_of(output).requires_grad
+
+    handles = [
+        block.register_forward_hook(lambda _module, _args, output, layer=layer: see(layer, output))
+        for layer, block in enumerate(model.blocks)
+    ]
+    attribute(model, sae, HOOK, tokens, logit_of(5))
+    for handle in handles:
+        handle.remove()
+    assert outputs == {layer: layer > 2 for layer in range(model.n_layers)}
+    assert not any(parameter.requires_grad for parameter in model.module.parameters())
 
 
 def test_massive_vectors_are_left_alone(model: LanguageModel, sae: SAE, tokens: np.ndarray) -> None:

@@ -169,7 +169,7 @@ def load_model(
         module = _load_module(name, path, dtype, options)
         tokenizer, tokenizer_files = _tokenizer(name, path, options)
         folder = _checkpoint_folder(path, revision)
-    module.to(device).eval()
+    module.to(device).eval().requires_grad_(False)  # gradients are asked of vectors alone
     text_config = module.config.get_text_config(decoder=True)
     blocks = _blocks(name, module, text_config.num_hidden_layers)
     embedding = module.get_input_embeddings()
