@@ -386,6 +386,8 @@ def test_two_saes_are_compared(page: Page, address: str) -> None:
         if count:
             expect(page.get_by_text(re.compile(f"^{count} latents, the first"))).to_be_visible()
             expect(page.locator("table[aria-label=pairs] thead th").first).to_have_text(of)
+            for cell in page.locator("table[aria-label=pairs] tbody td:last-child").all_inner_texts():
+                assert re.fullmatch(r"\d+, [01]\.\d\d|none", cell)  # a Jaccard index is shown with the latent it is of
         else:
             expect(page.get_by_text(f"No latent of {of} is {kind}.")).to_be_visible()
 

@@ -102,17 +102,21 @@ def pairs(pair: Pair, side: Side, kind: str) -> None:
     chosen = int(given) if given.isdecimal() and len(given) < 10 and int(given) in latents else int(latents[0])
     columns = [
         grid.Column("", pair.here.name), grid.Column("", "label or rule", text=True), grid.Column("", "cosine"),
-        grid.Column("", pair.other.name), grid.Column("", "label or rule", text=True), grid.Column("", "Jaccard", "of the rows on which both fire, with the latent that does so most"),
+        grid.Column("", pair.other.name), grid.Column("", "label or rule", text=True), grid.Column("", "fires with, Jaccard", f"the latent of {pair.other.name} that fires on the same tokens most, be it the nearest or not, and the Jaccard index of the two"),
     ]  # fmt: skip
+
+    def link(which: str, latent: int) -> str:
+        sae = pair.here if which == "here" else pair.other
+        return grid.link(str(latent), f"{which}:{latent}", link_to("features", sae=sae.name, latent=latent))
+
     rows = []
     for latent in latents[:SHOWN].tolist():
-        nearest = int(side.nearest[latent])
+        nearest, partner = int(side.nearest[latent]), int(side.partners[latent])
         rows.append(
             grid.Row([
-                grid.link(str(latent), f"here:{latent}", link_to("features", sae=pair.here.name, latent=latent)), html.escape(pair.table.name(latent)),
-                f"{side.cosines[latent]:.2f}",
-                grid.link(str(nearest), f"other:{nearest}", link_to("features", sae=pair.other.name, latent=nearest)), html.escape(pair.other_table.name(nearest)),
-                f"{side.jaccard[latent]:.2f}",
+                link("here", latent), html.escape(pair.table.name(latent)), f"{side.cosines[latent]:.2f}",
+                link("other", nearest), html.escape(pair.other_table.name(nearest)),
+                "none" if partner < 0 else f"{link('other', partner)}, {side.jaccard[latent]:.2f}",
             ], f"pair:{latent}", latent == chosen)
         )  # fmt: skip
     st.caption(
