@@ -87,6 +87,18 @@ def test_words_are_looked_for_in_labels_rules_and_tokens(table: LatentTable) -> 
     assert not len(table.order(Query(text="no such word anywhere")))
 
 
+def test_a_number_finds_its_latent_and_names_of_which_it_is_a_word(table: LatentTable) -> None:
+    """Not every id, label and token in which its digits occur."""
+    table.index.explanations = [""] * 48
+    assert table.order(Query(text="3")).tolist() == [3]
+    table.index.explanations[5] = 'token is "3" and not position < 32'
+    table.notes.write(7, Note("version 0.3", ("py3", "33")))
+    table.notes.write(9, Note("the top 3, say", ()))
+    assert table.order(Query(text="3")).tolist() == [3, 5, 9]
+    assert table.order(Query(text="3 top")).tolist() == [9]
+    assert table.order(Query(text="48")).tolist() == []
+
+
 def test_filters_are_on_density_rule_and_flags(table: LatentTable) -> None:
     density, rule = table.columns["density"], table.columns["detection"]
     found = table.order(Query(most_density=0.05, least_rule=0.6))

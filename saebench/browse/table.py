@@ -1,5 +1,6 @@
 """All latents of an SAE as one table: sorted, filtered and searched in memory, a page at a time."""
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -34,7 +35,8 @@ class Query:
     """Which latents, in which order."""
 
     text: str = ""
-    """words that must all occur in label, tags, note, rule or top tokens; a number finds the latent itself"""
+    """words that must all occur in label, tags, note, rule or top tokens; a number finds the latent itself, and those that have
+    it as a word of their label, tags, note or rule"""
     sort: str = "latent"
     """`latent`, or a name of HEADINGS"""
     descending: bool = False
@@ -128,9 +130,11 @@ class LatentTable:
             chosen &= ~self._flagged(flag)
         if words := query.text.lower().split():
             noted = {latent: _words(note) for latent, note in self.notes.items()}
+            whole = {word: re.compile(rf"(?<![\w.]){word}(?!\w)") for word in words if word.isdecimal()}
             for latent in np.flatnonzero(chosen):
-                text = f"{self._texts[latent]} {noted.get(int(latent), '')}"
-                chosen[latent] = all(word in text for word in words)
+                note = noted.get(int(latent), "")
+                text, names = f"{self._texts[latent]} {note}", f"{latent} {self.index.explanations[latent]} {note}"
+                chosen[latent] = all(whole[word].search(names) if word in whole else word in text for word in words)
         return chosen
 
     def _flagged(self, flag: str) -> np.ndarray:
@@ -152,8 +156,8 @@ class LatentTable:
         pieces = dict(zip(ids.tolist(), (piece.lower() for piece in self.index.pieces(ids)), strict=True))
         rows = fires_on if tops is None else np.concatenate([fires_on, tops[:, :_SEARCHED_TOKENS]], 1)
         return [
-            f"{latent} {rule.lower()} {' '.join(pieces[token] for token in row if token >= 0)}"
-            for latent, (rule, row) in enumerate(zip(self.index.explanations, rows.tolist(), strict=True))
+            f"{rule.lower()} {' '.join(pieces[token] for token in row if token >= 0)}"
+            for rule, row in zip(self.index.explanations, rows.tolist(), strict=True)
         ]
 
 
