@@ -41,6 +41,7 @@ from saebench.index.evidence import (
     values_of_top,
 )
 from saebench.index.examples import show
+from saebench.index.page import rule_html
 from saebench.index.search import features_for_text
 from saebench.models import capture, load_model, logits, spliced_logits, unembedding
 from saebench.sae import SAE, GatedSAE, JumpReLUSAE, encode_sparse, initialise, new_sae, save_sae
@@ -388,6 +389,8 @@ def test_logit_effects_are_those_of_the_model_where_a_store_has_no_unembedding(
         assert set(ours["logits"]) == set(theirs["logits"])
         for name in ours["logits"]:
             np.testing.assert_array_equal(ours[f"logits/{name}"][:], theirs[f"logits/{name}"][:])
+    with open_feature_index(path, sae=saved) as opened:
+        assert rule_html(opened[0]) == '<p class="rule">No rule: the index was made with --no-rules.</p>'
 
 
 def test_a_sample_joined_early_takes_in_what_lies_between_its_parts() -> None:
@@ -444,6 +447,7 @@ def test_killed_at_any_time_and_resumed_is_uninterrupted(saved: Path, index: Fea
             assert 0 < partial.share_done < 1, times
             assert partial[0].figures["fires"] <= index[0].figures["fires"]
             assert not len(partial[0].pmi.ids)
+            assert partial[0].no_rule == "rules come last, and the index is not complete"
     made = build_index(IndexConfig(sae=saved, sample=3_000, out=out))
     assert made is not None
     assert contents(made) == contents(index.path)
@@ -968,6 +972,8 @@ def test_a_planted_latent_is_explained_by_the_token_it_fires_on(store: Store, sa
         assert index.explanations[0] == rule.text
         dead = LATENTS - 1
         assert index[dead].rule is None
+        assert index[dead].no_rule == "it fires on 0 rows of the fit, fewer than 10"
+        assert index[0].no_rule == ""
         assert index.holds(dead, [tokens[:9]]) is None
         assert index.explanations[dead] == ""
         assert index.columns["detection"][0] == pytest.approx(rule.detection)

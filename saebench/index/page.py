@@ -8,7 +8,7 @@ import numpy as np
 
 from saebench.index.examples import Shown
 from saebench.index.notes import Note
-from saebench.index.reader import Context, FeatureIndex, Interval, Latent, Ranked, Rule
+from saebench.index.reader import Context, FeatureIndex, Interval, Latent, Ranked
 from saebench.view import svg, tokens
 from saebench.view.tokens import number, text_html, visible
 
@@ -69,10 +69,11 @@ def figures_html(latent: Latent, scores: Mapping[str, float] | None = None) -> s
     return f'<dl class="figures">{"".join(cells)}</dl>'
 
 
-def rule_html(rule: Rule | None) -> str:
-    """The rule in words, with its held-out scores."""
+def rule_html(latent: Latent) -> str:
+    """The rule in words, with its held-out scores; or why there is none."""
+    rule = latent.rule
     if rule is None:
-        return '<p class="rule">No rule: too few firings.</p>'
+        return f'<p class="rule">No rule: {html.escape(latent.no_rule)}.</p>'
     scores = {
         "detection": rule.detection, "null": rule.null, "hard negatives": rule.hard_negative, "precision": rule.precision,
         "recall": rule.recall, "F1": rule.f1,
@@ -185,7 +186,7 @@ def _section(evidence: Evidence, index: FeatureIndex) -> str:
         else ""
     )
     note = "".join(f"<p>{html.escape(part)}</p>" for part in (evidence.note.label, evidence.note.text) if part)
-    return f"""<section id="latent-{latent.latent}"><h2>Latent {latent.latent}</h2>{note}{rule_html(latent.rule)}{figures_html(latent)}
+    return f"""<section id="latent-{latent.latent}"><h2>Latent {latent.latent}</h2>{note}{rule_html(latent)}{figures_html(latent)}
 <div class="columns"><div><h3>Firings by strength</h3>{activations_svg(latent, index.bin_edges)}
 <h3>Effects on logits</h3>{logits_svg(latent)}</div>
 <div><h3>Fires on</h3>{ranked_html(index, latent.tokens)}</div>{logits}</div>

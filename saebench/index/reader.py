@@ -15,7 +15,7 @@ from torch import Tensor
 from saebench.files import found_from
 from saebench.index.derive import FLAGS
 from saebench.index.evidence import Sample
-from saebench.index.rules import OPERATORS, holding
+from saebench.index.rules import MINIMUM, OPERATORS, holding
 from saebench.index.schema import check_identity, identity_of, open_index
 from saebench.labels import VERSION, Stream, Vocabulary, label
 from saebench.models import load_tokenizer
@@ -115,6 +115,8 @@ class Latent:
     bottom_logits: Ranked
     logit_histogram: tuple[np.ndarray, float, float]  # (counts in equal bins, lowest effect, highest)
     rule: Rule | None
+    no_rule: str
+    """why there is none"""
 
 
 class FeatureIndex:
@@ -226,6 +228,7 @@ class FeatureIndex:
                 float(np.sum(get("logits/high"))),
             ),
             rule=self._rule(latent),
+            no_rule=self._no_rule(latent),
         )
 
     def _rule(self, latent: int) -> Rule | None:
@@ -238,6 +241,18 @@ class FeatureIndex:
                 for name, value in found.items()
             }
         )
+
+    def _no_rule(self, latent: int) -> str:
+        """Why a latent has no rule; empty where it has one."""
+        if not self.complete:
+            return "rules come last, and the index is not complete"
+        if not json.loads(self._file.attrs["settings"]).get("rules", True):
+            return "the index was made with --no-rules"
+        if "rules/first" not in self._data:
+            return "the store has no tokenizer, or no held-out rows to score it on"
+        if self._data["rules/first"][latent] >= 0:
+            return ""
+        return f"it fires on {self._data['rules/fit_rows'][latent]} rows of the fit, fewer than {MINIMUM}"
 
     @cached_property
     def top_logits(self) -> np.ndarray | None:
