@@ -580,6 +580,19 @@ def test_of_equal_strengths_the_first_row_counts() -> None:
     assert values_of_top(evidence.top)[0, :5].tolist() == [5.0, 3.0, 3.0, 3.0, 0.0]
 
 
+def test_squares_of_large_activations_are_added_up() -> None:
+    """Of 160,000 firings at about 1,000 times the scale; and of more than that there is a refusal, not another number."""
+    evidence, unit = Evidence.empty(1, 4), a_unit([999.0, 1001.0] * 4, list(range(8)), [0] * 8)
+    summary = summarise(unit, 1.0, evidence)
+    for _ in range(20_000):
+        evidence.sums += summary.sums
+    assert evidence.moments(1.0).tolist() == [[160_000 * 1000.0], [160_000 * 1_000_001.0]]
+    with pytest.raises(ValueError, match=r"latent 3 has an activation of 3e\+05; expected less than 2.62e\+05, 131,072 times"):
+        summarise(a_unit([1.0, 3e5], [1, 2], [0, 3]), 2.0, Evidence.empty(4, 4))
+    with pytest.raises(ValueError, match="latent 0 has an activation of inf"):
+        summarise(a_unit([np.inf], [1], [0]), 2.0, Evidence.empty(1, 4))
+
+
 def a_busy_unit(first_row: int, random: np.random.Generator) -> Unit:
     """16 contexts of 4 rows, three latents of which one fires nearly everywhere; few strengths and few texts."""
     fires = random.random((64, 3)) < (0.9, 0.3, 0.02)
@@ -740,12 +753,15 @@ def test_an_index_of_the_first_version_opens_and_goes_on(saved: Path, index: Fea
     processes.signal_when(child, (tmp_path / "cut.h5").exists, signal.SIGKILL)
     with h5py.File(tmp_path / "cut.h5", "a") as file:
         file.attrs["schema_version"] = 1
-        del file["state/massive"], file["state/top_texts"]
+        sums = file["state/sums"][:] @ np.array([1, 2**32])
+        del file["state/massive"], file["state/top_texts"], file["state/sums"]
+        file["state/sums"] = sums
     build_index(IndexConfig(sae=saved, sample=3_000, out=tmp_path / "cut.h5"))
     with open_feature_index(tmp_path / "cut.h5", sae=saved) as made:
         assert made.complete
         assert np.array_equal(made.columns["fires"], index.columns["fires"])
         assert np.array_equal(made.columns["max"], index.columns["max"])
+        assert np.array_equal(made.columns["std"], index.columns["std"])
 
 
 def test_texts_of_an_index_are_utf8(saved: Path, index: FeatureIndex, tmp_path: Path) -> None:

@@ -380,6 +380,8 @@ def _before(path: Path, wanted: dict[str, Any]) -> Literal["complete"] | tuple[G
             "massive": np.zeros(len(state["top"]), np.int64),
             "top_texts": rows_of_top(state["top"]).astype(np.uint32),
         }
+    if state["sums"].ndim == 2:  # of before they were in limbs
+        state["sums"] = np.stack([state["sums"], np.zeros_like(state["sums"])], 2)
     return Gathered(Evidence(**state), samples, done), static
 
 

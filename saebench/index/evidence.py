@@ -30,6 +30,8 @@ BINS_PER_OCTAVE = 4
 N_BINS = (OCTAVES[1] - OCTAVES[0]) * BINS_PER_OCTAVE
 MAX_ROWS = 2**32
 _FIXED = (2.0**20, 2.0**28)  # steps in `scale` and in `scale`², in which Σ and Σ² are counted
+_LIMB = 2.0**32  # each sum is a number below it, and how many of it there are: Σ² would not fit into 64 bits
+_LARGEST = 2.0**17  # of an activation / scale: the sums of MAX_ROWS of them fit
 _ENTRIES = 2**18  # of a sample, turned into wider numbers at once
 _NOTHING = np.int64(2**63 - 1)  # a sample's place not yet taken
 
@@ -64,7 +66,7 @@ class Summary(NamedTuple):
     """What `Evidence.add` takes of a unit; F latents, N firings."""
 
     cells: np.ndarray  # [N] latent * N_BINS + bin
-    sums: np.ndarray  # [F, 2] in fixed point
+    sums: np.ndarray  # [F, 2, 2] in fixed point, in limbs
     positions: np.ndarray  # [N] latent * P + bucket
     position_rows: np.ndarray  # [P]
     massive: np.ndarray  # [M] latents of the firings on massive rows
@@ -199,7 +201,15 @@ def sample(unit: Unit, below: int) -> Sample:
 
 
 def summarise(unit: Unit, scale: float, so_far: "Evidence") -> Summary:
-    """Reduce a unit to what is added up, and to what may enter the examples that there are so far."""
+    """Reduce a unit to what is added up, and to what may enter the examples that there are so far.
+
+    Raises ValueError for an activation whose square is too large to be added up.
+    """
+    if not (strongest := unit.values.max(initial=0)) < _LARGEST * scale:
+        raise ValueError(
+            f"latent {unit.latents[unit.values.argmax()]} has an activation of {strongest:.3g}; expected less than "
+            f"{_LARGEST * scale:.3g}, {_LARGEST:,.0f} times the length of a usual vector of the store. Give the SAE decoder rows of norm 1"
+        )
     d_sae, latents = len(so_far.counts), unit.latents.astype(np.int64)
     rows = unit.rows.astype(np.int64) + unit.first_row
     cells = latents * N_BINS + bins_of(unit.values, scale)
@@ -211,9 +221,11 @@ def summarise(unit: Unit, scale: float, so_far: "Evidence") -> Summary:
         np.bincount(latents, unit.values.astype(np.float64) ** power, d_sae) * (step / scale**power)
         for power, step in enumerate(_FIXED, 1)
     ]
+    fixed = np.rint(np.stack(sums, 1))
+    high = np.floor(fixed / _LIMB)
     return Summary(
         cells=cells,
-        sums=np.rint(np.stack(sums, 1)).astype(np.int64),
+        sums=np.stack([fixed - high * _LIMB, high], 2).astype(np.int64),
         positions=latents * len(edges) + bucket[unit.rows],
         position_rows=np.bincount(bucket[unit.keep], minlength=len(edges)),
         massive=unit.massive,
@@ -228,7 +240,7 @@ class Evidence:
     """Running totals over units."""
 
     counts: np.ndarray  # [F, N_BINS] firings by strength
-    sums: np.ndarray  # [F, 2] Σ and Σ² in fixed point
+    sums: np.ndarray  # [F, 2, 2] Σ and Σ² in fixed point, each in limbs: so many, and so many times _LIMB
     positions: np.ndarray  # [F, P] firings by position
     position_rows: np.ndarray  # [P] rows by position
     massive: np.ndarray  # [F] firings on massive rows, which count in nothing else
@@ -244,7 +256,7 @@ class Evidence:
         n_positions = len(position_edges(context))
         return cls(
             counts=np.zeros((d_sae, N_BINS), np.int64),
-            sums=np.zeros((d_sae, 2), np.int64),
+            sums=np.zeros((d_sae, 2, 2), np.int64),
             positions=np.zeros((d_sae, n_positions), np.int64),
             position_rows=np.zeros(n_positions, np.int64),
             massive=np.zeros(d_sae, np.int64),
@@ -273,7 +285,7 @@ class Evidence:
 
     def moments(self, scale: float) -> np.ndarray:
         """Σ and Σ² of each latent's activations, `[2, F]` float64."""
-        return (self.sums / np.array(_FIXED) * np.array([scale, scale**2])).T
+        return (self.sums @ np.array([1.0, _LIMB]) / np.array(_FIXED) * np.array([scale, scale**2])).T
 
 
 def _entering(entries: Entries, kept: np.ndarray) -> Entries:
