@@ -17,7 +17,7 @@ from saebench.evaluate import EvalConfig, evaluate, write_report
 from saebench.evaluate.attribution import logit_of
 from saebench.files import write_json
 from saebench.harvest import HarvestConfig, harvest
-from saebench.index import FeatureIndex, IndexConfig, build, build_index, open_feature_index
+from saebench.index import FeatureIndex, IndexConfig, build, build_index, explain, open_feature_index
 from saebench.index.compare import KINDS, compare
 from saebench.index.decoder import geometry
 from saebench.index.derive import companions, flags, intervals, token_counts
@@ -948,6 +948,26 @@ def test_saes_of_different_stores_are_not_compared(index: FeatureIndex, store: S
 
 
 # ------------------------------------------------------------------------------------------ rules
+
+
+def test_rules_are_fitted_on_rows_from_everywhere(
+    index: FeatureIndex, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the sample has more than are fitted: a tenth of it comes from all shards. So do the literals."""
+    monkeypatch.setattr(explain, "FIT_ROWS", 300)
+    monkeypatch.setattr(explain, "_CHUNK", 1000)
+    samples = {split: index.sample(split) for split in ("train", "validation")}
+    rows = samples["train"].rows
+    chosen = np.sort(rows[np.argsort(hashed(rows))[:300]])
+    ends = np.cumsum([shard.n_rows for shard in store.shards])
+    shards = {int(number) for number in np.searchsorted(ends, chosen, "right")}
+    assert shards == {number for number, shard in enumerate(store.shards) if shard.split == "train"}
+    found = explain.explain(store, samples, LATENTS)
+    fires = samples["train"].take(np.isin(rows, chosen)).fires(LATENTS)
+    assert found["rules"]["fit_rows"].tolist() == fires.tolist()
+    stretches = explain._spread(store, "train", chosen)
+    assert set(stretches.doc_id) > set(store.of_split("train")[-1].column("doc_id")[-10:])
+    assert set(stretches.doc_id) > set(store.of_split("train")[0].column("doc_id")[:10])
 
 
 def test_a_planted_latent_is_explained_by_the_token_it_fires_on(store: Store, saved: Path, tmp_path: Path) -> None:
