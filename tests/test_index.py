@@ -587,7 +587,9 @@ def test_squares_of_large_activations_are_added_up() -> None:
     for _ in range(20_000):
         evidence.sums += summary.sums
     assert evidence.moments(1.0).tolist() == [[160_000 * 1000.0], [160_000 * 1_000_001.0]]
-    with pytest.raises(ValueError, match=r"latent 3 has an activation of 3e\+05; expected less than 2.62e\+05, 131,072 times"):
+    with pytest.raises(
+        ValueError, match=r"latent 3 has an activation of 3e\+05; expected less than 2.62e\+05, 131,072 times"
+    ):
         summarise(a_unit([1.0, 3e5], [1, 2], [0, 3]), 2.0, Evidence.empty(4, 4))
     with pytest.raises(ValueError, match="latent 0 has an activation of inf"):
         summarise(a_unit([np.inf], [1], [0]), 2.0, Evidence.empty(1, 4))

@@ -223,7 +223,7 @@ def test_no_bytes_crash_and_every_label_is_of_a_token(source: bytes, named: bool
 def test_the_text_of_a_document_is_recovered_byte_by_byte() -> None:
     text = "π = 'naïve 漢字 \U0001f40d'\n\tx\r\n"
     stream = packed(text, "second\n", length=8)
-    sources = [pieces.source.decode() for _, pieces in _documents(stream, TEXTS)]
+    sources = [pieces.source.decode() for _, pieces in _documents(stream, TEXTS, np.arange(len(stream.tokens)))]
     assert sources == [text, "second\n"]
 
 
@@ -244,6 +244,48 @@ def test_a_vocabulary_gives_every_stream_the_same_columns() -> None:
     assert label(other, vocabulary, {0: "z.py"}).shape[1] == len(vocabulary.names)
     empty = Stream(*(column[:0] for column in other))
     assert label(empty, Vocabulary(TEXTS, *(np.empty(shape, int) for shape in (0, 0, (0, 2)))), {}).shape[0] == 0
+
+
+BROKEN = (
+    'ends here)\n    """\n    return [1\n\nclass A(B, m=(1,)):\n    def g(self, *b): return f(b[0].c(\'x\'), {1: (2)}\n'
+)
+
+
+@pytest.mark.parametrize("every", [1, 2, 7, 31])
+def test_labels_of_some_rows_are_those_of_all_at_these_rows(every: int) -> None:
+    """Of whole and of broken source, prose, and documents of which no row is asked for."""
+    stream = packed(SOURCE, BROKEN, "x = 1\n", "Not a program: (prose", Path(syntax.__file__).read_text(), SOURCE[7:-9])
+    vocabulary = choose_literals(stream, TEXTS, least=1)
+    names = {0: "a.py", 1: "b.py", 4: "e.py", 5: "f.py"}
+    everything = label(stream, vocabulary, names)
+    for first in range(min(every, 3)):
+        rows = np.arange(first, len(stream.tokens), every)
+        some = label(stream, vocabulary, names, rows)
+        differ = (some != everything[rows]).tocoo()
+        assert not differ.nnz, (rows[differ.row[0]], vocabulary.names[differ.col[0]])
+    assert label(stream, vocabulary, names, rows[:0]).shape == (0, len(vocabulary.names))
+
+
+@pytest.mark.parametrize("text", ["a = 1\n\n\nb = (2,\n", BROKEN])
+def test_a_token_alone_has_the_labels_it_has_among_all(text: str) -> None:
+    source = text.encode()
+    start = np.arange(len(source))
+    pieces = syntax.Pieces(source, start, start + 1, start)
+    tokens, ids = syntax.label_source(pieces, True)
+    for token in start:
+        alone, found = syntax.label_source(pieces, True, start == token)
+        assert (alone == token).all()
+        assert set(found) == set(ids[tokens == token]), token
+
+
+def test_little_of_a_tree_is_walked_for_few_tokens() -> None:
+    source = b"x = f(a, [b])\n" * 500
+    root, everywhere = syntax.parse(source), np.arange(len(source))
+    few, every = syntax._Seen(everywhere[:3], everywhere[:3] + 1), syntax._Seen(everywhere, everywhere + 1)
+    for seen in (few, every):
+        seen.walk(root)
+    assert len(few.nodes) == 4  # the module, its first statement, the assignment and its name
+    assert len(every.nodes) > 1000
 
 
 def test_labels_do_not_depend_on_the_interpreter() -> None:

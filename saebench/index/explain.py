@@ -16,7 +16,7 @@ from saebench.store import Store
 
 FIT_ROWS = 50_000
 """Rows of the training sample that rules are fitted to; labelling is the slowest part of an index of few rows."""
-_CHUNK = 2**17  # rows labelled at once, to the next end of a document
+_CHUNK = 2**17  # rows of which what is wanted is labelled at once, to the next end of a document
 _CHUNKS_FOR_VOCABULARY = 4
 
 
@@ -89,7 +89,7 @@ def _rows(store: Store, split: str, sample: Sample, d_sae: int, vocabulary: Voca
     literals, tokens, positions = [], [], []
     with progress(len(sample.rows), f"label {split} rows", "row") as bar:
         for wanted, stream in _streams(store, split, sample.rows):
-            literals.append(label(stream, vocabulary, names)[wanted])
+            literals.append(label(stream, vocabulary, names, wanted))
             tokens.append(stream.tokens[wanted])
             positions.append(stream.position[wanted])
             bar.update(len(wanted))

@@ -1,6 +1,6 @@
 """Boolean literals of tokens: which there are, and the rows of a token stream on which each holds.
 
-Legend: n rows of a stream, V vocabulary, M literals.
+Legend: n rows of a stream, r of them that are labelled, V vocabulary, M literals.
 """
 
 import json
@@ -132,38 +132,45 @@ def _with_previous(stream: Stream, size: int) -> tuple[np.ndarray, np.ndarray, n
     return current, before, pair
 
 
-def label(stream: Stream, vocabulary: Vocabulary, documents: Mapping[int, str]) -> sparse.csr_array:
-    """Which literals hold on which rows, `[n, M]` bool; about 20 of them on a row of Python source.
+def label(
+    stream: Stream, vocabulary: Vocabulary, documents: Mapping[int, str], rows: Int[np.ndarray, " r"] | None = None
+) -> sparse.csr_array:
+    """Which literals hold on which rows, `[r, M]` bool, of all rows or of those given (ascending); about 20 of them on a row of Python source.
 
     `documents` names the documents: what ends in .py is read as Python, and so is what parses as it. Labels of
     lines and syntax come from a document's whole text in the stream, also where a context begins within it.
     """
-    size = len(vocabulary.texts)
-    current, before, pair = _with_previous(stream, size)
+    size, n = len(vocabulary.texts), len(stream.tokens)
+    rows = np.arange(n) if rows is None else rows
+    current, before, pair = (values[rows] for values in _with_previous(stream, size))
     keys = vocabulary.bigrams @ np.array([size, 1])
     starts_word, ends_word = vocabulary.word_edges
-    line = np.zeros((len(current), len(_LINE)), dtype=bool)
+    line = np.zeros((len(rows), len(_LINE)), dtype=bool)
     line[:, 1] = starts_word[current] & ends_word[before]
-    line[:, 2 : 2 + len(_POSITIONS)] = stream.position[:, None] < np.array(_POSITIONS)
+    line[:, 2 : 2 + len(_POSITIONS)] = stream.position[rows, None] < np.array(_POSITIONS)
     found = [(np.empty(0, np.int32), np.empty(0, np.int32))]
-    for rows, pieces in _documents(stream, vocabulary.texts):
-        line[rows, 0], indent = _line_facts(pieces)
-        line[rows, 2 + len(_POSITIONS) :] = indent[:, None] <= np.array(_INDENTS)
-        name = documents.get(int(stream.doc_id[rows[0]]), "")
-        tokens, ids = syntax.label_source(pieces, name.endswith(".py"))
-        found.append((rows[tokens].astype(np.int32), ids.astype(np.int32)))
-    line[~stream.keep] = False
-    rows, ids = (np.concatenate(part) for part in zip(*found, strict=True))
-    in_source = sparse.coo_array((np.ones(len(rows), bool), (rows, ids)), shape=(len(current), len(syntax.NAMES)))
+    place = np.full(n, -1, np.int32)
+    place[rows] = np.arange(len(rows))
+    for places, pieces in _documents(stream, vocabulary.texts, place):
+        wanted = places >= 0
+        first, indent = _line_facts(pieces)
+        line[places[wanted], 0] = first[wanted]
+        line[places[wanted], 2 + len(_POSITIONS) :] = indent[wanted, None] <= np.array(_INDENTS)
+        name = documents.get(int(stream.doc_id[rows[places[wanted][0]]]), "")
+        tokens, ids = syntax.label_source(pieces, name.endswith(".py"), wanted)
+        found.append((places[tokens], ids.astype(np.int32)))
+    line[~stream.keep[rows]] = False
+    places, ids = (np.concatenate(part) for part in zip(*found, strict=True))
+    in_source = sparse.coo_array((np.ones(len(places), bool), (places, ids)), shape=(len(rows), len(syntax.NAMES)))
     parts = [
         vocabulary.by_token[current],
         _one_hot(before, vocabulary.previous),
         _one_hot(pair, keys),
         sparse.csr_array(line),
     ]
-    found_nM: Any = sparse.hstack([*parts, in_source.tocsr()], format="csr")
-    places = found_nM.indices.astype(np.int32), found_nM.indptr.astype(np.int32)  # half of what scipy has made of them
-    return sparse.csr_array((found_nM.data, *places), shape=found_nM.shape)
+    found_rM: Any = sparse.hstack([*parts, in_source.tocsr()], format="csr")
+    offsets = found_rM.indices.astype(np.int32), found_rM.indptr.astype(np.int32)  # half of what scipy has made of them
+    return sparse.csr_array((found_rM.data, *offsets), shape=found_rM.shape)
 
 
 def _one_hot(values: np.ndarray, chosen: np.ndarray) -> sparse.csr_array:
@@ -196,19 +203,23 @@ def _word_edges(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
     return np.array([*starts, False]), np.array([*ends, False])
 
 
-def _documents(stream: Stream, texts: Sequence[bytes]) -> Iterator[tuple[np.ndarray, syntax.Pieces]]:
-    """(rows with text, the text and their places in it) of each document in the stream."""
+def _documents(
+    stream: Stream, texts: Sequence[bytes], place: Int[np.ndarray, " n"]
+) -> Iterator[tuple[np.ndarray, syntax.Pieces]]:
+    """(`place` of the rows with text, the text and where they lie in it) of each document with any `place` that is not -1."""
     kept = np.flatnonzero(stream.keep)
     for rows in np.split(kept, np.flatnonzero(np.diff(stream.doc_id[kept])) + 1):
+        if (place[rows] < 0).all():
+            continue
         parts = [texts[token] for token in stream.tokens[rows].tolist()]
         end = np.cumsum([len(part) for part in parts])
-        if len(rows) == 0 or end[-1] == 0:
+        if end[-1] == 0:
             continue
         source = b"".join(parts)
         start = np.concatenate([[0], end[:-1]])
         solid = np.flatnonzero(~np.isin(np.frombuffer(source, np.uint8), _WHITE))
         next_solid = np.append(solid, len(source))[np.searchsorted(solid, start)]
-        yield rows, syntax.Pieces(source, start, end, np.where(next_solid < end, next_solid, start))
+        yield place[rows], syntax.Pieces(source, start, end, np.where(next_solid < end, next_solid, start))
 
 
 def _line_facts(pieces: syntax.Pieces) -> tuple[Bool[np.ndarray, " n"], Int[np.ndarray, " n"]]:

@@ -6,11 +6,12 @@ Legend: n tokens of one document, k labels of them.
 """
 
 import re
+from bisect import bisect_left
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 VERSION = "syntax 3"
 """of the labels and their order, by which an index knows whether its rules can be applied"""
@@ -137,23 +138,30 @@ class Pieces(NamedTuple):
     anchor: Int[np.ndarray, " n"]
 
 
-def label_source(pieces: Pieces, named_python: bool) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " k"]]:
-    """(token numbers, indices into `NAMES`) of the labels that hold; none where the source is not Python.
+def label_source(
+    pieces: Pieces, named_python: bool, wanted: Bool[np.ndarray, " n"] | None = None
+) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " k"]]:
+    """(token numbers, indices into `NAMES`) of the labels that hold on wanted tokens; none where the source is not Python.
 
     A document whose name does not say that it is Python is, when all of it parses and some statement of
-    it is more than an expression (as every single word of prose is).
+    it is more than an expression (as every single word of prose is). By default all tokens are wanted; where they are few, little
+    more of the tree is walked than what they lie in.
     """
     found: list[_Found] = [(np.empty(0, np.int64), np.empty(0, np.int64))]
     root = parse(pieces.source)
     if not named_python and (root.has_error or not _is_program(root)):
         return found[0]
-    seen = _Seen()
+    if wanted is None:
+        wanted = np.ones(len(pieces.start), bool)
+    # A token has labels of the one before it, too.
+    seen = _Seen(np.append(pieces.start[:1], pieces.start[:-1])[wanted], pieces.end[wanted])
     seen.walk(root)
     found += _node_labels(pieces, seen.nodes)
     found += _lexeme_labels(pieces, seen)
     found += _role_labels(pieces, seen.roles)
     tokens, ids = (np.concatenate(part) for part in zip(*found, strict=True))
-    return tokens, ids
+    held = wanted[tokens]
+    return tokens[held], ids[held]
 
 
 @cache
@@ -230,9 +238,14 @@ class _Place(NamedTuple):
 
 
 class _Seen:
-    """What a walk over a tree finds: nodes with their facts, roles of names, and lexemes with the brackets open after them."""
+    """What a walk over a tree finds: nodes with their facts, roles of names, and lexemes with the brackets open after them.
 
-    def __init__(self) -> None:
+    Nodes that reach into none of the spans from `start` to `end`, both ascending, are passed over. So that the brackets are counted none
+    the less, one with errors is not: in any other each bracket that opens is closed.
+    """
+
+    def __init__(self, start: Int[np.ndarray, " s"], end: Int[np.ndarray, " s"]) -> None:
+        self._start, self._end = start.tolist(), end.tolist()
         self.nodes: list[tuple[int, int, int, int, int, int, int, int]] = []
         """start, end, ids of kind, parent, statement and depth, bits, whether parsed; parents before children"""
         self.roles: list[tuple[str, int, int]] = []
@@ -241,9 +254,12 @@ class _Seen:
         self._open: list[str] = []
 
     def walk(self, root: Any) -> None:
-        stack = [(root, _Place())]
+        stack: list[tuple[Any, _Place | None]] = [(root, _Place())]
         while stack:
             node, place = stack.pop()
+            if place is None:
+                self._read(node)
+                continue
             kind = node.type
             if not node.child_count or kind == "string":
                 self._lexeme(node, kind, place)
@@ -275,6 +291,10 @@ class _Seen:
                 if not child.is_named:  # a sign or a word is a lexeme, and says nothing of its own
                     stack.append((child, inner))
                     continue
+                if not self._wanted(child):
+                    if not inner.string and child.start_byte < child.end_byte:
+                        stack.append((child, None))
+                    continue
                 field = node.field_name_for_child(number)
                 stack.append((child, inner._replace(
                     field=field,
@@ -282,6 +302,10 @@ class _Seen:
                     called=field == "function" and kind == "call",
                     target=(kind, field) in _TARGETS or (place.target and kind in _TARGET_PARTS),
                 )))  # fmt: skip
+
+    def _wanted(self, node: Any) -> bool:
+        last = bisect_left(self._start, node.end_byte) - 1
+        return (last >= 0 and self._end[last] > node.start_byte) or node.has_error
 
     def _role(self, node: Any, kind: str, place: _Place) -> None:
         start, end = node.start_byte, node.end_byte
@@ -325,6 +349,10 @@ class _Seen:
                 self._open.pop()
         elif node.start_byte == node.end_byte:
             return
+        self._read(node, first, second)
+
+    def _read(self, node: Any, first: int = -1, second: int = -1) -> None:
+        """Take down a lexeme, or all that lies in a node that was passed over, with the brackets open after it."""
         depth = _ID["bracket depth 0"] + min(len(self._open), _MAX_BRACKETS)
         bracket = _ID[f"innermost bracket {self._open[-1]}"] if self._open else -1
         self.lexemes.append((node.start_byte, node.end_byte, first, second, depth, bracket))
