@@ -157,14 +157,14 @@ def test_back_and_the_sidebar_find_pages_as_they_were_left(page: Page, address: 
 
 
 def test_the_list_is_in_a_latents_address(page: Page, browser: Browser, address: str) -> None:
-    page.goto(f"{address}/features?sae={SAE}&sort=max.desc&q=7")
+    page.goto(f"{address}/features?sae={SAE}&sort=max.desc&q=house")
     rows = page.locator("table[aria-label=latents] tbody tr")
     expect(rows).not_to_have_count(48)
     second = rows.nth(1).locator("a").inner_text()
     rows.first.locator("a").click()
     expect(page.get_by_role("heading", name=re.compile("^Latent"))).to_be_visible()
     settled(page)
-    assert "q=7" in page.url
+    assert "q=house" in page.url
     assert "sort=max.desc" in page.url
     other = browser.new_context().new_page()
     other.goto(page.url)
