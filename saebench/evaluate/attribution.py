@@ -65,7 +65,7 @@ def attribute(
     the error as a node). With more: integrated gradients, ∇m averaged along the straight line from x₀ to x at the `steps`
     points of Gauss and Legendre (Sundararajan et al. 2017, section 3); `total` then comes to metric − baseline, within
     a percent at 10 steps, unless x₀ is near zero: a model's norms have no derivative there, and no number of steps helps.
-    Special tokens and vectors of a norm above `longest` are left as they are, x₀ included, and no effect is theirs; None leaves
+    What is `left_alone` (BOS, and vectors of a norm above `longest`) is left as it is, x₀ included, and no effect is theirs; None leaves
     out nothing. Raises ValueError when `steps` is under 1.
     """
     if steps < 1:
@@ -101,13 +101,15 @@ def attribute(
 
 
 def left_alone(
-    model: LanguageModel, ids: Int[Tensor, " L"], x_LD: Float[Tensor, "L D"], longest: float | None
-) -> Bool[Tensor, " L"]:
-    """The positions of special tokens and of vectors of a norm above `longest`; none where it is None."""
+    model: LanguageModel, ids: Int[Tensor, "*B L"], x: Float[Tensor, "*B L D"], longest: float | None
+) -> Bool[Tensor, "*B L"]:
+    """The first position, those of special tokens, and of vectors of a norm above `longest`; none where it is None."""
     if longest is None:
         return torch.zeros_like(ids, dtype=torch.bool)
     special = torch.tensor(sorted(model.encoder.special), device=ids.device)
-    return torch.isin(ids, special) | (x_LD.norm(dim=1) > longest)
+    alone = torch.isin(ids, special) | (x.norm(dim=-1) > longest)
+    alone[..., 0] = True  # an attention sink, whether or not a ready-made context has BOS there
+    return alone
 
 
 def ablation_effects(
@@ -116,8 +118,8 @@ def ablation_effects(
 ) -> tuple[Float[Tensor, "L V"], Float[Tensor, " L"]]:  # fmt: skip
     """(change of the logits, change of the next-token loss in nats; NaN at the last) when a latent is set to 0 on a text.
 
-    The SAE's error and all other latents are kept: f d is taken off wherever the latent fires, but for special tokens and vectors
-    of a norm above `longest`; None leaves out nothing. Raises ValueError for a latent that the SAE does not have.
+    The SAE's error and all other latents are kept: f d is taken off wherever the latent fires, but for what is `left_alone`
+    (BOS, and vectors of a norm above `longest`); None leaves out nothing. Raises ValueError for a latent that the SAE does not have.
     """
     encode = latent_encoder(sae, [latent])
     ids = torch.as_tensor(tokens, device=model.device).long()[None]

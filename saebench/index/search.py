@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saebench.evaluate.attribution import attribute, logit_of
+from saebench.evaluate.attribution import attribute, left_alone, logit_of
 from saebench.index.reader import FeatureIndex
 from saebench.models import LanguageModel, capture, next_logits
 from saebench.sae import SAE, encode_sparse, latent_encoder
@@ -88,7 +88,7 @@ def features_for_text(
         code, values = encode_sparse(sae, x_LD.to(sae.W_dec.device))
         rows, latents, acts = (part.cpu().numpy() for part in (code.rows, code.latents, values))
     density = index.columns["density"]
-    left_out = np.isin(tokens, list(model.encoder.special)) | massive
+    left_out = _left_out(model, index, tokens, x_LD)
     wanted = ~left_out[rows] & (density[latents] <= max_density)
     if position is not None:
         wanted &= rows == position
@@ -115,8 +115,7 @@ def activations_on(
     x_LD = _vectors(model, index.hook, tokens)
     with torch.no_grad():
         values = latent_encoder(sae, [latent])(x_LD.to(sae.W_dec.device))[:, 0].cpu().numpy()
-    left_out = np.isin(tokens, list(model.encoder.special)) | (x_LD.norm(dim=1) > index.longest).cpu().numpy()
-    return tokens, np.where(left_out, 0.0, values)
+    return tokens, np.where(_left_out(model, index, tokens, x_LD), 0.0, values)
 
 
 _KEYS = {
@@ -128,6 +127,10 @@ _KEYS = {
 
 def _vectors(model: LanguageModel, hook: str, tokens: np.ndarray) -> Float[Tensor, "L D"]:
     return capture(model, torch.tensor(tokens, device=model.device)[None], [hook])[hook][0].float()
+
+
+def _left_out(model: LanguageModel, index: FeatureIndex, tokens: np.ndarray, x_LD: Float[Tensor, "L D"]) -> np.ndarray:
+    return left_alone(model, torch.tensor(tokens, device=model.device), x_LD, index.longest).cpu().numpy()
 
 
 def _target(model: LanguageModel, tokens: np.ndarray, position: int | None, target: int | None) -> int:

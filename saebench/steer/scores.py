@@ -19,6 +19,7 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saebench.evaluate.attribution import left_alone
 from saebench.files import replacing
 from saebench.index import FeatureIndex
 from saebench.models import LanguageModel, clean_pass, head, resumed_states, resumes
@@ -147,8 +148,7 @@ class _Trial:
         once = clean_pass(model, tokens, index.hook)
         self._clean = clean_pass(model, repeat(tokens, "p l -> (f p) l", f=self.size), index.hook)
         self._x_PLD = once.value.float()
-        self._left_alone_PL = self._x_PLD.norm(dim=2) > norms.bound
-        self._left_alone_PL[:, 0] = True  # BOS
+        self._left_alone_PL = left_alone(model, tokens, self._x_PLD, norms.bound)
         with torch.no_grad():
             self._scale = normalized(self._x_PLD, sae.normalize)[1]
             self._before_PV = head(model, once.states[:, -1]).float().softmax(-1)
