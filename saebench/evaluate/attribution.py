@@ -34,6 +34,8 @@ class Attribution(NamedTuple):
     """`[N]` of each activation"""
     errors: np.ndarray
     """`[L]` of the SAE's error at each position"""
+    alone: np.ndarray
+    """`[L]` ∇m·(x − x₀) where a position is left alone, as if it were not, and 0 elsewhere: no part of `total`"""
     metric: float
     """m(x): on the text as it is"""
     baseline: float
@@ -78,7 +80,8 @@ def attribute(
         counted = ~alone_L[code.rows.long()]
         rows, latents, values = code.rows.long()[counted], code.latents.long()[counted], values[counted]
         _, scale, shift = normalized(x_LD, sae.normalize)
-        base_LD = torch.where(alone_L[:, None], x_LD, sae.b_dec * scale + shift)
+        bias_LD = (sae.b_dec * scale + shift).expand_as(x_LD)
+        base_LD = torch.where(alone_L[:, None], x_LD, bias_LD)
         scale_L = torch.as_tensor(scale, device=x_LD.device).expand(len(x_LD), 1)[:, 0].float()
         parts_LD = torch.zeros_like(x_LD)
         for picked in _blocks(len(rows), sae.d_in):
@@ -93,11 +96,10 @@ def attribute(
             products = (gradient_LD[rows[picked]] * sae.W_dec[latents[picked]]).sum(1)
             effects[picked] = products * values[picked] * scale_L[rows[picked]]
         errors_L = (gradient_LD * errors_LD).sum(1)
+        apart_L = (gradient_LD * (x_LD - bias_LD)).sum(1) * alone_L
         ends = [float(metric(_logits(model, ids, hook, end)).detach()) for end in (x_LD, base_LD)]
-    rows_N, latents_N, values_N, effects_N, errors = (
-        part.cpu().numpy() for part in (rows, latents, values, effects, errors_L)
-    )
-    return Attribution(rows_N, latents_N, values_N, effects_N, errors, ends[0], ends[1])
+    parts = [part.cpu().numpy() for part in (rows, latents, values, effects, errors_L, apart_L)]
+    return Attribution(*parts, metric=ends[0], baseline=ends[1])
 
 
 def left_alone(
