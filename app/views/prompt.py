@@ -19,7 +19,7 @@ from saebench.view.tokens import number, token_html, units, visible
 RANKS = {"Activation": "activation", "Quantile": "quantile", "Attribution": "attribution"}
 MEANINGS = {
     "Activation": "the strongest activation on the text",
-    "Quantile": "the share of the latent's own firings that are no stronger: what is unusual for it",
+    "Quantile": "the chance that the strongest of as many of the latent's own firings is no stronger: what is unusual for it",
     "Attribution": "gradient × activation, on the logit of the token that follows, from all tokens up to there",
 }
 DENSITIES = {"any": 1.0, "at most 10%": 0.1, "at most 1%": 0.01, "at most 0.1%": 0.001}
@@ -85,7 +85,7 @@ def tokens_html(found: TextFeatures, position: int | None, focus: int | None) ->
 def firings_html(table: LatentTable, text: str, found: TextFeatures, focus: int | None) -> str:
     columns = [
         grid.Column("", "latent"), grid.Column("", "label or rule", text=True), grid.Column("", "peak at", text=True),
-        grid.Column("", "peak"), grid.Column("", "quantile", "share of its firings that are no stronger"),
+        grid.Column("", "peak"), grid.Column("", "quantile", "chance that the strongest of as many of its firings is no stronger"),
         grid.Column("", "density"), *([grid.Column("", "effect", "on the logit, in all")] if found.target is not None else []),
         grid.Column("", "tokens"), grid.Column("", ""),
     ]  # fmt: skip
@@ -97,7 +97,7 @@ def firings_html(table: LatentTable, text: str, found: TextFeatures, focus: int 
         )  # that which its character begins at
         cells = [
             grid.link(str(firing.latent), f"latent:{firing.latent}", link_to("features", latent=firing.latent)), html.escape(table.name(firing.latent)),
-            f"<code>{html.escape(visible(peak).replace(' ', '·'))}</code>", number(firing.peak), f"{firing.quantile:.1%}",
+            f"<code>{html.escape(visible(peak).replace(' ', '·'))}</code>", number(firing.peak), f"{firing.unusual:.1%}",
             f"{firing.density:.2%}", *([f"{firing.effect:+.3f}"] if found.target is not None else []),
             str(len(firing.positions)), grid.link("steer", f"steer:{firing.latent}", link_to("steering", turns=f"{firing.latent}:add:{usual_strength(table.index)}", prompt=text)),
         ]  # fmt: skip

@@ -36,6 +36,11 @@ class Firing(NamedTuple):
         return float(self.values.max())
 
     @property
+    def unusual(self) -> float:
+        """Probability that the strongest of as many of its firings as there are here is no stronger: quantile to their number."""
+        return self.quantile ** len(self.positions)
+
+    @property
     def effect(self) -> float:
         """The sum of its effects."""
         return 0.0 if self.effects is None else float(self.effects.sum())
@@ -84,7 +89,10 @@ def features_for_text(
     max_density: float = 1.0,
     limit: int | None = 50,
 ) -> TextFeatures:
-    """The latents that fire on a text, ranked by their strongest activation, by its quantile in the index, or by attribution.
+    """The latents that fire on a text, ranked by their strongest activation, by how unusual that is, or by attribution.
+
+    The quantile of an activation among the latent's own is no measure of that alone: the strongest of many firings is high in
+    any text (`Firing.unusual`).
 
     Firings are looked for on all tokens but special ones and those of massive vectors, or at one `position` alone. A density above `max_density` leaves a
     latent out. Attribution (gradient × activation) is to the logit of the token `target` after `position` or after the text,
@@ -157,7 +165,7 @@ def activations_on(
 
 _KEYS = {
     "activation": lambda firing: -firing.peak,
-    "quantile": lambda firing: (-firing.quantile, -firing.peak),
+    "quantile": lambda firing: (-firing.unusual, -firing.peak),
     "attribution": lambda firing: -abs(firing.effect),
 }
 
