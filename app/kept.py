@@ -8,34 +8,44 @@ from turns import set_turns
 
 from saebench.browse.recipes import Recipe, load_recipe, recipes_of, save_recipe
 from saebench.browse.runs import Trained
+from saebench.index import FeatureIndex
+from saebench.index.schema import identity_of
 from saebench.view.markdown import code, plain
 
 
-def recipes(sae: Trained, recipe: Recipe, longest: int) -> None:
+def recipes(sae: Trained, recipe: Recipe, index: FeatureIndex | None, longest: int) -> None:
     """Save these settings, or open others, of at most `longest` new tokens."""
     with said():
+        of = identity_of(sae.folder, None) if index is None else index.belonging
         name = st.text_input("Save these settings as", key="recipe name").strip()
         if name in recipes_of(sae.run, sae.name):
             st.caption("This replaces the one of that name.")
         with said():
             if st.button("Save", disabled=not name):
-                st.caption(f"saved as {code(str(save_recipe(sae.run, name, sae.name, recipe)))}")
+                st.caption(f"saved as {code(str(save_recipe(sae.run, name, sae.name, recipe, of)))}")
         for known in recipes_of(sae.run, sae.name):
             key, icon = f"recipe {known}", ":material/folder_open:"
-            st.button(plain(known), key=key, icon=icon, on_click=open_recipe, args=(sae, known, longest))
+            st.button(plain(known), key=key, icon=icon, on_click=open_recipe, args=(sae, known, of, longest))
         if error := st.session_state.pop("recipe error", None):
             st.error(plain(error))
+        if word := st.session_state.pop("recipe word", None):
+            st.caption(plain(word))
 
 
-def open_recipe(sae: Trained, name: str, longest: int) -> None:
+def open_recipe(sae: Trained, name: str, of: dict[str, str], longest: int) -> None:
     """Set the widgets of the bench to a recipe, or leave word of what is wrong with it."""
     try:
-        recipe = load_recipe(sae.run, name)
+        recipe, says = load_recipe(sae.run, name, of)
         if not 1 <= recipe.max_new_tokens <= longest:
             raise ValueError(f"recipe {name!r} has {recipe.max_new_tokens} new tokens; this model takes 1 to {longest}")
     except ValueError as error:
         st.session_state["recipe error"] = str(error)
         return
+    if not says:
+        st.session_state["recipe word"] = (
+            f"{name!r} does not say of which SAE and index it is: it was saved before that was noted. "
+            "If they are still those it was made with, save it again."
+        )
     for field in dataclasses.fields(Recipe):
         if field.name != "turns":
             st.session_state[field.name] = getattr(recipe, field.name)

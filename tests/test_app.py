@@ -240,8 +240,16 @@ def test_a_prompt_longer_than_the_context_is_told_so(opened: Any) -> None:
 def test_a_text_is_ranked_and_a_token_chosen(opened: Any) -> None:
     app = opened("prompt", sae=SAE, text="the red cat sees", rank="Attribution", at="2")
     assert not app.error
-    assert "Only token 2" in said(app)
+    assert "What follows token 2" in said(app)
     assert "Attributed to the logit of" in said(app)
+    assert re.search(r"the SAE's error [+-][\d.]+ \(\d+%\), BOS and massive activations", said(app))
+    {field.label: field for field in app.text_input}["Token"].input("·dog")
+    app.run()
+    assert not app.error
+    assert "Attributed to the logit of `·dog`" in said(app)
+    {field.label: field for field in app.text_input}["Compared with"].input("dog cat")
+    app.run()
+    assert "expected one" in said(app)
 
 
 def test_a_note_is_written_and_a_second_writer_told(opened: Any, copy: Path) -> None:

@@ -135,6 +135,20 @@ def test_massive_vectors_are_left_alone(model: LanguageModel, sae: SAE, tokens: 
     assert ablation_effects(model, sae, HOOK, tokens, latent, longest=None)[0].abs().max() > 0
 
 
+def test_the_first_position_is_left_alone_whatever_stands_there(
+    model: LanguageModel, sae: SAE, tokens: np.ndarray
+) -> None:
+    """A ready-made context need not begin with BOS; its first vector is a sink all the same, and no store keeps it."""
+    ready = tokens[1:]
+    everywhere = attribute(model, sae, HOOK, ready, logit_of(5), longest=None)
+    assert 0 in everywhere.positions
+    assert 0 not in attribute(model, sae, HOOK, ready, logit_of(5)).positions
+    at = {int(latent): set(everywhere.positions[everywhere.latents == latent]) for latent in everywhere.latents}
+    first = next(latent for latent, places in at.items() if places == {0})
+    assert ablation_effects(model, sae, HOOK, ready, first)[0].abs().max() == 0
+    assert ablation_effects(model, sae, HOOK, ready, first, longest=None)[0].abs().max() > 0
+
+
 def test_nonsense_is_refused(model: LanguageModel, sae: SAE, tokens: np.ndarray) -> None:
     with pytest.raises(ValueError, match="steps is 0; expected 1"):
         attribute(model, sae, HOOK, tokens, logit_of(5), steps=0)

@@ -139,16 +139,30 @@ def test_turns_are_read_as_they_are_written() -> None:
 
 def test_a_recipe_is_kept_with_its_run_and_sae(tmp_path: Path) -> None:
     recipe = Recipe(turns=(Turn(latent=3, strength="2x"),), prompt="<b>", n=2, temperature=0.5, seed=9)
-    save_recipe(tmp_path, "loud cats", SAE, recipe)
-    assert load_recipe(tmp_path, "loud cats") == recipe
+    of = {"sae": "a", "index": "b"}
+    save_recipe(tmp_path, "loud cats", SAE, recipe, of)
+    assert load_recipe(tmp_path, "loud cats", of) == (recipe, True)
+    assert load_recipe(tmp_path, "loud cats", {"sae": "a"}) == (recipe, True)  # the index is gone
     assert recipes_of(tmp_path, SAE) == ["loud cats"]
     assert recipes_of(tmp_path, "another") == []
+
+
+def test_a_recipe_of_another_sae_or_index_is_refused_and_an_older_one_opens_with_a_word(tmp_path: Path) -> None:
+    path = save_recipe(tmp_path, "mine", SAE, Recipe(turns=(Turn(latent=3),)), {"sae": "a", "index": "b"})
+    with pytest.raises(
+        ValueError, match=r"mine.json was made from another sae: it says a, this one is c; .* 3:add:0.5n"
+    ):
+        load_recipe(tmp_path, "mine", {"sae": "c", "index": "b"})
+    with pytest.raises(ValueError, match="was made from another index: it says b, this one is c"):
+        load_recipe(tmp_path, "mine", {"sae": "a", "index": "c"})
+    write_json(path, {name: value for name, value in read_json(path).items() if name != "of"})
+    assert load_recipe(tmp_path, "mine", {"sae": "c"})[1] is False
 
 
 @pytest.mark.parametrize("name", ["../out", "a/b", "", ".hidden", "x" * 61])
 def test_a_recipe_never_leaves_its_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="cannot be a file; use letters"):
-        save_recipe(tmp_path, name, SAE, Recipe())
+        save_recipe(tmp_path, name, SAE, Recipe(), {})
 
 
 @pytest.mark.parametrize(
@@ -158,7 +172,7 @@ def test_a_recipe_edited_into_nonsense_is_named(tmp_path: Path, content: str, me
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "mine.json").write_text(content)
     with pytest.raises(ValueError, match=f"mine.json {message}"):
-        load_recipe(tmp_path, "mine")
+        load_recipe(tmp_path, "mine", {})
 
 
 @pytest.mark.parametrize(
@@ -166,10 +180,10 @@ def test_a_recipe_edited_into_nonsense_is_named(tmp_path: Path, content: str, me
     [("temperature", "hot"), ("prompt", 7), ("n", 100), ("positions", "nowhere"), ("n", True), ("turns", 3)],
 )
 def test_a_recipe_with_a_value_of_another_kind_is_named(tmp_path: Path, field: str, value: object) -> None:
-    path = save_recipe(tmp_path, "mine", SAE, Recipe())
+    path = save_recipe(tmp_path, "mine", SAE, Recipe(), {})
     write_json(path, read_json(path) | {field: value})
     with pytest.raises(ValueError, match=r"mine\.json"):
-        load_recipe(tmp_path, "mine")
+        load_recipe(tmp_path, "mine", {})
 
 
 def test_what_is_copied_as_python_runs_and_says_the_same(trained: Trained, bench: Bench) -> None:

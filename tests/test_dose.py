@@ -13,6 +13,7 @@ import torch
 from conftest import CONTEXT, HOOK, WIDTH
 
 from saebench.cli import main
+from saebench.files import write_json
 from saebench.index import FeatureIndex, IndexConfig, build_index
 from saebench.labels import syntax
 from saebench.models import LanguageModel, load_model, logits
@@ -27,8 +28,8 @@ from saebench.steer.dose import (
     repetition,
     top_tokens,
 )
-from saebench.steer.run import Bench, SteerConfig, open_bench, rank, steer, sweep
-from saebench.steer.scores import ScoreConfig, read_scores, score, scores_path
+from saebench.steer.run import Bench, SteerConfig, open_bench, rank, read_sweep, steer, sweep
+from saebench.steer.scores import ScoreConfig, are_complete, read_scores, score, scores_path
 from saebench.store import Store
 from saebench.text import encoder_of
 from saebench.train.recipes import RECIPES
@@ -260,6 +261,44 @@ def test_scores_of_another_index_are_not_read(bench: Bench, index: FeatureIndex,
     with h5py.File(scores_path(index.path), "r+") as file:
         file.attrs["identity"] = json.dumps({**index.identity, "sae": "0"})
     assert read_scores(index) is None
+
+
+def test_scores_of_another_index_are_not_complete(bench: Bench, index: FeatureIndex, model: LanguageModel) -> None:
+    score(model, bench.sae, index, ScoreConfig(prompts=2))
+    assert are_complete(index.path)
+    with h5py.File(scores_path(index.path), "r+") as file:
+        file.attrs["identity"] = json.dumps({**index.identity, "sae": "0"})
+    assert not are_complete(index.path)
+
+
+def test_a_sweep_says_what_it_belongs_to_and_is_refused_elsewhere(
+    folder: Path, index: FeatureIndex, tmp_path: Path
+) -> None:
+    out = tmp_path / "dose.json"
+    sweep(
+        SteerConfig(
+            sae=folder, device="cpu", latent=(PLANTED,), strength=("2n",), max_new_tokens=2, positions="prompt", out=out
+        )
+    )
+    found, says = read_sweep(out, index, PLANTED, "add", "prompt")
+    assert says
+    assert found["of"] == index.belonging
+    for wrong, message in (
+        ((PLANTED, "add", "all"), "measured with positions 'prompt'; expected 'all'"),
+        ((PLANTED, "clamp", "prompt"), "measured with mode 'add'; expected 'clamp'"),
+        ((0, "add", "prompt"), f"measured with latent {PLANTED}; expected 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_sweep(out, index, *wrong)  # type: ignore[arg-type]
+    for what in ("sae", "index"):
+        write_json(out, found | {"of": found["of"] | {what: "0"}})
+        with pytest.raises(ValueError, match=rf"dose.json was made from another {what}: it says 0, .* measure again"):
+            read_sweep(out, index, PLANTED, "add", "prompt")
+    write_json(out, {name: value for name, value in found.items() if name != "of"})
+    assert not read_sweep(out, index, PLANTED, "add", "prompt")[1]
+    write_json(out, [1])
+    with pytest.raises(ValueError, match="is no dose-response: measure again"):
+        read_sweep(out, index, PLANTED, "add", "prompt")
 
 
 def test_held_out_prompts_are_chosen_by_the_seed(store: Store) -> None:

@@ -42,8 +42,8 @@ from saebench.index.evidence import (
 )
 from saebench.index.examples import show
 from saebench.index.page import rule_html
-from saebench.index.search import features_for_text
-from saebench.models import capture, load_model, logits, spliced_logits, unembedding
+from saebench.index.search import features_for_text, token_of
+from saebench.models import capture, edits, load_model, logits, spliced_logits, unembedding
 from saebench.sae import SAE, GatedSAE, JumpReLUSAE, encode_sparse, initialise, new_sae, save_sae
 from saebench.sae.sparse import BLOCK_VALUES
 from saebench.steer import open_bench
@@ -844,7 +844,10 @@ def test_features_of_a_text_are_those_the_sae_encodes(index: FeatureIndex, store
     peaks = [firing.peak for firing in found.firings]
     assert peaks == sorted(peaks, reverse=True)
     by_quantile = features_for_text(model, sae, index, TEXT, rank="quantile", limit=5).firings
-    assert [firing.quantile for firing in by_quantile] == sorted((f.quantile for f in found.firings), reverse=True)[:5]
+    # Of m firings drawn at random, the strongest is below the q-quantile with probability q to the m.
+    corrected = sorted((f.quantile ** len(f.positions) for f in found.firings), reverse=True)
+    assert [firing.unusual for firing in by_quantile] == corrected[:5]
+    assert max(len(firing.positions) for firing in found.firings) > 1
     here = features_for_text(model, sae, index, TEXT, position=3, limit=None).firings
     assert {firing.latent for firing in here} == set(np.flatnonzero(acts[3]))
     rare = features_for_text(model, sae, index, TEXT, max_density=0.05, limit=None).firings
@@ -876,8 +879,37 @@ def test_attribution_ranks_by_effect_on_the_next_token(index: FeatureIndex, stor
     assert ends[0] - ends[1] == pytest.approx(share * first.effect, rel=0.1, abs=1e-4)
     here = features_for_text(model, sae, index, TEXT, rank="attribution", position=3, limit=None)
     assert here.target == here.tokens[4]
-    assert all(firing.positions.tolist() == [3] for firing in here.firings)
+    # A token that is picked is where the logit is; what brings it lies before as well.
+    x_LD.requires_grad_(True)
+    with edits(model, {HOOK: lambda value: x_LD[None]})():
+        logit_of(int(here.tokens[4]), 3)(logits(model, torch.tensor(here.tokens)[None])[0]).backward()
+    assert x_LD.grad is not None
+    assert here.parts is not None
+    assert {place for firing in here.firings for place in firing.positions} == {1, 2, 3}
+    due_L = (x_LD.grad * (x_LD - sae.b_dec)).sum(1).detach().numpy()
+    assert sum(firing.effect for firing in here.firings) == pytest.approx(here.parts.latents, rel=1e-3, abs=1e-4)
+    assert here.parts.latents + here.parts.error == pytest.approx(due_L[1:].sum(), rel=1e-3, abs=1e-3)
+    assert here.parts.alone == pytest.approx(due_L[0], rel=1e-3, abs=1e-3)
+    assert sum(here.parts.shares()) == pytest.approx(1.0)
     assert features_for_text(model, sae, index, TEXT, rank="attribution", target=7).target == 7
+
+
+def test_a_logit_is_compared_with_that_of_another_token(index: FeatureIndex, store: Store) -> None:
+    model = load_model(store.manifest["identity"]["model"]["id"], dtype="float32")
+    sae, target, against = an_sae("relu", store), token_of(model, "·cat"), token_of(model, " dog")
+    assert index.pieces(np.array([target, against])) == [" cat", " dog"]
+    one, other = (
+        features_for_text(model, sae, index, TEXT, rank="attribution", target=first, against=second, limit=None)
+        for first, second in ((target, against), (against, target))
+    )
+    assert one.target == target
+    assert [firing.effect for firing in one.firings] == pytest.approx(
+        [-firing.effect for firing in other.firings], abs=1e-4
+    )
+    with pytest.raises(ValueError, match=r"'·cat dog' is 2 tokens \(' cat', ' dog'\); expected one"):
+        token_of(model, "·cat dog")
+    with pytest.raises(ValueError, match=f"against is {target}; expected 0 to 511, and another than target {target}"):
+        features_for_text(model, sae, index, TEXT, rank="attribution", target=target, against=target)
 
 
 def test_quantiles_are_those_of_the_firings(index: FeatureIndex, everything: Everything) -> None:

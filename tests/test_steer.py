@@ -154,6 +154,16 @@ def test_vectors_too_long_are_left_alone(model: LanguageModel) -> None:
     near(got, logits_with(model, ids, lambda x: x + short_L[None, :, None] * 4.0 * sae.W_dec[LATENT].detach()))
 
 
+def test_the_first_position_is_left_alone_whatever_stands_there(model: LanguageModel) -> None:
+    sae, ids = sae_for(model), ids_of(model, PROMPTS[1])[1:]
+    d_D = 4.0 * sae.W_dec[LATENT].detach()
+    for bos in (False, True):
+        with steered(model, [Intervention(sae=sae, hook=HOOK, latent=LATENT, strength=4.0, bos=bos)]):
+            got = logits_with(model, ids)
+        there_L = (torch.arange(len(ids)) > 0) | bos
+        near(got, logits_with(model, ids, lambda x, there_L=there_L: x + there_L[None, :, None] * d_D))
+
+
 def test_layers_and_conditions(model: LanguageModel) -> None:
     """At two hooks, the second reads what the first made; where a latent fires, and nowhere else."""
     sae, ids = sae_for(model), ids_of(model, PROMPTS[1])

@@ -11,16 +11,16 @@ from where import chosen_sae, go, link_to
 
 from saebench.browse.runs import Trained
 from saebench.browse.table import LatentTable
-from saebench.index.search import TextFeatures, features_for_text
+from saebench.index.search import TextFeatures, features_for_text, token_of
 from saebench.view import grid
-from saebench.view.markdown import code
+from saebench.view.markdown import code, plain
 from saebench.view.tokens import number, token_html, units, visible
 
 RANKS = {"Activation": "activation", "Quantile": "quantile", "Attribution": "attribution"}
 MEANINGS = {
     "Activation": "the strongest activation on the text",
-    "Quantile": "the share of the latent's own firings that are no stronger: what is unusual for it",
-    "Attribution": "gradient × activation, on the logit of the token that follows",
+    "Quantile": "the chance that the strongest of as many of the latent's own firings is no stronger: what is unusual for it",
+    "Attribution": "gradient × activation, on the logit of the token that follows, from all tokens up to there",
 }
 DENSITIES = {"any": 1.0, "at most 10%": 0.1, "at most 1%": 0.01, "at most 0.1%": 0.001}
 
@@ -39,16 +39,22 @@ def settings() -> None:
     rank = left.segmented_control("Rank by", list(RANKS), default="Activation", key="rank", bind="query-params")
     middle.selectbox("Density", list(DENSITIES), key="density", bind="query-params")
     right.selectbox("Latents", [25, 50, 100, 250], key="limit", bind="query-params")
+    if rank == "Attribution":
+        left, right = st.columns(2)
+        how = "one token; its leading space may be written ·"
+        left.text_input("Token", key="target", bind="query-params", placeholder="the one that follows", help=how)
+        right.text_input("Compared with", key="against", bind="query-params", placeholder="the mean of all", help=how)
     st.caption(f"Ranked by {MEANINGS[rank or 'Activation']}.")
 
 
 def search(sae: Trained, table: LatentTable, text: str, position: int | None) -> TextFeatures:
     """Raises ValueError for a text that does not fit, and for a position beyond it."""
     shared, state = model_of(sae), st.session_state
+    chosen = {name: token_of(shared.model, state[name]) for name in ("target", "against") if state.get(name)}
     with shared.lock:
         return features_for_text(
             shared.model, weights_of(sae), table.index, text, rank=RANKS[state.get("rank") or "Activation"],  # type: ignore[arg-type]
-            position=position, max_density=DENSITIES[state.get("density") or "any"], limit=state.get("limit") or 25,
+            position=position, max_density=DENSITIES[state.get("density") or "any"], limit=state.get("limit") or 25, **chosen,
         )  # fmt: skip
 
 
@@ -79,7 +85,7 @@ def tokens_html(found: TextFeatures, position: int | None, focus: int | None) ->
 def firings_html(table: LatentTable, text: str, found: TextFeatures, focus: int | None) -> str:
     columns = [
         grid.Column("", "latent"), grid.Column("", "label or rule", text=True), grid.Column("", "peak at", text=True),
-        grid.Column("", "peak"), grid.Column("", "quantile", "share of its firings that are no stronger"),
+        grid.Column("", "peak"), grid.Column("", "quantile", "chance that the strongest of as many of its firings is no stronger"),
         grid.Column("", "density"), *([grid.Column("", "effect", "on the logit, in all")] if found.target is not None else []),
         grid.Column("", "tokens"), grid.Column("", ""),
     ]  # fmt: skip
@@ -91,7 +97,7 @@ def firings_html(table: LatentTable, text: str, found: TextFeatures, focus: int 
         )  # that which its character begins at
         cells = [
             grid.link(str(firing.latent), f"latent:{firing.latent}", link_to("features", latent=firing.latent)), html.escape(table.name(firing.latent)),
-            f"<code>{html.escape(visible(peak).replace(' ', '·'))}</code>", number(firing.peak), f"{firing.quantile:.1%}",
+            f"<code>{html.escape(visible(peak).replace(' ', '·'))}</code>", number(firing.peak), f"{firing.unusual:.1%}",
             f"{firing.density:.2%}", *([f"{firing.effect:+.3f}"] if found.target is not None else []),
             str(len(firing.positions)), grid.link("steer", f"steer:{firing.latent}", link_to("steering", turns=f"{firing.latent}:add:{usual_strength(table.index)}", prompt=text)),
         ]  # fmt: skip
@@ -130,10 +136,16 @@ def results(sae: Trained, table: LatentTable) -> None:
         if found.massive.any():
             st.caption("A dashed frame marks a massive activation, an attention sink: no latent is looked for there.")
         if position is not None:
-            st.caption(f"Only token {position}: pick it again for the whole text.")
-        if found.target is not None:
+            only = f"Only token {position}" if found.target is None else f"What follows token {position}"
+            st.caption(f"{only}: pick it again for the whole text.")
+        if found.target is not None and found.parts is not None:
             (target,) = table.index.pieces(np.array([found.target]))
-            st.caption(f"Attributed to the logit of {code(visible(target).replace(' ', '·'))}.")
+            names = ("latents", "the SAE's error", "BOS and massive activations, which are left alone")
+            parts = ", ".join(
+                f"{name} {value:+.3f} ({share:.0%})"
+                for name, value, share in zip(names, found.parts, found.parts.shares(), strict=True)
+            )
+            st.caption(f"Attributed to the logit of {code(visible(target).replace(' ', '·'))}: {plain(parts)}.")
         if found.firings:
             clickable(firings_html(table, text, found, focus), "firings", picked)
             st.caption("A row shows its latent on the text; its number opens it.")

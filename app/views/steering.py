@@ -15,9 +15,10 @@ from where import chosen_sae
 from saebench.browse.recipes import MAX_TEXTS, POSITIONS, Recipe, Turn, parse_turns
 from saebench.browse.runs import Trained
 from saebench.browse.table import LatentTable
-from saebench.files import read_json
+from saebench.index import FeatureIndex
 from saebench.steer import Bench, arms_of, units_of
 from saebench.steer.live import Live
+from saebench.steer.run import read_sweep
 from saebench.view import charts
 from saebench.view.arms import arm_html
 from saebench.view.markdown import plain
@@ -98,7 +99,7 @@ def settings(sae: Trained, bench: Bench, lock: Any, table: LatentTable | None) -
     if made is not None and recipe != made.recipe:
         buttons.caption("The texts below are from earlier settings.")
     with buttons.popover("Recipes"):
-        recipes(sae, recipe, longest)
+        recipes(sae, recipe, bench.index, longest)
     with buttons.popover("Copy as Python"):
         st.code(recipe.python(sae.folder), language="python")
     if not turns:
@@ -155,25 +156,34 @@ def dose(sae: Trained, bench: Bench) -> None:
     with contextlib.suppress(ValueError):
         raw = units.raw(turns[0].strength, turns[0].mode)
         now = raw if turns[0].mode == "scale" else units.all(raw)["norm"]
-    response(sae, turns[0], now)
+    if bench.index is not None:
+        response(sae, bench.index, turns[0], st.session_state.positions, now)
 
 
-def measured(path: Path, now: float | None) -> Any:
-    """The plot of a sweep. Raises ValueError for a file that holds none."""
-    found = read_json(path)
+def measured(path: Path, index: FeatureIndex, turn: Turn, positions: str, now: float | None) -> tuple[Any, bool]:
+    """(the plot of a sweep, whether it says of which SAE and index it is). Raises ValueError for a file that holds none, or another."""
+    found, says = read_sweep(path, index, turn.latent, turn.mode, positions)
     try:
-        return charts.dose_response(found, now=now)
+        return charts.dose_response(found, now=now), says
     except (KeyError, TypeError, AttributeError, IndexError, StopIteration) as error:
         raise ValueError(f"{path} is no dose-response: measure again") from error
 
 
-def response(sae: Trained, turn: Turn, now: float | None) -> None:
+def response(sae: Trained, index: FeatureIndex, turn: Turn, positions: str, now: float | None) -> None:
     """The plot, once it is measured, with the strength that is set `now`; and the button that measures it."""
-    out = sae.run / "sweeps" / f"{sae.name}-{turn.latent}-{turn.mode}.json"
+    where = [] if positions == "all" else [positions]
+    out = sae.run / "sweeps" / f"{'-'.join([sae.name, str(turn.latent), turn.mode, *where])}.json"
     if out.exists():
         with said():
-            st.plotly_chart(measured(out, now), key=f"dose {out.name}", config={"displaylogo": False})
+            plot, says = measured(out, index, turn, positions, now)
+            st.plotly_chart(plot, key=f"dose {out.name}", config={"displaylogo": False})
+            if not says:
+                st.caption(
+                    "It does not say of which SAE and index it is: it was measured before that was noted. "
+                    "Measure again if either was made anew since."
+                )
     arguments = ["steer", "--sweep", "--sae", str(sae.folder), "--latent", str(turn.latent), "--mode", turn.mode]
+    arguments += ["--positions", *where] if where else []
     offer("Measure again" if out.exists() else f"Sweep latent {turn.latent}", [*arguments, "--out", str(out)], sae.run)
 
 

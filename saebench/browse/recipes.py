@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from saebench.config import to_json
 from saebench.files import read_json, write_json
+from saebench.index.schema import check_identity
 from saebench.steer import Bench, Intervention, Sampling
 from saebench.steer.interventions import Mode, Units
 
@@ -104,11 +105,11 @@ def format_turns(turns: tuple[Turn, ...]) -> str:
     return ",".join(map(str, turns))
 
 
-def save_recipe(run: Path, name: str, sae: str, recipe: Recipe) -> Path:
-    """Write `recipes/NAME.json` of a run. Raises ValueError for a name that is no file's."""
+def save_recipe(run: Path, name: str, sae: str, recipe: Recipe, of: dict[str, str]) -> Path:
+    """Write `recipes/NAME.json` of a run, with the hashes of what it belongs to: SAE, and index where there is one. Raises ValueError for a name that is no file's."""
     path = _path(run, name)
     body = {**to_json(recipe), "turns": format_turns(recipe.turns)}
-    write_json(path, {"schema": _SCHEMA, "schema_version": 1, "sae": sae, **body})
+    write_json(path, {"schema": _SCHEMA, "schema_version": 1, "sae": sae, "of": of, **body})
     return path
 
 
@@ -124,8 +125,11 @@ def recipes_of(run: Path, sae: str) -> list[str]:
     return found
 
 
-def load_recipe(run: Path, name: str) -> Recipe:
-    """Raises ValueError for a file that is no recipe."""
+def load_recipe(run: Path, name: str, of: dict[str, str]) -> tuple[Recipe, bool]:
+    """(a recipe, whether it says of which SAE it is: older files do not).
+
+    Raises ValueError for a file that is no recipe, and for one of another SAE or index than `of` says, as far as both say.
+    """
     path = _path(run, name)
     if not path.exists():
         raise ValueError(f"{path} is not there")
@@ -133,6 +137,11 @@ def load_recipe(run: Path, name: str) -> Recipe:
     fields = {field.name for field in dataclasses.fields(Recipe)}
     if not isinstance(content, dict) or content.get("schema") != _SCHEMA or not fields <= set(content):
         raise ValueError(f"{path} is no recipe; delete it, or save it again")
+    if not isinstance(said := content.get("of"), dict | None):
+        raise ValueError(f"{path} is no recipe; delete it, or save it again")
+    if said is not None:
+        both = {what: value for what, value in of.items() if what in said}
+        check_identity(path, said, both, f"set it anew and save it again; its latents are {content['turns']}")
     values: dict[str, Any] = {}
     for field in dataclasses.fields(Recipe):
         value, usual = content[field.name], "" if field.name == "turns" else field.default
@@ -147,7 +156,7 @@ def load_recipe(run: Path, name: str) -> Recipe:
         )
     recipe = Recipe(**values, turns=parse_turns(content["turns"]))
     recipe.sampling()
-    return recipe
+    return recipe, said is not None
 
 
 def _path(run: Path, name: str) -> Path:

@@ -11,7 +11,7 @@ from saebench.index import IndexConfig
 from saebench.index.schema import open_index
 from saebench.runlog import read_metrics
 from saebench.sae import read_config
-from saebench.steer.scores import are_complete, scores_path
+from saebench.steer.scores import are_complete
 from saebench.store.source import model_name, recorded_store
 
 
@@ -118,7 +118,7 @@ for context, values in show(index, sae, {latent}, latent.top):
             missing["Evaluate"] = ["eval", "--run", str(self.run)]
         if self.share_indexed < 1:
             missing["Index" if self.share_indexed == 0 else "Go on indexing"] = self.index_command
-        elif not are_complete(scores_path(self.index_path)):
+        elif not are_complete(self.index_path):
             missing["Score for steering"] = ["steer", "rank", "--sae", str(self.folder)]
         return missing
 

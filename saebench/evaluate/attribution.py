@@ -34,6 +34,8 @@ class Attribution(NamedTuple):
     """`[N]` of each activation"""
     errors: np.ndarray
     """`[L]` of the SAE's error at each position"""
+    alone: np.ndarray
+    """`[L]` ∇m·(x − x₀) where a position is left alone, as if it were not, and 0 elsewhere: no part of `total`"""
     metric: float
     """m(x): on the text as it is"""
     baseline: float
@@ -65,7 +67,7 @@ def attribute(
     the error as a node). With more: integrated gradients, ∇m averaged along the straight line from x₀ to x at the `steps`
     points of Gauss and Legendre (Sundararajan et al. 2017, section 3); `total` then comes to metric − baseline, within
     a percent at 10 steps, unless x₀ is near zero: a model's norms have no derivative there, and no number of steps helps.
-    Special tokens and vectors of a norm above `longest` are left as they are, x₀ included, and no effect is theirs; None leaves
+    What is `left_alone` (BOS, and vectors of a norm above `longest`) is left as it is, x₀ included, and no effect is theirs; None leaves
     out nothing. Raises ValueError when `steps` is under 1.
     """
     if steps < 1:
@@ -78,7 +80,8 @@ def attribute(
         counted = ~alone_L[code.rows.long()]
         rows, latents, values = code.rows.long()[counted], code.latents.long()[counted], values[counted]
         _, scale, shift = normalized(x_LD, sae.normalize)
-        base_LD = torch.where(alone_L[:, None], x_LD, sae.b_dec * scale + shift)
+        bias_LD = (sae.b_dec * scale + shift).expand_as(x_LD)
+        base_LD = torch.where(alone_L[:, None], x_LD, bias_LD)
         scale_L = torch.as_tensor(scale, device=x_LD.device).expand(len(x_LD), 1)[:, 0].float()
         parts_LD = torch.zeros_like(x_LD)
         for picked in _blocks(len(rows), sae.d_in):
@@ -93,21 +96,22 @@ def attribute(
             products = (gradient_LD[rows[picked]] * sae.W_dec[latents[picked]]).sum(1)
             effects[picked] = products * values[picked] * scale_L[rows[picked]]
         errors_L = (gradient_LD * errors_LD).sum(1)
+        apart_L = (gradient_LD * (x_LD - bias_LD)).sum(1) * alone_L
         ends = [float(metric(_logits(model, ids, hook, end)).detach()) for end in (x_LD, base_LD)]
-    rows_N, latents_N, values_N, effects_N, errors = (
-        part.cpu().numpy() for part in (rows, latents, values, effects, errors_L)
-    )
-    return Attribution(rows_N, latents_N, values_N, effects_N, errors, ends[0], ends[1])
+    parts = [part.cpu().numpy() for part in (rows, latents, values, effects, errors_L, apart_L)]
+    return Attribution(*parts, metric=ends[0], baseline=ends[1])
 
 
 def left_alone(
-    model: LanguageModel, ids: Int[Tensor, " L"], x_LD: Float[Tensor, "L D"], longest: float | None
-) -> Bool[Tensor, " L"]:
-    """The positions of special tokens and of vectors of a norm above `longest`; none where it is None."""
+    model: LanguageModel, ids: Int[Tensor, "*B L"], x: Float[Tensor, "*B L D"], longest: float | None
+) -> Bool[Tensor, "*B L"]:
+    """The first position, those of special tokens, and of vectors of a norm above `longest`; none where it is None."""
     if longest is None:
         return torch.zeros_like(ids, dtype=torch.bool)
     special = torch.tensor(sorted(model.encoder.special), device=ids.device)
-    return torch.isin(ids, special) | (x_LD.norm(dim=1) > longest)
+    alone = torch.isin(ids, special) | (x.norm(dim=-1) > longest)
+    alone[..., 0] = True  # an attention sink, whether or not a ready-made context has BOS there
+    return alone
 
 
 def ablation_effects(
@@ -116,8 +120,8 @@ def ablation_effects(
 ) -> tuple[Float[Tensor, "L V"], Float[Tensor, " L"]]:  # fmt: skip
     """(change of the logits, change of the next-token loss in nats; NaN at the last) when a latent is set to 0 on a text.
 
-    The SAE's error and all other latents are kept: f d is taken off wherever the latent fires, but for special tokens and vectors
-    of a norm above `longest`; None leaves out nothing. Raises ValueError for a latent that the SAE does not have.
+    The SAE's error and all other latents are kept: f d is taken off wherever the latent fires, but for what is `left_alone`
+    (BOS, and vectors of a norm above `longest`); None leaves out nothing. Raises ValueError for a latent that the SAE does not have.
     """
     encode = latent_encoder(sae, [latent])
     ids = torch.as_tensor(tokens, device=model.device).long()[None]

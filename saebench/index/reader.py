@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -142,6 +143,12 @@ class FeatureIndex:
         if "longest" in self._file.attrs:
             return float(self._file.attrs["longest"])
         return self.store.norms(self.hook).bound if self.has_store else math.inf
+
+    @cached_property
+    def belonging(self) -> dict[str, str]:
+        """Hashes of what a figure taken with this index depends on: those of `identity`, and how the index was made and how far."""
+        own = [str(self._file.attrs.get(name)) for name in ("schema_version", "settings", "n_rows")]
+        return self.identity | {"index": xxhash.xxh3_128_hexdigest("\n".join(own).encode())}
 
     def counted(self, x_ND: Float[Tensor, "N D"]) -> Bool[Tensor, " N"]:
         """Which vectors are no massive ones, as this index was made: one of the first version counted all."""

@@ -42,10 +42,12 @@ def open_index(path: Path) -> Any:
     return file
 
 
-def check_identity(path: Path, found: dict[str, str], expected: dict[str, str]) -> None:
+def check_identity(
+    path: Path, found: dict[str, str], expected: dict[str, str], remedy: str = "index again with `saebench index`"
+) -> None:
     """Raises ValueError naming what differs, with both hashes."""
     for what, value in expected.items():
         if found.get(what) != value:
             raise ValueError(
-                f"{path} was made from another {what}: it says {found.get(what)}, this one is {value}; index again with `saebench index`"
+                f"{path} was made from another {what}: it says {found.get(what)}, this one is {value}; {remedy}"
             )

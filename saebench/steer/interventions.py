@@ -61,7 +61,7 @@ class Intervention:
     where: Where | None = None
     """of these positions only those"""
     bos: bool = False
-    """whether BOS tokens are edited too: attention sinks, whose vectors are like no other"""
+    """whether BOS tokens and whatever else a text begins with are edited too: attention sinks, whose vectors are like no other"""
     longest: float = math.inf
     """vectors of a greater norm are left alone: sinks that are not BOS (`FeatureIndex.longest` says where they begin)"""
     random: int | None = None
@@ -244,7 +244,7 @@ class Editor:
         columns_L = self.first_column + torch.arange(n_columns, device=rows.device)
         padding_b = torch.zeros_like(rows) if self.padding is None else self.padding[rows]
         place_bL = columns_L - padding_b[:, None]
-        mask_bL = place_bL >= 0
+        mask_bL = place_bL >= (0 if one.bos else 1)
         if not one.bos and self._bos is not None:
             mask_bL &= ids[rows] != self._bos
         end = self.first_column + n_columns if self.prompt_columns is None else self.prompt_columns

@@ -4,13 +4,14 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from saebench.config import Count
-from saebench.files import write_json
+from saebench.files import read_json, write_json
 from saebench.index import FeatureIndex, IndexConfig, open_feature_index
+from saebench.index.schema import check_identity
 from saebench.models import LanguageModel, choose_device, default_dtype, load_model
 from saebench.sae import SAE, load_sae, read_config
 from saebench.steer.dose import FACTORS, STRENGTHS, DoseConfig, DoseResponse, dose_response
@@ -171,15 +172,35 @@ def sweep(config: SteerConfig) -> DoseResponse:
         positions=config.positions,
         longest=bench.longest,
     )
+    start = dataclasses.replace(start, longest=math.inf) if config.massive else start
     usual = FACTORS if config.mode == "scale" else STRENGTHS
     strengths = usual if config.strength == ("0.5n",) else config.strength
     doses = DoseConfig(strengths=strengths, seed=config.seed, max_new_tokens=config.max_new_tokens)
     prompts = None if not config.prompt else [np.array(bench.model.tokens_of(config.prompt))]
     found = dose_response(bench.model, start, bench.index, doses, prompts=prompts, shown=True)
     if config.out is not None:
-        write_json(config.out, found.to_json())
+        told = {name: getattr(config, name) for name in ("positions", "massive", "seed", "prompt", "max_new_tokens")}
+        write_json(config.out, {"of": bench.index.belonging, **told, **found.to_json()})
         charts.dose_response(found.to_json()).write_html(config.out.with_suffix(".html"), include_plotlyjs=True)
     return found
+
+
+def read_sweep(path: Path, index: FeatureIndex, latent: int, mode: Mode, positions: str) -> tuple[dict[str, Any], bool]:
+    """(what `sweep` wrote, whether it says of which SAE and index it is: older files do not).
+
+    Raises ValueError where it is of another SAE, index, latent, mode or positions than these, and for a file that is no sweep.
+    """
+    found: Any = read_json(path)
+    there = isinstance(found, dict) and {"latent", "mode", "doses"} <= set(found)
+    if not there or not isinstance(found.get("of", {}), dict):
+        raise ValueError(f"{path} is no dose-response: measure again")
+    wanted = {"latent": latent, "mode": mode, "positions": positions}
+    for name, value in wanted.items():
+        if found.get(name, value) != value:
+            raise ValueError(f"{path} was measured with {name} {found[name]!r}; expected {value!r}: measure again")
+    if "of" in found:
+        check_identity(path, found["of"], index.belonging, "measure again")
+    return found, "of" in found
 
 
 def rank(config: SteerConfig) -> tuple[Bench, Scores, np.ndarray]:

@@ -19,8 +19,10 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saebench.evaluate.attribution import left_alone
 from saebench.files import replacing
 from saebench.index import FeatureIndex
+from saebench.index.schema import open_index
 from saebench.models import LanguageModel, clean_pass, head, resumed_states, resumes
 from saebench.runlog import interruptible, progress
 from saebench.sae import SAE, encode_sparse
@@ -147,8 +149,7 @@ class _Trial:
         once = clean_pass(model, tokens, index.hook)
         self._clean = clean_pass(model, repeat(tokens, "p l -> (f p) l", f=self.size), index.hook)
         self._x_PLD = once.value.float()
-        self._left_alone_PL = self._x_PLD.norm(dim=2) > norms.bound
-        self._left_alone_PL[:, 0] = True  # BOS
+        self._left_alone_PL = left_alone(model, tokens, self._x_PLD, norms.bound)
         with torch.no_grad():
             self._scale = normalized(self._x_PLD, sae.normalize)[1]
             self._before_PV = head(model, once.states[:, -1]).float().softmax(-1)
@@ -217,11 +218,15 @@ def _begun(index: FeatureIndex, config: ScoreConfig) -> Scores | None:
     return read_scores(index)
 
 
-def are_complete(path: Path) -> bool:
-    """Whether a file of scores is there, and no latent is left to be screened or measured."""
+def are_complete(index: Path) -> bool:
+    """Whether an index has scores beside it that are its own, and no latent is left to be screened or measured."""
+    path = scores_path(index)
     if not path.exists():
         return False
-    with h5py.File(path) as file:
+    with h5py.File(path) as file, open_index(index) as own:
+        attributes: Any = file.attrs
+        if json.loads(attributes["identity"]) != json.loads(own.attrs["identity"]):
+            return False
         return bool(file.attrs.get("complete", True))  # those of the first version were written when they were
 
 
@@ -238,6 +243,7 @@ def read_scores(index: FeatureIndex) -> Scores | None:
         known = {name: columns[name][:] for name in Scores._fields if name in columns}
     if version == 1 and index.has_store and index.store.norms(index.hook).massive:
         return None
+    known["input"] = _nothing(index).input  # the index may have been made anew with other rules
     if version == 1:  # measured all
         known |= {"measured": np.ones(len(known["output"]), bool), "screen": np.full_like(known["output"], np.nan)}
     return Scores(**known)
