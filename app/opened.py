@@ -11,6 +11,7 @@ from saebench.browse.runs import Trained
 from saebench.browse.table import LatentTable
 from saebench.index import FeatureIndex, open_feature_index
 from saebench.index.notes import Notes
+from saebench.index.search import TextFeatures, features_for_text
 from saebench.models import LanguageModel, load_model
 from saebench.sae import SAE, load_sae
 from saebench.sae.io import WEIGHTS
@@ -66,6 +67,25 @@ def table_of(sae: Trained) -> LatentTable:
 
 def weights_of(sae: Trained) -> SAE:
     return _sae(str(sae.folder), changed(sae.folder / WEIGHTS))
+
+
+@st.cache_data(show_spinner=False, max_entries=64)
+def _fires(
+    depends: tuple[str | int, ...], text: str, settings: dict[str, Any], _sae: Trained, _table: LatentTable
+) -> TextFeatures:
+    shared = model_of(_sae)
+    with shared.lock:
+        return features_for_text(shared.model, weights_of(_sae), _table.index, text, **settings)
+
+
+def fires_on(sae: Trained, table: LatentTable, text: str, **settings: Any) -> TextFeatures:
+    """`features_for_text`, kept for as long as weights, model, index, text and settings are the same; raises ValueError as that."""
+    model, index = model_of(sae).model, table.index
+    depends = (
+        str(sae.folder), changed(sae.folder / WEIGHTS), model.weights_hash, str(model.device), model.dtype,
+        str(index.path), changed(index.path), *index.belonging.values(),
+    )  # fmt: skip
+    return _fires(depends, text, settings, sae, table)
 
 
 def model_of(sae: Trained) -> Shared:

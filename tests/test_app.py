@@ -11,6 +11,7 @@ import h5py
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from saebench.browse.runs import saes_of
 from saebench.browse.serve import app_script
 from saebench.files import hash_files, read_json, write_json
 from saebench.index.notes import Note, Notes
@@ -250,6 +251,24 @@ def test_a_text_is_ranked_and_a_token_chosen(opened: Any) -> None:
     {field.label: field for field in app.text_input}["Compared with"].input("dog cat")
     app.run()
     assert "expected one" in said(app)
+
+
+def test_a_text_is_passed_through_the_model_once_until_what_it_depends_on_changes(opened: Any, copy: Path) -> None:
+    words = {"sae": SAE, "text": "the red cat sees", "rank": "Attribution"}
+    app = opened("prompt", root=copy, **words)
+    shown = said(app)
+    from opened import model_of  # the app's own, once it is on the path
+
+    with model_of(saes_of(copy)[0][SAE]).lock:  # no pass can run meanwhile
+        again = opened("prompt", root=copy, **words)
+        assert not again.exception
+        assert said(again) == shown
+    for folder, name in (("saes", "sae_weights.safetensors"), ("saes", "cfg.json")):
+        shutil.copy(copy / folder / "topk-k2" / name, copy / folder / SAE / name)
+    (copy / "index" / "topk-k2.h5").replace(copy / "index" / f"{SAE}.h5")  # as a build does: the old one is still open
+    other = said(opened("prompt", root=copy, **words))
+    assert "Attributed to the logit of" in other
+    assert other != shown
 
 
 def test_a_note_is_written_and_a_second_writer_told(opened: Any, copy: Path) -> None:

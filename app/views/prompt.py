@@ -4,14 +4,14 @@ import html
 
 import numpy as np
 import streamlit as st
-from opened import model_of, table_of, weights_of
+from opened import fires_on, model_of, table_of
 from shell import clickable, fragment, missing, said
 from turns import usual_strength
 from where import chosen_sae, go, link_to
 
 from saebench.browse.runs import Trained
 from saebench.browse.table import LatentTable
-from saebench.index.search import TextFeatures, features_for_text, token_of
+from saebench.index.search import TextFeatures, token_of
 from saebench.view import grid
 from saebench.view.markdown import code, plain
 from saebench.view.tokens import number, token_html, units, visible
@@ -49,13 +49,12 @@ def settings() -> None:
 
 def search(sae: Trained, table: LatentTable, text: str, position: int | None) -> TextFeatures:
     """Raises ValueError for a text that does not fit, and for a position beyond it."""
-    shared, state = model_of(sae), st.session_state
-    chosen = {name: token_of(shared.model, state[name]) for name in ("target", "against") if state.get(name)}
-    with shared.lock:
-        return features_for_text(
-            shared.model, weights_of(sae), table.index, text, rank=RANKS[state.get("rank") or "Activation"],  # type: ignore[arg-type]
-            position=position, max_density=DENSITIES[state.get("density") or "any"], limit=state.get("limit") or 25, **chosen,
-        )  # fmt: skip
+    model, state = model_of(sae).model, st.session_state
+    chosen = {name: token_of(model, state[name]) for name in ("target", "against") if state.get(name)}
+    return fires_on(
+        sae, table, text, rank=RANKS[state.get("rank") or "Activation"], position=position,
+        max_density=DENSITIES[state.get("density") or "any"], limit=state.get("limit") or 25, **chosen,
+    )  # fmt: skip
 
 
 def tokens_html(found: TextFeatures, position: int | None, focus: int | None) -> str:
