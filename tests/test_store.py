@@ -350,7 +350,7 @@ def begun(folder: Path) -> tuple[Path, dict[str, Any]]:
     store = make(folder, PARTS)
     manifest = store.manifest | {"complete": False, "shards": []}
     begin_manifest(folder / "manifest.json", manifest)
-    (folder / "manifest.xxh3").unlink()
+    (folder / "manifest.xxh3").unlink(missing_ok=True)
     StoreWriter(folder, manifest["identity"], {HOOK: 2}, "float32")
     return folder / "manifest.jsonl", manifest["identity"]
 

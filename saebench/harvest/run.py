@@ -111,7 +111,8 @@ def fill(
                 if plan.number % world.size == world.rank and plan.number not in present:
                     yield plan
 
-        stall = run_model(config, model, writer, planned(), written, lambda: interrupt.requested)
+        with contextlib.closing(planned()) as ahead:  # also of an error, whose text need not be packed to its end
+            stall = run_model(config, model, writer, ahead, written, lambda: interrupt.requested)
     log.info("the model waited %.1f s for the disk", stall)
     stopped = any(world.gather(interrupt.requested))
     if stopped:
