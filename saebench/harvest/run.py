@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -104,7 +104,7 @@ def fill(
                 rate = (bar.n - shown["initial"]) / max(shown["elapsed"], 1e-9)
                 bar.set_postfix_str(f"{rate * _bytes_per_row(config, model) / 1e6:.1f} MB/s", refresh=False)
 
-        def planned() -> Iterator[Plan]:
+        def planned() -> Generator[Plan, None, None]:
             for plan in prefetched(plans(config, text, model.encoder, writer.shards)):
                 if plan.number == 0:
                     _warn_of_nonsense(model, plan.contexts[:_TASTE])
