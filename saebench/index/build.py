@@ -40,8 +40,8 @@ from saebench.pieces import TokenBytes
 from saebench.runlog import Interrupt, interruptible, progress, provenance
 from saebench.sae import SAE, encode_sparse, load_sae, read_config
 from saebench.store import Store, open_store
-from saebench.store.reader import Shard
 from saebench.store.schema import MASSIVE
+from saebench.store.shard import Shard
 from saebench.store.source import model_of, recorded_store
 
 Groups = dict[str, dict[str, np.ndarray]]

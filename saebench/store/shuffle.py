@@ -19,8 +19,9 @@ from torch import Tensor
 
 from saebench.store.coding import all_finite, decode, finite, from_disk, in_words, to_disk
 from saebench.store.feed import ToGPU, ToHost, feed, prefetched
-from saebench.store.reader import Shard, Store
+from saebench.store.reader import Store
 from saebench.store.schema import activations_path
+from saebench.store.shard import Shard
 
 ShardsOf = Callable[[int], list[Shard]]
 BUFFER_ROWS = 500_000
