@@ -123,8 +123,8 @@ def _main(
     if checkpoint_seconds is not None:
         saebench.train.loop.CHECKPOINT_SECONDS = checkpoint_seconds
     if unit_rows is not None:
-        saebench.index.build.UNIT_ROWS = unit_rows
-        saebench.index.build.SNAPSHOT_SECONDS, saebench.index.build.SNAPSHOT_SHARE = 0.0, 1.0
+        saebench.index.plan.UNIT_ROWS = unit_rows
+        saebench.index.publish.SNAPSHOT_SECONDS, saebench.index.publish.SNAPSHOT_SHARE = 0.0, 1.0
     if slow:
         take, step = saebench.harvest.pipeline.Landing.take, saebench.train.member.Member.step
         encode_sparse = saebench.index.build.encode_sparse

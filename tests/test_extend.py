@@ -43,6 +43,20 @@ def copied(store: Store, folder: Path) -> Path:
     return folder
 
 
+def cut_at_the_end(folder: Path, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Extend a store as far as its manifest, which is not written."""
+
+    def cut(path: Path, content: str) -> None:
+        if path.name == MANIFEST:
+            raise OSError("cut")
+        write_text(path, content)
+
+    monkeypatch.setattr("saebench.store.manifest.write_text", cut)
+    with pytest.raises(OSError, match="cut"):
+        extend(folder, by(tokens))
+    monkeypatch.undo()
+
+
 def test_an_extended_store_holds_the_rows_of_one_harvested_at_once(short: Store, store: Store, tmp_path: Path) -> None:
     """In the same order within each split, though in other shards: the short store's last ones are not full."""
     folder = copied(short, tmp_path / "s")
@@ -95,15 +109,7 @@ def test_an_extension_that_is_cut_at_its_very_end_names_the_remedy(
 ) -> None:
     folder = copied(short, tmp_path / "s")
 
-    def cut(path: Path, content: str) -> None:
-        if path.name == MANIFEST:
-            raise OSError("cut")
-        write_text(path, content)
-
-    monkeypatch.setattr("saebench.store.manifest.write_text", cut)
-    with pytest.raises(OSError, match="cut"):
-        extend(folder, by(4_000))
-    monkeypatch.undo()
+    cut_at_the_end(folder, 4_000, monkeypatch)
     lines = open_store(folder).verify()
     assert all("not what the harvest wrote: finish the extension that was begun" in line for line in lines)
     assert ["manifest.json" in lines[0], "documents.parquet" in lines[1]] == [True, True]
@@ -153,15 +159,7 @@ def test_an_index_of_the_shorter_store_is_read_while_it_grows_and_afterwards(
     then = shown()
     assert len(then) > 8
 
-    def cut(path: Path, content: str) -> None:
-        if path.name == MANIFEST:
-            raise OSError("cut")
-        write_text(path, content)
-
-    monkeypatch.setattr("saebench.store.manifest.write_text", cut)
-    with pytest.raises(OSError, match="cut"):
-        extend(before.folder, by(1_000))
-    monkeypatch.undo()
+    cut_at_the_end(before.folder, 1_000, monkeypatch)
     built = path.read_bytes()
     assert open_store(before.folder).hash == before.hash
     assert build_index(settings) == path

@@ -10,6 +10,7 @@ import processes
 import pytest
 import torch
 from conftest import CONTEXT, HOOK, WIDTH, sentences
+from test_store import make, random_rows
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from saebench.files import read_json, write_json
@@ -431,3 +432,13 @@ def test_dealing_resumes_exactly_at_every_shard() -> None:
 
 def described(split: str, contexts: list[Context]) -> tuple[str, list[list[int]], list[tuple[int, int]]]:
     return split, [c.doc_id.tolist() for c in contexts], [c.cursor for c in contexts]
+
+
+def test_a_store_of_vectors_of_ones_own_is_not_harvested_into(tmp_path: Path) -> None:
+    made = make(tmp_path / "s", [("train", random_rows(64), np.ones(64, dtype=bool))])
+    before = {path.name: path.read_bytes() for path in made.folder.iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match="holds a store of vectors that no harvest made: choose another --out"):
+        harvest(HarvestConfig(layers=(1,), out=made.folder), TextConfig())
+    assert {
+        path.name: path.read_bytes() for path in made.folder.iterdir() if path.is_file() and path.name in before
+    } == before

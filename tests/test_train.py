@@ -674,15 +674,15 @@ def test_a_run_goes_on_with_the_buffer_it_was_begun_with(store: Store, tmp_path:
     """Where that was bytes for each hook, and where a machine of other memory would choose another."""
     told = config(store, tmp_path, arch=("topk",), k=(6,), target_l0=())
     specs, pointer = grid(told, WIDTH, (HOOK,)), tmp_path / "saes" / "checkpoint.json"
-    (now,) = Run.of(told, store, specs, None).identity.values()
-    assert now["buffer_rows"] == Run.of(told, store, specs, None).buffers[HOOK]
+    (now,) = Run.of(told, store).identity.values()
+    assert now["buffer_rows"] == Run.of(told, store).buffers[HOOK]
     former = {name: value for name, value in now.items() if name != "buffer_rows"}
     for begun, rows in (
         ({**former, "memory_gb": 0.001}, int(0.001 * 2**30) / (WIDTH * 4) / 2),
         ({**now, "buffer_rows": 12_345}, 12_345),
     ):
         write_json(pointer, {"step": 1, "cursors": {}, "seconds": 1.0, "identity": {specs[0].name: begun}})
-        run = Run.of(told, store, specs, None)
+        run = Run.of(told, store)
         assert run.identity[specs[0].name] == begun
         assert run.buffers[HOOK] == rows
     asked = config(store, tmp_path, arch=("topk",), k=(6,), target_l0=(), buffer_rows=99)

@@ -135,9 +135,13 @@ def bytes_per_row(hooks: int, dtype: StoreDtype, d_in: int) -> int:
 
 
 def begun_store(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a store that has shards; one without was not begun."""
+    """The manifest of a store that has shards; one without was not begun. Raises ValueError where no harvest made it."""
     made = read_manifest(folder) if (folder / MANIFEST).exists() else None
-    return made if made and (made["shards"] or any(folder.glob("shard-*.h5"))) else None
+    if not made or not (made["shards"] or any(folder.glob("shard-*.h5"))):
+        return None
+    if "text" not in made["identity"]:
+        raise ValueError(f"{folder} holds a store of vectors that no harvest made: choose another --out")
+    return made
 
 
 def noted(text: TextConfig) -> dict[str, Any]:

@@ -12,10 +12,10 @@ from scipy.sparse import csc_matrix
 
 from saebench.config import Count
 from saebench.files import write_text
-from saebench.index.build import IndexConfig
 from saebench.index.examples import Shown, show_all
 from saebench.index.notes import Notes
 from saebench.index.page import Evidence, latents_page
+from saebench.index.plan import IndexConfig
 from saebench.index.reader import Example, FeatureIndex, Latent, open_feature_index
 from saebench.runlog import progress
 from saebench.sae import SAE, load_sae

@@ -119,7 +119,7 @@ def _batches(
         _buffers(shards or (lambda epoch: always), column, seed, buffer_rows, start, longest or {})
     ):
         position = start.row if buffer[:2] == start[:2] else 0
-        while True:
+        while position < len(buffer.order):
             if not filled:
                 like = from_disk(buffer.rows)
                 out = way.room((batch, *like.shape[1:]), like.dtype)

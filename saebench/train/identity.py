@@ -23,7 +23,8 @@ from saebench.store.schema import MASSIVE
 from saebench.store.shuffle import ShardsOf, quality
 from saebench.train.checkpoint import begun_as
 from saebench.train.member import Member, Spec
-from saebench.train.settings import TrainConfig
+from saebench.train.rolling import window_shards
+from saebench.train.settings import TrainConfig, grid
 
 log = logging.getLogger(__name__)
 GOOD_SHUFFLE = 0.9
@@ -46,8 +47,11 @@ class Run:
     """for each SAE, everything that decides its weights"""
 
     @classmethod
-    def of(cls, config: TrainConfig, store: Store, specs: list[Spec], window: int | None) -> "Run":
+    def of(cls, config: TrainConfig, store: Store) -> "Run":
         """What is not said is as the run was begun, whose folder this process holds."""
+        hooks = config.hook or (_only_hook(store),)
+        specs = grid(config, store.d_in(hooks[0]), hooks)
+        window = None if config.rolling is None else window_shards(store, config.rolling, config.batch)
         begun = begun_as(config.out / "saes")
         # The controller's pace was 1 before it followed the learning rate.
         specs = [
@@ -176,6 +180,12 @@ class Run:
     def _longest(self, hook: str) -> float:
         """The norm of the longest row to train on."""
         return (self.multiples[hook] or math.inf) * self.store.statistics(hook)["median_norm"]
+
+
+def _only_hook(store: Store) -> str:
+    if len(store.hooks) > 1:
+        raise ValueError(f"{store.folder} has several hooks; choose one with --hook: {', '.join(store.hooks)}")
+    return store.hooks[0]
 
 
 def _buffers(

@@ -15,13 +15,13 @@ from saebench.models import choose_device
 from saebench.runlog import MetricsLog, interruptible, progress
 from saebench.sae import fold, save_sae
 from saebench.sae.sparse import forget_scratch
-from saebench.store import Store, open_store
+from saebench.store import open_store
 from saebench.train.checkpoint import Checkpoint, full_disk_is_a_value_error
 from saebench.train.identity import Run
 from saebench.train.member import LOOK_EVERY, Member
 from saebench.train.memory import check_memory
-from saebench.train.rolling import Stopped, rows_offered, source_of, window_shards
-from saebench.train.settings import TrainConfig, grid
+from saebench.train.rolling import Stopped, rows_offered, source_of
+from saebench.train.settings import TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +41,9 @@ def train(
     trained and saved, for SAEs whose loss stopped being finite.
     """
     store = open_store(config.store)
-    hooks = config.hook or (_only_hook(store),)
     device = choose_device(config.device, float64=True)
-    specs = grid(config, store.d_in(hooks[0]), hooks)
-    window = None if config.rolling is None else window_shards(store, config.rolling, config.batch)
-    with locked(config.out), _tf32(config.dtype != "float32"), contextlib.ExitStack() as held:
-        held.callback(forget_scratch)
-        run = Run.of(config, store, specs, window)
+    with locked(config.out), _products(config.dtype), contextlib.ExitStack() as held:
+        run = Run.of(config, store)
         checkpoint = Checkpoint(run.folder, run.identity)
         todo = [spec for spec in run.specs if not run.is_done(spec.name)]
         if not todo:
@@ -67,7 +63,7 @@ def train(
         interrupt = held.enter_context(interruptible())
         bar = held.enter_context(progress(total, f"train {len(active)} SAEs", "row", done))
         made = {"device": model_device, "trust_remote_code": trust_remote_code}
-        source = source_of(store, window, total, cursors.values(), lambda: interrupt.requested, **made)
+        source = source_of(store, run.window, total, cursors.values(), lambda: interrupt.requested, **made)
         held.enter_context(source)
         streams = {hook: source.served(run.batches(hook, cursors.get(hook), source.shards, device)) for hook in inputs}
         for step in range(first, config.n_steps):
@@ -96,7 +92,7 @@ def train(
             if interrupt.requested and not last:
                 return _stopped(step + 1, config)
         bar.close()
-        epochs = total / rows_offered(store, window, cursors.values())
+        epochs = total / rows_offered(store, run.window, cursors.values())
         for member in active:
             _save(run, member, inputs[member.spec.hook][0], clock.total / len(members), epochs)
         source.delete()
@@ -107,14 +103,15 @@ def train(
 
 
 @contextlib.contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    """Whether products on a GPU may be in TF32, for a while: what comes after it in the process is not to be."""
+def _products(dtype: str) -> Iterator[None]:
+    """Products on a GPU may be in TF32 for a while, and keep memory from step to step; what comes after is as before."""
     matmul: Any = torch.backends.cuda.matmul
-    before, matmul.allow_tf32 = matmul.allow_tf32, allowed
+    before, matmul.allow_tf32 = matmul.allow_tf32, dtype != "float32"
     try:
         yield
     finally:
         matmul.allow_tf32 = before
+        forget_scratch()
 
 
 class Clock:
@@ -146,12 +143,6 @@ class Clock:
         yield
         self.last_save = time.monotonic()
         self.save_took = self.last_save - began
-
-
-def _only_hook(store: Store) -> str:
-    if len(store.hooks) > 1:
-        raise ValueError(f"{store.folder} has several hooks; choose one with --hook: {', '.join(store.hooks)}")
-    return store.hooks[0]
 
 
 def _clear_away(run: Run, checkpoint: Checkpoint) -> None:

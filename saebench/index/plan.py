@@ -1,0 +1,119 @@
+"""What an index is built of: an SAE, a store, and the stretches of its rows that are gone over."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from saebench.config import Count
+from saebench.index.evidence import (
+    MAX_ROWS,
+)
+from saebench.models import choose_device
+from saebench.sae import SAE, load_sae, read_config
+from saebench.store import Store, open_store
+from saebench.store.shard import Shard
+from saebench.store.source import recorded_store
+
+UNIT_ROWS = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+    """Which SAE to index, on which rows."""
+
+    sae: Path
+    """SAE directory, made here or by SAELens"""
+    store: Path | None = None
+    """activation store (default: the one the SAE was trained on)"""
+    out: Path | None = None
+    """file to write (default: index/NAME.h5 beside the folder saes/ that holds the SAE)"""
+    tokens: Count = 10_000_000
+    """training tokens to go over at most"""
+    sample: Count = 100_000
+    """rows, and as many held-out ones in whole contexts, of which everything that fires is kept: for tokens, companions and rules"""
+    rules: bool = True
+    """fit a rule of at most two literals to each latent, and score it on held-out rows"""
+    logits: bool = True
+    """give each latent's direct effect on the logits (loads the model where the store has no unembedding)"""
+    workers: int | None = None
+    """threads (default: one per core)"""
+    device: str | None = None
+    """cuda or cpu for the encoder (default: cuda where it is at hand)"""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "sample"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers is {self.workers}; expected 1 or more")
+
+    @property
+    def path(self) -> Path:
+        sae = self.sae.resolve()
+        return self.out or sae.parent.parent / "index" / f"{sae.name}.h5"
+
+
+class Piece(NamedTuple):
+    """Where a unit lies: a stretch of a shard."""
+
+    shard: Shard
+    start: int  # in the shard
+    n_rows: int
+    first_row: int  # in the store
+
+
+@dataclass
+class Plan:
+    """What a pass goes over."""
+
+    sae: SAE
+    store: Store
+    hook: str
+    bound: float
+    """rows of a greater norm are massive"""
+    scale: float
+    """a power of two near the median norm, from which bins of strength are counted"""
+    pieces: list[Piece]
+    below: dict[str, int]
+    """hashes of the rows in the sample, by split"""
+
+
+def plan_of(config: IndexConfig) -> Plan:
+    """Raises ValueError when SAE, store and hook do not belong together."""
+    device = choose_device(config.device, float64=True)
+    sae = load_sae(config.sae, device=device)
+    metadata = read_config(config.sae).get("metadata", {})
+    folder, hook = config.store or recorded_store(config.sae), metadata.get("hook_name")
+    if folder is None:
+        raise ValueError(f"{config.sae} does not say what it was trained on; give a store of its hook with --store")
+    if hook is None:
+        raise ValueError(f"{config.sae} does not say which hook it reads: add metadata.hook_name to its cfg.json")
+    store = open_store(folder)
+    if store.d_in(hook) != sae.d_in:
+        raise ValueError(
+            f"{config.sae} has d_in {sae.d_in}, but {hook} in {store.folder} has {store.d_in(hook)}; give its own --store"
+        )
+    pieces = list(_pieces(store, {"train": config.tokens, "validation": config.sample}))
+    rows = {split: sum(p.n_rows for p in pieces if p.shard.split == split) for split in ("train", "validation")}
+    if not rows["train"]:
+        raise ValueError(f"{store.folder} has no training rows; harvest more tokens")
+    if sum(shard.n_rows for shard in store.shards) >= MAX_ROWS:
+        raise ValueError(f"{store.folder} has more than {MAX_ROWS} rows; an index holds no more")
+    below = {"train": min(2**64 - 1, config.sample * 2**64 // rows["train"]), "validation": 2**64 - 1}
+    norms = store.norms(hook)
+    return Plan(sae, store, hook, norms.bound, 2.0 ** round(math.log2(norms.median)), pieces, below)
+
+
+def _pieces(store: Store, limits: dict[str, int]) -> Iterator[Piece]:
+    """Whole contexts, the first of each split up to its limit of rows."""
+    size = max(1, UNIT_ROWS // store.context) * store.context
+    left = {split: -(-limit // store.context) * store.context for split, limit in limits.items()}
+    first_row = 0
+    for shard in store.shards:
+        n_rows = min(shard.n_rows, left[shard.split])
+        for start in range(0, n_rows, size):
+            yield Piece(shard, start, min(size, n_rows - start), first_row + start)
+        left[shard.split] -= n_rows
+        first_row += shard.n_rows
