@@ -17,7 +17,7 @@ from saebench.evaluate import EvalConfig, evaluate, write_report
 from saebench.evaluate.attribution import logit_of
 from saebench.files import write_json
 from saebench.harvest import HarvestConfig, harvest
-from saebench.index import FeatureIndex, IndexConfig, build, build_index, explain, open_feature_index
+from saebench.index import FeatureIndex, IndexConfig, build_index, explain, open_feature_index, plan, publish
 from saebench.index.compare import KINDS, compare
 from saebench.index.decoder import geometry
 from saebench.index.derive import companions, flags, intervals, token_counts
@@ -91,7 +91,7 @@ def saved(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def small_units() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "UNIT_ROWS", 40 * CONTEXT)  # many units, some of them short
+        patch.setattr(plan, "UNIT_ROWS", 40 * CONTEXT)  # many units, some of them short
         yield
 
 
@@ -424,8 +424,8 @@ def test_any_order_of_units_and_any_number_of_workers_give_the_same_index(
     saved: Path, index: FeatureIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = build_index(IndexConfig(sae=saved, sample=3_000, workers=1, out=tmp_path / "one.h5"))
-    pieces = build._pieces
-    monkeypatch.setattr(build, "_pieces", lambda *args: list(pieces(*args))[::-1])
+    pieces = plan._pieces
+    monkeypatch.setattr(plan, "_pieces", lambda *args: list(pieces(*args))[::-1])
     three = build_index(IndexConfig(sae=saved, sample=3_000, workers=3, out=tmp_path / "three.h5"))
     assert one is not None
     assert three is not None
@@ -772,7 +772,7 @@ def test_texts_of_an_index_are_utf8(saved: Path, index: FeatureIndex, tmp_path: 
     shutil.copy(index.path, path)
     with h5py.File(path, "a") as file:
         del file["rules/text"]
-        build._write(file, {"rules": {"text": np.array(['token is "漢"', *["é"] * (LATENTS - 1)], dtype=object)}})
+        publish._write(file, {"rules": {"text": np.array(['token is "漢"', *["é"] * (LATENTS - 1)], dtype=object)}})
     with open_feature_index(path, sae=saved) as opened:
         shown = {opened.explanations[latent] for latent in range(LATENTS) if opened[latent].rule}
         assert shown <= {'token is "漢"', "é"}
