@@ -78,8 +78,8 @@ def check_memory(specs: Sequence[Spec], widths: Sequence[int], batch: int, devic
         free -= buffers
     for spec, need in {(s.architecture, s.d_sae): (s, n) for s, n in zip(specs, needs, strict=True)}.values():
         log.info(
-            "%s of %s latents: weights %s, moments %s; in its step gradients %s, scratch %s GB",
-            spec.architecture, f"{spec.d_sae:,}", *(f"{part / 1e9:.2f}" for part in need),
+            "%s of %s latents: weights %s, moments %s; in its step gradients %s, scratch %s MB",
+            spec.architecture, f"{spec.d_sae:,}", *(f"{part / 1e6:,.0f}" for part in need),
         )  # fmt: skip
     log.info(
         "%d SAEs take at most %.1f GB of %s, which has %.1f GB for them", len(specs), total / 1e9, device, free / 1e9
