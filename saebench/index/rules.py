@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import sparse
 
+from saebench.index.evidence import hashed
 from saebench.runlog import progress
 
 WINDOW = 32  # consecutive rows of a context that are one window
@@ -308,6 +309,18 @@ def holding(literals: Matrix, first: int, operator: str, second: int) -> Bool[np
 def _column(matrix: Matrix, number: int) -> Int[np.ndarray, " n"]:
     """Rows of the entries in a column of a CSC matrix."""
     return matrix.indices[matrix.indptr[number] : matrix.indptr[number + 1]]
+
+
+def halves(doc_id: Int[np.ndarray, " R"]) -> Bool[np.ndarray, " R"]:
+    """Which of some held-out rows are of the second half: candidates for a name are compared on the first, and figures shown are of the second.
+
+    Whole documents, in an order that has nothing to do with their numbers, until half of the rows are taken.
+    """
+    documents, inverse, rows = np.unique(doc_id, return_inverse=True, return_counts=True)
+    order = np.argsort(hashed(documents), kind="stable")
+    first = np.zeros(len(documents), bool)
+    first[order] = rows[order].cumsum() - rows[order] // 2 <= len(doc_id) / 2
+    return ~first[inverse]
 
 
 def _windows(position: Int[np.ndarray, " R"]) -> Int[np.ndarray, " R"]:
