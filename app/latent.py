@@ -1,6 +1,5 @@
 """One latent: its figures, its evidence, its neighbours, and your note."""
 
-import html
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,14 @@ from saebench.index.examples import show, show_all
 from saebench.index.notes import Note
 from saebench.index.page import (
     activations_svg,
+    candidates_html,
     examples_html,
     figures_html,
     interval_title,
     logits_svg,
+    name_html,
+    named_html,
     ranked_html,
-    rule_html,
 )
 from saebench.index.reader import Latent, Ranked
 from saebench.view import grid
@@ -50,7 +51,7 @@ def show_latent(sae: Trained, table: LatentTable, number_: int, query: Query, ti
         else ""
     )
     clickable(
-        f"""{rule_html(latent)}{figures_html(latent, scores)}
+        f"""{named_html(table.names[number_])}{candidates_html(latent)}{figures_html(latent, scores)}
 <div class="columns"><div><h3>Firings by strength</h3>{activations_svg(latent, index.bin_edges)}
 <h3>Direct effects on logits</h3>{logits_svg(latent)}</div>
 <div><h3>Fires on</h3>{ranked_html(index, latent.tokens)}</div>{tops}</div>""",
@@ -144,11 +145,11 @@ def links(table: LatentTable, ranked: Ranked, size: int = 8) -> str:
     for other, value in zip(ranked.ids[:size].tolist(), ranked.values[:size].tolist(), strict=True):
         cells = [
             grid.link(str(other), f"latent:{other}", link_to("features", latent=other)),
-            html.escape(table.name(other)),
+            name_html(table.names[other]),
             number(value),
         ]
         rows.append(grid.Row(cells, f"latent:{other}"))
-    columns = [grid.Column("", "latent"), grid.Column("", "label or rule", text=True), grid.Column("", "")]
+    columns = [grid.Column("", "latent"), grid.Column("", "name", text=True), grid.Column("", "")]
     return grid.grid_html(columns, rows, "latents")
 
 

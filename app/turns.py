@@ -1,7 +1,6 @@
 """The interventions of the steering bench: a row of widgets for each, and a search for another latent."""
 
 import dataclasses
-import html
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from where import link_to
 from saebench.browse.recipes import MODES, Turn, format_turns
 from saebench.browse.table import LatentTable, Query
 from saebench.index import FeatureIndex
+from saebench.index.page import name_html
 from saebench.steer import Bench, units_of
 from saebench.steer.interventions import MOST
 from saebench.view import grid
@@ -41,7 +41,7 @@ def turn_row(bench: Bench, turns: tuple[Turn, ...], place: int, table: LatentTab
     """Mode and strength of one intervention, and whether it can be done; what is wrong with it is told."""
     turn, key = turns[place], f"{place} {turns[place].latent}"
     there = turn.latent < bench.sae.d_sae
-    name = table.name(turn.latent) if table and there else ""
+    name = table.names[turn.latent].text if table and there else ""
 
     def change(**values: Any) -> None:
         set_turns((*turns[:place], dataclasses.replace(turn, **values), *turns[place + 1 :]))
@@ -56,7 +56,7 @@ def turn_row(bench: Bench, turns: tuple[Turn, ...], place: int, table: LatentTab
     with st.container(horizontal=True, vertical_alignment="bottom"):
         with st.container(width=220, gap=None):
             st.markdown(f"**Latent {turn.latent}**")
-            st.caption(plain(name) or ("no rule" if there else "none such"))
+            st.caption(plain(name) or ("no name" if there else "none such"))
         st.selectbox(
             "Mode",
             MODES,
@@ -118,7 +118,7 @@ def another(bench: Bench, turns: tuple[Turn, ...], table: LatentTable | None) ->
     box, _ = st.columns([2, 1])
     text = box.text_input(
         "Add a latent", key="added", live=True,
-        placeholder="its number" if table is None else "its number, or words of its label, rule or tokens",
+        placeholder="its number" if table is None else "its number, or words of its name or tokens",
     ).strip()  # fmt: skip
     if not text:
         return
@@ -137,7 +137,7 @@ def another(bench: Bench, turns: tuple[Turn, ...], table: LatentTable | None) ->
         return
     columns = [
         grid.Column("", "latent"),
-        grid.Column("", "label or rule", text=True),
+        grid.Column("", "name", text=True),
         grid.Column("", "density"),
         grid.Column("", "output score", "~ estimated by a screen"),
     ]
@@ -150,5 +150,5 @@ def _row(latent: int, table: LatentTable | None) -> grid.Row:
         return grid.Row([grid.link(str(latent), str(latent), address), "", "", ""], str(latent))
     output = number(float(table.columns["output"][latent])) if "output" in table.columns else "–"
     output += " ~" * bool(table.estimated[latent])
-    cells = [html.escape(table.name(latent)), f"{table.columns['density'][latent]:.2%}", output]
+    cells = [name_html(table.names[latent]), f"{table.columns['density'][latent]:.2%}", output]
     return grid.Row([grid.link(str(latent), str(latent), address), *cells], str(latent))

@@ -20,6 +20,7 @@ from saebench.harvest.run import open_model
 from saebench.harvest.settings import settled
 from saebench.index import IndexConfig, build_index
 from saebench.index.export import ExportConfig, export
+from saebench.index.names import Names
 from saebench.pipeline import RunConfig, run, run_stages
 from saebench.runlog import progress
 from saebench.steer import Generation
@@ -227,14 +228,15 @@ def _print_ranking(config: SteerConfig) -> None:
     assert bench.index
     tops = bench.index.top_logits
     assert tops is not None
-    rows = [["latent", "output", "input", "top logits", "rule"]]
+    rows = [["latent", "output", "input", "top logits", "name"]]
+    names = Names(bench.index)
     for latent in latents:
         tokens = " ".join(map(repr, bench.index.pieces(tops[latent, :5])))
         figures = (
             f"{scores.output[latent]:.3f}{'' if scores.measured[latent] else ' ~'}",
             f"{scores.input[latent]:.3f}",
         )
-        rows.append([str(latent), *figures, tokens, bench.index.explanations[latent]])
+        rows.append([str(latent), *figures, tokens, names[latent].text if names[latent].explained else "-"])
     print(format_table(rows, left=(0, 3, 4)))
     if not scores.measured[latents].all():
         print("~ estimated on a few short prompts; `--latent N` measures it whole")

@@ -13,7 +13,7 @@ from saebench.browse.runs import Trained, saes_of
 from saebench.browse.table import LatentTable
 from saebench.index.compare import KINDS, Side, compare
 from saebench.index.examples import show
-from saebench.index.page import examples_html
+from saebench.index.page import examples_html, name_html
 from saebench.view import charts, grid
 from saebench.view.markdown import plain
 
@@ -101,8 +101,8 @@ def pairs(pair: Pair, side: Side, kind: str) -> None:
     given = st.query_params.get("pair", "")
     chosen = int(given) if given.isdecimal() and len(given) < 10 and int(given) in latents else int(latents[0])
     columns = [
-        grid.Column("", pair.here.name), grid.Column("", "label or rule", text=True), grid.Column("", "cosine"),
-        grid.Column("", pair.other.name), grid.Column("", "label or rule", text=True), grid.Column("", "fires with, Jaccard", f"the latent of {pair.other.name} that fires on the same tokens most, be it the nearest or not, and the Jaccard index of the two"),
+        grid.Column("", pair.here.name), grid.Column("", "name", text=True), grid.Column("", "cosine"),
+        grid.Column("", pair.other.name), grid.Column("", "name", text=True), grid.Column("", "fires with, Jaccard", f"the latent of {pair.other.name} that fires on the same tokens most, be it the nearest or not, and the Jaccard index of the two"),
     ]  # fmt: skip
 
     def link(which: str, latent: int) -> str:
@@ -114,8 +114,8 @@ def pairs(pair: Pair, side: Side, kind: str) -> None:
         nearest, partner = int(side.nearest[latent]), int(side.partners[latent])
         rows.append(
             grid.Row([
-                link("here", latent), html.escape(pair.table.name(latent)), f"{side.cosines[latent]:.2f}",
-                link("other", nearest), html.escape(pair.other_table.name(nearest)),
+                link("here", latent), name_html(pair.table.names[latent]), f"{side.cosines[latent]:.2f}",
+                link("other", nearest), name_html(pair.other_table.names[nearest]),
                 "none" if partner < 0 else f"{link('other', partner)}, {side.jaccard[latent]:.2f}",
             ], f"pair:{latent}", latent == chosen)
         )  # fmt: skip
@@ -138,7 +138,8 @@ def beside(pair: Pair, latent: int, nearest: int) -> None:
                 table.index, show(table.index, weights_of(sae), one, found.top[:8], 12), found.figures["max"]
             )
             clickable(
-                f"<h3>{html.escape(f'{sae.name}, latent {one}: {table.name(one)}')}</h3>{body}", f"side {sae.name}"
+                f"<h3>{html.escape(f'{sae.name}, latent {one}: {table.names[one].text}')}</h3>{body}",
+                f"side {sae.name}",
             )
 
 

@@ -1,6 +1,5 @@
 """All latents of an SAE, sorted, filtered and searched; or one of them."""
 
-import html
 from typing import Any
 
 import numpy as np
@@ -12,11 +11,11 @@ from where import chosen_sae, link_to, own_query
 
 from saebench.browse.table import HEADINGS, MAX_SIZE, LatentTable, Query
 from saebench.index.derive import FLAGS
-from saebench.index.page import figure
+from saebench.index.page import figure, name_html
 from saebench.view import grid
 from saebench.view.markdown import plain
 
-FLAG_NAMES = {flag: flag.replace("_", " ") for flag in (*FLAGS, "labelled")}
+FLAG_NAMES = {flag: flag.replace("_", " ") for flag in (*FLAGS, "labelled", "explained")}
 DENSITIES = {"any": 1.0, "at most 10%": 0.1, "at most 1%": 0.01, "at most 0.1%": 0.001, "at most 0.01%": 0.0001}
 SIZES = (25, 50, 100, 250, MAX_SIZE)
 
@@ -31,7 +30,7 @@ def query_of(table: LatentTable) -> Query:
         sort=sort if sort in table.sortable else "latent",
         descending=way == "desc",
         most_density=DENSITIES[state.get("density") or "any"],
-        least_rule=float(state.get("rule") or 0.0),
+        least_detection=float(state.get("rule") or 0.0),
         having=tuple(state.get("having") or ()),
         without=tuple(state.get("without") or ()),
         page=max(0, int(page[:9]) - 1) if page.isdecimal() else 0,
@@ -43,12 +42,12 @@ def filters() -> None:
     bound: dict[str, Any] = {"bind": "query-params", "on_change": lambda: st.query_params.pop("page", None)}
     columns = st.columns([3, 1.4, 1.4, 2, 2, 1])
     columns[0].text_input(
-        "Search", key="q", placeholder="label, rule, token or number", live=True, persist_state="page", **bound
+        "Search", key="q", placeholder="name, token or number", live=True, persist_state="page", **bound
     )
     columns[1].selectbox("Density", list(DENSITIES), key="density", persist_state="page", **bound)
     columns[2].number_input(
-        "Rule at least", 0.0, 1.0, 0.0, 0.05, key="rule", persist_state="page",
-        help="Balanced accuracy of the rule on held-out documents; chance is 0.5", **bound,
+        "Detection at least", 0.0, 1.0, 0.0, 0.05, key="rule", persist_state="page",
+        help="Balanced accuracy of the name on held-out documents; chance is 0.5", **bound,
     )  # fmt: skip
     for column, key, label in ((columns[3], "having", "Only"), (columns[4], "without", "Without")):
         column.multiselect(
@@ -60,14 +59,13 @@ def filters() -> None:
 
 def row(table: LatentTable, latent: int, bins: slice, address: dict[str, list[str]]) -> grid.Row:
     note = table.notes[latent]
-    label = f"<b>{html.escape(note.label)}</b>" if note.label else html.escape(table.name(latent))
     flags = "".join(
         grid.tag(name) for flag, name in FLAG_NAMES.items() if flag in FLAGS and table.index.flagged(flag)[latent]
     )
     cells = [
         grid.link(str(latent), f"latent:{latent}", link_to("features", **address, latent=latent)),
         grid.spark(table.index.histograms[latent, bins].tolist()),
-        f"{label} {''.join(map(grid.tag, note.tags))}",
+        f"{name_html(table.names[latent])} {''.join(map(grid.tag, note.tags))}",
         *(number(name, float(table.columns[name][latent])) + mark(table, name, latent) for name in table.sortable),
         flags,
     ]
@@ -108,7 +106,7 @@ def rows(table: LatentTable) -> None:
     bins = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 1)
     columns = [
         grid.Column("latent", "latent"), grid.Column("", "strength", "histogram of its activations, log scale"),
-        grid.Column("", "label or rule", text=True),
+        grid.Column("", "name", text=True),
         *(grid.Column(name, *HEADINGS[name]) for name in table.sortable), grid.Column("", "flags", text=True),
     ]  # fmt: skip
     address = {name: values for name, values in own_query().items() if name != "latent"}

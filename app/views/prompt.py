@@ -11,6 +11,7 @@ from where import chosen_sae, go, link_to
 
 from saebench.browse.runs import Trained
 from saebench.browse.table import LatentTable
+from saebench.index.page import name_html
 from saebench.index.search import TextFeatures, token_of
 from saebench.view import grid
 from saebench.view.markdown import code, plain
@@ -83,7 +84,7 @@ def tokens_html(found: TextFeatures, position: int | None, focus: int | None) ->
 
 def firings_html(table: LatentTable, text: str, found: TextFeatures, focus: int | None) -> str:
     columns = [
-        grid.Column("", "latent"), grid.Column("", "label or rule", text=True), grid.Column("", "peak at", text=True),
+        grid.Column("", "latent"), grid.Column("", "name", text=True), grid.Column("", "peak at", text=True),
         grid.Column("", "peak"), grid.Column("", "quantile", "chance that the strongest of as many of its firings is no stronger"),
         grid.Column("", "density"), *([grid.Column("", "effect", "on the logit, in all")] if found.target is not None else []),
         grid.Column("", "tokens"), grid.Column("", ""),
@@ -95,7 +96,7 @@ def firings_html(table: LatentTable, text: str, found: TextFeatures, focus: int 
             (piece for piece in reversed(found.pieces[: at + 1]) if piece), ""
         )  # that which its character begins at
         cells = [
-            grid.link(str(firing.latent), f"latent:{firing.latent}", link_to("features", latent=firing.latent)), html.escape(table.name(firing.latent)),
+            grid.link(str(firing.latent), f"latent:{firing.latent}", link_to("features", latent=firing.latent)), name_html(table.names[firing.latent]),
             f"<code>{html.escape(visible(peak).replace(' ', '·'))}</code>", number(firing.peak), f"{firing.unusual:.1%}",
             f"{firing.density:.2%}", *([f"{firing.effect:+.3f}"] if found.target is not None else []),
             str(len(firing.positions)), grid.link("steer", f"steer:{firing.latent}", link_to("steering", turns=f"{firing.latent}:add:{usual_strength(table.index)}", prompt=text)),

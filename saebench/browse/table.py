@@ -9,16 +9,18 @@ import numpy as np
 
 from saebench.index import FeatureIndex
 from saebench.index.derive import FLAGS
+from saebench.index.names import Names
 from saebench.index.notes import Note, Notes
 from saebench.steer.scores import Scores
-from saebench.view.tokens import visible
 
 HEADINGS = {
     "density": ("density", "share of tokens on which it fires"),
     "max": ("max", "its strongest activation, in units of the residual stream"),
     "mean": ("mean", "mean of its non-zero activations"),
-    "detection": ("rule", "balanced accuracy of its rule in telling windows in which it fires, on held-out documents; chance is 0.5"),
-    "input": ("input", "F1 of its rule on held-out tokens"),
+    "name_f1": ("F1", "of its name, or of the candidate nearest to being one, in telling where it fires, on held-out tokens"),
+    "name_detection": ("detection", "balanced accuracy of the same in telling windows in which it fires, on held-out documents; chance is 0.5"),
+    "rule_f1": ("rule", "F1 of its rule, on held-out tokens"),
+    "tokens_f1": ("tokens", "F1 of its list of tokens, on held-out tokens"),
     "output": ("output", "probability that its top logit tokens gain when it is clamped: how well it steers"),
     "nearest_cosine": ("nearest", "cosine of the nearest other decoder row"),
     "encoder_cosine": ("enc·dec", "cosine of its encoder and decoder rows"),
@@ -35,17 +37,17 @@ class Query:
     """Which latents, in which order."""
 
     text: str = ""
-    """words that must all occur in label, tags, note, rule or top tokens; a number finds the latent itself, and those that have
-    it as a word of their label, tags, note or rule"""
+    """words that must all occur in name, tags, note, rule, list or top tokens; a number finds the latent itself, and those that have
+    it as a word of their name, tags, note, rule or list"""
     sort: str = "latent"
     """`latent`, or a name of HEADINGS"""
     descending: bool = False
     least_density: float = 0.0
     most_density: float = 1.0
-    least_rule: float = 0.0
-    """detection of the rule"""
+    least_detection: float = 0.0
+    """of the name"""
     having: tuple[str, ...] = ()
-    """flags, any of which a latent must have; `labelled` counts as one"""
+    """flags, any of which a latent must have; `labelled` and `explained` count as such"""
     without: tuple[str, ...] = ()
     """flags that it must not have"""
     page: int = 0
@@ -71,18 +73,14 @@ class LatentTable:
 
     def __init__(self, index: FeatureIndex, notes: Notes, scores: Scores | None = None) -> None:
         self.index, self.notes = index, notes
-        self.columns = dict(index.columns)
+        self.names = Names(index, notes)
+        """what each latent is called"""
+        self.columns = index.columns | {name: self.names.columns[name] for name in ("name_f1", "name_detection")}
         self.estimated = np.zeros(index.d_sae, bool)
         """`[F]` whose output score is an estimate of the screen"""
         if scores is not None:
-            self.columns |= {"input": scores.input, "output": scores.output}
+            self.columns["output"] = scores.output
             self.estimated |= ~scores.measured
-        elif "rule_f1" in self.columns:
-            self.columns["input"] = self.columns["rule_f1"]
-
-    def name(self, latent: int) -> str:
-        """Your label of a latent, or else its rule; to be escaped."""
-        return self.notes[latent].label or visible(self.index.explanations[latent])
 
     @property
     def sortable(self) -> dict[str, tuple[str, str]]:
@@ -122,8 +120,8 @@ class LatentTable:
     def _matches(self, query: Query) -> np.ndarray:
         density = self.columns["density"]
         chosen = (density >= query.least_density) & (density <= query.most_density)
-        if query.least_rule > 0 and "detection" in self.columns:
-            chosen &= self.columns["detection"] >= query.least_rule
+        if query.least_detection > 0:
+            chosen &= self.columns["name_detection"] >= query.least_detection
         if query.having:
             chosen &= np.logical_or.reduce([self._flagged(flag) for flag in query.having])
         for flag in query.without:
@@ -133,7 +131,7 @@ class LatentTable:
             whole = {word: re.compile(rf"(?<![\w.]){word}(?!\w)") for word in words if word.isdecimal()}
             for latent in np.flatnonzero(chosen):
                 note = noted.get(int(latent), "")
-                text, names = f"{self._texts[latent]} {note}", f"{latent} {self.index.explanations[latent]} {note}"
+                text, names = f"{self._texts[latent]} {note}", f"{latent} {self.names.searched(int(latent))} {note}"
                 chosen[latent] = all(whole[word].search(names) if word in whole else word in text for word in words)
         return chosen
 
@@ -142,8 +140,10 @@ class LatentTable:
             labelled = np.zeros(self.index.d_sae, bool)
             labelled[[latent for latent, _ in self.notes.items()]] = True
             return labelled
+        if flag == "explained":
+            return self.names.columns["explained"].astype(bool)
         if flag not in FLAGS:
-            raise ValueError(f"flag is {flag!r}; expected labelled, {', '.join(FLAGS)}")
+            raise ValueError(f"flag is {flag!r}; expected labelled, explained, {', '.join(FLAGS)}")
         return self.index.flagged(flag)
 
     @cached_property
@@ -156,8 +156,8 @@ class LatentTable:
         pieces = dict(zip(ids.tolist(), (piece.lower() for piece in self.index.pieces(ids)), strict=True))
         rows = fires_on if tops is None else np.concatenate([fires_on, tops[:, :_SEARCHED_TOKENS]], 1)
         return [
-            f"{rule.lower()} {' '.join(pieces[token] for token in row if token >= 0)}"
-            for rule, row in zip(self.index.explanations, rows.tolist(), strict=True)
+            f"{self.names.searched(latent).lower()} {' '.join(pieces[token] for token in row if token >= 0)}"
+            for latent, row in enumerate(rows.tolist())
         ]
 
 

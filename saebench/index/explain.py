@@ -1,65 +1,66 @@
-"""What each latent fires on, in words: literals of a sample's rows, and the rules fitted to them."""
+"""What each latent fires on, in words: literals of a sample's rows, and the rules and lists of tokens fitted to them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from scipy import sparse
 
 from saebench.index.derive import firing
-from saebench.index.evidence import Sample, hashed
+from saebench.index.evidence import Sample
 from saebench.index.memory import give_back
-from saebench.index.rules import RULE, Rows, describe, fit_rules
-from saebench.labels import VERSION, Stream, Vocabulary, choose_literals, label
+from saebench.index.rules import RULE, SCORE, Rows, describe, fit_rules, score_rules
+from saebench.labels import Labeller, Literals, Stream, Stretch, label
+from saebench.labels.tokens import is_token
 from saebench.pieces import TokenBytes
 from saebench.runlog import progress
 from saebench.store import Store
 
-FIT_ROWS = 50_000
-"""Rows of the training sample that rules are fitted to; labelling is the slowest part of an index of few rows."""
 _CHUNK = 2**17  # rows of which what is wanted is labelled at once, to the next end of a document
-_CHUNKS_FOR_VOCABULARY = 4
+_LEAST = 10  # rows of the fit on which a literal holds
 
 
-def explain(store: Store, samples: dict[str, Sample], d_sae: int) -> dict[str, dict[str, np.ndarray]]:
-    """Columns `[d_sae]` of a rule for every latent, and the vocabulary of literals that they are made of.
+def explain(
+    store: Store, samples: dict[str, Sample], d_sae: int, labellers: Sequence[Labeller]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Columns `[d_sae]` of a rule and of a list of tokens for every latent, and the literals that they are made of.
 
-    `samples` are of `train`, rows chosen by their hash of which the `FIT_ROWS` of lowest hash are used, so that they come from
-    everywhere, and `validation`, whole contexts. Where either is empty, or the store has no texts, there are no rules.
+    `samples` are of `train`, rows chosen by their hash, so that they come from everywhere, and `validation`, whole contexts.
+    Where either is empty, or the store has no texts, there are none.
     """
     tokenizer = store.tokenizer()
     if tokenizer is None or not all(len(samples[split].rows) for split in ("train", "validation")):
         return {}
-    fit = _of_lowest_hash(samples["train"], FIT_ROWS)
-    vocabulary = choose_literals(_spread(store, "train", fit.rows), TokenBytes(tokenizer).all())
-    rules = fit_rules(
-        _rows(store, "train", fit, d_sae, vocabulary),
-        lambda: _rows(store, "validation", samples["validation"], d_sae, vocabulary),
-    )
-    names = vocabulary.names
-    columns = {name: rules[name] for name in RULE.names or ()}
-    columns["text"] = np.array([describe(rule, names) for rule in rules], dtype=object)
-    kept = {
-        "version": np.array(VERSION.encode()),
-        "tokens": vocabulary.tokens,
-        "previous": vocabulary.previous,
-        "bigrams": vocabulary.bigrams,
+    texts = TokenBytes(tokenizer).all()
+    literals, rows = _rows(store, "train", samples["train"], d_sae, texts, labellers)
+    alone = np.array([is_token(name) for name in literals.names], bool)
+    rules, lists = fit_rules(rows, alone)
+    del rows
+    used = _used([rules, lists])
+    names = [literals.names[number] for number in used]
+    found = {
+        "literals": {
+            "names": np.array(names, dtype=object),
+            "labeller": np.array([labellers[place].name for place in literals.of[used]], dtype=object),
+            "version": np.array([labellers[place].version for place in literals.of[used]], dtype=object),
+        }
     }
-    return {"rules": columns, "literals": kept}
+    give_back()
+    _, rows = _rows(store, "validation", samples["validation"], d_sae, texts, labellers, names)
+    for what, fitted in (("rules", rules), ("lists", lists)):
+        scores = score_rules(fitted, rows)
+        columns = {name: fitted[name] for name in RULE.names or ()} | {name: scores[name] for name in SCORE.names or ()}
+        found[what] = columns | {"text": np.array([describe(rule, names) for rule in fitted], dtype=object)}
+    return found
 
 
-def _of_lowest_hash(sample: Sample, n: int) -> Sample:
-    """At most `n` rows of a sample, wherever they lie."""
-    chosen = np.zeros(len(sample.rows), bool)
-    chosen[np.argsort(hashed(sample.rows))[:n]] = True
-    return sample.take(chosen)
-
-
-def _spread(store: Store, split: str, rows: np.ndarray) -> Stream:
-    """Some of the stretches that hold any of `rows`, from the first to the last of them."""
-    n_stretches = sum(1 for _ in _streams(store, split, rows))
-    chosen = set(np.linspace(0, n_stretches - 1, _CHUNKS_FOR_VOCABULARY).round().tolist())
-    parts = [stream for number, (_, stream) in enumerate(_streams(store, split, rows)) if number in chosen]
-    return Stream(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+def _used(fitted: Sequence[np.ndarray]) -> np.ndarray:
+    """The literals that any rule is made of, by which rules are renumbered."""
+    numbers = [rules[name].ravel() for rules in fitted for name in ("any", "only", "but")]
+    used = np.unique(np.concatenate(numbers))
+    used = used[used >= 0]
+    for rules in fitted:
+        for name in ("any", "only", "but"):
+            rules[name] = np.where(rules[name] >= 0, np.searchsorted(used, rules[name]), -1)
+    return used
 
 
 def _streams(store: Store, split: str, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Stream]]:
@@ -84,19 +85,32 @@ def _streams(store: Store, split: str, rows: np.ndarray) -> Iterator[tuple[np.nd
             start = stop
 
 
-def _rows(store: Store, split: str, sample: Sample, d_sae: int, vocabulary: Vocabulary) -> Rows:
-    names = store.document_names()
-    literals, tokens, positions = [], [], []
-    with progress(len(sample.rows), f"label {split} rows", "row") as bar:
-        for wanted, stream in _streams(store, split, sample.rows):
-            literals.append(label(stream, vocabulary, names, wanted))
-            tokens.append(stream.tokens[wanted])
-            positions.append(stream.position[wanted])
-            bar.update(len(wanted))
+def _rows(
+    store: Store,
+    split: str,
+    sample: Sample,
+    d_sae: int,
+    texts: Sequence[bytes],
+    labellers: Sequence[Labeller],
+    only: Sequence[str] | None = None,
+) -> tuple[Literals, Rows]:
+    """The literals of a sample's rows, and with them what fires there."""
+    documents = store.document_names()
+    columns: dict[str, list[np.ndarray]] = {"tokens": [], "position": [], "doc_id": []}
+
+    def stretches() -> Iterator[Stretch]:
+        with progress(len(sample.rows), f"label {split} rows", "row") as bar:
+            for wanted, stream in _streams(store, split, sample.rows):
+                for name, parts in columns.items():
+                    parts.append(getattr(stream, name)[wanted])
+                yield Stretch(stream, texts, documents, wanted)
+                bar.update(len(wanted))
+
+    literals = label(stretches(), labellers, only=only, least=_LEAST)
     give_back()
-    return Rows(
+    rows = Rows(
         firing(sample, d_sae).tocsc(),
-        sparse.vstack(literals, format="csr"),
-        np.concatenate(tokens),
-        np.concatenate(positions),
+        literals.holds,
+        **{name: np.concatenate(parts) for name, parts in columns.items()},
     )
+    return literals, rows

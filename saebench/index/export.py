@@ -13,6 +13,7 @@ from scipy.sparse import csc_matrix
 from saebench.config import Count
 from saebench.files import write_text
 from saebench.index.examples import Shown, show_all
+from saebench.index.names import Names
 from saebench.index.notes import Notes
 from saebench.index.page import Evidence, latents_page
 from saebench.index.plan import IndexConfig
@@ -76,8 +77,9 @@ def export(config: ExportConfig) -> list[Path]:
             raise ValueError(f"{path} is not complete; finish it with `saebench index --sae {config.sae}`")
         wanted = _wanted(config, index)
         notes = Notes(path.with_suffix(".notes.json"), index.identity["sae"], index.d_sae)
+        names = Names(index, notes)
         with progress(len(wanted), f"export {config.sae.name}", "latent") as bar:
-            found = _evidence(index, sae, notes, wanted, config.around, bar.update)
+            found = _evidence(index, sae, names, notes, wanted, config.around, bar.update)
             if config.format == "html":
                 write_text(config.out, latents_page(config.sae.name, index, found))
                 return [config.out]
@@ -101,7 +103,13 @@ def _wanted(config: ExportConfig, index: FeatureIndex) -> list[int]:
 
 
 def _evidence(
-    index: FeatureIndex, sae: SAE, notes: Notes, wanted: Sequence[int], around: int | None, done: Callable[[int], Any]
+    index: FeatureIndex,
+    sae: SAE,
+    names: Names,
+    notes: Notes,
+    wanted: Sequence[int],
+    around: int | None,
+    done: Callable[[int], Any],
 ) -> Iterator[Evidence]:
     for first in range(0, len(wanted), _ENCODED):
         latents = [index[latent] for latent in wanted[first : first + _ENCODED]]
@@ -110,7 +118,7 @@ def _evidence(
         for latent in latents:
             top = [next(shown) for _ in latent.top]
             groups = [[next(shown) for _ in interval.examples] for interval in latent.intervals]
-            yield Evidence(latent, notes[latent.latent], top, groups)
+            yield Evidence(latent, names[latent.latent], notes[latent.latent], top, groups)
             done(1)
 
 
@@ -167,12 +175,13 @@ def _neuronpedia_feature(evidence: Evidence, index: FeatureIndex) -> dict[str, A
         }
         activations += [_activation(shown) | bounds for shown in group]
     explanations = []
-    if evidence.note.label:
-        explanations.append({"text": evidence.note.label[:TEXT_LIMIT], "methodName": "hand-written"})
-    if latent.rule is not None:
-        score = "" if np.isnan(latent.rule.detection) else f" (detection {latent.rule.detection:.2f} on held-out text)"
-        text = _plain(latent.rule.text)[: TEXT_LIMIT - len(score)] + score
-        explanations.append({"text": text, "methodName": "saebench-rule"})
+    if evidence.name.explained:
+        yours = evidence.name.source == "yours"
+        score = f" ({evidence.name.scored} on held-out text)" if evidence.name.scored and not yours else ""
+        text = _plain(evidence.name.text)[: TEXT_LIMIT - len(score)] + score
+        explanations.append(
+            {"text": text, "methodName": "hand-written" if yours else f"saebench-{evidence.name.source}"}
+        )
     return {
         "index": latent.latent,
         "density": _number(latent.figures["density"]),

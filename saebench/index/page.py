@@ -7,8 +7,9 @@ from typing import NamedTuple
 import numpy as np
 
 from saebench.index.examples import Shown
+from saebench.index.names import SOURCES, Name
 from saebench.index.notes import Note
-from saebench.index.reader import Context, FeatureIndex, Interval, Latent, Ranked
+from saebench.index.reader import Context, FeatureIndex, Interval, Latent, Ranked, Rule
 from saebench.view import svg, tokens
 from saebench.view.tokens import number, text_html, visible
 
@@ -19,8 +20,10 @@ FIGURES = {
     "mean": "mean of firings",
     "decoder_norm": "decoder norm",
     "encoder_cosine": "encoder · decoder",
-    "detection": "rule: detection",
-    "rule_f1": "rule: F1",
+    "name_f1": "F1 of its name",
+    "name_detection": "detection of its name",
+    "rule_f1": "F1 of the rule",
+    "tokens_f1": "F1 of the token list",
     "output": "output score",
     "estimate": "output score, estimated",
     "massive": "firings on massive rows, left out",
@@ -29,9 +32,10 @@ FIGURES = {
 
 
 class Evidence(NamedTuple):
-    """A latent with its note and its examples: the strongest, and those of its intervals of strength."""
+    """A latent with its name, its note and its examples: the strongest, and those of its intervals of strength."""
 
     latent: Latent
+    name: Name
     note: Note
     top: list[Shown]
     intervals: list[list[Shown]]
@@ -42,7 +46,7 @@ def latents_page(name: str, index: FeatureIndex, found: Iterable[Evidence]) -> s
     sections, contents = [], []
     for evidence in found:
         latent = evidence.latent
-        contents.append(f'<li><a href="#latent-{latent.latent}">{latent.latent}</a> {_title(evidence)}</li>')
+        contents.append(f'<li><a href="#latent-{latent.latent}">{latent.latent}</a> {name_html(evidence.name)}</li>')
         sections.append(_section(evidence, index))
     identity = index.store.manifest["identity"]
     about = (
@@ -69,17 +73,40 @@ def figures_html(latent: Latent, scores: Mapping[str, float] | None = None) -> s
     return f'<dl class="figures">{"".join(cells)}</dl>'
 
 
-def rule_html(latent: Latent) -> str:
-    """The rule in words, with its held-out scores; or why there is none."""
-    rule = latent.rule
-    if rule is None:
+def name_html(name: Name) -> str:
+    """A latent's name in a line: what you call it stands out, and what is unexplained stands back."""
+    text, about = html.escape(visible(name.text)), f"{SOURCES[name.source]}{f'; {name.scored}' if name.scored else ''}"
+    kind = {"yours": ' class="sb-yours"', "": ' class="sb-unexplained"'}.get(name.source, "")
+    return f'<span{kind} title="{html.escape(about)}">{text or "no name"}</span>'
+
+
+def named_html(name: Name) -> str:
+    """The name with how it was come by, and its score on held-out documents."""
+    scored = f"{name.scored} on held-out documents" if name.scored else "too few held-out firings to score it"
+    return f'<p class="rule"><b>{name_html(name)}</b><br><small>{SOURCES[name.source]}, {scored}</small></p>'
+
+
+def candidates_html(latent: Latent) -> str:
+    """The rule and the list of tokens, each with all of its held-out scores; or why there is none."""
+    if latent.rule is None:
         return f'<p class="rule">No rule: {html.escape(latent.no_rule)}.</p>'
+    return _candidate_html("Rule", latent.rule) + (
+        "" if latent.tokens_rule is None else _candidate_html("Tokens", latent.tokens_rule)
+    )
+
+
+def _candidate_html(what: str, rule: Rule) -> str:
     scores = {
-        "detection": rule.detection, "null": rule.null, "hard negatives": rule.hard_negative, "precision": rule.precision,
-        "recall": rule.recall, "F1": rule.f1,
+        "F1": rule.f1, "precision": rule.precision, "recall": rule.recall, "detection": rule.detection, "null": rule.null,
+        "hard negatives": rule.hard_negative,
     }  # fmt: skip
-    shown = ", ".join(f"{name} {value:.2f}" for name, value in scores.items() if not np.isnan(value))
-    return f'<p class="rule"><b>{html.escape(visible(rule.text))}</b><br><small>on {rule.score_rows:,} held-out tokens: {shown}</small></p>'
+    shown = (
+        ", ".join(f"{name} {value:.2f}" for name, value in scores.items() if not np.isnan(value)) or "too few firings"
+    )
+    return (
+        f'<details class="rule"><summary>{what}: {html.escape(visible(rule.text))}</summary>'
+        f"<small>on {rule.score_rows:,} held-out tokens: {shown}</small></details>"
+    )
 
 
 def activations_svg(latent: Latent, edges: np.ndarray, marked: Sequence[float] = ()) -> str:
@@ -185,18 +212,13 @@ def _section(evidence: Evidence, index: FeatureIndex) -> str:
         if len(latent.top_logits.ids)
         else ""
     )
-    note = "".join(f"<p>{html.escape(part)}</p>" for part in (evidence.note.label, evidence.note.text) if part)
-    return f"""<section id="latent-{latent.latent}"><h2>Latent {latent.latent}</h2>{note}{rule_html(latent)}{figures_html(latent)}
+    note = f"<p>{html.escape(evidence.note.text)}</p>" if evidence.note.text else ""
+    return f"""<section id="latent-{latent.latent}"><h2>Latent {latent.latent}</h2>{named_html(evidence.name)}{note}{candidates_html(latent)}{figures_html(latent)}
 <div class="columns"><div><h3>Firings by strength</h3>{activations_svg(latent, index.bin_edges)}
 <h3>Effects on logits</h3>{logits_svg(latent)}</div>
 <div><h3>Fires on</h3>{ranked_html(index, latent.tokens)}</div>{logits}</div>
 <h3>Strongest firings, one of a context</h3>{examples_html(index, evidence.top, maximum)}
 <h3>Firings by interval of strength</h3>{groups}</section>"""
-
-
-def _title(evidence: Evidence) -> str:
-    rule = evidence.latent.rule
-    return html.escape(evidence.note.label or ("" if rule is None else visible(rule.text)))
 
 
 def figure(name: str, value: float) -> str:
@@ -214,7 +236,7 @@ def _spaced(piece: str) -> str:
 PARTS_CSS = """
 h3 { font-size: .85rem; font-weight: 600; margin: 1rem 0 .3rem; color: var(--sb-faint); } a { color: inherit; }
 a:focus-visible, summary:focus-visible { outline: 2px solid var(--sb-line); outline-offset: 2px; }
-.rule { margin: .25rem 0; } small, figcaption { color: var(--sb-faint); font-size: .8rem; }
+.rule { margin: .25rem 0; } .sb-yours { font-weight: 600; } .sb-unexplained { color: var(--sb-faint); font-style: italic; } small, figcaption { color: var(--sb-faint); font-size: .8rem; }
 .figures { display: flex; flex-wrap: wrap; gap: .5rem 1.75rem; margin: .75rem 0; }
 .figures dt { font-size: .75rem; color: var(--sb-faint); } .figures dd { margin: 0; font-variant-numeric: tabular-nums; }
 .columns { display: grid; grid-template-columns: 2fr 1fr 1fr 1fr; gap: 0 2rem; }

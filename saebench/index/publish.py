@@ -23,6 +23,7 @@ from saebench.index.explain import explain
 from saebench.index.memory import give_back
 from saebench.index.plan import IndexConfig, Plan
 from saebench.index.schema import INDEX_SCHEMA, INDEX_VERSIONS, open_index
+from saebench.labels import LABELLERS
 from saebench.runlog import provenance
 from saebench.store import Store
 
@@ -105,7 +106,7 @@ class Publisher:
         _write(file, derive(gathered.evidence, samples["train"], tokens, self.plan.scale, complete))
         give_back()
         if complete and self.rules:
-            _write(file, explain(self.plan.store, samples, self.plan.sae.d_sae))
+            _write(file, explain(self.plan.store, samples, self.plan.sae.d_sae, LABELLERS))
         if not complete:
             _write(file, {"state": vars(gathered.evidence) | {"done": gathered.done}})
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from saebench.files import found_from
 from saebench.index.derive import FLAGS
 from saebench.index.evidence import Sample
-from saebench.index.rules import MINIMUM, OPERATORS, holding
+from saebench.index.rules import MINIMUM, RULE, holding
 from saebench.index.schema import check_identity, identity_of, open_index
-from saebench.labels import VERSION, Stream, Vocabulary, label
+from saebench.labels import LABELLERS, Stream, Stretch, label
 from saebench.models import load_tokenizer
 from saebench.pieces import TokenBytes, show_bytes, show_text
 from saebench.sae import read_config
@@ -37,11 +37,16 @@ COLUMNS = {
     "nearest_cosine": "decoder/cosines",
     "logit_std": "logits/std",
     "rule_f1": "rules/f1",
-    "detection": "rules/detection",
+    "rule_detection": "rules/detection",
+    "tokens_f1": "lists/f1",
+    "tokens_detection": "lists/detection",
     "massive": "latents/massive",
     "flags": "latents/flags",
 }
 """Columns of the table over all latents, where the file has them; of a column with several values a latent, the first."""
+
+
+_PARTS = ("any", "only", "but")  # of a rule
 
 
 class Example(NamedTuple):
@@ -59,18 +64,17 @@ class Ranked(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """What a latent fires on, fitted on training documents and scored on held-out ones; NaN where rows are too few.
+    """What a latent fires on, as literals in words, fitted on training documents and scored on held-out ones; NaN where rows are too few.
 
-    Definitions stand with `saebench.index.rules.RULE`.
+    Definitions stand with `saebench.index.rules.SCORE`.
     """
 
     text: str
     fit_f1: float
+    first_f1: float
     precision: float
     recall: float
     f1: float
-    token_f1: float
-    by_token: bool
     detection: float
     null: float
     hard_negative: float
@@ -118,6 +122,8 @@ class Latent:
     rule: Rule | None
     no_rule: str
     """why there is none"""
+    tokens_rule: Rule | None
+    """the list of at most eight tokens that says best where it fires"""
 
 
 class FeatureIndex:
@@ -234,20 +240,18 @@ class FeatureIndex:
                 float(np.sum(get("logits/low"))),
                 float(np.sum(get("logits/high"))),
             ),
-            rule=self._rule(latent),
+            rule=self._rule("rules", latent),
             no_rule=self._no_rule(latent),
+            tokens_rule=self._rule("lists", latent),
         )
 
-    def _rule(self, latent: int) -> Rule | None:
-        if "rules/first" not in self._data or self._data["rules/first"][latent] < 0:
+    def _rule(self, what: str, latent: int) -> Rule | None:
+        """A latent's rule (`rules`) or its list of tokens (`lists`)."""
+        if f"{what}/fit_f1" not in self._data or np.isnan(self._data[f"{what}/fit_f1"][latent]):
             return None
-        found = {name: self._data[f"rules/{name}"][latent] for name in Rule._fields}
-        return Rule(
-            **{
-                name: value.decode(errors="replace") if name == "text" else value.item()
-                for name, value in found.items()
-            }
-        )
+        found = {name: self._data[f"{what}/{name}"][latent] for name in Rule._fields if f"{what}/{name}" in self._data}
+        text = found.pop("text").decode(errors="replace")
+        return Rule(**{"text": text, "first_f1": math.nan} | {name: value.item() for name, value in found.items()})
 
     def _no_rule(self, latent: int) -> str:
         """Why a latent has no rule; empty where it has one."""
@@ -255,11 +259,13 @@ class FeatureIndex:
             return "rules come last, and the index is not complete"
         if not json.loads(self._file.attrs["settings"]).get("rules", True):
             return "the index was made with --no-rules"
-        if "rules/first" not in self._data:
+        if "rules/fit_f1" not in self._data:
             return "the store has no tokenizer, or no held-out rows to score it on"
-        if self._data["rules/first"][latent] >= 0:
+        if not np.isnan(self._data["rules/fit_f1"][latent]):
             return ""
-        return f"it fires on {self._data['rules/fit_rows'][latent]} rows of the fit, fewer than {MINIMUM}"
+        fires = self._data["rules/fit_rows"][latent]
+        few = f"it fires on {fires} rows of the fit, fewer than {MINIMUM}"
+        return few if fires < MINIMUM else "nothing that is labelled holds twice where it fires"
 
     @cached_property
     def top_logits(self) -> np.ndarray | None:
@@ -276,40 +282,72 @@ class FeatureIndex:
         """`[d_sae, N_BINS]` firings of each latent by strength, in `bin_edges`."""
         return self._data["histogram/counts"][:]
 
-    @cached_property
-    def explanations(self) -> list[str]:
-        """The rule of every latent in words, empty where it has none; for the search."""
-        if "rules/first" not in self._data:
+    def described(self, what: str) -> list[str]:
+        """The rule (`rules`), or the list of tokens (`lists`), of every latent in words, empty where it has none."""
+        if f"{what}/fit_f1" not in self._data:
             return [""] * self.d_sae
-        known = self._data["rules/first"][:] >= 0
-        texts = self._data["rules/text"].asstr("utf-8", errors="replace")[:]
+        known = ~np.isnan(self._data[f"{what}/fit_f1"][:])
+        texts = self._data[f"{what}/text"].asstr("utf-8", errors="replace")[:]
         return [text if has else "" for text, has in zip(texts, known, strict=True)]
 
-    def holds(self, latent: int, texts: Sequence[np.ndarray]) -> list[np.ndarray] | None:
-        """`[n]` where the latent's rule holds on each of some texts, by token ids; None where it has no rule.
+    def first_f1(self, what: str) -> np.ndarray:
+        """`[d_sae]` F1 of every latent's rule or list on the first half of the held-out documents, by which a name is chosen.
 
-        Nor is there one to apply where other labels were used than there are now: its literals would be others.
+        Where it fires too little there, that of the fit; of an index without halves that of all held-out documents.
         """
-        if self._rule(latent) is None or not self.rules_apply:
+        path = next((path for name in ("first_f1", "f1") if (path := f"{what}/{name}") in self._data), None)
+        if path is None:
+            return np.full(self.d_sae, np.nan)
+        found, fit = self._data[path][:], self._data[f"{what}/fit_f1"][:]
+        return np.where(np.isnan(found), fit, found)
+
+    def holds(self, latent: int, texts: Sequence[np.ndarray], what: str = "rules") -> list[np.ndarray] | None:
+        """`[n]` where the latent's rule, or its list of tokens, holds on each of some texts, by token ids; None where it has none.
+
+        Nor is there one to apply where its literals are another labeller's than there is now: they may hold elsewhere.
+        """
+        if self._rule(what, latent) is None or not self.applies(what, latent):
             return None
-        first, operator, second = (int(self._data[f"rules/{name}"][latent]) for name in ("first", "operator", "second"))
+        rule = self._structure(what, latent)
+        numbers = np.unique(np.concatenate([rule[name].ravel() for name in _PARTS]))
+        numbers = numbers[numbers >= 0]
+        for name in _PARTS:
+            rule[name] = np.where(rule[name] >= 0, np.searchsorted(numbers, rule[name]), -1)
         lengths = [len(tokens) for tokens in texts]
         tokens = np.concatenate([np.zeros(0, np.int64), *texts])
         places = np.concatenate([np.zeros(0, np.int64), *map(np.arange, lengths)])
         keep = ~np.isin(tokens, [] if self._tokenizer is None else self._tokenizer.all_special_ids)
-        held = label(Stream(tokens, np.repeat(np.arange(len(texts)), lengths), places, keep), self._literals, {})
-        return np.split(holding(held.tocsc(), first, OPERATORS[operator], second), np.cumsum(lengths)[:-1])
+        stream = Stream(tokens, np.repeat(np.arange(len(texts)), lengths), places, keep)
+        names, of, _ = self._literals
+        labellers = [labeller for labeller in LABELLERS if labeller.name in {of[number] for number in numbers}]
+        stretch = Stretch(stream, self._bytes.all(), {}, np.arange(len(tokens)))
+        held = label([stretch], labellers, only=[names[number] for number in numbers]).holds
+        return np.split(holding(held, rule), np.cumsum(lengths)[:-1])
+
+    def applies(self, what: str, latent: int) -> bool:
+        """Whether the literals of a latent's rule or list are those of the labellers that there are now."""
+        if "literals/names" not in self._data:
+            return False
+        _, of, versions = self._literals
+        now = {labeller.name: labeller.version for labeller in LABELLERS}
+        rule = self._structure(what, latent)
+        numbers = np.concatenate([rule[name].ravel() for name in _PARTS])
+        return all(now.get(of[number]) == versions[number] for number in numbers[numbers >= 0])
+
+    def _structure(self, what: str, latent: int) -> np.void:
+        rule = np.zeros(1, RULE)
+        for name in _PARTS:
+            rule[name] = self._data[f"{what}/{name}"][latent]
+        return rule[0]
 
     @cached_property
-    def rules_apply(self) -> bool:
-        """Whether the rules were made with the labels that there are now."""
-        return "literals/version" in self._data and self._data["literals/version"][()].decode() == VERSION
-
-    @cached_property
-    def _literals(self) -> Vocabulary:
-        return Vocabulary(
-            self._bytes.all(), *(self._data[f"literals/{name}"][:] for name in ("tokens", "previous", "bigrams"))
+    def _literals(self) -> tuple[list[str], list[str], list[str]]:
+        """(name, labeller, its version) of the literals that rules are made of."""
+        names, of, versions = (
+            self._data[f"literals/{name}"].asstr("utf-8", errors="replace")[:].tolist()
+            for name in ("names", "labeller", "version")
         )
+        return names, of, versions
 
     @cached_property
     def _data(self) -> dict[str, Any]:

@@ -1,220 +1,312 @@
-"""A rule of at most two literals for each latent: fitted on rows of some documents, scored on rows of others.
+"""What a latent fires on, as a rule: literals of which one must hold, one that must hold beside it, and some that must not.
 
-A rule is `A`, `A and B`, `A and not B` or `A or B`; it is the one whose F1 on the rows of the fit is best
-among a shortlist of literals, and a second literal must earn its place. Of rules that are equally good the
-first in the order of operators and then of literals is taken, so that the same rows give the same rules.
-Legend: R rows, F latents, M literals, S shortlisted literals, T distinct tokens, W windows.
+Two candidates for its name are made of literals: a rule, grown one literal at a time by F1 on training rows (FOIL's way to learn a clause by
+what it gains, Quinlan 1990, turned to F1), and a list of tokens, the best of its length. Both are scored on held-out documents.
+Legend: R rows, F latents, M literals, S literals of a shortlist, T distinct tokens, W windows.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from scipy import sparse
 
 from saebench.index.evidence import hashed
 from saebench.runlog import progress
 
 WINDOW = 32  # consecutive rows of a context that are one window
-MINIMUM = (
-    10  # firing rows below which nothing is fitted or scored, and windows of either kind below which none is detected
-)
-GAIN = 0.02  # by how much F1 a second literal must improve on the best single one
-OPERATORS = ("", "and", "and not", "or")
+MINIMUM = 10
+"""firing rows below which nothing is fitted or scored, and windows of either kind below which none is detected"""
+ALTERNATIVES, EXCEPTIONS, LISTED = 12, 2, 8
+"""of a rule, and tokens of a list"""
+GAIN = 0.005
+"""of F1 on training rows, for which a rule takes another literal"""
+_SHORTLIST = 64  # alternatives that are tried
+_LEAST_HITS = 2  # of an alternative
+_LOOKED_AT = 8192  # rows by which it is guessed what narrows a rule, before the best are counted on all
 
 RULE = np.dtype(
     [
-        ("first", "<i4"),  # literal A; -1 where there is no rule
-        ("operator", "i1"),  # index into OPERATORS
-        ("second", "<i4"),  # literal B; -1 where there is none
+        ("any", "<i4", (ALTERNATIVES,)),  # literals of which one must hold; -1 beyond them, and where there is no rule
+        ("only", "<i4"),  # a literal that must hold as well; -1 for none
+        ("but", "<i4", (EXCEPTIONS,)),  # literals that must not hold
         ("fit_rows", "<i4"),  # rows of the fit on which the latent fires
-        ("score_rows", "<i4"),  # held-out rows on which it fires
         ("fit_f1", "<f4"),
-        ("precision", "<f4"),  # per token, on held-out rows, as all that follows
-        ("recall", "<f4"),
+    ]
+)
+SCORE = np.dtype(
+    [
+        ("first_f1", "<f4"),  # per token, on the first half of the held-out documents: candidates are compared by it
+        ("score_rows", "<i4"),  # rows of the second half on which the latent fires; all that follows is of that half
         ("f1", "<f4"),
-        ("token_f1", "<f4"),  # F1 of the best set of tokens, also fitted on the fit's rows
-        ("by_token", "?"),  # token identity alone does as well as the rule, to within GAIN
+        ("precision", "<f4"),
+        ("recall", "<f4"),
         ("detection", "<f4"),  # balanced accuracy in telling windows in which the latent fires
-        ("null", "<f4"),  # the same after the held-out activations are permuted across rows: chance is 0.5
+        ("null", "<f4"),  # the same for activations that were rotated within their documents
         ("hard_negative", "<f4"),  # balanced accuracy in telling firing rows from silent rows of the same tokens
     ]
 )
-_LEADS = 8  # literals taken into the shortlist for each of two scores of their own
-_PARTNERS = 8  # and, for each operator, as the second of a pair
-_BLOCK = 2**19  # pairs of latent and literal worked on at once: what stays in a core's cache
 
-
-Matrix = Any  # scipy.sparse.csr_array, which type checkers know too little of
+Matrix = Any  # scipy.sparse arrays, which type checkers know too little of
 
 
 class Rows(NamedTuple):
     """What fires and what holds on R kept rows.
 
-    `firing` `[R, F]` is CSC or CSR and `literals` `[R, M]` CSR; only where their entries are counts (a `SparseCode` is
-    `csr_array((ones, code.latents, code.offsets))`). `position` in the context tells windows: rows that are
-    scored come whole contexts at a time, rows of a fit may be any.
+    `firing` `[R, F]` and `literals` `[R, M]` are CSC; only where their entries are counts. `position` in the context tells windows,
+    `doc_id` documents: rows that are scored come whole contexts at a time, rows of a fit may be any.
     """
 
     firing: Matrix
     literals: Matrix
     tokens: Int[np.ndarray, " R"]
     position: Int[np.ndarray, " R"]
+    doc_id: Int[np.ndarray, " R"]
+
+    def check(self) -> None:
+        """Raises ValueError where they are not of the same rows."""
+        lengths = [self.firing.shape[0], self.literals.shape[0], len(self.tokens), len(self.position), len(self.doc_id)]
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"firing, literals, tokens, position and doc_id have {lengths} rows; expected the same of each"
+            )
 
 
-def fit_rules(fit: Rows, score: Rows | Callable[[], Rows], seed: int = 0) -> np.ndarray:
-    """Rules of F latents and their scores, a structured array `RULE` `[F]`; `score`, or what gives it once rules are fitted.
+def fit_rules(fit: Rows, lists_of: Bool[np.ndarray, " M"]) -> tuple[np.ndarray, np.ndarray]:
+    """(rules, lists) of F latents, two arrays `RULE` `[F]`; lists are of literals in `lists_of`, no two of which hold on one row.
 
-    NaN, and -1 for a literal, where a latent fires on fewer than `MINIMUM` rows (`detection` and `null`: in, or
-    outside of, fewer than `MINIMUM` windows). `seed` permutes the rows of the null. Raises ValueError where
-    the two sets of rows have not the same latents and literals.
+    Without literals where a latent fires on fewer than `MINIMUM` rows, or nothing holds twice where it fires.
     """
-    if not callable(score):
-        _check(fit, score)
-    rules = np.zeros(fit.firing.shape[1], dtype=RULE)
-    for name in RULE.names or ():
-        rules[name] = -1 if name in ("first", "second") else np.nan if RULE[name].kind == "f" else 0
-    _search(fit, rules)
-    if callable(score):
-        score = score()
-        _check(fit, score)
-    held_out = _HeldOut(fit, score, seed)
-    with progress(len(rules), "score rules", "latent", delay=1.0) as bar:
+    fit.check()
+    grower = _Grower(fit.literals, np.flatnonzero(lists_of))
+    firing = fit.firing.tocsc()
+    rules, lists = _none(firing.shape[1]), _none(firing.shape[1])
+    with progress(len(rules), "fit rules", "latent", delay=1.0) as bar:
         for latent in range(len(rules)):
-            held_out.score(latent, rules[latent : latent + 1])
+            fires = _column(firing, latent)
+            rules["fit_rows"][latent] = lists["fit_rows"][latent] = len(fires)
+            if len(fires) >= MINIMUM:
+                grower.fit(fires, rules[latent : latent + 1], lists[latent : latent + 1])
             bar.update()
-    return rules
+    return rules, lists
+
+
+def score_rules(rules: np.ndarray, score: Rows, seed: int = 0) -> np.ndarray:
+    """Scores `SCORE` `[F]` of rules, or of lists, on held-out rows; NaN where firing rows, or windows of either kind, are too few.
+
+    `seed` rotates the activations of the null.
+    """
+    score.check()
+    held_out = _HeldOut(score, seed)
+    scores = np.full(len(rules), np.nan, SCORE)
+    scores["score_rows"] = 0
+    with progress(len(rules), "score rules", "latent", delay=1.0) as bar:
+        for latent, rule in enumerate(rules):
+            held_out.score(latent, rule, scores[latent : latent + 1])
+            bar.update()
+    return scores
+
+
+_FORM = re.compile(
+    r"(?P<head>.*? )(?P<value>b?[\"'].*[\"'])(?P<tail> in any case)?|(?P<kind>.*?: )(?P<one>.*)", re.DOTALL
+)
 
 
 def describe(rule: np.void, names: Sequence[str]) -> str:
-    """A rule in words, e.g. `role: parameter and not inside lambda`."""
-    if rule["first"] < 0:
-        return f"no rule: fires on {rule['fit_rows']} rows of the fit, fewer than {MINIMUM}"
-    if rule["second"] < 0:
-        return str(names[rule["first"]])
-    return f"{names[rule['first']]} {OPERATORS[rule['operator']]} {names[rule['second']]}"
+    """A rule in words, as `token " bad" or " worse"; class: number; only after word "the"; not position < 4`; empty where there is none."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for number in rule["any"][rule["any"] >= 0]:
+        name = names[int(number)]
+        form = _FORM.fullmatch(name)
+        if form is None:
+            groups.setdefault((name, ""), []).append("")
+        elif form["kind"] is not None:
+            groups.setdefault((form["kind"], ""), []).append(form["one"])
+        else:
+            groups.setdefault((form["head"], form["tail"] or ""), []).append(form["value"])
+    parts = [head + " or ".join(values) + tail for (head, tail), values in groups.items()]
+    if rule["only"] >= 0:
+        parts.append(f"only {names[rule['only']]}")
+    parts += [f"not {names[number]}" for number in rule["but"] if number >= 0]
+    return "; ".join(parts)
 
 
-def _check(fit: Rows, score: Rows) -> None:
-    for what in ("firing", "literals"):
-        ours, theirs = getattr(fit, what).shape[1], getattr(score, what).shape[1]
-        if ours != theirs:
-            raise ValueError(
-                f"{what} of the fit has {ours} columns and {what} of the scoring {theirs}; encode and label both with the "
-                "same SAE and the same vocabulary"
-            )
-    for rows in (fit, score):
-        lengths = [rows.firing.shape[0], rows.literals.shape[0], len(rows.tokens), len(rows.position)]
-        if len(set(lengths)) > 1:
-            raise ValueError(f"firing, literals, tokens and position have {lengths} rows; expected the same of each")
+def _none(n: int) -> np.ndarray:
+    rules = np.zeros(n, RULE)
+    for name in ("any", "only", "but"):
+        rules[name] = -1
+    rules["fit_f1"] = np.nan
+    return rules
 
 
 # ---------------------------------------------------------------------------------------- fitting
 
 
-def _search(fit: Rows, rules: np.ndarray) -> None:
-    """Fill in the rule, `fit_rows` and `fit_f1` of every latent."""
-    literals = _counted(fit.literals)
-    firing = fit.firing.tocsc()
-    rules["fit_rows"] = np.diff(firing.indptr)
-    step = max(1, _BLOCK // literals.shape[1])
-    both_MM = _together(literals, step)
-    bar = progress(len(rules), "fit rules", "latent", delay=1.0)
-    for start in range(0, len(rules), step):
-        block = firing[:, start : start + step]
-        hits_FM = (_counted(block.T) @ literals).toarray()
-        shortlists = _shortlists(hits_FM, np.diff(block.indptr), both_MM, literals.shape[0])
-        for latent, short in enumerate(shortlists, start):
-            rows = _column(firing, latent)
-            if len(rows) < MINIMUM:
-                continue
-            short = np.unique(short)
-            held = literals[rows][:, short]
-            hits_SS = (held.T @ held).toarray()
-            f1, operator, first, second = _best_rule(hits_SS, both_MM[np.ix_(short, short)], len(rows))
-            chosen = rules[latent]
-            chosen["first"], chosen["operator"], chosen["fit_f1"] = short[first], operator, f1
-            chosen["second"] = short[second] if operator else -1
-        bar.update(len(shortlists))
-    bar.close()
+class _Grower:
+    """The rows of a fit by literal, and the literals by row."""
+
+    def __init__(self, literals: Matrix, listed: Int[np.ndarray, " m"]) -> None:
+        self.by_literal, self.by_row = literals.tocsc(), literals.tocsr()
+        self.n_rows, self.n_literals = literals.shape
+        self.counts = np.diff(self.by_literal.indptr)
+        self.listed = listed
+
+    def fit(self, fires: Int[np.ndarray, " n"], rule: np.ndarray, listed: np.ndarray) -> None:
+        """Fill in the rule and the list of a latent, structured arrays of length 1, from the rows on which it fires."""
+        hits = self.holding_on(fires)
+        self._list(hits, len(fires), listed)
+        self._grow(hits, fires, rule)
+
+    def holding_on(self, rows: np.ndarray) -> Int[np.ndarray, " M"]:
+        """On how many of some rows each literal holds."""
+        starts, stops = self.by_row.indptr[rows], self.by_row.indptr[rows + 1]
+        lengths = stops - starts
+        within = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+        return np.bincount(self.by_row.indices[np.repeat(starts, lengths) + within], minlength=self.n_literals)
+
+    def _list(self, hits: np.ndarray, fires: int, rule: np.ndarray) -> None:
+        """The list of highest F1: of disjoint literals it is those that gain most at the share that the list itself ends at (Dinkelbach 1967)."""
+        there = self.listed[hits[self.listed] >= _LEAST_HITS]
+        if not len(there):
+            return
+        hit, count = hits[there], self.counts[there]
+        f1 = float((2 * hit / (count + fires)).max())
+        while True:
+            gain = hit - f1 / 2 * count
+            chosen = np.argsort(-gain, kind="stable")[:LISTED]
+            chosen = chosen[gain[chosen] > 0]
+            better = 2 * hit[chosen].sum() / (count[chosen].sum() + fires)
+            if better <= f1 + 1e-9:
+                break
+            f1 = float(better)
+        if not len(chosen):
+            chosen = np.array([(2 * hit / (count + fires)).argmax()])
+        rule["any"][0, : len(chosen)] = there[chosen[np.argsort(-hit[chosen], kind="stable")]]
+        rule["fit_f1"] = f1
+
+    def _grow(self, hits: np.ndarray, fires: np.ndarray, rule: np.ndarray) -> None:
+        short = self._shortlist(hits, len(fires))
+        if not len(short):
+            return
+        state = _Growing(self, short, fires)
+        while state.widen() or state.narrow():
+            pass
+        state.prune()
+        rule["any"][0, : len(state.any)] = state.any
+        rule["only"] = state.only
+        rule["but"][0, : len(state.but)] = state.but
+        rule["fit_f1"] = state.f1
+
+    def _shortlist(self, hits: np.ndarray, fires: int) -> Int[np.ndarray, " S"]:
+        """Literals that may be alternatives, ascending: the best alone, and those whose hits are worth their other rows in a rule as good as that."""
+        there = np.flatnonzero(hits >= _LEAST_HITS)
+        if not len(there):
+            return there
+        hit, count = hits[there], self.counts[there]
+        f1 = 2 * hit / (count + fires)
+        gain = hit - f1.max() / 2 * count
+        size = min(_SHORTLIST, len(there))
+        chosen = np.concatenate([np.argpartition(-gain, size - 1)[:size], [f1.argmax()]])
+        precise = (
+            hit[chosen] / count[chosen] >= 0.15 * f1.max()
+        )  # with less it takes in more than it brings, whatever it overlaps with
+        return np.unique(there[np.append(chosen[precise], f1.argmax())])
 
 
-def _together(literals: Matrix, step: int) -> Float[np.ndarray, "M M"]:
-    """On how many rows two literals hold, computed for `step` of them at once: a sparse product is larger than a dense one."""
-    by_literal = literals.T.tocsr()
-    both_MM = np.empty((literals.shape[1],) * 2, np.float32)
-    for start in range(0, len(both_MM), step):
-        both_MM[start : start + step] = (by_literal[start : start + step] @ literals).toarray()
-    return both_MM
+class _Growing:
+    """A rule as it grows: what it holds on, and what another literal would change."""
+
+    def __init__(self, grower: _Grower, short: Int[np.ndarray, " S"], fires: Int[np.ndarray, " n"]) -> None:
+        self.grower, self.short, self.n_fires = grower, short, len(fires)
+        self.any: list[int] = []
+        self.but: list[int] = []
+        self.only, self.f1 = -1, 0.0
+        self.fires = np.zeros(grower.n_rows, bool)
+        self.fires[fires] = True
+        self.times = np.zeros(grower.n_rows, np.int8)  # how many alternatives hold
+        self.allowed = np.ones(grower.n_rows, bool)
+        columns = [_column(grower.by_literal, literal) for literal in short.tolist()]
+        self.starts = np.cumsum([0, *(len(column) for column in columns)])
+        self.rows = np.concatenate(columns)
+        self.hit = self.fires[self.rows]
+        self.true, self.claimed = 0, 0  # rows on which the rule holds: where the latent fires, and all
+
+    def _f1(self, true: Any, claimed: Any) -> Any:
+        return 2 * true / (claimed + self.n_fires)
+
+    def _rows_of(self, literal: int) -> np.ndarray:
+        return _column(self.grower.by_literal, literal)
+
+    def widen(self) -> bool:
+        """Take the alternative that brings most."""
+        if len(self.any) == ALTERNATIVES:
+            return False
+        new = (self.times[self.rows] == 0) & self.allowed[self.rows]
+        claimed = self.claimed + np.add.reduceat(new, self.starts[:-1], dtype=np.int64)
+        true = self.true + np.add.reduceat(new & self.hit, self.starts[:-1], dtype=np.int64)
+        f1 = self._f1(true, claimed)
+        best = int(f1.argmax())
+        if f1[best] < self.f1 + GAIN and self.any:
+            return False
+        self.any.append(int(self.short[best]))
+        self.times[self._rows_of(self.any[-1])] += 1
+        self.f1, self.true, self.claimed = float(f1[best]), int(true[best]), int(claimed[best])
+        return True
+
+    def narrow(self) -> bool:
+        """Take the exception that rids it of most, or the literal that must hold as well."""
+        held = (self.times > 0) & self.allowed
+        rows = np.flatnonzero(held)
+        rows = rows[:: -(-len(rows) // _LOOKED_AT)]
+        there, true = self.grower.holding_on(rows), self.grower.holding_on(rows[self.fires[rows]])
+        part = len(rows) / self.claimed  # of what it holds on
+        moves = []
+        if len(self.but) < EXCEPTIONS:
+            moves += [
+                (False, literal) for literal in _top(self._f1(self.true - true / part, self.claimed - there / part))
+            ]
+        if self.only < 0:
+            moves += [(True, literal) for literal in _top(self._f1(true / part, there / part))]
+        best, counted = self.f1 + GAIN, None
+        for within, literal in moves:
+            here = self._rows_of(literal)
+            here = here[held[here]]
+            true, claimed = int(self.fires[here].sum()), len(here)
+            if not within:
+                true, claimed = self.true - true, self.claimed - claimed
+            if (f1 := self._f1(true, claimed)) >= best:
+                best, counted = f1, (within, literal, true, claimed)
+        if counted is None:
+            return False
+        within, literal, self.true, self.claimed = counted
+        self.f1 = float(best)
+        if within:
+            self.only = literal
+            outside = np.ones(len(self.allowed), bool)
+            outside[self._rows_of(literal)] = False
+            self.allowed[outside] = False
+        else:
+            self.but.append(literal)
+            self.allowed[self._rows_of(literal)] = False
+        return True
+
+    def prune(self) -> None:
+        """Drop alternatives that later ones have made useless."""
+        for literal in list(self.any):
+            rows = self._rows_of(literal)
+            lost = rows[(self.times[rows] == 1) & self.allowed[rows]]
+            true, claimed = self.true - int(self.fires[lost].sum()), self.claimed - len(lost)
+            if len(self.any) > 1 and self._f1(true, claimed) >= self.f1:
+                self.any.remove(literal)
+                self.times[rows] -= 1
+                self.true, self.claimed, self.f1 = true, claimed, float(self._f1(true, claimed))
 
 
-def _counted(matrix: Matrix) -> Matrix:
-    """A CSR matrix whose products count, exactly up to 2^24 rows."""
-    return sparse.csr_array((np.ones(matrix.nnz, np.float32), matrix.indices, matrix.indptr), shape=matrix.shape)
-
-
-def _shortlists(
-    hits_FM: Float[np.ndarray, "F M"], fires_F: Int[np.ndarray, " F"], both_MM: Float[np.ndarray, "M M"], n_rows: int
-) -> Int[np.ndarray, "F S"]:
-    """Literals worth trying for each latent: the best alone, and the best partners of those.
-
-    Alone they are ranked by F1, and by recall less false positive rate, which finds the broad halves of a
-    conjunction. Of a pair the rows on which both hold and the latent fires are estimated, as if independent given that it
-    fires, within the bounds of the known counts: exact for every rule that holds just where the latent fires.
-    """
-    fires_F1 = np.maximum(fires_F, 1)[:, None].astype(np.float32)
-    holds_M = both_MM.diagonal()
-    f1 = 2 * hits_FM / (holds_M + fires_F1)
-    youden = hits_FM / fires_F1 - (holds_M - hits_FM) / np.maximum(n_rows - fires_F1, 1)
-    leads = np.concatenate([_top(f1, _LEADS), _top(youden, _LEADS)], axis=1)
-    best = [np.zeros_like(f1) for _ in range(3)]
-    for lead in leads.T:
-        lead_hits, lead_holds, both = (
-            np.take_along_axis(hits_FM, lead[:, None], 1),
-            holds_M[lead][:, None],
-            both_MM[lead],
-        )
-        shared = np.clip(lead_hits * hits_FM / fires_F1, lead_hits + hits_FM - fires_F1, both)
-        pairs = (
-            (shared, both),
-            (lead_hits - shared, lead_holds - both),
-            (lead_hits + hits_FM - shared, lead_holds + holds_M - both),
-        )
-        for score, (true, predicted) in zip(best, pairs, strict=True):
-            np.maximum(score, 2 * true / (predicted + fires_F1), out=score)
-    return np.concatenate([leads, *(_top(score, _PARTNERS) for score in best)], axis=1)
-
-
-def _top(scores_FM: Float[np.ndarray, "F M"], k: int) -> Int[np.ndarray, "F K"]:
-    """The k largest of each row to six digits, of equal ones the first."""
-    n = scores_FM.shape[1]
-    keys = np.rint(scores_FM * 2**20).astype(np.int64) * n + np.arange(n)[::-1]
-    k = min(k, n)
-    return np.argpartition(keys, n - k, axis=1)[:, n - k :]
-
-
-def _best_rule(
-    hits_SS: Float[np.ndarray, "S S"], both_SS: Float[np.ndarray, "S S"], fires: int
-) -> tuple[float, int, int, int]:
-    """(F1, operator, first, second) from the rows on which two literals hold and the latent fires, and all on which they hold."""
-    hits, both = hits_SS.astype(np.float64), both_SS.astype(np.float64)
-    true, holds = hits.diagonal(), both.diagonal()
-    single = 2 * true / (holds + fires)
-    first = int(single.argmax())
-    pairs = np.stack(
-        [
-            2 * hits / (both + fires),
-            2 * (true[:, None] - hits) / (holds[:, None] - both + fires),
-            2 * (true[:, None] + true - hits) / (holds[:, None] + holds - both + fires),
-        ]
-    )
-    operator, a, b = np.unravel_index(
-        pairs.argmax(), pairs.shape
-    )  # the first of equals, so A before B where they may change places
-    if pairs[operator, a, b] < single[first] + GAIN:
-        return float(single[first]), 0, first, -1
-    return float(pairs[operator, a, b]), int(operator) + 1, int(a), int(b)
+def _top(f1: Float[np.ndarray, " M"], k: int = 4) -> list[int]:
+    """The literals of highest F1, of equal ones the first."""
+    best = np.argpartition(-f1, min(k, len(f1) - 1))[:k]
+    return best[np.lexsort((best, -f1[best]))].tolist()
 
 
 # ---------------------------------------------------------------------------------------- scoring
@@ -223,66 +315,60 @@ def _best_rule(
 class _HeldOut:
     """The rows that rules are scored on, by literal and by latent."""
 
-    def __init__(self, fit: Rows, score: Rows, seed: int) -> None:
-        self.n_rows = len(score.tokens)
-        self.firing, self.literals, self.fitted = score.firing.tocsc(), score.literals.tocsc(), fit.firing.tocsc()
-        self.permutation = np.random.default_rng(seed).permutation(self.n_rows)
-        self.window = _windows(score.position)
-        self.n_windows = int(self.window[-1]) + 1 if self.n_rows else 0
-        n_fit = len(fit.tokens)
-        self.distinct, tokens = np.unique(np.concatenate([fit.tokens, score.tokens]), return_inverse=True)
-        self.fit_tokens, self.tokens = tokens[:n_fit], tokens[n_fit:]
-        self.fit_count, self.count = self._per_token(self.fit_tokens), self._per_token(self.tokens)
+    def __init__(self, score: Rows, seed: int) -> None:
+        self.firing, self.literals = score.firing.tocsc(), score.literals.tocsc()
+        self.second = halves(score.doc_id)
+        self.window = windows(score.position)
+        begins = np.concatenate([[True], np.diff(self.window) != 0])[: len(self.window)]
+        self.window_second = self.second[begins]
+        self.rotated = _rotated(score.doc_id, np.random.default_rng(seed))
+        _, self.tokens = np.unique(score.tokens, return_inverse=True)
+        self.count = self._per_token(np.flatnonzero(self.second))
 
-    def score(self, latent: int, rule: np.ndarray) -> None:
+    def score(self, latent: int, rule: np.void, scores: np.ndarray) -> None:
         """Fill in the scores of one rule, a structured array of length 1."""
         fires = _column(self.firing, latent)
-        rule["score_rows"] = len(fires)
-        if rule["first"][0] < 0 or len(fires) < MINIMUM:
+        later = self.second[fires]
+        scores["score_rows"] = later.sum()
+        if rule["any"][0] < 0:
             return
-        holds = holding(self.literals, int(rule["first"][0]), OPERATORS[rule["operator"][0]], int(rule["second"][0]))
-        claimed = np.flatnonzero(holds)
-        hits = fires[holds[fires]]
-        rule["precision"] = len(hits) / len(claimed) if len(claimed) else 0.0
-        rule["recall"] = len(hits) / len(fires)
-        rule["f1"] = 2 * len(hits) / (len(claimed) + len(fires))
-        fires_T = self._per_token(self.tokens[fires])
-        rule["token_f1"] = self._token_f1(_column(self.fitted, latent), fires_T)
-        rule["by_token"] = rule["token_f1"] >= rule["f1"] - GAIN
-        rule["detection"] = self._detection(claimed, fires)
-        rule["null"] = self._detection(claimed, self.permutation[fires])
-        rule["hard_negative"] = self._hard_negative(
-            fires_T, self._per_token(self.tokens[claimed]), self._per_token(self.tokens[hits])
-        )
+        holds = holding(self.literals, rule)
+        claimed, hits = np.flatnonzero(holds), holds[fires]
+        claimed_later = self.second[claimed]
+        n_first, n_second = len(fires) - int(later.sum()), int(later.sum())
+        if n_first >= MINIMUM:
+            scores["first_f1"] = 2 * (hits & ~later).sum() / (n_first + (~claimed_later).sum())
+        if n_second < MINIMUM:
+            return
+        true, said = int((hits & later).sum()), int(claimed_later.sum())
+        scores["precision"] = true / said if said else 0.0
+        scores["recall"] = true / n_second
+        scores["f1"] = 2 * true / (said + n_second)
+        claimed, fires = claimed[claimed_later], fires[later]
+        scores["detection"] = self._detection(claimed, fires)
+        scores["null"] = self._detection(claimed, self.rotated[fires])
+        scores["hard_negative"] = self._hard_negative(claimed, fires, fires[holds[fires]])
 
-    def _per_token(self, tokens: np.ndarray) -> Int[np.ndarray, " T"]:
-        return np.bincount(tokens, minlength=len(self.distinct))
+    def _per_token(self, rows: np.ndarray) -> Int[np.ndarray, " T"]:
+        return np.bincount(self.tokens[rows], minlength=int(self.tokens.max(initial=-1)) + 1)
 
     def _detection(self, claimed: np.ndarray, fires: np.ndarray) -> float:
-        """Balanced accuracy over windows: one is claimed, or active, when any of its rows is."""
-        said, active = np.zeros(self.n_windows, dtype=bool), np.zeros(self.n_windows, dtype=bool)
+        """Balanced accuracy over the windows of the second half: one is claimed, or active, when any of its rows is."""
+        said, active = np.zeros(len(self.window_second), bool), np.zeros(len(self.window_second), bool)
         said[self.window[claimed]] = True
         active[self.window[fires]] = True
-        n_active = int(active.sum())
-        if min(n_active, self.n_windows - n_active) < MINIMUM:
+        n_active, n = int((active & self.window_second).sum()), int(self.window_second.sum())
+        if min(n_active, n - n_active) < MINIMUM:
             return np.nan
-        true, false = int((said & active).sum()), int((said & ~active).sum())
-        return (true / n_active + 1 - false / (self.n_windows - n_active)) / 2
+        true, false = (int((said & which & self.window_second).sum()) for which in (active, ~active))
+        return (true / n_active + 1 - false / (n - n_active)) / 2
 
-    def _token_f1(self, fitted: Int[np.ndarray, " n"], fires_T: Int[np.ndarray, " T"]) -> float:
-        """F1 of the set of tokens that is best on the fit: those on which the latent fires most often, down to some share."""
-        fit_T = self._per_token(self.fit_tokens[fitted])
-        tokens = np.flatnonzero(fit_T)
-        tokens = tokens[np.argsort(-fit_T[tokens] / self.fit_count[tokens], kind="stable")]
-        f1 = 2 * fit_T[tokens].cumsum() / (self.fit_count[tokens].cumsum() + len(fitted))
-        chosen = tokens[: f1.argmax() + 1]
-        return 2 * fires_T[chosen].sum() / (self.count[chosen].sum() + fires_T.sum())
-
-    def _hard_negative(self, fires_T: np.ndarray, claimed_T: np.ndarray, hits_T: np.ndarray) -> float:
+    def _hard_negative(self, claimed: np.ndarray, fires: np.ndarray, hits: np.ndarray) -> float:
         """Mean of recall and specificity, tokens weighted by the rows on which the latent fires.
 
         Tokens on which it always fires have no negatives and are left out.
         """
+        fires_T, claimed_T, hits_T = (self._per_token(rows) for rows in (fires, claimed, hits))
         silent_T = self.count - fires_T
         mixed = (fires_T > 0) & (silent_T > 0)
         weight = fires_T[mixed]
@@ -292,17 +378,17 @@ class _HeldOut:
         return float((hits_T[mixed].sum() + (weight * (1 - false)).sum()) / (2 * weight.sum()))
 
 
-def holding(literals: Matrix, first: int, operator: str, second: int) -> Bool[np.ndarray, " R"]:
+def holding(literals: Matrix, rule: np.void) -> Bool[np.ndarray, " R"]:
     """Where a rule holds, of literals `[R, M]` in CSC."""
     holds = np.zeros(literals.shape[0], dtype=bool)
-    holds[_column(literals, first)] = True
-    other = _column(literals, second) if operator else np.empty(0, np.int64)
-    if operator == "and":
-        both = other[holds[other]]
-        holds[:] = False
-        holds[both] = True
-    else:
-        holds[other] = operator == "or"
+    for literal in rule["any"][rule["any"] >= 0]:
+        holds[_column(literals, literal)] = True
+    if rule["only"] >= 0:
+        within = np.zeros_like(holds)
+        within[_column(literals, rule["only"])] = True
+        holds &= within
+    for literal in rule["but"][rule["but"] >= 0]:
+        holds[_column(literals, literal)] = False
     return holds
 
 
@@ -323,7 +409,19 @@ def halves(doc_id: Int[np.ndarray, " R"]) -> Bool[np.ndarray, " R"]:
     return ~first[inverse]
 
 
-def _windows(position: Int[np.ndarray, " R"]) -> Int[np.ndarray, " R"]:
+def _rotated(doc_id: Int[np.ndarray, " R"], rng: np.random.Generator) -> Int[np.ndarray, " R"]:
+    """The row that each is moved to when every stretch of a document is rotated by a chance number of rows.
+
+    What fires in runs still does, and as often in each document: what a rule owes to telling documents apart alone, the null has too.
+    """
+    borders = np.concatenate([[0], np.flatnonzero(np.diff(doc_id)) + 1, [len(doc_id)]])
+    lengths = np.diff(borders)
+    start, length = np.repeat(borders[:-1], lengths), np.repeat(lengths, lengths)
+    shift = np.repeat(rng.integers(0, np.maximum(lengths, 1)), lengths)
+    return start + (np.arange(len(doc_id)) - start + shift) % np.maximum(length, 1)
+
+
+def windows(position: Int[np.ndarray, " R"]) -> Int[np.ndarray, " R"]:
     """The number of each row's window: contexts are cut at multiples of `WINDOW`."""
     begins = (np.diff(position // WINDOW) != 0) | (np.diff(position) <= 0)
     return np.concatenate([[0], np.cumsum(begins)]) if len(position) else np.empty(0, np.int64)

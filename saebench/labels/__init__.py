@@ -1,6 +1,82 @@
-"""Ground-truth labels of tokens: literals that any corpus has, and those of Python source."""
+"""Facts of tokens that are true or false, by labellers: each a name, a version and a function from a stretch of text to literals.
 
-from saebench.labels.literals import Stream, Vocabulary, choose_literals, label
-from saebench.labels.syntax import VERSION
+Legend: r rows that are labelled, M literals.
+"""
 
-__all__ = ["VERSION", "Stream", "Vocabulary", "choose_literals", "label"]
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import sparse
+
+from saebench.labels import prose, syntax, tokens
+from saebench.labels.stretch import Block, Stream, Stretch
+
+
+class Labeller(NamedTuple):
+    """What gives literals."""
+
+    name: str
+    version: str
+    """another one's literals of the same name may hold elsewhere"""
+    label: Callable[[Stretch], Iterator[Block]]
+
+
+LABELLERS = (
+    Labeller("python", "4", syntax.label),
+    Labeller("tokens", "4", tokens.label),
+    Labeller("prose", "1", prose.label),
+)
+"""In the order of how much their literals say: of rules that are equally good the first is taken."""
+
+
+class Literals(NamedTuple):
+    """What holds where."""
+
+    names: list[str]
+    """`[M]`"""
+    of: np.ndarray
+    """`[M]` the number of each one's labeller"""
+    holds: Any
+    """`[r, M]` bool, `scipy.sparse.csc_array`"""
+
+
+def label(
+    stretches: Iterable[Stretch],
+    labellers: Sequence[Labeller] = LABELLERS,
+    *,
+    only: Sequence[str] | None = None,
+    least: int = 1,
+) -> Literals:
+    """The literals that hold on at least `least` rows of some stretches, taken together; or `only` some, by their names.
+
+    Of literals that two labellers call the same the first one's counts. A literal that never holds has an empty column if it was asked for, and none else.
+    """
+    numbers = {} if only is None else {name: number for number, name in enumerate(only)}
+    of = {} if only is None else dict.fromkeys(range(len(numbers)), -1)
+    rows, columns, n_rows = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)], 0
+    for stretch in stretches:
+        for place, labeller in enumerate(labellers):
+            for names, codes, places in labeller.label(stretch):
+                known = np.array([numbers.get(name, -1) for name in names] if only is not None else
+                                 [numbers.setdefault(name, len(numbers)) for name in names], np.int32)  # fmt: skip
+                for number in known.tolist():
+                    if of.get(number, -1) < 0:
+                        of[number] = place
+                mine = known[codes]
+                wanted = (mine >= 0) & (np.array([of.get(number, -1) for number in known.tolist()])[codes] == place)
+                rows.append((places[wanted] + n_rows).astype(np.int32))
+                columns.append(mine[wanted])
+        n_rows += len(stretch.rows)
+    row, column = np.concatenate(rows), np.concatenate(columns)
+    names, labeller_of = list(numbers), np.array([of[number] for number in range(len(numbers))], np.int64)
+    holds: Any = sparse.coo_array((np.ones(len(row), bool), (row, column)), shape=(n_rows, len(names))).tocsc()
+    holds.sum_duplicates()
+    if only is None:
+        order = np.argsort(labeller_of, kind="stable")
+        order = order[np.diff(holds.indptr)[order] >= least]
+        names, labeller_of, holds = [names[number] for number in order], labeller_of[order], holds[:, order]
+    return Literals(names, labeller_of, holds)
+
+
+__all__ = ["LABELLERS", "Block", "Labeller", "Literals", "Stream", "Stretch", "label"]

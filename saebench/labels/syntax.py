@@ -7,14 +7,14 @@ Legend: n tokens of one document, k labels of them.
 
 import re
 from bisect import bisect_left
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-VERSION = "syntax 3"
-"""of the labels and their order, by which an index knows whether its rules can be applied"""
+from saebench.labels.stretch import Block, Pieces, Stretch
 
 _MAX_BRACKETS = 4  # depths from here on share a literal
 _TREE_DEPTHS = (4, 7, 10)  # where the buckets of tree depth end
@@ -126,16 +126,12 @@ _SPLATS = ("list_splat_pattern", "dictionary_splat_pattern")
 _Found = tuple[np.ndarray, np.ndarray]  # token numbers, ids
 
 
-class Pieces(NamedTuple):
-    """A document's bytes, and its tokens as spans `[start, end)` of them, in order.
-
-    A token lies where its `anchor` is, its first byte that is not white space (`start` where all are).
-    """
-
-    source: bytes
-    start: Int[np.ndarray, " n"]
-    end: Int[np.ndarray, " n"]
-    anchor: Int[np.ndarray, " n"]
+def label(stretch: Stretch) -> Iterator[Block]:
+    """Literals of syntax, of the documents that are Python."""
+    for passage in stretch.passages:
+        wanted = passage.places >= 0
+        tokens, codes = label_source(passage.pieces, passage.name.endswith(".py"), wanted)
+        yield Block(NAMES, codes, passage.places[tokens])
 
 
 def label_source(

@@ -22,6 +22,7 @@ from torch import Tensor
 from saebench.evaluate.attribution import left_alone
 from saebench.files import replacing
 from saebench.index import FeatureIndex
+from saebench.index.names import Names
 from saebench.index.schema import open_index
 from saebench.models import LanguageModel, clean_pass, head, resumed_states, resumes
 from saebench.runlog import interruptible, progress
@@ -62,7 +63,7 @@ class Scores(NamedTuple):
     """Figures of all latents."""
 
     input: np.ndarray
-    """`[F]` F1 of the latent's rule on held-out documents; NaN where it has none"""
+    """`[F]` F1 of what names the latent best on held-out documents; NaN where nothing was scored"""
     output: np.ndarray
     """`[F]` probability that its top 10 logit tokens gain when it is clamped: mean over prompts, of the next token; NaN where not known yet"""
     rising: np.ndarray
@@ -193,8 +194,9 @@ def _gain(
 
 def _nothing(index: FeatureIndex) -> Scores:
     output, rising, screen = (np.full(index.d_sae, np.nan, np.float32) for _ in range(3))
-    rule_f1 = index.columns.get("rule_f1", np.full(index.d_sae, np.nan)).astype(np.float32)
-    return Scores(rule_f1, output, rising, np.zeros(index.d_sae, bool), screen)
+    return Scores(
+        Names(index).columns["name_f1"].astype(np.float32), output, rising, np.zeros(index.d_sae, bool), screen
+    )
 
 
 def _write(index: FeatureIndex, config: ScoreConfig, scores: Scores) -> None:
