@@ -13,6 +13,7 @@ from scipy.sparse import csc_matrix
 from saebench.config import Count
 from saebench.files import write_text
 from saebench.index.examples import Shown, show_all
+from saebench.index.explanations import Explanation, read_explanations
 from saebench.index.notes import Notes
 from saebench.index.page import Evidence, latents_page
 from saebench.index.plan import IndexConfig
@@ -119,8 +120,8 @@ def _examples(latent: Latent) -> list[Example]:
 
 
 def _write_batches(config: ExportConfig, index: FeatureIndex, sae: SAE, found: Iterator[Evidence]) -> list[Path]:
-    model_id = config.model_id or Path(index.store.manifest["identity"]["model"]["id"]).name
-    source = config.source or f"{_layer(index)}-{config.sae.name}"
+    usual_id, usual_source = names_there(index, config.sae)
+    model_id, source, explained = config.model_id or usual_id, config.source or usual_source, read_explanations(index)
     correlated = Correlated(index) if config.format == "saedashboard" else None
     files: list[Path] = []
     batch: list[dict[str, Any]] = []
@@ -140,13 +141,18 @@ def _write_batches(config: ExportConfig, index: FeatureIndex, sae: SAE, found: I
         if correlated is not None:
             batch.append(_dashboard_feature(evidence, index, sae, correlated))
         else:
-            batch.append(_neuronpedia_feature(evidence, index))
+            batch.append(_neuronpedia_feature(evidence, index, explained.get(evidence.latent.latent)))
         if len(batch) == BATCH:
             flush()
             batch = []
     if batch:
         flush()
     return files
+
+
+def names_there(index: FeatureIndex, sae: Path) -> tuple[str, str]:
+    """(name of the model, name of the SAE) by which others are told of them, unless other names are given."""
+    return Path(index.store.manifest["identity"]["model"]["id"]).name, f"{_layer(index)}-{sae.name}"
 
 
 def _layer(index: FeatureIndex) -> int:
@@ -156,7 +162,7 @@ def _layer(index: FeatureIndex) -> int:
 # --------------------------------------------------------------------------------------- Neuronpedia
 
 
-def _neuronpedia_feature(evidence: Evidence, index: FeatureIndex) -> dict[str, Any]:
+def _neuronpedia_feature(evidence: Evidence, index: FeatureIndex, explained: Explanation | None) -> dict[str, Any]:
     latent = evidence.latent
     activations = [_activation(shown) for shown in evidence.top]
     for interval, group in zip(latent.intervals, evidence.intervals, strict=True):
@@ -169,6 +175,8 @@ def _neuronpedia_feature(evidence: Evidence, index: FeatureIndex) -> dict[str, A
     explanations = []
     if evidence.note.label:
         explanations.append({"text": evidence.note.label[:TEXT_LIMIT], "methodName": "hand-written"})
+    if explained is not None and explained.text:
+        explanations.append({"text": explained.text[:TEXT_LIMIT], "methodName": explained.method})
     if latent.rule is not None:
         score = "" if np.isnan(latent.rule.detection) else f" (detection {latent.rule.detection:.2f} on held-out text)"
         text = _plain(latent.rule.text)[: TEXT_LIMIT - len(score)] + score
