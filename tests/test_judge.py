@@ -208,6 +208,19 @@ def test_explanations_come_from_training_rows_and_scores_from_held_out_ones(
     assert "<|endoftext|>" not in "".join(server.prompts)
 
 
+def test_latents_are_drawn_or_the_densest_of_those_that_fire_often_enough(
+    index: FeatureIndex, saved: Path, server: Server
+) -> None:
+    held_out = HeldOut(index)
+    assert [held_out.often(latent) for latent in range(5)] == [True] * 4 + [False]
+    found = explain(asking(saved, server, top=2, by="density"))
+    assert found is not None
+    assert list(found) == np.argsort(-index.columns["fires"], kind="stable")[:2].tolist()
+    drawn = explain(asking(saved, server, top=2))
+    assert drawn is not None
+    assert list(drawn) == [latent for latent in np.random.default_rng(0).permutation(5) if latent != 4][:2]
+
+
 def test_nothing_is_sent_without_yes_and_the_plan_says_what_would_be(
     index: FeatureIndex, saved: Path, server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,9 +3,10 @@
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -179,23 +180,27 @@ def ask(
     Answers under way are waited for and kept, also where another one failed, whose error is raised.
     """
     todo = [prompt for prompt in dict.fromkeys(prompts) if prompt not in answers]
-    running: dict[Future[str], Prompt] = {}
-    failed: Exception | None = None
-    pool = ThreadPoolExecutor(judge.at_once)
-    try:
-        while running or (todo and not interrupt.requested and failed is None):
-            while todo and len(running) < judge.at_once and not interrupt.requested and failed is None:
-                prompt = todo.pop(0)
-                running[pool.submit(judge, prompt)] = prompt
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                prompt = running.pop(future)
-                if (error := future.exception()) is None:
-                    answers.add(prompt, future.result())
-                    done(1)
-                elif isinstance(error, Exception):
-                    failed = failed or error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    came: SimpleQueue[tuple[Prompt, str | Exception]] = SimpleQueue()
+
+    def call(prompt: Prompt) -> None:
+        try:
+            came.put((prompt, judge(prompt)))
+        except Exception as error:
+            came.put((prompt, error))
+
+    running, failed = 0, None
+    while running or (todo and not interrupt.requested and failed is None):
+        while todo and running < judge.at_once and not interrupt.requested and failed is None:
+            # No pool: its threads would be waited for at exit, and the second Ctrl-C is to end a call that hangs.
+            threading.Thread(target=call, args=(todo.pop(0),), daemon=True).start()
+            running += 1
+        prompt, answer = came.get()
+        running -= 1
+        if isinstance(answer, Exception):
+            failed = failed or answer
+        else:
+            answers.add(prompt, answer)
+            done(1)
     if failed is not None:
         raise failed
     return not todo

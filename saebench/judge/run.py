@@ -8,8 +8,9 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xxhash
@@ -52,7 +53,9 @@ class ExplainConfig:
     latents: tuple[Count, ...] = ()
     """numbers of latents (default: those of --top)"""
     top: Count = 20
-    """how many latents, of those that fire most often and are not dense"""
+    """how many latents, of those that are not dense and fire in enough held-out windows"""
+    by: Literal["chance", "density"] = "chance"
+    """which of them come first: drawn by --seed, as an SAE is judged by, or those that fire most often"""
     examples: Count = 16
     """training examples that an explanation is made from"""
     windows: Count = 10
@@ -70,7 +73,7 @@ class ExplainConfig:
     source: str | None = None
     """the SAE's name there (default: as `export` writes it)"""
     seed: int = 0
-    """of the choice of windows"""
+    """of the choice of windows, and of latents"""
     store: Path | None = None
     """activation store (default: the one that was indexed)"""
     index: Path | None = None
@@ -170,8 +173,8 @@ def _hash(taken: dict[int, Explanation] | None) -> str | None:
 
 
 def _subjects(config: ExplainConfig, index: FeatureIndex, taken: dict[int, Explanation] | None) -> list[Subject]:
-    latents = _wanted(config, index, taken)
     held_out = HeldOut(index)
+    latents = _wanted(config, index, held_out, taken)
     shown = examples(index, load_sae(config.sae), latents, config.examples)
     subjects = []
     with progress(len(latents), f"draw windows of {config.sae.name}", "latent", delay=1.0) as bar:
@@ -183,25 +186,32 @@ def _subjects(config: ExplainConfig, index: FeatureIndex, taken: dict[int, Expla
     return subjects
 
 
-def _wanted(config: ExplainConfig, index: FeatureIndex, taken: dict[int, Explanation] | None) -> list[int]:
+def _wanted(
+    config: ExplainConfig, index: FeatureIndex, held_out: HeldOut, taken: dict[int, Explanation] | None
+) -> list[int]:
     for latent in config.latents:
         if latent >= index.d_sae:
             raise ValueError(f"latent is {latent}; {config.sae} has 0 to {index.d_sae - 1}")
     fires = index.columns["fires"]
-    asked = np.array(list(dict.fromkeys(config.latents)) or np.argsort(-fires, kind="stable"), np.int64)
-    wanted = fires[asked] > 0
-    if taken is not None:
-        wanted &= np.isin(asked, list(taken))
-    if not config.latents:
-        wanted &= ~index.flagged("dense")[asked]
-    elif not wanted.all():
-        log.info(
-            "left out, as they never fire or the file has nothing of them: %s", ", ".join(map(str, asked[~wanted]))
+    asked = list(dict.fromkeys(config.latents))
+    if not asked:
+        order = np.random.default_rng(config.seed).permutation(index.d_sae)
+        if config.by == "density":
+            order = np.argsort(-fires, kind="stable")
+        asked = order[~index.flagged("dense")[order]].tolist()
+    able = (latent for latent in asked if fires[latent] and (taken is None or latent in taken))
+    if config.latents:
+        latents = list(able)
+        if left := [latent for latent in asked if latent not in latents]:
+            log.info("left out, as they never fire or the file has nothing of them: %s", ", ".join(map(str, left)))
+    else:
+        latents = list(islice((latent for latent in able if held_out.often(latent)), config.top))
+    if not latents:
+        raise ValueError(
+            "none of these latents can be explained: they fire never, or in too few held-out windows, or the file has nothing of them; "
+            "choose others with --latents"
         )
-    if not wanted.any():
-        raise ValueError("none of these latents can be explained: they never fire, or the file has nothing of them")
-    latents = asked[wanted].tolist()
-    return latents if config.latents else latents[: config.top]
+    return latents
 
 
 def _text(subject: Subject, answers: Answers, taken: dict[int, Explanation] | None) -> str:

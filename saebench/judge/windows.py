@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int
 from saebench.index import FeatureIndex
 from saebench.index.derive import firing
 from saebench.index.examples import show_all
+from saebench.index.explanations import FEWEST
 from saebench.index.reader import Context, Example, Latent
 from saebench.index.rules import WINDOW, halves
 from saebench.sae import SAE
@@ -90,6 +91,11 @@ class HeldOut:
     def active(self, latent: int) -> Int[np.ndarray, " w"]:
         """The windows in which a latent fires."""
         return np.unique(self._window[self._places(latent)])
+
+    def often(self, latent: int) -> bool:
+        """Whether a latent fires in enough windows of each half for scores."""
+        counts = np.bincount(self.half[self.active(latent)] + 1, minlength=3)
+        return bool(counts[1:].min() >= FEWEST)
 
     def _places(self, latent: int) -> Int[np.ndarray, " r"]:
         return self._firing.indices[self._firing.indptr[latent] : self._firing.indptr[latent + 1]]
