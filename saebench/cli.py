@@ -217,9 +217,13 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> int:
-    found = explain(from_arguments(ExplainConfig, arguments))
+    config = from_arguments(ExplainConfig, arguments)
+    found = explain(config)
     if found is None:
         return INTERRUPTED
+    if config.judge is None:
+        print(f"{len(found)} explanations taken; with --judge, too, they are scored")
+        return 0
     print(format_table(explanations_table(found), left=(0, 7)))
     print("each figure is of the second half of the held-out documents, and chance is 0.5")
     return 0

@@ -337,7 +337,7 @@ def test_a_file_is_added_to_and_refused_where_it_belongs_elsewhere(
 
 
 def test_labels_and_explanations_go_out_and_come_back(
-    index: FeatureIndex, saved: Path, server: Server, tmp_path: Path
+    index: FeatureIndex, saved: Path, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     explain(asking(saved, server, latents=(0, 1)))
     notes_path = index.path.with_suffix(".notes.json")
@@ -352,6 +352,8 @@ def test_labels_and_explanations_go_out_and_come_back(
     assert (
         taken == {n: Explanation(f"the word{WORDS[n]}", "saebench-judge") for n in (0, 1)} == read_explanations(index)
     )
+    assert main(["explain", "--sae", str(saved), "--imported", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == "2 explanations taken; with --judge, too, they are scored\n"
     note = Notes(notes_path, index.identity["sae"], index.d_sae)[2]
     assert note == Note("houses", ("kept",))
 
@@ -366,6 +368,11 @@ def test_labels_and_explanations_go_out_and_come_back(
         explain(ExplainConfig(sae=saved, imported=tmp_path / "other.json"))
     with pytest.raises(ValueError, match="has latent 1; the SAE has 0 to 0"):
         read_neuronpedia([tmp_path / "out" / "batch-0.json"], body["modelId"], body["source"], 1)
+    labelled = {"index": 2, "explanations": [{"text": "homes", "methodName": "hand-written"}]}
+    write_json(tmp_path / "other.json", body | {"features": [labelled]})
+    assert explain(ExplainConfig(sae=saved, imported=tmp_path / "other.json")) == {}
+    assert Notes(notes_path, index.identity["sae"], index.d_sae)[2].label == "houses"  # yours stays
+    assert read_explanations(index) == first  # and so does what a judge has scored
     write_json(tmp_path / "other.json", [1])
     with pytest.raises(ValueError, match=r"other\.json is no upload body of Neuronpedia"):
         explain(ExplainConfig(sae=saved, imported=tmp_path / "other.json"))

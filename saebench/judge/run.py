@@ -104,8 +104,8 @@ def explain(config: ExplainConfig) -> dict[int, Explanation] | None:
         with locked(folder, other="--index"):
             taken = None if config.imported is None else _taken(config, index)
             if config.judge is None:
-                found = _begun(index, None, {"imported": _hash(taken)})
-                write_explained(index, found._replace(latents=taken or {}))
+                if taken:
+                    write_explained(index, _begun(index, None, {"imported": _hash(taken)})._replace(latents=taken))
                 return taken
             judge = open_judge(config.judge, config.device, config.concurrency)
             settings = {name: getattr(config, name) for name in ("examples", "windows", "per_call", "seed")}
