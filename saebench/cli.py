@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import logging
 import os
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,8 +20,10 @@ from saebench.harvest.extend import settings_of
 from saebench.harvest.run import open_model
 from saebench.harvest.settings import settled
 from saebench.index import IndexConfig, build_index
+from saebench.index.explanations import Explanation, Halves
 from saebench.index.export import ExportConfig, export
 from saebench.index.names import Names
+from saebench.judge import ExplainConfig, explain
 from saebench.pipeline import RunConfig, run, run_stages
 from saebench.runlog import progress
 from saebench.steer import Generation
@@ -91,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     command("train", _train, "train a grid of SAEs on a store", TrainConfig)
     command("eval", _eval, "evaluate the SAEs of a run on held-out documents, and report", EvalConfig)
     command("index", _index, "gather every latent's evidence in one pass over a store", IndexConfig)
+    about = "have latents explained by a language model, and the explanations tried on held-out text"
+    command("explain", _explain, about, ExplainConfig)
     command("export", _export, "write latents of an index as a page, or in others' forms", ExportConfig)
     steering = command("steer", _steer, "generate with latents turned up, down or off, beside controls", SteerConfig)
     steering.add_argument(
@@ -210,6 +215,42 @@ def _index(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     print("\n".join(map(str, export(from_arguments(ExportConfig, arguments)))))
     return 0
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    config = from_arguments(ExplainConfig, arguments)
+    found = explain(config)
+    if found is None:
+        return INTERRUPTED
+    if config.judge is None:
+        print(f"{len(found)} explanations taken; with --judge, too, they are scored")
+        return 0
+    print(format_table(explanations_table(found), left=(0, 7)))
+    print("each figure is of the second half of the held-out documents, and chance is 0.5")
+    return 0
+
+
+def explanations_table(found: dict[int, Explanation]) -> list[list[str]]:
+    """A heading, a row of figures for each latent and their medians; – where there are too few windows."""
+    names = ("detection", "fuzzing", "other_explanation", "other_windows", "rule", "tokens")
+    scores = {latent: [_second(getattr(each, name)) for name in names] for latent, each in found.items()}
+    known = ([each for each in column if each is not None] for column in zip(*scores.values(), strict=True))
+    medians = [statistics.median(column) if column else None for column in known]
+    tallies = [tally for each in found.values() for name in names[:3] for tally in getattr(each, name) or ()]
+    unusable, all_of_them = sum(tally.unusable for tally in tallies), sum(tally.asked for tally in tallies)
+    rows = [
+        [str(latent), *map(_figure, scores[latent]), found[latent].text or "no usable explanation"] for latent in found
+    ]
+    heading = ["latent", "detection", "fuzzing", "other's text", "other's windows", "rule", "tokens", "explanation"]
+    return [heading, *rows, ["median", *map(_figure, medians), f"({unusable} of {all_of_them} answers were unusable)"]]
+
+
+def _second(halves: Halves | None) -> float | None:
+    return None if halves is None else halves[1].score
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
 
 
 def _steer(arguments: argparse.Namespace) -> int:

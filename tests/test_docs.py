@@ -41,7 +41,9 @@ def test_commands_parse(page: Path, capsys: pytest.CaptureFixture) -> None:
 
 def test_each_stage_has_commands() -> None:
     every = " ".join(command for page in PAGES for command in commands(page))
-    assert {"run", "harvest", "train", "eval", "index", "export", "steer", "app", "store"} <= set(every.split())
+    assert {"run", "harvest", "train", "eval", "index", "explain", "export", "steer", "app", "store"} <= set(
+        every.split()
+    )
 
 
 def test_scripts_and_benchmarks_that_are_named_are_there() -> None:

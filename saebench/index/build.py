@@ -47,6 +47,9 @@ def build_index(config: IndexConfig) -> Path | None:
         plan = plan_of(config)
         identity = identity_of(config.sae, plan.store)
         settings = {"tokens": config.tokens, "sample": config.sample, "logits": config.logits, "rules": config.rules}
+        labellers = config.labellers() if config.rules else []
+        if labellers:
+            settings["labellers"] = [f"{labeller.name} {labeller.version}" for labeller in labellers]
         if plan.store.norms(
             plan.hook
         ).massive:  # where there are none, an index of before they were left out is the same

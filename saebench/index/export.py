@@ -13,6 +13,7 @@ from scipy.sparse import csc_matrix
 from saebench.config import Count
 from saebench.files import write_text
 from saebench.index.examples import Shown, show_all
+from saebench.index.explanations import Explanation, read_explanations
 from saebench.index.names import Names
 from saebench.index.notes import Notes
 from saebench.index.page import Evidence, latents_page
@@ -77,7 +78,7 @@ def export(config: ExportConfig) -> list[Path]:
             raise ValueError(f"{path} is not complete; finish it with `saebench index --sae {config.sae}`")
         wanted = _wanted(config, index)
         notes = Notes(path.with_suffix(".notes.json"), index.identity["sae"], index.d_sae)
-        names = Names(index, notes)
+        names = Names(index, notes, read_explanations(index))
         with progress(len(wanted), f"export {config.sae.name}", "latent") as bar:
             found = _evidence(index, sae, names, notes, wanted, config.around, bar.update)
             if config.format == "html":
@@ -127,8 +128,8 @@ def _examples(latent: Latent) -> list[Example]:
 
 
 def _write_batches(config: ExportConfig, index: FeatureIndex, sae: SAE, found: Iterator[Evidence]) -> list[Path]:
-    model_id = config.model_id or Path(index.store.manifest["identity"]["model"]["id"]).name
-    source = config.source or f"{_layer(index)}-{config.sae.name}"
+    usual_id, usual_source = names_there(index, config.sae)
+    model_id, source, explained = config.model_id or usual_id, config.source or usual_source, read_explanations(index)
     correlated = Correlated(index) if config.format == "saedashboard" else None
     files: list[Path] = []
     batch: list[dict[str, Any]] = []
@@ -148,13 +149,18 @@ def _write_batches(config: ExportConfig, index: FeatureIndex, sae: SAE, found: I
         if correlated is not None:
             batch.append(_dashboard_feature(evidence, index, sae, correlated))
         else:
-            batch.append(_neuronpedia_feature(evidence, index))
+            batch.append(_neuronpedia_feature(evidence, index, explained.get(evidence.latent.latent)))
         if len(batch) == BATCH:
             flush()
             batch = []
     if batch:
         flush()
     return files
+
+
+def names_there(index: FeatureIndex, sae: Path) -> tuple[str, str]:
+    """(name of the model, name of the SAE) by which others are told of them, unless other names are given."""
+    return Path(index.store.manifest["identity"]["model"]["id"]).name, f"{_layer(index)}-{sae.name}"
 
 
 def _layer(index: FeatureIndex) -> int:
@@ -164,7 +170,7 @@ def _layer(index: FeatureIndex) -> int:
 # --------------------------------------------------------------------------------------- Neuronpedia
 
 
-def _neuronpedia_feature(evidence: Evidence, index: FeatureIndex) -> dict[str, Any]:
+def _neuronpedia_feature(evidence: Evidence, index: FeatureIndex, explained: Explanation | None) -> dict[str, Any]:
     latent = evidence.latent
     activations = [_activation(shown) for shown in evidence.top]
     for interval, group in zip(latent.intervals, evidence.intervals, strict=True):
@@ -179,9 +185,10 @@ def _neuronpedia_feature(evidence: Evidence, index: FeatureIndex) -> dict[str, A
         yours = evidence.name.source == "yours"
         score = f" ({evidence.name.scored} on held-out text)" if evidence.name.scored and not yours else ""
         text = _plain(evidence.name.text)[: TEXT_LIMIT - len(score)] + score
-        explanations.append(
-            {"text": text, "methodName": "hand-written" if yours else f"saebench-{evidence.name.source}"}
-        )
+        method = "hand-written" if yours else f"saebench-{evidence.name.source}"
+        explanations.append({"text": text, "methodName": method})
+    if explained is not None and explained.text and evidence.name.source != "judge":
+        explanations.append({"text": explained.text[:TEXT_LIMIT], "methodName": explained.method})
     return {
         "index": latent.latent,
         "density": _number(latent.figures["density"]),

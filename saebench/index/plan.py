@@ -10,6 +10,7 @@ from saebench.config import Count
 from saebench.index.evidence import (
     MAX_ROWS,
 )
+from saebench.labels import LABELLERS, SPACY, WORDNET, Labeller, labeller_of
 from saebench.models import choose_device
 from saebench.sae import SAE, load_sae, read_config
 from saebench.store import Store, open_store
@@ -31,10 +32,14 @@ class IndexConfig:
     """file to write (default: index/NAME.h5 beside the folder saes/ that holds the SAE)"""
     tokens: Count = 10_000_000
     """training tokens to go over at most"""
-    sample: Count = 100_000
+    sample: Count = 300_000
     """rows, and as many held-out ones in whole contexts, of which everything that fires is kept: for tokens, companions and rules"""
     rules: bool = True
     """fit a rule of at most two literals to each latent, and score it on held-out rows"""
+    spacy: str | None = None
+    """spaCy pipeline whose parts of speech, dependencies and entities are literals too (extra `prose`), such as en_core_web_sm"""
+    wordnet: Path | None = None
+    """directory of WordNet's database files, whose supersenses are literals too, such as /usr/share/wordnet"""
     logits: bool = True
     """give each latent's direct effect on the logits (loads the model where the store has no unembedding)"""
     workers: int | None = None
@@ -48,6 +53,12 @@ class IndexConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers is {self.workers}; expected 1 or more")
+
+    def labellers(self) -> list[Labeller]:
+        """Those that literals are of. Raises ValueError where what is named is not there."""
+        extra = [] if self.wordnet is None else [f"{WORDNET}{self.wordnet.resolve()}"]
+        extra += [] if self.spacy is None else [f"{SPACY}{self.spacy}"]
+        return [*LABELLERS, *map(labeller_of, extra)]
 
     @property
     def path(self) -> Path:

@@ -23,7 +23,6 @@ from saebench.index.explain import explain
 from saebench.index.memory import give_back
 from saebench.index.plan import IndexConfig, Plan
 from saebench.index.schema import INDEX_SCHEMA, INDEX_VERSIONS, open_index
-from saebench.labels import LABELLERS
 from saebench.runlog import provenance
 from saebench.store import Store
 
@@ -52,7 +51,7 @@ class Publisher:
         self, config: IndexConfig, plan: Plan, static: Groups, identity: dict[str, str], settings: dict[str, Any]
     ) -> None:
         self.path, self.plan, self.static = config.path, plan, static
-        self.rules = config.rules
+        self.labellers = config.labellers() if config.rules else []
         self.attributes: dict[str, Any] = {
             "schema": INDEX_SCHEMA,
             "schema_version": INDEX_VERSIONS[-1],
@@ -105,8 +104,8 @@ class Publisher:
         give_back()
         _write(file, derive(gathered.evidence, samples["train"], tokens, self.plan.scale, complete))
         give_back()
-        if complete and self.rules:
-            _write(file, explain(self.plan.store, samples, self.plan.sae.d_sae, LABELLERS))
+        if complete and self.labellers:
+            _write(file, explain(self.plan.store, samples, self.plan.sae.d_sae, self.labellers))
         if not complete:
             _write(file, {"state": vars(gathered.evidence) | {"done": gathered.done}})
 

@@ -18,7 +18,7 @@ from saebench.index.derive import FLAGS
 from saebench.index.evidence import Sample
 from saebench.index.rules import MINIMUM, RULE, holding
 from saebench.index.schema import check_identity, identity_of, open_index
-from saebench.labels import LABELLERS, Stream, Stretch, label
+from saebench.labels import Stream, Stretch, label, labeller_of
 from saebench.models import load_tokenizer
 from saebench.pieces import TokenBytes, show_bytes, show_text
 from saebench.sae import read_config
@@ -319,7 +319,7 @@ class FeatureIndex:
         keep = ~np.isin(tokens, [] if self._tokenizer is None else self._tokenizer.all_special_ids)
         stream = Stream(tokens, np.repeat(np.arange(len(texts)), lengths), places, keep)
         names, of, _ = self._literals
-        labellers = [labeller for labeller in LABELLERS if labeller.name in {of[number] for number in numbers}]
+        labellers = [labeller_of(name) for name in dict.fromkeys(of[number] for number in numbers)]
         stretch = Stretch(stream, self._bytes.all(), {}, np.arange(len(tokens)))
         held = label([stretch], labellers, only=[names[number] for number in numbers]).holds
         return np.split(holding(held, rule), np.cumsum(lengths)[:-1])
@@ -329,10 +329,15 @@ class FeatureIndex:
         if "literals/names" not in self._data:
             return False
         _, of, versions = self._literals
-        now = {labeller.name: labeller.version for labeller in LABELLERS}
         rule = self._structure(what, latent)
         numbers = np.concatenate([rule[name].ravel() for name in _PARTS])
-        return all(now.get(of[number]) == versions[number] for number in numbers[numbers >= 0])
+        return all(self._version_now(of[number]) == versions[number] for number in numbers[numbers >= 0])
+
+    def _version_now(self, labeller: str) -> str:
+        try:
+            return labeller_of(labeller).version
+        except ValueError:  # what it is made of is not here
+            return ""
 
     def _structure(self, what: str, latent: int) -> np.void:
         rule = np.zeros(1, RULE)

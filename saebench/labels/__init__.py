@@ -4,12 +4,13 @@ Legend: r rows that are labelled, M literals.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import sparse
 
-from saebench.labels import prose, syntax, tokens
+from saebench.labels import linguistics, prose, syntax, tokens
 from saebench.labels.stretch import Block, Stream, Stretch
 
 
@@ -28,6 +29,29 @@ LABELLERS = (
     Labeller("prose", "1", prose.label),
 )
 """In the order of how much their literals say: of rules that are equally good the first is taken."""
+
+
+SPACY, WORDNET = "spacy:", "wordnet:"
+"""what the names of labellers begin with that are made of what a user has"""
+
+
+def labeller_of(name: str) -> Labeller:
+    """The labeller of a name: one of `LABELLERS`, `spacy:PIPELINE` or `wordnet:DIRECTORY`.
+
+    Raises ValueError where there is none, or what it is made of is not there.
+    """
+    for own in LABELLERS:
+        if own.name == name:
+            return own
+    if name.startswith(SPACY):
+        what = name.removeprefix(SPACY)
+        return Labeller(name, linguistics.pipeline_version(what), partial(linguistics.label_by_pipeline, what))
+    if name.startswith(WORDNET):
+        what = name.removeprefix(WORDNET)
+        return Labeller(name, linguistics.wordnet_version(what), partial(linguistics.label_by_wordnet, what))
+    raise ValueError(
+        f"{name!r} is no labeller; there are {', '.join(own.name for own in LABELLERS)}, {SPACY}PIPELINE and {WORDNET}DIRECTORY"
+    )
 
 
 class Literals(NamedTuple):
@@ -79,4 +103,4 @@ def label(
     return Literals(names, labeller_of, holds)
 
 
-__all__ = ["LABELLERS", "Block", "Labeller", "Literals", "Stream", "Stretch", "label"]
+__all__ = ["LABELLERS", "Block", "Labeller", "Literals", "Stream", "Stretch", "label", "labeller_of"]

@@ -43,32 +43,20 @@ _WORD_FLAGS = (
 )  # fmt: skip
 
 
-class _Words:
-    """Every word of some texts by number, in the order they appear."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[str, int] = {}
-
-    def number(self, word: bytes) -> int:
-        return self.numbers.setdefault(word.decode(errors="replace").lower(), len(self.numbers))
-
-
 def label(stretch: Stretch) -> Iterator[Block]:
     """Literals of words and of where they stand."""
-    words = _Words()
-    of_row = np.full(len(stretch.stream.tokens), -1)  # the word of each token, or that before where it has none
-    own = np.zeros(len(of_row), bool)
+    numbers: dict[str, int] = {}
+    of_row = np.full(len(stretch.stream.tokens), -1)  # the word that each token is in
     previous = np.full(len(stretch.rows), -1)
     flags = np.zeros((len(stretch.rows), len(_WORD_FLAGS)), bool)
     for passage in stretch.passages:
-        here, numbers = _read(passage, words)
-        of_row[passage.rows] = here.word
-        own[passage.rows] = here.inside
+        here = Words(passage, numbers)
+        of_row[passage.rows] = np.where(here.inside, here.word, -1)
         wanted = np.flatnonzero(passage.places >= 0)
         previous[passage.places[wanted]] = here.previous[wanted]
-        flags[passage.places[wanted]] = numbers[wanted]
-    names = list(words.numbers)
-    current = np.where(own[stretch.rows], of_row[stretch.rows], -1)
+        flags[passage.places[wanted]] = _flags(passage, here)[wanted]
+    names = list(numbers)
+    current = of_row[stretch.rows]
     yield values_block(current, [f"word {_shown(word)}" for word in names])
     for n in _STARTS:
         yield _part(current, names, lambda word, n=n: word[:n] if len(word) > n else "", "word starts with {}")
@@ -76,7 +64,7 @@ def label(stretch: Stretch) -> Iterator[Block]:
         yield _part(current, names, lambda word, n=n: word[-n:] if len(word) > n else "", "word ends with {}")
     yield values_block(previous, [f"after word {_shown(word)}" for word in names])
     yield flags_block(flags, _WORD_FLAGS)
-    yield _near(stretch, np.where(own, of_row, -1), names)
+    yield _near(stretch, of_row, names)
     yield from _languages(stretch)
 
 
@@ -91,35 +79,35 @@ def _part(current: np.ndarray, names: list[str], part: Callable[[str], str], for
     return values_block(of_word[current], [form.format(_shown(cut)) for cut in parts])
 
 
-class _Here:
+class Words:
     """The words of a passage, by token: the word it is in, or last came to its end before it, and the one before that."""
 
-    def __init__(self, passage: Passage, spans: np.ndarray, numbers: np.ndarray) -> None:
+    def __init__(self, passage: Passage, numbers: dict[str, int]) -> None:
+        """`numbers` has the number of every word so far, and gets those that are new."""
         pieces = passage.pieces
-        at = np.searchsorted(spans[:, 0], pieces.anchor, side="right") - 1
-        self.at = at
-        self.inside = (at >= 0) & (pieces.anchor < spans[at, 1])
-        padded = np.concatenate([[-1, -1], numbers])
-        self.word = padded[at + 2]
-        self.previous = np.where(self.inside, padded[at + 1], padded[at + 2])
-        self.first = self.inside & (spans[at, 0] >= pieces.start)
-        self.last = self.inside & (spans[at, 1] <= pieces.end)
+        found = list(_WORD.finditer(pieces.source))
+        end = len(pieces.source)
+        self.spans = np.array([match.span() for match in found] or [(end, end)])
+        known = [numbers.setdefault(match.group().decode(errors="replace").lower(), len(numbers)) for match in found]
+        self.at = np.searchsorted(self.spans[:, 0], pieces.anchor, side="right") - 1
+        self.inside = (self.at >= 0) & (pieces.anchor < self.spans[self.at, 1])
+        padded = np.array([-1, -1, *known] if known else [-1, -1, -1])
+        self.word = padded[self.at + 2]
+        self.previous = np.where(self.inside, padded[self.at + 1], padded[self.at + 2])
+        self.first = self.inside & (self.spans[self.at, 0] >= pieces.start)
+        self.last = self.inside & (self.spans[self.at, 1] <= pieces.end)
 
 
-def _read(passage: Passage, words: _Words) -> tuple[_Here, np.ndarray]:
-    """The words of a passage, and `_WORD_FLAGS` of its tokens."""
+def _flags(passage: Passage, here: Words) -> np.ndarray:
+    """`_WORD_FLAGS` of a passage's tokens."""
     source, anchor = passage.pieces.source, passage.pieces.anchor
-    found = list(_WORD.finditer(source))
-    spans = np.array([match.span() for match in found] or [(len(source), len(source))])
-    numbers = np.array([words.number(match.group()) for match in found] or [-1])
-    here = _Here(passage, spans, numbers)
     breaks = np.array([0, *(match.end() for match in _SENTENCE.finditer(source))])
     paragraphs = np.array([0, *(match.end() for match in _PARAGRAPH.finditer(source))])
     sentence = np.searchsorted(breaks, anchor, side="right") - 1
-    first_word = np.searchsorted(spans[:, 0], breaks)  # of each sentence
+    first_word = np.searchsorted(here.spans[:, 0], breaks)  # of each sentence
     order = here.at - first_word[sentence]  # of the word in its sentence
     data = np.frombuffer(source, np.uint8)
-    letter = data[np.minimum(spans[:, 0], len(data) - 1)]
+    letter = data[np.minimum(here.spans[:, 0], len(data) - 1)]
     capital = ((letter >= ord("A")) & (letter <= ord("Z")))[here.at]
     flags = [
         here.first & ~here.last, here.inside & ~here.first & ~here.last, here.last & ~here.first,
@@ -127,7 +115,7 @@ def _read(passage: Passage, words: _Words) -> tuple[_Here, np.ndarray]:
         np.isin(breaks[sentence], paragraphs), ~here.inside & (here.at >= 0),
         *(_within(pattern, source, anchor) for pattern in _PATTERNS.values()),
     ]  # fmt: skip
-    return here, np.column_stack(flags)
+    return np.column_stack(flags)
 
 
 def _within(pattern: re.Pattern[bytes], source: bytes, anchor: np.ndarray) -> np.ndarray:
