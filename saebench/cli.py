@@ -300,15 +300,22 @@ def show_texts(prompt: str, made: Generation) -> str:
 
 def _print_sweep(config: SteerConfig) -> None:
     found = sweep(config)
-    names = ("concept", "fluency", "score", "rule", "top_tokens", "logits", "kl", "cross_entropy", "repetition")
-    rows = [["arm", "strength", "of the norm", *names]]
+    names = ("firing", "activation", "rule", "top_tokens", "cross_entropy", "diversity", "logits", "kl")
+    rows = [["arm", "strength", "of the norm", "concept", "fluency", "score", *names]]
     for dose in found.doses:
         norm = "–" if dose.norm is None else f"{dose.norm:.2f}"
         figures = ("–" if (value := getattr(dose, name)) is None else f"{value:.3f}" for name in names)
-        best = dose is found.best
-        rows.append([dose.arm + " *" * best, f"{dose.strength:.2f}", norm, *figures])
+        best = dose.arm == "steered" and dose.strength == found.best.strength
+        rows.append([dose.arm + " *" * best, f"{dose.strength:.2f}", norm, *dose.told(), *figures])
     print(format_table(rows))
-    print("* best: the harmonic mean of concept and fluency")
+    if found.other is not None:
+        print(f"other: the direction of latent {found.other}, which fires about as often")
+    print("rule: in which share of the texts it holds, labelled as the index labels; (…): 95%, bootstrap over prompts")
+    print(
+        "* best: the harmonic mean of concept and fluency on half of the prompts; on the other half, at this strength:"
+    )
+    rows = [["arm", "concept", "fluency", "score"], *([dose.arm, *dose.told()] for dose in found.tested)]
+    print(format_table(rows))
     for arm, text in found.samples.items():
         print(f"\n=== {arm}\n{text}")
     if config.out is not None:

@@ -61,7 +61,10 @@ def main() -> int:
     print(
         f"output score {scores.output[latent]:.3f}, rule's F1 {scores.input[latent]:.2f}, top logits {index.pieces(index[latent].top_logits.ids[:8])}"
     )
-    print(f"best strength {best.norm:.2f} of the median norm: the rule holds in {best.rule:.0%} of texts")
+    concept, fluency, score = best.told()
+    print(
+        f"best strength {best.norm:.2f} of the median norm; on prompts that did not choose it: concept {concept}, fluency {fluency}, score {score}"
+    )
     arms = arms_of([dataclasses.replace(start, strength=best.strength)])
     made = generate(bench.model, args.prompt, arms, Sampling(n_samples=args.n, max_new_tokens=48))
     print(show_texts(args.prompt, made))

@@ -1,9 +1,12 @@
 """Dose-response and scores on an SAE with one planted latent: it fires on a token, and its direction brings that token."""
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import json
+import re
+import shutil
 from pathlib import Path
 
 import h5py
@@ -16,18 +19,18 @@ from saebench.cli import main
 from saebench.files import write_json
 from saebench.index import FeatureIndex, IndexConfig, build_index
 from saebench.labels import syntax
-from saebench.models import LanguageModel, load_model, logits
-from saebench.sae import initialise, new_sae, save_sae
+from saebench.models import LanguageModel, capture, load_model, logits
+from saebench.sae import SAE, initialise, new_sae, save_sae
 from saebench.steer import Sampling, arms_of, generate, scores, steered
 from saebench.steer.dose import (
-    Dose,
     DoseConfig,
     DoseResponse,
+    control_of,
     dose_response,
     held_out,
-    repetition,
     top_tokens,
 )
+from saebench.steer.reading import Reading, diversity, figures
 from saebench.steer.run import Bench, SteerConfig, open_bench, rank, read_sweep, steer, sweep
 from saebench.steer.scores import ScoreConfig, are_complete, read_scores, score, scores_path
 from saebench.store import Store
@@ -38,7 +41,13 @@ from saebench.view import charts
 LATENTS, PLANTED = 24, 7
 ARMS = ("unsteered", "steered", "random", "negative")
 DOSES = DoseConfig(
-    strengths=("0.5n", "2n", "8n"), prompts=6, prompt_tokens=6, n_samples=4, max_new_tokens=6, held_out=3
+    strengths=("0.5n", "2n", "8n"),
+    prompts=6,
+    prompt_tokens=6,
+    n_samples=4,
+    max_new_tokens=6,
+    held_out=3,
+    held_out_tokens=CONTEXT,
 )
 
 
@@ -99,36 +108,91 @@ def test_a_direction_that_brings_its_token_is_found_to(response: DoseResponse, i
     assert "token is" in rule.text
     unsteered, *doses = response.doses
     assert (unsteered.arm, unsteered.kl, unsteered.logits, unsteered.concept) == ("unsteered", 0, 0, 0)
-    assert [dose.arm for dose in doses] == ["steered", "random"] * 3
-    strong, random = doses[4], doses[5]
+    assert unsteered.fluency == 1
+    assert [dose.arm for dose in doses] == ["steered", "random", "other"] * 3
+    strong, random, other = doses[6:]
     assert strong.norm == pytest.approx(8, rel=1e-5)
+    assert strong.concept > 0.6
     assert strong.rule is not None
     assert strong.rule > 0.9
-    assert unsteered.rule is not None
-    assert strong.concept == pytest.approx(strong.rule - unsteered.rule)
+    assert max(random.concept, other.concept) < 0.5
     assert strong.logits > 4 * abs(random.logits)  # of 32 dimensions a random direction has about a fifth
-    assert random.rule is not None
-    assert random.rule < 0.7
-    assert doses[0].kl < doses[2].kl < doses[4].kl
-    assert all(0 <= dose.score <= 1 and 0 <= dose.fluency <= 1 for dose in response.doses)
-    assert response.best.score == max(dose.score for dose in doses if dose.arm == "steered")
+    assert doses[0].kl < doses[3].kl < doses[6].kl
     assert set(response.samples) == {"unsteered", "steered"}
+    for dose in [*response.doses, *response.tested]:
+        assert 0 <= dose.score <= 1
+        assert set(dose.intervals) == set(dose._fields) - {"arm", "strength", "norm", "intervals"}
+        assert all(low <= getattr(dose, name) <= high for name, (low, high) in dose.intervals.items())
+    assert strong.diversity < 0.9 * unsteered.diversity
+
+
+def test_the_best_strength_is_chosen_on_one_half_and_told_by_the_other(
+    response: DoseResponse, bench: Bench, index: FeatureIndex
+) -> None:
+    prompts = held_out(index.store, DOSES.prompts, DOSES.prompt_tokens, DOSES.seed)
+    start = bench.intervention(PLANTED, 0)
+    assert [dose.arm for dose in response.tested] == ["steered", "random", "other"]
+    assert {dose.strength for dose in response.tested} == {response.best.strength}
+    # Other prompts that test do not change what is chosen, and other texts are told of.
+    swapped = [prompts[place] if place % 2 == 0 else prompts[1] for place in range(len(prompts))]
+    again = dose_response(bench.model, start, index, DOSES, prompts=swapped)
+    assert again.best.strength == response.best.strength
+    assert again.best.cross_entropy != response.best.cross_entropy
+    assert response.to_json()["best"] == response.best.strength
+
+
+def test_concept_does_not_hang_on_a_rule(
+    response: DoseResponse, bench: Bench, index: FeatureIndex, tmp_path: Path
+) -> None:
+    """A latent whose rule sees nothing in what was written (such as "inside comment", of texts that begin anywhere) is measured all the same."""
+    path = tmp_path / "blind.h5"
+    shutil.copy(index.path, path)
+    with h5py.File(path, "r+") as file:
+        for name in ("first", "operator"):
+            file[f"rules/{name}"][PLANTED] = 0  # type: ignore[index]
+        file["rules/first"][PLANTED] = -1  # type: ignore[index]
+    with FeatureIndex(path, index.store) as blind:
+        found = dose_response(bench.model, bench.intervention(PLANTED, 0), blind, DOSES)
+    assert {dose.rule for dose in found.doses} == {None}
+    assert [dose.concept for dose in found.doses] == [dose.concept for dose in response.doses]
+    assert found.best.concept > 0
 
 
 def test_figures_of_a_dose_are_those_of_its_texts(
     response: DoseResponse, bench: Bench, index: FeatureIndex, model: LanguageModel
 ) -> None:
     """The same texts again, and every figure by hand."""
-    dose = response.doses[3]
+    unsteered, dose = response.doses[0], response.doses[4]
+    assert (dose.arm, dose.norm) == ("steered", pytest.approx(2))
     prompts = held_out(index.store, 6, 6, 0)
     made = generate(
         model, prompts, arms_of([bench.intervention(PLANTED, dose.strength)]), Sampling(max_new_tokens=6, n_samples=4)
     )
-    texts = made.of("steered")
-    assert dose.cross_entropy == pytest.approx(-np.concatenate([text.clean_logp for text in texts]).mean(), rel=1e-4)
-    top = top_tokens(index)[PLANTED].tolist()
-    assert dose.top_tokens == np.mean([any(token in top for token in text.tokens.tolist()) for text in texts])
-    assert dose.repetition == pytest.approx(np.mean([repetition(text.tokens) for text in texts]))
+    top, firings = top_tokens(index)[PLANTED].tolist(), index.histograms[PLANTED]
+    firing: dict[str, list[float]] = {}
+    for arm, told in (("unsteered", unsteered), ("steered", dose)):
+        texts = made.of(arm)
+        assert told.cross_entropy == pytest.approx(np.mean([text.cross_entropy for text in texts]), rel=1e-4)
+        assert told.top_tokens == np.mean([any(token in top for token in text.tokens.tolist()) for text in texts])
+        assert told.diversity == pytest.approx(np.mean([diversity(text.tokens) for text in texts]))
+        acts = [fires(model, bench.sae, np.concatenate([prompts[text.prompt], text.tokens]))[6:] for text in texts]
+        special = [np.isin(text.tokens, list(model.encoder.special)) for text in texts]
+        acts = [values[~left_out] for values, left_out in zip(acts, special, strict=True)]
+        assert told.activation == pytest.approx(
+            np.mean([values.mean() if len(values) else 0 for values in acts]), rel=1e-4
+        )
+        # Above the median: in a bin beyond that of the middle firing, or in the upper part of its own.
+        middle = int(np.searchsorted(firings.cumsum(), firings.sum() / 2))
+        lower, upper = index.bin_edges[middle], min(index.bin_edges[middle + 1], index.columns["max"][PLANTED])
+        median = lower + (upper - lower) * (firings.sum() / 2 - firings[:middle].sum()) / firings[middle]
+        firing[arm] = [float((values > median).mean()) if len(values) else 0.0 for values in acts]
+        assert told.firing == pytest.approx(np.mean(firing[arm]))
+    signs = [
+        np.sign(firing["steered"][4 * prompt + one] - firing["unsteered"][4 * prompt + two])
+        for prompt, one, two in np.ndindex(6, 4, 4)
+    ]
+    assert dose.concept == pytest.approx(np.mean(signs))
+    assert dose.concept > 0.2
     ids = torch.tensor(np.stack(held_out(index.store, 3, CONTEXT, 0))).long()
     with torch.inference_mode():
         clean = logits(model, ids)
@@ -140,22 +204,95 @@ def test_figures_of_a_dose_are_those_of_its_texts(
     assert dose.kl == pytest.approx(float((clean.exp() * (clean - own)).sum(-1).mean()), rel=1e-3)
 
 
-def test_the_best_dose_is_that_of_the_highest_harmonic_mean() -> None:
-    def dose(strength: float, concept: float, fluency: float, arm: str = "steered") -> Dose:
-        return Dose(arm, strength, None, 0.0, 0.0, 0.0, 0.0, 0.0, None, 0.0, concept, fluency)
+def fires(model: LanguageModel, sae: SAE, tokens: np.ndarray) -> np.ndarray:
+    x_LD = capture(model, torch.tensor(tokens)[None], [HOOK])[HOOK][0]
+    with torch.no_grad():
+        return sae.encode(x_LD)[:, PLANTED].numpy()
 
-    doses = [
-        dose(0.0, 0.0, 1.0, "unsteered"),
-        dose(1.0, 0.2, 1.0),
-        dose(2.0, 0.6, 0.6),
-        dose(3.0, 1.0, 0.3),
-        dose(9.0, 1.0, 1.0, "random"),
-    ]
-    response = DoseResponse(0, "add", doses, {})
-    assert response.best.strength == 2.0
-    assert response.best.score == pytest.approx(0.6)
-    assert response.to_json()["best"] == 2.0
-    assert len(charts.dose_response(response.to_json()).data) == 10
+
+def reading(firing: object, cross_entropy: object, diversity: object) -> Reading:
+    """Of two prompts, two texts each."""
+    columns = [np.broadcast_to(np.array(column, float), (2, 2)) for column in (firing, cross_entropy, diversity)]
+    nothing = np.zeros((2, 2))
+    return Reading(columns[0], nothing, columns[1], columns[2], nothing, nothing, None)
+
+
+def told(texts: Reading, unsteered: Reading) -> tuple[float, float, float]:
+    found = figures(texts, unsteered, np.arange(2)[None])
+    return tuple(float(found[name][0]) for name in ("concept", "fluency", "score"))  # type: ignore[index, return-value]
+
+
+def test_concept_is_how_often_a_text_fires_more_than_an_unsteered_one_of_its_prompt() -> None:
+    unsteered = reading([[0.0, 0.1], [0.5, 0.5]], 2.0, 1.0)
+    assert told(reading([[0.2, 0.2], [0.6, 1.0]], 2.0, 1.0), unsteered) == (1, 1, 1)
+    # 0.1 beats one of two and ties with the other, 0 ties with one and loses to the other; 0.6 beats both, 0.4 neither.
+    assert told(reading([[0.1, 0.0], [0.6, 0.4]], 2.0, 1.0), unsteered)[0] == 0
+    assert told(reading([[0.1, 0.1], [0.6, 0.5]], 2.0, 1.0), unsteered)[0] == pytest.approx(0.5)
+    assert told(reading(0.0, 2.0, 1.0), unsteered)[0] == 0  # less than without steering is no concept
+    # A rare latent and a frequent one, at other scales, ask the same.
+    assert told(reading(0.04, 2.0, 1.0), reading(0.0, 2.0, 1.0)) == told(reading(0.9, 2.0, 1.0), reading(0.5, 2.0, 1.0))
+
+
+def test_fluency_falls_with_surprise_too_high_or_too_low_and_with_repeats() -> None:
+    unsteered = reading(0.0, [[2.0, 3.0], [2.0, 3.0]], 0.9)
+    assert told(reading(0.0, [[3.0, 3.0], [2.0, 2.0]], 0.9), unsteered)[1] == 1  # the same surprise, by other texts
+    assert told(reading(0.0, [[3.0, 4.0], [3.0, 4.0]], 0.9), unsteered)[1] == pytest.approx(np.exp(-1))
+    assert told(reading(0.0, [[1.0, 2.0], [1.0, 2.0]], 0.9), unsteered)[1] == pytest.approx(np.exp(-1))
+    # Half garbled, half collapsed: ordinary on average, and no ordinary text among them.
+    assert told(reading(0.0, [[0.0, 5.0], [0.0, 5.0]], 0.9), unsteered)[1] == pytest.approx(np.exp(-2))
+    assert told(reading(0.0, [[2.0, 3.0], [2.0, 3.0]], 0.45), unsteered)[1] == pytest.approx(0.5)
+    assert told(reading(0.0, [[2.0, 3.0], [2.0, 3.0]], 1.0), unsteered)[1] == 1
+    # `++++++++++` fires the latent at every token, and a weak dose that does so now and then is better.
+    plus = reading(1.0, 0.3, diversity(np.full(24, 11)))
+    weak = reading([[0.0, 0.1], [0.0, 0.0]], [[2.1, 3.1], [2.1, 3.1]], 0.9)
+    assert told(plus, unsteered)[0] == 1
+    assert told(plus, unsteered)[2] < 0.01 < told(weak, unsteered)[2]
+
+
+def test_diversity_by_hand() -> None:
+    assert diversity(np.array([1, 2, 3, 4, 1, 2, 3, 4])) == pytest.approx(4 / 7 * 4 / 6 * 4 / 5)
+    assert diversity(np.array([1, 1, 1, 1])) == pytest.approx(1 / 3 * 1 / 2)
+    assert diversity(np.array([1, 2, 1])) == 1
+    assert diversity(np.array([], int)) == 1
+
+
+def test_the_control_latent_fires_about_as_often_in_another_direction(bench: Bench, index: FeatureIndex) -> None:
+    density = index.columns["density"]
+    rows = torch.nn.functional.normalize(bench.sae.W_dec.detach(), dim=1)
+    drawn = {control_of(index, bench.sae, PLANTED, seed) for seed in range(8)}
+    assert len(drawn) > 1
+    assert control_of(index, bench.sae, PLANTED, 0) == control_of(index, bench.sae, PLANTED, 0)
+    for other in drawn:
+        assert other is not None
+        assert other != PLANTED
+        assert density[other] > 0
+        assert abs(float(rows[other] @ rows[PLANTED])) < 0.3
+    alike = copy.deepcopy(bench.sae)
+    with torch.no_grad():
+        alike.W_dec[:] = alike.W_dec[PLANTED]
+    assert control_of(index, alike, PLANTED, 0) is None
+    one = dataclasses.replace(bench.intervention(PLANTED, "1n"), instead=3)
+    assert torch.allclose(one.direction() / bench.sae.W_dec[PLANTED].norm(), rows[3], atol=1e-6)
+    with pytest.raises(ValueError, match="instead is latent 24; the SAE has 0 to 23"):
+        dataclasses.replace(one, instead=24)
+
+
+def test_the_chart_has_both_controls_and_bars(response: DoseResponse) -> None:
+    found = response.to_json()
+    figure = charts.dose_response(json.loads(json.dumps(found)), now=1.0)
+    assert [trace.name for trace in figure.data if trace.showlegend] == [
+        f"latent {PLANTED}", "a random direction", f"latent {response.other}, of the same density",
+    ]  # fmt: skip
+    assert len(figure.data) == 12  # concept, fluency, score, kl
+    for trace in figure.data:
+        assert len(trace.x) == 4
+        assert min(*trace.error_y.array, *trace.error_y.arrayminus) >= 0
+    alone = (
+        found
+        | {"other": None}
+        | {name: [dose for dose in found[name] if dose["arm"] != "other"] for name in ("doses", "tested")}
+    )
+    assert len(charts.dose_response(alone).data) == 8
 
 
 def test_output_scores_are_the_gain_of_the_top_tokens_when_clamped(
@@ -280,8 +417,7 @@ def test_a_sweep_says_what_it_belongs_to_and_is_refused_elsewhere(
             sae=folder, device="cpu", latent=(PLANTED,), strength=("2n",), max_new_tokens=2, positions="prompt", out=out
         )
     )
-    found, says = read_sweep(out, index, PLANTED, "add", "prompt")
-    assert says
+    found = read_sweep(out, index, PLANTED, "add", "prompt")
     assert found["of"] == index.belonging
     for wrong, message in (
         ((PLANTED, "add", "all"), "measured with positions 'prompt'; expected 'all'"),
@@ -295,7 +431,11 @@ def test_a_sweep_says_what_it_belongs_to_and_is_refused_elsewhere(
         with pytest.raises(ValueError, match=rf"dose.json was made from another {what}: it says 0, .* measure again"):
             read_sweep(out, index, PLANTED, "add", "prompt")
     write_json(out, {name: value for name, value in found.items() if name != "of"})
-    assert not read_sweep(out, index, PLANTED, "add", "prompt")[1]
+    with pytest.raises(ValueError, match="does not say of which SAE and index it is: measure again"):
+        read_sweep(out, index, PLANTED, "add", "prompt")
+    write_json(out, {name: value for name, value in found.items() if name != "version"})
+    with pytest.raises(ValueError, match="is a dose-response of version 1, this saebench reads 2: .*; measure again"):
+        read_sweep(out, index, PLANTED, "add", "prompt")
     write_json(out, [1])
     with pytest.raises(ValueError, match="is no dose-response: measure again"):
         read_sweep(out, index, PLANTED, "add", "prompt")
@@ -318,11 +458,6 @@ def test_syntax_errors_are_a_share_of_the_text() -> None:
     assert syntax.share_in_errors(b"def f(a):\n    return a\n") == 0
     assert 0 < syntax.share_in_errors(b"x = 1\ny = = 2\nz = 3\n") < 0.5
     assert syntax.share_in_errors(b"He said, that is: no $ ? (") > 0.2
-
-
-def test_repetition_by_hand() -> None:
-    assert repetition(np.array([1, 2, 3, 4, 1, 2, 3, 4])) == pytest.approx(1 / 5)
-    assert repetition(np.array([1, 1])) == 0
 
 
 def test_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], token: int) -> None:
@@ -356,6 +491,13 @@ def test_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert counts["steered"] >= 2 + max(counts[arm] for arm in ARMS if arm != "steered"), counts
     assert main([*common, "--strength", "40n", "--positions", "generated", "--n", "1", "--max-new-tokens", "3"]) == 0
     assert "(differs from token 0 on)" not in capsys.readouterr().out  # it is predicted from the prompt alone
+    assert main([*common, "--sweep", "--strength", "1n", "--max-new-tokens", "4"]) == 0
+    shown = capsys.readouterr().out
+    table = [line.split() for line in shown.splitlines()]
+    assert [line[0] for line in table[2:6]] == ["unsteered", "steered", "random", "other"]
+    assert table[3][1] == "*"
+    assert re.search(r"steered .* 0\.\d\d \(0\.\d\d to [01]\.\d\d\)", shown)
+    assert "on half of the prompts; on the other half" in shown
     assert main(["steer", "rank", "--sae", str(folder), "--device", "cpu", "--top", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
@@ -384,6 +526,14 @@ def test_bad_input_says_what_is_wrong(folder: Path, store: Store, tmp_path: Path
         sweep(settings(latent=(1,), mode="ablate"))
     with pytest.raises(ValueError, match="strength '0.5n' has a unit; what scale takes is a factor"):
         steer(settings(latent=(1,), mode="scale"))
+    bench = open_bench(folder, device="cpu")
+    assert bench.index
+    with pytest.raises(ValueError, match=r"there is 1 prompt; expected at least 2: one half chooses"):
+        dose_response(bench.model, bench.intervention(PLANTED, 1), bench.index, prompts=[np.array([0, 5])])
+    bench.index.columns["fires"][3] = 0
+    with pytest.raises(ValueError, match=r"latent 3 never fired in .*planted.h5: there is no firing of its own"):
+        dose_response(bench.model, bench.intervention(3, 1), bench.index)
+    assert len(sweep(settings(latent=(PLANTED,), prompt="the cat", strength=("1n",))).doses) == 4
     scaled = sweep(settings(latent=(PLANTED,), mode="scale"))
     assert sorted({dose.strength for dose in scaled.doses if dose.arm == "steered"}) == [0, 2, 4, 8, 16]
     bare = tmp_path / "saes" / "bare"

@@ -160,12 +160,24 @@ def dose(sae: Trained, bench: Bench) -> None:
         response(sae, bench.index, turns[0], st.session_state.positions, now)
 
 
-def measured(path: Path, index: FeatureIndex, turn: Turn, positions: str, now: float | None) -> tuple[Any, bool]:
-    """(the plot of a sweep, whether it says of which SAE and index it is). Raises ValueError for a file that holds none, or another."""
-    found, says = read_sweep(path, index, turn.latent, turn.mode, positions)
+def measured(path: Path, index: FeatureIndex, turn: Turn, positions: str, now: float | None) -> tuple[Any, str]:
+    """(the plot of a sweep, what it found in words). Raises ValueError for a file that holds none, or another."""
+    found = read_sweep(path, index, turn.latent, turn.mode, positions)
     try:
-        return charts.dose_response(found, now=now), says
-    except (KeyError, TypeError, AttributeError, IndexError, StopIteration) as error:
+        arms = {
+            "steered": f"latent {found['latent']}",
+            "random": "a random direction",
+            "other": f"latent {found['other']}",
+        }
+        scores = [
+            f"{arms[dose['arm']]} {dose['score']:.2f} ({dose['intervals']['score'][0]:.2f} to {dose['intervals']['score'][1]:.2f})"
+            for dose in found["tested"]
+        ]
+        return charts.dose_response(found, now=now), (
+            f"*Concept*: by how much the latent fires where the model reads what was written. *Best* (strength {found['best']:.3g}) was chosen on half of the "
+            f"prompts; harmonic mean of concept and fluency on the other half: {', '.join(scores)}. Bars and (…): 95%, over prompts."
+        )
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise ValueError(f"{path} is no dose-response: measure again") from error
 
 
@@ -175,13 +187,9 @@ def response(sae: Trained, index: FeatureIndex, turn: Turn, positions: str, now:
     out = sae.run / "sweeps" / f"{'-'.join([sae.name, str(turn.latent), turn.mode, *where])}.json"
     if out.exists():
         with said():
-            plot, says = measured(out, index, turn, positions, now)
+            plot, words = measured(out, index, turn, positions, now)
             st.plotly_chart(plot, key=f"dose {out.name}", config={"displaylogo": False})
-            if not says:
-                st.caption(
-                    "It does not say of which SAE and index it is: it was measured before that was noted. "
-                    "Measure again if either was made anew since."
-                )
+            st.caption(words)
     arguments = ["steer", "--sweep", "--sae", str(sae.folder), "--latent", str(turn.latent), "--mode", turn.mode]
     arguments += ["--positions", *where] if where else []
     offer("Measure again" if out.exists() else f"Sweep latent {turn.latent}", [*arguments, "--out", str(out)], sae.run)

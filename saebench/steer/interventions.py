@@ -66,12 +66,16 @@ class Intervention:
     """vectors of a greater norm are left alone: sinks that are not BOS (`FeatureIndex.longest` says where they begin)"""
     random: int | None = None
     """a seed: a random direction as long as the latent's in its stead, everything else the same; a control"""
+    instead: int | None = None
+    """another latent, whose direction, as long as this one's, is taken in its stead; a control, too"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.latent < self.sae.d_sae:
             raise ValueError(f"latent is {self.latent}; the SAE has 0 to {self.sae.d_sae - 1}")
         if self.where is not None and not 0 <= self.where.latent < self.sae.d_sae:
             raise ValueError(f"where names latent {self.where.latent}; the SAE has 0 to {self.sae.d_sae - 1}")
+        if self.instead is not None and not 0 <= self.instead < self.sae.d_sae:
+            raise ValueError(f"instead is latent {self.instead}; the SAE has 0 to {self.sae.d_sae - 1}")
         if not math.isfinite(self.strength):
             raise ValueError(f"strength is {self.strength}; expected a finite number")
 
@@ -93,8 +97,11 @@ class Intervention:
         return dataclasses.replace(self, strength=-self.strength)
 
     def direction(self) -> Float[Tensor, " D"]:
-        """d, or the random direction in its stead."""
+        """d, or what is taken in its stead."""
         d_D = self.sae.W_dec[self.latent].detach().float()
+        if self.instead is not None:
+            other_D = self.sae.W_dec[self.instead].detach().float()
+            return other_D * (d_D.norm() / other_D.norm())
         if self.random is None:
             return d_D
         generator = torch.Generator().manual_seed(self.random * 1_000_003 + self.latent)

@@ -21,6 +21,10 @@ from saebench.steer.scores import Scores, read_scores, score
 from saebench.store.source import longest_of, model_name, model_of
 from saebench.view import charts
 
+_SWEEP_VERSION = (
+    2  # of a sweep's file; the first had neither intervals nor a version, and its concept was the rule's share
+)
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -102,7 +106,7 @@ class SteerConfig:
     controls: bool = True
     """also a random direction of the same norm, and the negative strength"""
     sweep: bool = False
-    """the dose-response of one latent instead: from weak to strong, with a random direction beside it"""
+    """the dose-response of one latent instead: from weak to strong, beside a random direction and another latent's"""
     out: Path | None = None
     """file for the results as JSON; of --sweep also a figure beside it (.html)"""
     top: Count = 20
@@ -156,7 +160,7 @@ def steer(config: SteerConfig) -> Generation:
 
 
 def sweep(config: SteerConfig) -> DoseResponse:
-    """The dose-response of one latent. Writes `config.out` and a figure beside it, where it is named.
+    """The dose-response of one latent; of a prompt of one's own as many texts as of others. Writes `config.out` and a figure beside it, where it is named.
 
     Raises ValueError for any number of latents but one, an SAE without an index, and as `dose_response` does.
     """
@@ -176,31 +180,35 @@ def sweep(config: SteerConfig) -> DoseResponse:
     usual = FACTORS if config.mode == "scale" else STRENGTHS
     strengths = usual if config.strength == ("0.5n",) else config.strength
     doses = DoseConfig(strengths=strengths, seed=config.seed, max_new_tokens=config.max_new_tokens)
-    prompts = None if not config.prompt else [np.array(bench.model.tokens_of(config.prompt))]
+    prompts = [np.array(bench.model.tokens_of(config.prompt))] * doses.prompts if config.prompt else None
     found = dose_response(bench.model, start, bench.index, doses, prompts=prompts, shown=True)
     if config.out is not None:
         told = {name: getattr(config, name) for name in ("positions", "massive", "seed", "prompt", "max_new_tokens")}
-        write_json(config.out, {"of": bench.index.belonging, **told, **found.to_json()})
+        write_json(config.out, {"version": _SWEEP_VERSION, "of": bench.index.belonging, **told, **found.to_json()})
         charts.dose_response(found.to_json()).write_html(config.out.with_suffix(".html"), include_plotlyjs=True)
     return found
 
 
-def read_sweep(path: Path, index: FeatureIndex, latent: int, mode: Mode, positions: str) -> tuple[dict[str, Any], bool]:
-    """(what `sweep` wrote, whether it says of which SAE and index it is: older files do not).
+def read_sweep(path: Path, index: FeatureIndex, latent: int, mode: Mode, positions: str) -> dict[str, Any]:
+    """What `sweep` wrote.
 
-    Raises ValueError where it is of another SAE, index, latent, mode or positions than these, and for a file that is no sweep.
+    Raises ValueError where it is of another version, SAE, index, latent, mode or positions than these, and for a file that is no sweep.
     """
     found: Any = read_json(path)
-    there = isinstance(found, dict) and {"latent", "mode", "doses"} <= set(found)
-    if not there or not isinstance(found.get("of", {}), dict):
+    if not isinstance(found, dict) or not {"latent", "mode", "doses"} <= set(found):
         raise ValueError(f"{path} is no dose-response: measure again")
-    wanted = {"latent": latent, "mode": mode, "positions": positions}
-    for name, value in wanted.items():
-        if found.get(name, value) != value:
-            raise ValueError(f"{path} was measured with {name} {found[name]!r}; expected {value!r}: measure again")
-    if "of" in found:
-        check_identity(path, found["of"], index.belonging, "measure again")
-    return found, "of" in found
+    if (version := found.get("version", 1)) != _SWEEP_VERSION:
+        raise ValueError(
+            f"{path} is a dose-response of version {version!r}, this saebench reads {_SWEEP_VERSION}: "
+            "concept and fluency were other figures then, without intervals; measure again"
+        )
+    for name, value in {"latent": latent, "mode": mode, "positions": positions}.items():
+        if found.get(name) != value:
+            raise ValueError(f"{path} was measured with {name} {found.get(name)!r}; expected {value!r}: measure again")
+    if not isinstance(found.get("of"), dict):
+        raise ValueError(f"{path} does not say of which SAE and index it is: measure again")
+    check_identity(path, found["of"], index.belonging, "measure again")
+    return found
 
 
 def rank(config: SteerConfig) -> tuple[Bench, Scores, np.ndarray]:

@@ -114,29 +114,37 @@ def training_curves(
 
 
 def dose_response(response: Mapping[str, Any], *, now: float | None = None) -> go.Figure:
-    """What a latent's direction does at each strength, beside a random direction in grey: `DoseResponse.to_json`.
+    """What a latent's direction does at each strength, beside both controls, 95% intervals as bars: `DoseResponse.to_json`.
 
     `now` is a strength to mark, in the unit of the axis.
     """
-    figure = make_subplots(rows=2, cols=1, shared_xaxes=True, vertical_spacing=0.08, row_heights=[0.55, 0.45])
-    unsteered = response["doses"][0]
+    panels = {"concept": "concept", "fluency": "fluency", "score": "harmonic mean", "kl": "KL, nats per token"}
+    arms = {
+        "steered": (f"latent {response['latent']}", STYLE["topk"], "solid"),
+        "random": ("a random direction", (CONTROL, "square"), "dot"),
+        "other": (f"latent {response['other']}, of the same density", STYLE["relu"], "dash"),
+    }
+    figure = make_subplots(rows=len(panels), cols=1, shared_xaxes=True, vertical_spacing=0.04)
     known = all(dose["norm"] is not None for dose in response["doses"])
-    lines = (
-        (1, "score", "harmonic mean", "solid", "diamond"), (1, "concept", "concept", "dash", "circle"),
-        (1, "fluency", "fluency", "dot", "square"), (2, "kl", "KL to the clean model", "solid", "circle"),
-        (2, "cross_entropy", "cross-entropy of the text", "dash", "square"),
-    )  # fmt: skip
-    for arm, colour in (("steered", STYLE["topk"][0]), ("random", CONTROL)):
-        doses = [unsteered, *(dose for dose in response["doses"] if dose["arm"] == arm)]
+    for arm, (label, (colour, symbol), dash) in arms.items():
+        doses = [dose for dose in response["doses"] if dose["arm"] in ("unsteered", arm)]
+        if arm not in {dose["arm"] for dose in doses}:
+            continue  # no latent was far enough from this one
         x = [dose["norm"] if known else dose["strength"] for dose in doses]
-        for row, name, label, dash, symbol in lines:
-            named = label if arm == "steered" else "random direction"  # one entry of the legend for all of its lines
+        for row, name in enumerate(panels, 1):
+            values = [dose[name] for dose in doses]
+            ends = [dose["intervals"][name] for dose in doses]
             figure.add_scatter(
-                x=x, y=[dose[name] for dose in doses], name=named, legendgroup=named, showlegend=arm == "steered" or name == "score",
-                mode="lines+markers", line={"color": colour, "dash": dash}, marker={"color": colour, "symbol": symbol},
+                x=x, y=values, name=label, legendgroup=arm, showlegend=row == 1, mode="lines+markers",
+                line={"color": colour, "dash": dash}, marker={"color": colour, "symbol": symbol},
+                error_y={
+                    "type": "data", "symmetric": False, "thickness": 1, "width": 3,
+                    "array": [high - value for (_, high), value in zip(ends, values, strict=True)],
+                    "arrayminus": [value - low for (low, _), value in zip(ends, values, strict=True)],
+                },
                 row=row, col=1,
             )  # fmt: skip
-    best = next(dose for dose in response["doses"] if dose["arm"] == "steered" and dose["strength"] == response["best"])
+    best = response["tested"][0]
     figure.add_vline(
         x=best["norm"] if known else best["strength"], line={"color": CONTROL, "dash": "dash"}, annotation_text="best"
     )
@@ -144,11 +152,12 @@ def dose_response(response: Mapping[str, Any], *, now: float | None = None) -> g
         figure.add_vline(
             x=now, line={"color": STYLE["relu"][0], "dash": "dot"}, annotation_text="now", annotation_position="bottom right"
         )  # fmt: skip
+    figure = _layout(figure, f"Latent {response['latent']}, {response['mode']}", "", "")
+    for row, label in enumerate(panels.values(), 1):
+        figure.update_yaxes(title=label, rangemode="tozero", row=row, col=1)
     unit = "strength, of the median norm" if known else "strength, raw"
-    figure = _layout(figure, f"Latent {response['latent']}, {response['mode']}", "", "share")
-    figure.update_xaxes(title=unit, row=2, col=1)
-    figure.update_yaxes(title="nats per token", row=2, col=1)
-    return figure.update_layout(height=620)
+    figure.update_xaxes(title=unit, row=len(panels), col=1)
+    return figure.update_layout(height=820, legend={"orientation": "h", "y": -0.09})
 
 
 def densities(left: np.ndarray, right: np.ndarray, cosines: np.ndarray, names: tuple[str, str]) -> go.Figure:
