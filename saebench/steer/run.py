@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from saebench.config import Count
-from saebench.files import read_json, write_json
+from saebench.files import read_json, write_json, writing
 from saebench.index import FeatureIndex, IndexConfig, open_feature_index
 from saebench.index.schema import check_identity
 from saebench.models import LanguageModel, choose_device, default_dtype, load_model
@@ -17,7 +17,7 @@ from saebench.sae import SAE, load_sae, read_config
 from saebench.steer.dose import FACTORS, STRENGTHS, DoseConfig, DoseResponse, dose_response
 from saebench.steer.generate import Generation, Sampling, arms_of, generate
 from saebench.steer.interventions import Intervention, Mode, units_of
-from saebench.steer.scores import Scores, read_scores, score
+from saebench.steer.scores import Scores, read_scores, score, scores_path
 from saebench.store.source import longest_of, model_name, model_of
 from saebench.view import charts
 
@@ -180,8 +180,9 @@ def sweep(config: SteerConfig) -> DoseResponse:
     found = dose_response(bench.model, start, bench.index, doses, prompts=prompts, shown=True)
     if config.out is not None:
         told = {name: getattr(config, name) for name in ("positions", "massive", "seed", "prompt", "max_new_tokens")}
-        write_json(config.out, {"of": bench.index.belonging, **told, **found.to_json()})
-        charts.dose_response(found.to_json()).write_html(config.out.with_suffix(".html"), include_plotlyjs=True)
+        with writing(config.out):
+            write_json(config.out, {"of": bench.index.belonging, **told, **found.to_json()})
+            charts.dose_response(found.to_json()).write_html(config.out.with_suffix(".html"), include_plotlyjs=True)
     return found
 
 
@@ -215,11 +216,12 @@ def rank(config: SteerConfig) -> tuple[Bench, Scores, np.ndarray]:
     if wrong := [latent for latent in config.latent if latent >= bench.sae.d_sae]:
         raise ValueError(f"latent is {wrong[0]}; the SAE has 0 to {bench.sae.d_sae - 1}")
     among = np.array(config.latent or range(bench.sae.d_sae))
-    scores = read_scores(bench.index)
-    if scores is None or not scores.measured[among].all():
-        scores = score(bench.model, bench.sae, bench.index, among=among if config.latent else None)
-        if scores is None:
-            raise KeyboardInterrupt
+    with writing(scores_path(bench.index.path)):
+        scores = read_scores(bench.index)
+        if scores is None or not scores.measured[among].all():
+            scores = score(bench.model, bench.sae, bench.index, among=among if config.latent else None)
+            if scores is None:
+                raise KeyboardInterrupt
     best = np.lexsort((-scores.output[among], ~scores.measured[among]))  # an estimate is no rival of what was measured
     return bench, scores, among[best][: config.top]
 
