@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import streamlit as st
+from where import root
 
 from saebench.browse.jobs import Jobs
 from saebench.browse.runs import Trained
@@ -26,9 +27,8 @@ class Shared(NamedTuple):
     lock: Any
 
 
-@st.cache_resource(show_spinner=False)
 def jobs() -> Jobs:
-    return Jobs()
+    return Jobs(root())
 
 
 @st.cache_resource(show_spinner="Loading the model", max_entries=2)

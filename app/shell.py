@@ -132,12 +132,13 @@ def offer(label: str, arguments: list[str], folder: Path) -> None:
 
 @st.fragment(run_every=1.0)
 def watch_jobs() -> None:
-    """The commands that were begun here, with their progress; the page is drawn again when one ends."""
+    """The commands that were begun from the app, with their progress; the page is drawn again when one ends."""
     for job in jobs().all():
-        key = " ".join(job.arguments)
-        was = st.session_state.setdefault(f"job {key}", job.running)
+        key = str(job.record)
+        running = job.running
+        was = st.session_state.setdefault(f"job {key}", running)
         st.caption(f"**{plain(job.name)}** in {plain(job.log.parent.parent.name)}", help=code(job.title))
-        if job.running:
+        if running:
             bar = job.progress
             st.progress(bar[1] if bar else 0.0, text=plain(f"{bar[0]}: {bar[2]}" if bar else job.message or "starting"))
             then = (
@@ -146,11 +147,10 @@ def watch_jobs() -> None:
             if st.button("Stop", key=f"stop {key}", help=then):
                 job.stop()
         else:
-            said_last = "done" if job.succeeded else "stopped" if job.stopped else job.message or "ended"
-            (st.success if job.succeeded else st.warning)(plain(said_last), icon=None)
+            (st.success if job.succeeded else st.warning)(plain(job.ending), icon=None)
             if st.button("Dismiss", key=f"dismiss {key}"):
                 jobs().forget(job)
                 st.rerun(scope="fragment")
-        st.session_state[f"job {key}"] = job.running
-        if was and not job.running:
+        st.session_state[f"job {key}"] = running
+        if was and not running:
             st.rerun()
