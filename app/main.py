@@ -5,7 +5,7 @@ from pathlib import Path
 import streamlit as st
 import torch
 from opened import jobs
-from shell import clickable, watch_jobs
+from shell import clickable, said, watch_jobs
 from where import (
     chosen_run,
     chosen_sae,
@@ -37,8 +37,10 @@ PAGES = [
 ]
 page = st.navigation(PAGES, position="hidden")
 st.session_state.page = page.url_path or "overview"
+st.session_state.drawn_from = {}  # what this page is drawn from
+st.session_state.setdefault("here", {})
 
-with st.sidebar:
+with st.sidebar, said():
     above = st.container()
     names = list(runs())
     if names:
@@ -71,5 +73,6 @@ with st.sidebar:
 
 leave()
 remember()
-page.run()
+with said():
+    page.run()
 remember()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import streamlit as st
-from opened import changed
+from opened import Files, files_of
 from shell import clickable, missing, offer, said
 from where import chosen_run, chosen_sae, go, link_to, root
 
@@ -123,7 +123,7 @@ def plots(saes: dict[str, Trained]) -> None:
 
 
 @st.cache_resource(show_spinner="Measuring norms", max_entries=16)
-def norms(folder: str, hook: str, written: int) -> NormReport:
+def norms(folder: str, hook: str, files: Files) -> NormReport:
     return norm_report(open_store(Path(folder)), hook, sample=SAMPLE)
 
 
@@ -132,7 +132,7 @@ def stores(saes: dict[str, Trained]) -> None:
         with said():
             st.code(describe(open_store(Path(folder))), language=None)
             for hook in sorted({sae.hook for sae in saes.values() if str(sae.store) == folder}):
-                report = norms(folder, hook, changed(Path(folder) / MANIFEST))
+                report = norms(folder, hook, files_of(Path(folder) / MANIFEST))
                 clickable(norms_html(hook, report), f"norms {folder} {hook}")
 
 

@@ -10,63 +10,14 @@ import numpy as np
 
 from saebench.config import Count
 from saebench.files import read_json, write_json, writing
-from saebench.index import FeatureIndex, IndexConfig, open_feature_index
+from saebench.index import FeatureIndex
 from saebench.index.schema import check_identity
-from saebench.models import LanguageModel, choose_device, default_dtype, load_model
-from saebench.sae import SAE, load_sae, read_config
+from saebench.steer.bench import Bench, open_bench
 from saebench.steer.dose import FACTORS, STRENGTHS, DoseConfig, DoseResponse, dose_response
 from saebench.steer.generate import Generation, Sampling, arms_of, generate
-from saebench.steer.interventions import Intervention, Mode, units_of
+from saebench.steer.interventions import Intervention, Mode
 from saebench.steer.scores import Scores, read_scores, score, scores_path
-from saebench.store.source import longest_of, model_name, model_of
 from saebench.view import charts
-
-
-@dataclass(frozen=True)
-class Bench:
-    """An SAE with its model, and its index where there is one."""
-
-    model: LanguageModel
-    sae: SAE
-    hook: str
-    index: FeatureIndex | None
-    bound: float = math.inf
-    """without an index, the norm above which vectors are massive"""
-
-    def intervention(self, latent: int, strength: str | int | float = "0.5n", mode: Mode = "add") -> Intervention:
-        """An intervention at a strength written `12`, `6x` or `0.5n` (see `Units`); for `scale` a plain factor."""
-        raw = 0.0 if mode == "ablate" else units_of(self.sae, latent, self.index).raw(strength, mode)
-        return Intervention(sae=self.sae, hook=self.hook, latent=latent, mode=mode, strength=raw, longest=self.longest)
-
-    @property
-    def longest(self) -> float:
-        """Longer vectors are massive, and left alone: by the index, or else by what the SAE was trained on."""
-        return self.bound if self.index is None else self.index.longest
-
-
-def open_bench(
-    sae: Path | str, *, index: Path | None = None, store: Path | None = None, device: str | None = None
-) -> Bench:
-    """Open an SAE directory with the model it was trained on and its index (default: index/NAME.h5 beside saes/).
-
-    Raises ValueError where one of them cannot be loaded, or the model is not the one whose vectors were indexed.
-    """
-    sae = Path(sae)
-    metadata = read_config(sae).get("metadata", {})
-    path = index or IndexConfig(sae=sae).path
-    opened = open_feature_index(path, sae=sae, store=store) if index is not None or path.exists() else None
-    name, hook = metadata.get("model_name"), opened.hook if opened else metadata.get("hook_name")
-    if (opened is None and name is None) or hook is None:
-        raise ValueError(f"{sae} does not say of which model and hook it is; index it with --store")
-    # Not in the store's dtype: a bench computes as this machine does best.
-    chosen = choose_device(device)
-    if opened:
-        model = model_of(opened.store, chosen, default_dtype(chosen))
-    else:
-        model = load_model(model_name(sae, name), device=chosen)
-    return Bench(
-        model, load_sae(sae, device=str(model.device)), hook, opened, math.inf if opened else longest_of(sae, hook)
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
