@@ -1,7 +1,6 @@
 """What there is: a run's SAEs with their figures, the Pareto plot, how they were trained, and what is missing."""
 
 import html
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ COLUMNS = {
 }
 METRICS = {"Loss recovered": "loss_recovered_zero", "FVU": "fvu", "ΔCE": "delta_ce"}
 CURVES = {"FVU": "fvu", "L0": "l0", "Living latents": "alive", "λ": "lambda"}
-FIRST = 0.6  # seconds in which a browser shows the table, before it is kept busy loading the charts' library
 TEXT = ("name", "architecture", "hook")
 SAMPLE = 20_000  # rows of a store that are looked at for the tokens of the longest
 
@@ -98,9 +96,6 @@ def plots(saes: dict[str, Trained]) -> None:
     if not measured:
         st.info("Nothing is measured yet: `saebench eval` gives L0, FVU, ΔCE and loss recovered on held-out documents.")
         return
-    if st.session_state.setdefault("first look", True):
-        st.session_state["first look"] = False
-        time.sleep(FIRST)
     left, right = st.container(key="halves").columns(2)
     with left:
         label = st.segmented_control(

@@ -32,12 +32,12 @@ class Job:
         """`record` is `jobs/NNN-COMMAND.json`. Raises ValueError where it is not a job's."""
         self.record, self.log = record, record.with_suffix(".log")
         noted = self._noted()
-        arguments, begun = noted.get("arguments"), noted.get("begun")
-        right = isinstance(arguments, list) and arguments and all(isinstance(one, str) for one in arguments)
-        if not right or not isinstance(begun, float):
+        self.arguments: list[str] = noted.get("arguments") or []
+        self.begun: float = noted.get("begun") or 0.0
+        if not isinstance(self.arguments, list) or not all(isinstance(one, str) for one in self.arguments or [None]):
             raise ValueError(f"{record} is no job's; delete it")
-        self.arguments: list[str] = arguments
-        self.begun: float = begun
+        if not isinstance(self.begun, float):
+            raise ValueError(f"{record} says that it began at {self.begun!r}; expected seconds: delete it")
 
     @property
     def title(self) -> str:
