@@ -25,7 +25,8 @@ from saebench.view.markdown import code, plain
 SIDEBAR = 230  # pixels
 HERE = Path(__file__).parent
 st.set_page_config(page_title="saebench", page_icon=HERE / "icon.png", layout="wide", initial_sidebar_state=SIDEBAR)
-# Every click runs in a new thread, and a pool of threads for it alone takes longer to begin than the few rows it encodes.
+# Every click runs in a new thread, and a pool of threads for it alone takes longer to begin than the few rows it encodes;
+# a larger model takes more (`opened.Turn`).
 torch.set_num_threads(1)
 st.html(HERE / "look.css")
 PAGES = [

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import streamlit as st
+import torch
 from where import root
 
 from saebench.browse.jobs import Jobs
@@ -21,14 +22,33 @@ from saebench.steer import Bench, bench_with
 from saebench.steer.scores import read_scores, scores_path
 from saebench.store.schema import MANIFEST
 
+SMALL = 30_000_000
+"""Parameters of a model below which one thread is as fast as all (decision 18)."""
+THREADS = torch.get_num_threads()
 Files = tuple[tuple[str, int, int, int, int], ...]
+
+
+class Turn:
+    """A lock under which a model's passes run, one at a time; whoever holds it computes with so many threads."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads, self._lock, self._before = threads, threading.Lock(), 1
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self._before)
+        self._lock.release()
 
 
 class Shared(NamedTuple):
     """A model, and the lock under which its passes run."""
 
     model: LanguageModel
-    lock: Any
+    lock: Turn
 
 
 class Opened:
@@ -51,7 +71,7 @@ class Opened:
     @property
     def shared(self) -> Shared:
         model = self.bench.model
-        return Shared(model, _lock(model.weights_hash, str(model.device)))
+        return Shared(model, _turn(model.weights_hash, str(model.device), model))
 
 
 def jobs() -> Jobs:
@@ -106,7 +126,7 @@ def model_of(sae: Trained) -> Shared:
     return opened(sae).shared
 
 
-def bench_of(sae: Trained) -> tuple[Bench, Any]:
+def bench_of(sae: Trained) -> tuple[Bench, Turn]:
     """(what steering needs, the model's lock). Raises ValueError as `model_of` does."""
     found = opened(sae)
     return found.bench, found.shared.lock
@@ -130,7 +150,7 @@ def _fires(key: tuple[str, ...], text: str, settings: dict[str, Any], _of: Opene
 
 
 def _load(name: str, *, revision: str | None, device: str) -> LanguageModel:
-    return _model(name, revision, device, files_of(Path(model_path(name))))
+    return _model(name, revision, device, files_of(Path(model_path(name)).expanduser()))
 
 
 @st.cache_resource(show_spinner="Loading the model", max_entries=2)
@@ -139,5 +159,6 @@ def _model(name: str, revision: str | None, device: str, files: Files) -> Langua
 
 
 @st.cache_resource(show_spinner=False)
-def _lock(weights: str, device: str) -> Any:
-    return threading.Lock()
+def _turn(weights: str, device: str, _model: LanguageModel) -> Turn:
+    small = sum(parameter.numel() for parameter in _model.module.parameters()) < SMALL
+    return Turn(1 if small else THREADS)

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -372,6 +373,25 @@ def test_markup_in_a_label_or_an_error_is_shown_as_it_is(opened: Any, copy: Path
     error = opened("steering", sae=SAE, turns="**x**").error[0].value
     assert "**" not in error
     assert "'**x**' is no intervention" in bare(error)
+
+
+def test_whoever_has_a_models_turn_has_its_threads_and_has_it_alone(opened: Any) -> None:
+    opened("overview")
+    from opened import Turn  # the app's own, once it is on the path
+
+    turn, usual, seen = Turn(3), torch.get_num_threads(), []
+
+    def take() -> None:
+        with turn:
+            seen.append(torch.get_num_threads())
+
+    with turn:
+        thread = threading.Thread(target=take)
+        thread.start()
+        thread.join(0.1)
+        assert (torch.get_num_threads(), seen) == (3, [])
+    thread.join()
+    assert (torch.get_num_threads(), seen) == (usual, [3])
 
 
 def test_a_broken_sae_is_named_and_the_others_stay(opened: Any, copy: Path) -> None:
