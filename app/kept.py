@@ -8,15 +8,12 @@ from turns import set_turns
 
 from saebench.browse.recipes import Recipe, load_recipe, recipes_of, save_recipe
 from saebench.browse.runs import Trained
-from saebench.index import FeatureIndex
-from saebench.index.schema import identity_of
 from saebench.view.markdown import code, plain
 
 
-def recipes(sae: Trained, recipe: Recipe, index: FeatureIndex | None, longest: int) -> None:
-    """Save these settings, or open others, of at most `longest` new tokens."""
+def recipes(sae: Trained, recipe: Recipe, of: dict[str, str], longest: int) -> None:
+    """Save these settings, or open others, of at most `longest` new tokens and of what belongs together here (`Bench.belonging`)."""
     with said():
-        of = identity_of(sae.folder, None) if index is None else index.belonging
         name = st.text_input("Save these settings as", key="recipe name").strip()
         if name in recipes_of(sae.run, sae.name):
             st.caption("This replaces the one of that name.")

@@ -5,7 +5,7 @@ from pathlib import Path
 import streamlit as st
 import torch
 from opened import jobs
-from shell import clickable, watch_jobs
+from shell import clickable, said, watch_jobs
 from where import (
     chosen_run,
     chosen_sae,
@@ -25,7 +25,8 @@ from saebench.view.markdown import code, plain
 SIDEBAR = 230  # pixels
 HERE = Path(__file__).parent
 st.set_page_config(page_title="saebench", page_icon=HERE / "icon.png", layout="wide", initial_sidebar_state=SIDEBAR)
-# Every click runs in a new thread, and a pool of threads for it alone takes longer to begin than the few rows it encodes.
+# Every click runs in a new thread, and a pool of threads for it alone takes longer to begin than the few rows it encodes;
+# a larger model takes more (`opened.Turn`).
 torch.set_num_threads(1)
 st.html(HERE / "look.css")
 PAGES = [
@@ -37,8 +38,10 @@ PAGES = [
 ]
 page = st.navigation(PAGES, position="hidden")
 st.session_state.page = page.url_path or "overview"
+st.session_state.drawn_from = {}  # what this page is drawn from
+st.session_state.setdefault("here", {})
 
-with st.sidebar:
+with st.sidebar, said():
     above = st.container()
     names = list(runs())
     if names:
@@ -71,5 +74,6 @@ with st.sidebar:
 
 leave()
 remember()
-page.run()
+with said():
+    page.run()
 remember()

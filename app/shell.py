@@ -2,21 +2,25 @@
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ParamSpec
 
 import streamlit as st
-from opened import jobs
+import torch
+from opened import jobs, still_open
 from streamlit.components import v2
 from where import remember
 
 from saebench.browse.runs import Trained
+from saebench.files import first_line
 from saebench.index.page import PARTS_CSS
 from saebench.view import arms, grid, svg, tokens
 from saebench.view.markdown import code, plain
 
 P = ParamSpec("P")
+log = logging.getLogger(__name__)
 
 # Going to another page, Streamlit pushes its query at the old path first, then run and SAE, and then the path: several
 # entries of the browser's history where one is right. What one act of the person pushes is one entry here.
@@ -82,18 +86,24 @@ def clickable(body: str, key: str, on_pick: Callable[[str], None] | None = None)
     def picked() -> None:
         value = st.session_state[key].get("pick")
         if value and on_pick:
-            on_pick(value)
+            with said():
+                on_pick(value)
 
     _panel(data={"html": body}, key=key, on_pick_change=picked)
 
 
 def fragment(function: Callable[P, None]) -> Callable[P, None]:
-    """A part of a page that is drawn again by itself when something in it changes; the change is remembered."""
+    """A part of a page that is drawn again by itself when something in it changes; the change is remembered.
+
+    The whole page is drawn again where what it was drawn from is no longer what lies on disk.
+    """
 
     @st.fragment
     @functools.wraps(function)
     def part(*args: P.args, **kwargs: P.kwargs) -> None:
         with said():
+            if not still_open():
+                st.rerun()
             function(*args, **kwargs)
         remember()
 
@@ -102,13 +112,24 @@ def fragment(function: Callable[P, None]) -> Callable[P, None]:
 
 @contextlib.contextmanager
 def said() -> Iterator[None]:
-    """What a person can mend is said in place; the rest of the page goes on."""
+    """What goes wrong is said in place, with what to do about it; the rest of the page goes on. A traceback is in the log alone."""
     try:
         yield
     except ValueError as error:
-        st.error(plain(str(error)), icon=":material/error:")
+        words = str(error)
+        log.debug("said: %s", error, exc_info=True)
     except OSError as error:
-        st.error(plain(f"{error}. Look whether the file is there and may be read."), icon=":material/error:")
+        words = f"{error}. Look whether the file is there and may be read."
+        log.warning("said: %s", error, exc_info=True)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        words = f"There is not enough memory for this ({first_line(error)}): try less text, fewer tokens or texts, or close what else runs."
+        log.warning("said: %s", error, exc_info=True)
+    except Exception as error:
+        words = f"This is a fault of the app ({type(error).__name__}: {first_line(error)}). Load the page again; if it comes back, report it with what the server's terminal shows."
+        log.exception("a page failed")
+    else:
+        return
+    st.error(plain(words), icon=":material/error:")
 
 
 def missing(sae: Trained) -> None:
@@ -132,12 +153,13 @@ def offer(label: str, arguments: list[str], folder: Path) -> None:
 
 @st.fragment(run_every=1.0)
 def watch_jobs() -> None:
-    """The commands that were begun here, with their progress; the page is drawn again when one ends."""
+    """The commands that were begun from the app, with their progress; the page is drawn again when one ends."""
     for job in jobs().all():
-        key = " ".join(job.arguments)
-        was = st.session_state.setdefault(f"job {key}", job.running)
+        key = str(job.record)
+        running = job.running
+        was = st.session_state.setdefault(f"job {key}", running)
         st.caption(f"**{plain(job.name)}** in {plain(job.log.parent.parent.name)}", help=code(job.title))
-        if job.running:
+        if running:
             bar = job.progress
             st.progress(bar[1] if bar else 0.0, text=plain(f"{bar[0]}: {bar[2]}" if bar else job.message or "starting"))
             then = (
@@ -146,11 +168,10 @@ def watch_jobs() -> None:
             if st.button("Stop", key=f"stop {key}", help=then):
                 job.stop()
         else:
-            said_last = "done" if job.succeeded else "stopped" if job.stopped else job.message or "ended"
-            (st.success if job.succeeded else st.warning)(plain(said_last), icon=None)
+            (st.success if job.succeeded else st.warning)(plain(job.ending), icon=None)
             if st.button("Dismiss", key=f"dismiss {key}"):
                 jobs().forget(job)
                 st.rerun(scope="fragment")
-        st.session_state[f"job {key}"] = job.running
-        if was and not job.running:
+        st.session_state[f"job {key}"] = running
+        if was and not running:
             st.rerun()

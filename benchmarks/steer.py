@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from saebench.index.names import Names
 from saebench.index import IndexConfig
 from saebench.steer.dose import STRENGTHS, Dose, DoseConfig, DoseResponse, dose_response
 from saebench.steer.generate import UNSTEERED, Sampling, generate
@@ -47,7 +48,7 @@ def row(bench: Bench, found: DoseResponse) -> str:
     assert bench.index
     best, *controls = found.tested
     scores = {control.arm: control.told()[-1] for control in controls}
-    rule = bench.index.explanations[found.latent].replace("|", "\\|") or "none"
+    rule = Names(bench.index)[found.latent].text.replace("|", "\\|")
     f1 = float(bench.index.columns["rule_f1"][found.latent])
     cells = [
         str(found.latent), f"{rule}, {f1:.2f}", "–" if best.norm is None else f"{best.norm:.2f}", *best.told(), scores["random"],

@@ -12,6 +12,9 @@ import numpy as np
 import xxhash
 from filelock import lock_descriptor
 
+PATIENCE = 10.0
+"""Seconds that a writer of one file waits for another."""
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -89,25 +92,40 @@ def found_from(path: Path, recorded: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(folder: Path, *, other: str = "--out", patience: float = 0.0) -> Iterator[IO[str]]:
-    """Hold the folder for this process, and for those that inherit the file given, until the last of them has ended.
+    """Hold a folder that is written as a whole for this process, and for those that inherit the file given, until the last of them has ended.
 
     Raises ValueError when another process still writes into it after `patience` seconds, and where the file system has
     no locks; `other` is the option to choose another folder with.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    with _held(folder / ".lock", folder, f"choose another {other}", patience) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def writing(path: Path, *, patience: float = PATIENCE) -> Iterator[None]:
+    """Hold one file, for whoever reads it, changes it and writes it again; others in its folder are written meanwhile.
+
+    Raises ValueError when another process still writes it after `patience` seconds, and where the file system has no locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _held(path.with_name(f".{path.name}.lock"), path, "choose another file", patience):
+        yield
+
+
+@contextlib.contextmanager
+def _held(lock: Path, what: Path, instead: str, patience: float) -> Iterator[IO[str]]:
     deadline = time.monotonic() + patience
     # Closing the file is what ends the lock, so that a child that has it open keeps it (decision 28).
-    with open(folder / ".lock", "w") as file:
+    with open(lock, "w") as file:
         try:
             while not lock_descriptor(file.fileno(), blocking=False):
                 if time.monotonic() >= deadline:
-                    raise ValueError(
-                        f"{folder} is being written by another process; wait for it or choose another {other}"
-                    )
+                    raise ValueError(f"{what} is being written by another process; wait for it or {instead}")
                 time.sleep(0.05)
         except OSError as error:
             raise ValueError(
-                f"{folder} cannot be held against other processes ({error.strerror}): its file system has no locks; "
-                f"mount it with them, or choose another {other}"
+                f"{what} cannot be held against other processes ({error.strerror}): its file system has no locks; "
+                f"mount it with them, or {instead}"
             ) from error
         yield file

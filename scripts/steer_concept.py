@@ -36,14 +36,15 @@ def main() -> int:
     except (ValueError, OSError) as error:
         print(f"{error} (the demo's SAE and index come from `make demo`)", file=sys.stderr)
         return 2
-    named = [latent for latent, rule in enumerate(index.explanations) if args.concept.lower() in rule.lower()]
+    rules = index.described("rules")
+    named = [latent for latent, rule in enumerate(rules) if args.concept.lower() in rule.lower()]
     if not named:
         print(
             f"no rule in {index.path} names {args.concept!r}; try raise, docstring, decorator or comment",
             file=sys.stderr,
         )
         return 2
-    if not index.rules_apply:
+    if not all(index.applies("rules", latent) for latent in named):
         print(
             f"the rules of {index.path} are of labels that are no longer made; delete it and index again",
             file=sys.stderr,
@@ -56,7 +57,7 @@ def main() -> int:
     latent = max(tried, key=lambda latent: doses[latent].score)
     start, best = bench.intervention(latent, 0), doses[latent]
     print(
-        f"{len(named)} latents have a rule that names {args.concept!r}; taken is {latent}: {index.explanations[latent]}"
+        f"{len(named)} latents have a rule that names {args.concept!r}; taken is {latent}: {rules[latent]}"
     )
     print(
         f"output score {scores.output[latent]:.3f}, rule's F1 {scores.input[latent]:.2f}, top logits {index.pieces(index[latent].top_logits.ids[:8])}"

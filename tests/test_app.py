@@ -4,11 +4,14 @@ import os
 import re
 import shutil
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import h5py
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from streamlit.testing.v1 import AppTest
 
 from saebench.browse.runs import saes_of
@@ -186,13 +189,52 @@ def test_an_index_being_built_is_shown_as_far_as_it_is(opened: Any, copy: Path) 
 
 
 def test_a_model_that_cannot_be_loaded_leaves_browsing_as_it_is(opened: Any, copy: Path) -> None:
-    config = read_json(copy / "saes" / SAE / "cfg.json")
-    config["metadata"]["model_name"] = "./no-such-model"
-    write_json(copy / "saes" / SAE / "cfg.json", config)
-    assert not opened("features", root=copy, sae=SAE, latent="3").error
-    app = opened("steering", root=copy, sae=SAE, turns="3:add:0.5n")
+    config = read_json(copy / "saes" / "relu-l0-4" / "cfg.json")
+    config["metadata"]["model_name"] = config["metadata"]["saebench"]["store"] = "./no-such-model"
+    write_json(copy / "saes" / "relu-l0-4" / "cfg.json", config)
+    app = opened("steering", root=copy, sae="relu-l0-4", turns="3:add:1")
     assert not app.exception
     assert "model './no-such-model' is not a directory" in bare(app.error[0].value)
+    assert not opened("features", root=copy, sae=SAE, latent="3").error
+
+
+def test_every_page_refuses_a_model_that_was_replaced_in_place(opened: Any, copy: Path, tmp_path: Path) -> None:
+    """Also under the old date, and though it was open before; browsing stays as it is."""
+    config = read_json(copy / "saes" / SAE / "cfg.json")
+    model = Path(shutil.copytree(config["metadata"]["model_name"], tmp_path / "model"))
+    config["metadata"]["model_name"] = str(model)
+    write_json(copy / "saes" / SAE / "cfg.json", config)
+    pages = {
+        "prompt": {"text": "the cat"},
+        "steering": {"turns": "3:add:1"},
+        "features": {"latent": "3", "try": "the cat"},
+    }
+    for page, more in pages.items():
+        assert not opened(page, root=copy, sae=SAE, **more).error
+    weights, when = load_file(model / "model.safetensors"), (model / "model.safetensors").stat()
+    save_file({name: value * 1.5 for name, value in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    os.utime(model / "model.safetensors", ns=(when.st_atime_ns, when.st_mtime_ns))
+    for page, more in pages.items():
+        app = opened(page, root=copy, sae=SAE, **more)
+        assert not app.exception
+        assert re.search(r"has weights \w+, store .* was made with \w+: use the model", bare(app.error[0].value))
+    assert not opened("features", root=copy, sae=SAE, latent="3").error
+
+
+def test_an_sae_that_was_trained_again_is_noticed_whatever_its_files_are_dated(opened: Any, copy: Path) -> None:
+    path = copy / "saes" / "relu-l0-4" / "sae_weights.safetensors"
+    opened("steering", root=copy, sae="relu-l0-4", turns="3:add:12")
+    from opened import bench_of, weights_of  # the app's own, once it is on the path
+
+    sae = saes_of(copy)[0]["relu-l0-4"]
+    before, (bench, _) = weights_of(sae), bench_of(sae)
+    assert bench.sae is before  # nothing is moved or copied
+    assert weights_of(sae) is before
+    weights, when = load_file(path), path.stat()
+    save_file({name: value * 2 for name, value in weights.items()}, path)
+    os.utime(path, ns=(when.st_atime_ns, when.st_mtime_ns))
+    assert torch.equal(weights_of(sae).W_dec, before.W_dec * 2)
+    assert bench_of(sae)[0].key != bench.key
 
 
 def test_of_a_store_that_is_gone_figures_and_logits_still_show(opened: Any, run: Path, tmp_path: Path) -> None:
@@ -333,12 +375,45 @@ def test_markup_in_a_label_or_an_error_is_shown_as_it_is(opened: Any, copy: Path
     assert "'**x**' is no intervention" in bare(error)
 
 
+def test_whoever_has_a_models_turn_has_its_threads_and_has_it_alone(opened: Any) -> None:
+    opened("overview")
+    from opened import Turn  # the app's own, once it is on the path
+
+    turn, usual, seen = Turn(3), torch.get_num_threads(), []
+
+    def take() -> None:
+        with turn:
+            seen.append(torch.get_num_threads())
+
+    with turn:
+        thread = threading.Thread(target=take)
+        thread.start()
+        thread.join(0.1)
+        assert (torch.get_num_threads(), seen) == (3, [])
+    thread.join()
+    assert (torch.get_num_threads(), seen) == (usual, [3])
+
+
 def test_a_broken_sae_is_named_and_the_others_stay(opened: Any, copy: Path) -> None:
     (copy / "saes" / "topk-k2" / "cfg.json").write_text("{")
     app = opened("overview", root=copy)
     assert not app.exception
     assert "topk-k2 cannot be read" in said(app)
     assert app.title[0].value == "copied"
+
+
+@pytest.mark.parametrize("page", ["features", "prompt", "compare"])
+def test_an_error_of_any_kind_is_said_in_words_and_its_traceback_logged(
+    opened: Any, copy: Path, page: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with h5py.File(copy / "index" / f"{SAE}.h5", "r+") as file:
+        del file["latents/density"]
+    app = opened(page, root=copy, sae=SAE, text="the cat", latent="3")
+    assert not app.exception
+    assert "This is a fault of the app (" in bare(app.error[0].value)
+    assert "Load the page again" in bare(app.error[0].value)
+    assert "Traceback" not in said(app)
+    assert "Traceback" in caplog.text
 
 
 def test_notes_edited_into_nonsense_are_named(opened: Any, copy: Path) -> None:

@@ -371,6 +371,11 @@ def test_an_index_is_begun_from_the_app_and_can_be_browsed_when_it_is_done(
         expect(page.get_by_text("saebench index --sae").first).to_be_visible()
         expect(page.locator("table[aria-label=latents] tbody tr")).to_have_count(48, timeout=120_000)
         expect(page.get_by_role("button", name="Dismiss")).to_be_visible()
+        settled(page)
+        weights = [copied / "saes" / name / "sae_weights.safetensors" for name in ("topk-k2", "relu-l0-4")]
+        shutil.copy(*weights)  # while the page is open: what is drawn again is not of the SAE before
+        page.locator("button[data-pick='sort:max']").click()
+        expect(page.get_by_text("was made from another sae")).to_be_visible()
 
 
 def test_two_saes_are_compared(page: Page, address: str) -> None:

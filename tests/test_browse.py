@@ -4,18 +4,20 @@ import contextlib
 import io
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from saebench.browse.jobs import Job, Jobs
+from saebench.browse.jobs import Jobs
 from saebench.browse.recipes import Recipe, Turn, format_turns, load_recipe, parse_turns, recipes_of, save_recipe
 from saebench.browse.runs import Trained, runs_under, saes_of
 from saebench.browse.serve import AppConfig, command, serve
@@ -222,15 +224,59 @@ def copied(run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run, tmp_path / "copied"))
 
 
-def test_each_job_has_a_log_of_its_own(tmp_path: Path) -> None:
-    jobs = Jobs()
-    first = jobs.start(["store", "info", "a"], tmp_path)
-    second = jobs.start(["store", "info", "b"], tmp_path)
-    assert first.wait(60.0) == second.wait(60.0) == 2
-    jobs.forget(first)
-    third = jobs.start(["store", "info", "c"], tmp_path)
-    assert third.wait(60.0) == 2
-    assert len({job.log for job in (first, second, third)}) == 3
+def test_each_job_has_a_log_of_its_own_whichever_server_begins_it(tmp_path: Path) -> None:
+    arguments = [["store", "info", name] for name in "abc"]
+    with ThreadPoolExecutor(3) as pool:  # three servers at once
+        jobs = list(pool.map(lambda one: Jobs(tmp_path).start(one, tmp_path), arguments))
+    assert [job.wait(60.0) for job in jobs] == [2, 2, 2]
+    assert sorted(job.log.name for job in jobs) == ["000-store.log", "001-store.log", "002-store.log"]
+    assert sorted(job.arguments for job in Jobs(tmp_path).all()) == arguments
+    assert "saebench: error: " in jobs[0].ending
+    again = Jobs(tmp_path).start(arguments[0], tmp_path)
+    again.stop()  # while it still imports
+    assert again.wait(60.0) == 130
+    assert again.ending == "stopped"
+    assert len(Jobs(tmp_path).all()) == 3  # the new one is in the place of the old
+    assert jobs[0].log.exists()
+
+
+_SERVER = """
+import sys
+from pathlib import Path
+from saebench.browse.jobs import Jobs
+root = Path(sys.argv[1])
+Jobs(root).start(["harvest", "--model", "embedded", "--layers", "0", "--tokens", "2M", "--out", str(root / "store")], root / "run")
+"""
+
+
+def test_a_job_outlives_its_server_and_is_found_and_stopped_by_another(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", _SERVER, str(tmp_path)], check=True)  # which has ended
+    (job,) = Jobs(tmp_path).all()
+    assert (job.running, job.status, job.name, job.resumes) == (True, None, "harvest embedded", True)
+    assert Jobs(tmp_path).start(job.arguments, tmp_path / "run").record == job.record  # it is not begun twice
+    deadline = time.monotonic() + 100
+    while (job.progress or ("",))[0] != "harvest store" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    Jobs(tmp_path).forget(job)  # which is nothing to one that runs
+    job.stop()
+    assert job.wait(60.0) == 130
+    assert (job.stopped, job.succeeded, job.ending) == (True, False, "stopped")
+    Jobs(tmp_path).forget(job)
+    assert Jobs(tmp_path).all() == []
+
+
+def test_a_job_that_died_is_told_from_one_that_runs(tmp_path: Path) -> None:
+    job = Jobs(tmp_path).start(["store", "info", "a"], tmp_path)
+    while "pid" not in read_json(job.record):
+        time.sleep(0.01)
+    os.killpg(read_json(job.record)["pid"], signal.SIGKILL)
+    assert job.wait(10.0) is None
+    assert "killed, or the machine went down: the same command goes on" in job.ending
+    write_json(job.record, read_json(job.record) | {"pid": os.getpid()})  # its number is another process' now
+    job.stop()
+    assert not job.running
+    (tmp_path / "jobs" / "7-x.json").write_text("[]")
+    assert [one.record for one in Jobs(tmp_path).all()] == [job.record]
 
 
 def test_a_store_is_found_from_the_run_wherever_one_stands(
@@ -246,9 +292,9 @@ def test_a_store_is_found_from_the_run_wherever_one_stands(
 
 
 def test_an_index_is_made_by_a_command_that_is_watched(copied: Path) -> None:
-    jobs, arguments = Jobs(), ["index", "--sae", str(copied / "saes" / "relu-l0-4")]
+    jobs, arguments = Jobs(copied), ["index", "--sae", str(copied / "saes" / "relu-l0-4")]
     job = jobs.start(arguments, copied)
-    assert jobs.start(arguments, copied) is job  # the same work is not begun twice
+    assert jobs.start(arguments, copied).record == job.record  # the same work is not begun twice
     assert job.wait(120.0) == 0
     assert (job.running, job.succeeded) == (False, True)
     assert job.progress is not None
@@ -257,23 +303,6 @@ def test_an_index_is_made_by_a_command_that_is_watched(copied: Path) -> None:
     assert Trained(copied, copied / "saes" / "relu-l0-4").share_indexed == 1
     jobs.forget(job)
     assert jobs.all() == []
-
-
-def test_work_that_is_stopped_ends_and_one_that_fails_says_why(copied: Path, run: Path) -> None:
-    out = copied / "store"
-    job = Job(["harvest", "--model", "embedded", "--layers", "0", "--tokens", "2M", "--out", str(out)], copied / "log")
-    deadline = time.monotonic() + 100
-    while (job.progress or ("",))[0] != "harvest store" and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert job.name == "harvest embedded"
-    assert job.resumes
-    job.stop()
-    assert job.wait(60.0) == 130
-    assert not job.succeeded
-    assert job.stopped
-    failed = Job(["index", "--sae", str(run / "saes" / "none")], copied / "log2")
-    assert failed.wait(60.0) == 2
-    assert "saebench: error: " in failed.message
 
 
 # ------------------------------------------------------------------------------------------ generation in a thread

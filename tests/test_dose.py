@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -16,12 +17,12 @@ import torch
 from conftest import CONTEXT, HOOK, WIDTH
 
 from saebench.cli import main
-from saebench.files import write_json
+from saebench.files import read_json, write_json
 from saebench.index import FeatureIndex, IndexConfig, build_index
 from saebench.labels import syntax
 from saebench.models import LanguageModel, capture, load_model, logits
 from saebench.sae import SAE, initialise, new_sae, save_sae
-from saebench.steer import Sampling, arms_of, generate, scores, steered
+from saebench.steer import Bench, Sampling, arms_of, bench_with, generate, open_bench, scores, steered
 from saebench.steer.dose import (
     DoseConfig,
     DoseResponse,
@@ -31,9 +32,9 @@ from saebench.steer.dose import (
     top_tokens,
 )
 from saebench.steer.reading import Reading, diversity, figures
-from saebench.steer.run import Bench, SteerConfig, open_bench, rank, read_sweep, steer, sweep
+from saebench.steer.run import SteerConfig, rank, read_sweep, steer, sweep
 from saebench.steer.scores import ScoreConfig, are_complete, read_scores, score, scores_path
-from saebench.store import Store
+from saebench.store import Store, open_store
 from saebench.text import encoder_of
 from saebench.train.recipes import RECIPES
 from saebench.view import charts
@@ -547,8 +548,49 @@ def test_bad_input_says_what_is_wrong(folder: Path, store: Store, tmp_path: Path
     assert [text.arm for text in made.texts] == ["unsteered", "steered", "random", "negative"]
 
 
-def test_a_model_that_changed_since_is_refused(folder: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_changed_since_is_refused_with_an_index_and_without(folder: Path, bench: Bench) -> None:
     changed = dataclasses.replace(bench.model, weights_hash="0", folder=folder)
-    monkeypatch.setattr("saebench.store.source.load_model", lambda name, **options: changed)
-    with pytest.raises(ValueError, match=r"has weights 0, store .* was made with"):
-        open_bench(folder, device="cpu")
+    for index in (bench.index, None):
+        other = bench_with(folder, index, "cpu", load=lambda name, **options: changed)
+        with pytest.raises(ValueError, match=r"has weights 0, store .* was made with"):
+            _ = other.model
+
+
+def test_the_model_is_asked_for_as_it_was_harvested(folder: Path, bench: Bench, tmp_path: Path) -> None:
+    """By the store's name and revision, unless it lies where the SAE says; and on the bench's device, as the SAE is."""
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def load(name: str, **options: Any) -> LanguageModel:
+        asked.append((name, options))
+        return bench.model
+
+    assert bench.index is not None
+    store = Path(shutil.copytree(bench.index.store.folder, tmp_path / "store"))
+    manifest = read_json(store / "manifest.json")
+    manifest["identity"]["model"] |= {"id": "someone/model", "revision": "abc"}
+    write_json(store / "manifest.json", manifest)
+    hashed = open_store(store).hash
+    sae = Path(shutil.copytree(folder, tmp_path / "saes" / folder.name))
+    config = read_json(sae / "cfg.json")
+    config["metadata"] |= {"model_name": "an-alias-of-it"}
+    config["metadata"]["saebench"] = {"store": str(store), "identity": {"store": hashed}}
+    write_json(sae / "cfg.json", config)
+    _ = bench_with(sae, None, "cpu", load=load).model
+    assert asked == [("someone/model", {"revision": "abc", "device": "cpu"})]
+    config["metadata"]["model_name"] = str(bench.model.folder)
+    write_json(sae / "cfg.json", config)
+    _ = bench_with(sae, None, "cpu", load=load).model
+    assert asked[1:] == [(str(bench.model.folder), {"revision": "abc", "device": "cpu"})]
+    config["metadata"]["saebench"]["identity"]["store"] = "0" * 32  # another store lies there by now
+    write_json(sae / "cfg.json", config)
+    _ = bench_with(sae, None, "cpu", load=load).model
+    assert asked[2:] == [(str(bench.model.folder), {"revision": None, "device": "cpu"})]
+
+
+def test_sae_and_model_are_on_the_device_of_the_bench(folder: Path, bench: Bench) -> None:
+    other = bench_with(folder, bench.index, "cpu", load=lambda name, **options: bench.model)
+    object.__setattr__(other, "device", "meta")  # a device that every machine has
+    assert other.sae.W_dec.device.type == "meta"
+    assert bench.sae.W_dec.device.type == "cpu"
+    assert other.key[:3] == bench.key[:3]
+    assert other.key != bench.key

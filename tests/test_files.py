@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import xxhash
 
 import saebench.files
-from saebench.files import block_checksums, hash_files, locked, read_json, replacing, write_json
+from saebench.files import block_checksums, hash_files, locked, read_json, replacing, write_json, writing
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -100,6 +101,21 @@ def test_a_lock_waits_for_its_holder_to_end(tmp_path: Path) -> None:
         child = subprocess.Popen(["sleep", "0.3"], pass_fds=[file.fileno()])
     with locked(tmp_path, patience=10.0):
         assert child.wait() == 0
+
+
+def test_files_of_one_folder_are_written_at_the_same_time_and_one_file_in_turn(tmp_path: Path) -> None:
+    index, notes = tmp_path / "sae.h5", tmp_path / "sae.notes.json"
+    again = pytest.raises(ValueError, match=r"sae\.h5 is being written by another process; wait for it")
+    with writing(index), writing(notes, patience=0.0), locked(tmp_path), again, writing(index, patience=0.1):
+        pass
+    with ThreadPoolExecutor(8) as pool:  # each reads, adds and writes; none is lost
+        list(pool.map(_add_one, [notes] * 40))
+    assert read_json(notes) == 40
+
+
+def _add_one(path: Path) -> None:
+    with writing(path):
+        write_json(path, (read_json(path) if path.exists() else 0) + 1)
 
 
 def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from saebench.files import writing
 from saebench.index.notes import Note, Notes
 
 
@@ -25,6 +26,12 @@ def test_two_writers_keep_each_others_notes(tmp_path: Path) -> None:
     one.write(1, Note("a"))
     two.write(2, Note("b"))
     assert [note.label for _, note in Notes(path, "abc", 10).items()] == ["a", "b"]
+
+
+def test_a_note_is_written_while_an_index_is_built_beside_it(tmp_path: Path) -> None:
+    with writing(tmp_path / "a.h5"), writing(tmp_path / "n.h5"):
+        Notes(tmp_path / "n.notes.json", "abc", 10).write(1, Note("a"))
+    assert Notes(tmp_path / "n.notes.json", "abc", 10)[1] == Note("a")
 
 
 def test_an_open_file_of_notes_shows_what_others_write_since(tmp_path: Path) -> None:

@@ -35,6 +35,9 @@ VIEWS = {
 }
 
 
+Belonging = tuple[tuple[str, str], ...]
+
+
 class Pair(NamedTuple):
     here: Trained
     other: Trained
@@ -43,7 +46,7 @@ class Pair(NamedTuple):
 
 
 @st.cache_data(show_spinner="Comparing", max_entries=8)
-def compared(_pair: Pair, names: tuple[str, str], hashes: tuple[str, str]) -> tuple[Side, Side]:
+def compared(_pair: Pair, of: tuple[Belonging, Belonging]) -> tuple[Side, Side]:
     return compare(_pair.table.index, weights_of(_pair.here), _pair.other_table.index, weights_of(_pair.other))
 
 
@@ -148,8 +151,8 @@ run = chosen_run()
 found = saes_of(run)[0] if run else {}
 with said():
     if pair := choose(found):
-        hashes = (pair.table.index.identity["sae"], pair.other_table.index.identity["sae"])
-        sides = compared(pair, (pair.here.name, pair.other.name), hashes)
+        here, other = (tuple(table.index.belonging.items()) for table in (pair.table, pair.other_table))
+        sides = compared(pair, (here, other))
         left, right = st.container(key="halves").columns(2, gap="large")
         with left:
             counts(pair, sides)

@@ -1,12 +1,11 @@
 """What there is: a run's SAEs with their figures, the Pareto plot, how they were trained, and what is missing."""
 
 import html
-import time
 from pathlib import Path
 from typing import Any
 
 import streamlit as st
-from opened import changed
+from opened import Files, files_of
 from shell import clickable, missing, offer, said
 from where import chosen_run, chosen_sae, go, link_to, root
 
@@ -33,7 +32,6 @@ COLUMNS = {
 }
 METRICS = {"Loss recovered": "loss_recovered_zero", "FVU": "fvu", "ΔCE": "delta_ce"}
 CURVES = {"FVU": "fvu", "L0": "l0", "Living latents": "alive", "λ": "lambda"}
-FIRST = 0.6  # seconds in which a browser shows the table, before it is kept busy loading the charts' library
 TEXT = ("name", "architecture", "hook")
 SAMPLE = 20_000  # rows of a store that are looked at for the tokens of the longest
 
@@ -98,9 +96,6 @@ def plots(saes: dict[str, Trained]) -> None:
     if not measured:
         st.info("Nothing is measured yet: `saebench eval` gives L0, FVU, ΔCE and loss recovered on held-out documents.")
         return
-    if st.session_state.setdefault("first look", True):
-        st.session_state["first look"] = False
-        time.sleep(FIRST)
     left, right = st.container(key="halves").columns(2)
     with left:
         label = st.segmented_control(
@@ -123,7 +118,7 @@ def plots(saes: dict[str, Trained]) -> None:
 
 
 @st.cache_resource(show_spinner="Measuring norms", max_entries=16)
-def norms(folder: str, hook: str, written: int) -> NormReport:
+def norms(folder: str, hook: str, files: Files) -> NormReport:
     return norm_report(open_store(Path(folder)), hook, sample=SAMPLE)
 
 
@@ -132,7 +127,7 @@ def stores(saes: dict[str, Trained]) -> None:
         with said():
             st.code(describe(open_store(Path(folder))), language=None)
             for hook in sorted({sae.hook for sae in saes.values() if str(sae.store) == folder}):
-                report = norms(folder, hook, changed(Path(folder) / MANIFEST))
+                report = norms(folder, hook, files_of(Path(folder) / MANIFEST))
                 clickable(norms_html(hook, report), f"norms {folder} {hook}")
 
 

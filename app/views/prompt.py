@@ -48,12 +48,12 @@ def settings() -> None:
     st.caption(f"Ranked by {MEANINGS[rank or 'Activation']}.")
 
 
-def search(sae: Trained, table: LatentTable, text: str, position: int | None) -> TextFeatures:
+def search(sae: Trained, text: str, position: int | None) -> TextFeatures:
     """Raises ValueError for a text that does not fit, and for a position beyond it."""
     model, state = model_of(sae).model, st.session_state
     chosen = {name: token_of(model, state[name]) for name in ("target", "against") if state.get(name)}
     return fires_on(
-        sae, table, text, rank=RANKS[state.get("rank") or "Activation"], position=position,
+        sae, text, rank=RANKS[state.get("rank") or "Activation"], position=position,
         max_density=DENSITIES[state.get("density") or "any"], limit=state.get("limit") or 25, **chosen,
     )  # fmt: skip
 
@@ -126,10 +126,10 @@ def results(sae: Trained, table: LatentTable) -> None:
 
     with said():
         try:
-            found = search(sae, table, text, position)
+            found = search(sae, text, position)
         except ValueError:  # a position beyond the text is as if it were not there; anything else is said again
             position = None
-            found = search(sae, table, text, position)
+            found = search(sae, text, position)
         if focus not in {firing.latent for firing in found.firings}:
             focus = None
         clickable(tokens_html(found, position, focus), "tokens", picked)

@@ -33,7 +33,8 @@ class Made(NamedTuple):
     """A generation on the bench, and what it was made with."""
 
     live: Live
-    sae: str
+    of: tuple[str, ...]
+    """`Bench.key`"""
     recipe: Recipe
 
 
@@ -49,10 +50,10 @@ def recipe_now(turns: tuple[Turn, ...]) -> Recipe:
     return Recipe(turns=turns, **chosen)
 
 
-def made_by(sae: Trained) -> Made | None:
-    """What is on the bench, if it is this SAE's."""
+def made_by(bench: Bench) -> Made | None:
+    """What is on the bench, if it is of this SAE, index and model as they are now."""
     made: Made | None = st.session_state.get("made")
-    return made if made is not None and made.sae == str(sae.folder) else None
+    return made if made is not None and made.of == bench.key else None
 
 
 def sampling_inputs(longest: int) -> None:
@@ -81,7 +82,7 @@ def settings(sae: Trained, bench: Bench, lock: Any, table: LatentTable | None) -
     fine = [turn_row(bench, turns, place, table) for place in range(len(turns))]
     another(bench, turns, table)
     recipe = recipe_now(turns)
-    made = made_by(sae)
+    made = made_by(bench)
     running = made is not None and not made.live.done
     buttons = st.container(horizontal=True)
     ready = bool(turns) and all(fine) and not running
@@ -90,7 +91,7 @@ def settings(sae: Trained, bench: Bench, lock: Any, table: LatentTable | None) -
             before.live.stop()  # another SAE's may still be at it
         arms = arms_of(recipe.interventions(bench), seed=recipe.seed)
         live = Live(bench.model, recipe.prompt, arms, recipe.sampling(), lock)
-        st.session_state.made = Made(live, str(sae.folder), recipe)
+        st.session_state.made = Made(live, bench.key, recipe)
         st.rerun()
     if buttons.button("Stop", disabled=not running) and made is not None:
         made.live.stop()
@@ -99,16 +100,16 @@ def settings(sae: Trained, bench: Bench, lock: Any, table: LatentTable | None) -
     if made is not None and recipe != made.recipe:
         buttons.caption("The texts below are from earlier settings.")
     with buttons.popover("Recipes"):
-        recipes(sae, recipe, bench.index, longest)
+        recipes(sae, recipe, bench.belonging, longest)
     with buttons.popover("Copy as Python"):
         st.code(recipe.python(sae.folder), language="python")
     if not turns:
         st.info("Choose a latent above, or open one from Features or Prompt and steer with it.")
 
 
-def texts(sae: Trained) -> None:
+def texts(bench: Bench) -> None:
     """The arms side by side, as they come; then with the divergence of each token."""
-    made = made_by(sae)
+    made = made_by(bench)
     if made is None:
         return
     live = made.live
@@ -201,12 +202,12 @@ if sae is None:
     st.info("There is no SAE to steer with yet: see the overview.")
     st.stop()
 with said():
-    table = table_of(sae) if sae.share_indexed > 0 else None
-    index = table.index if table else None
+    bench, lock = bench_of(sae)
+    index = bench.index
+    table = table_of(sae) if index else None
     if index is None:
         st.info("Without an index strengths can only be given raw; make one from the overview.")
-    bench, lock = bench_of(sae, index)
     settings(sae, bench, lock, table)
-    texts(sae)
+    texts(bench)
     if index is not None and index.has_store:
         dose(sae, bench)

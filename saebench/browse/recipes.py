@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from saebench.config import to_json
-from saebench.files import read_json, write_json
+from saebench.files import read_json, write_json, writing
 from saebench.index.schema import check_identity
 from saebench.steer import Bench, Intervention, Sampling
 from saebench.steer.interventions import Mode, Units
@@ -109,7 +109,8 @@ def save_recipe(run: Path, name: str, sae: str, recipe: Recipe, of: dict[str, st
     """Write `recipes/NAME.json` of a run, with the hashes of what it belongs to: SAE, and index where there is one. Raises ValueError for a name that is no file's."""
     path = _path(run, name)
     body = {**to_json(recipe), "turns": format_turns(recipe.turns)}
-    write_json(path, {"schema": _SCHEMA, "schema_version": 1, "sae": sae, "of": of, **body})
+    with writing(path):
+        write_json(path, {"schema": _SCHEMA, "schema_version": 1, "sae": sae, "of": of, **body})
     return path
 
 

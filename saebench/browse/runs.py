@@ -12,7 +12,7 @@ from saebench.index.schema import open_index
 from saebench.runlog import read_metrics
 from saebench.sae import read_config
 from saebench.steer.scores import are_complete
-from saebench.store.source import model_name, recorded_store
+from saebench.store.source import recorded_store
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,6 @@ class Trained:
     @property
     def hook(self) -> str:
         return self.metadata.get("hook_name", "")
-
-    @property
-    def model(self) -> str | None:
-        """Name or path of the model whose vectors it was trained on."""
-        name = self.metadata.get("model_name")
-        return None if name is None else model_name(self.folder, name)
 
     @property
     def store(self) -> Path | None:

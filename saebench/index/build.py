@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from saebench.files import locked
+from saebench.files import writing
 from saebench.index.decoder import geometry, logit_effects
 from saebench.index.evidence import (
     Evidence,
@@ -43,7 +43,7 @@ def build_index(config: IndexConfig) -> Path | None:
     Raises ValueError when SAE, store and hook do not belong together.
     """
     path = config.path
-    with locked(path.parent):
+    with writing(path):
         plan = plan_of(config)
         identity = identity_of(config.sae, plan.store)
         settings = {"tokens": config.tokens, "sample": config.sample, "logits": config.logits, "rules": config.rules}

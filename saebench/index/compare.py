@@ -69,7 +69,7 @@ def _nearest(left: SAE, right: SAE, alive_F: np.ndarray, alive_G: np.ndarray) ->
         best = cosine_BG.max(1)
         ids.append(best.indices)
         cosines.append(best.values)
-    return torch.cat(ids).numpy(), np.where(alive_F, torch.cat(cosines).numpy(), 0.0)
+    return torch.cat(ids).cpu().numpy(), np.where(alive_F, torch.cat(cosines).cpu().numpy(), 0.0)
 
 
 def _kinds(

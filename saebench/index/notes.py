@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from saebench.files import locked, read_json, write_json
+from saebench.files import read_json, write_json, writing
 
 _SCHEMA = "saebench-notes"
 _VERSION = 1
@@ -40,7 +40,7 @@ class Notes:
         """
         if not 0 <= latent < self.d_sae:
             raise ValueError(f"latent is {latent}; expected 0 to {self.d_sae - 1}")
-        with locked(self.path.parent):
+        with writing(self.path):
             found = self._read()
             there = found.get(latent, Note())
             if seen is not None and there not in (seen, note):

@@ -1,13 +1,17 @@
 """A generation in a thread of its own: what there is so far can be seen, and it can be stopped."""
 
+import logging
 import threading
 from typing import Any
 
 import numpy as np
 
+from saebench.files import first_line
 from saebench.models import LanguageModel
 from saebench.pieces import show_text
 from saebench.steer.generate import Arms, Generation, Sampling, generate
+
+log = logging.getLogger(__name__)
 
 
 class Live:
@@ -50,8 +54,11 @@ class Live:
     def _run(self) -> None:
         try:
             self.result = generate(*self._arguments, on_step=self._step, lock=self._lock)
-        except (ValueError, RuntimeError, MemoryError) as error:
+        except ValueError as error:
             self.error = str(error)
+        except Exception as error:  # in a thread of its own nobody else would hear of it
+            self.error = f"{type(error).__name__}: {first_line(error)}; try fewer texts or tokens"
+            log.exception("a generation failed")
 
     def _step(self, tokens: np.ndarray) -> bool:
         self._tokens.append(tokens)

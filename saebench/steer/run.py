@@ -9,68 +9,19 @@ from typing import Any, Literal
 import numpy as np
 
 from saebench.config import Count
-from saebench.files import read_json, write_json
-from saebench.index import FeatureIndex, IndexConfig, open_feature_index
+from saebench.files import read_json, write_json, writing
+from saebench.index import FeatureIndex
 from saebench.index.schema import check_identity
-from saebench.models import LanguageModel, choose_device, default_dtype, load_model
-from saebench.sae import SAE, load_sae, read_config
+from saebench.steer.bench import Bench, open_bench
 from saebench.steer.dose import FACTORS, STRENGTHS, DoseConfig, DoseResponse, dose_response
 from saebench.steer.generate import Generation, Sampling, arms_of, generate
-from saebench.steer.interventions import Intervention, Mode, units_of
-from saebench.steer.scores import Scores, read_scores, score
-from saebench.store.source import longest_of, model_name, model_of
+from saebench.steer.interventions import Intervention, Mode
+from saebench.steer.scores import Scores, read_scores, score, scores_path
 from saebench.view import charts
 
 _SWEEP_VERSION = (
     2  # of a sweep's file; the first had neither intervals nor a version, and its concept was the rule's share
 )
-
-
-@dataclass(frozen=True)
-class Bench:
-    """An SAE with its model, and its index where there is one."""
-
-    model: LanguageModel
-    sae: SAE
-    hook: str
-    index: FeatureIndex | None
-    bound: float = math.inf
-    """without an index, the norm above which vectors are massive"""
-
-    def intervention(self, latent: int, strength: str | int | float = "0.5n", mode: Mode = "add") -> Intervention:
-        """An intervention at a strength written `12`, `6x` or `0.5n` (see `Units`); for `scale` a plain factor."""
-        raw = 0.0 if mode == "ablate" else units_of(self.sae, latent, self.index).raw(strength, mode)
-        return Intervention(sae=self.sae, hook=self.hook, latent=latent, mode=mode, strength=raw, longest=self.longest)
-
-    @property
-    def longest(self) -> float:
-        """Longer vectors are massive, and left alone: by the index, or else by what the SAE was trained on."""
-        return self.bound if self.index is None else self.index.longest
-
-
-def open_bench(
-    sae: Path | str, *, index: Path | None = None, store: Path | None = None, device: str | None = None
-) -> Bench:
-    """Open an SAE directory with the model it was trained on and its index (default: index/NAME.h5 beside saes/).
-
-    Raises ValueError where one of them cannot be loaded, or the model is not the one whose vectors were indexed.
-    """
-    sae = Path(sae)
-    metadata = read_config(sae).get("metadata", {})
-    path = index or IndexConfig(sae=sae).path
-    opened = open_feature_index(path, sae=sae, store=store) if index is not None or path.exists() else None
-    name, hook = metadata.get("model_name"), opened.hook if opened else metadata.get("hook_name")
-    if (opened is None and name is None) or hook is None:
-        raise ValueError(f"{sae} does not say of which model and hook it is; index it with --store")
-    # Not in the store's dtype: a bench computes as this machine does best.
-    chosen = choose_device(device)
-    if opened:
-        model = model_of(opened.store, chosen, default_dtype(chosen))
-    else:
-        model = load_model(model_name(sae, name), device=chosen)
-    return Bench(
-        model, load_sae(sae, device=str(model.device)), hook, opened, math.inf if opened else longest_of(sae, hook)
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,8 +135,9 @@ def sweep(config: SteerConfig) -> DoseResponse:
     found = dose_response(bench.model, start, bench.index, doses, prompts=prompts, shown=True)
     if config.out is not None:
         told = {name: getattr(config, name) for name in ("positions", "massive", "seed", "prompt", "max_new_tokens")}
-        write_json(config.out, {"version": _SWEEP_VERSION, "of": bench.index.belonging, **told, **found.to_json()})
-        charts.dose_response(found.to_json()).write_html(config.out.with_suffix(".html"), include_plotlyjs=True)
+        with writing(config.out):
+            write_json(config.out, {"version": _SWEEP_VERSION, "of": bench.index.belonging, **told, **found.to_json()})
+            charts.dose_response(found.to_json()).write_html(config.out.with_suffix(".html"), include_plotlyjs=True)
     return found
 
 
@@ -223,11 +175,12 @@ def rank(config: SteerConfig) -> tuple[Bench, Scores, np.ndarray]:
     if wrong := [latent for latent in config.latent if latent >= bench.sae.d_sae]:
         raise ValueError(f"latent is {wrong[0]}; the SAE has 0 to {bench.sae.d_sae - 1}")
     among = np.array(config.latent or range(bench.sae.d_sae))
-    scores = read_scores(bench.index)
-    if scores is None or not scores.measured[among].all():
-        scores = score(bench.model, bench.sae, bench.index, among=among if config.latent else None)
-        if scores is None:
-            raise KeyboardInterrupt
+    with writing(scores_path(bench.index.path)):
+        scores = read_scores(bench.index)
+        if scores is None or not scores.measured[among].all():
+            scores = score(bench.model, bench.sae, bench.index, among=among if config.latent else None)
+            if scores is None:
+                raise KeyboardInterrupt
     best = np.lexsort((-scores.output[among], ~scores.measured[among]))  # an estimate is no rival of what was measured
     return bench, scores, among[best][: config.top]
 

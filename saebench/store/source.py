@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 from saebench.files import found_from
 from saebench.models import LanguageModel, ModelDtype, load_model, model_path
@@ -33,6 +34,50 @@ def model_name(folder: Path, recorded: str) -> str:
     return str(found) if found.is_dir() else recorded
 
 
+class Origin(NamedTuple):
+    """A model as it was recorded when its vectors were made, by the name under which it is found from here."""
+
+    name: str
+    revision: str | None
+    """on the hub"""
+    weights: str | None
+    """their hash; None where it is not known"""
+    record: str
+    """what says so: which store, or SAE"""
+
+
+def origin_of(sae: Path, store: Store | None = None, weights: str | None = None) -> Origin | None:
+    """The model that an SAE is of, as its store (default: the one it was trained on) or else its cfg.json says; None where neither does.
+
+    `weights` is their hash where more is known than these say. A model that lies where cfg.json says is taken from there.
+    """
+    metadata = read_config(sae).get("metadata", {})
+    if store is None and (folder := recorded_store(sae)) is not None and (folder / MANIFEST).exists():
+        there, of = open_store(folder), metadata["saebench"].get("identity", {}).get("store")
+        store = there if of in (None, there.hash, *there.grown_from) else None  # another may lie there by now
+    name = metadata.get("model_name")
+    found = None if name is None else model_name(sae, name)
+    if store is None or "model" not in store.manifest["identity"]:
+        return None if found is None else Origin(found, metadata.get("model_revision"), weights, f"SAE {sae}")
+    made = _made_with(store)
+    here = found is not None and Path(model_path(found)).is_dir()
+    return made._replace(name=found if here else made.name, weights=weights or made.weights)
+
+
+def check_origin(model: LanguageModel, origin: Origin) -> None:
+    """Raises ValueError where a model's weights are others than was recorded."""
+    if model.hash_like(origin.weights) != (origin.weights or model.weights_hash):
+        raise ValueError(
+            f"model {model.id!r} has weights {model.weights_hash}, {origin.record} was made with {origin.weights}: "
+            "use the model it was made with, or harvest again"
+        )
+
+
+def _made_with(store: Store) -> Origin:
+    made = store.manifest["identity"]["model"]
+    return Origin(model_name(store.folder, made["id"]), made["revision"], made["weights"], f"store {store.folder}")
+
+
 def model_of(
     store: Store, device: str | None = None, dtype: ModelDtype | None = None, *, trust_remote_code: bool = False
 ) -> LanguageModel:
@@ -40,17 +85,13 @@ def model_of(
 
     Raises ValueError where it cannot be loaded, or its weights are others now.
     """
-    made = store.manifest["identity"]
+    origin = _made_with(store)
     model = load_model(
-        model_name(store.folder, made["model"]["id"]),
+        origin.name,
         device=device,
-        dtype=dtype or made["model_dtype"],
-        revision=made["model"]["revision"],
+        dtype=dtype or store.manifest["identity"]["model_dtype"],
+        revision=origin.revision,
         trust_remote_code=trust_remote_code,
     )
-    if model.hash_like(made["model"]["weights"]) != made["model"]["weights"]:
-        raise ValueError(
-            f"model {model.id!r} has weights {model.weights_hash}, store {store.folder} was made with {made['model']['weights']}: "
-            "use the model it was made with, or harvest again"
-        )
+    check_origin(model, origin)
     return model

@@ -1,0 +1,113 @@
+"""What is open: an SAE, its index where there is one, and the model whose vectors both are of, held against each other once."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from saebench.files import hash_files
+from saebench.index import FeatureIndex, IndexConfig, open_feature_index
+from saebench.index.schema import identity_of
+from saebench.models import LanguageModel, choose_device, load_model
+from saebench.sae import SAE, load_sae, read_config
+from saebench.sae.io import CONFIG, WEIGHTS
+from saebench.steer.interventions import Intervention, Mode, units_of
+from saebench.store.source import Origin, check_origin, longest_of, origin_of
+
+
+@dataclass(frozen=True, eq=False)
+class Bench:
+    """An SAE with its index, where there is one, and its model, all on one device; SAE and model are loaded when they are first asked for."""
+
+    folder: Path
+    """SAE directory"""
+    index: FeatureIndex | None
+    device: str
+    hook: str
+    origin: Origin | None
+    """the model, as it was recorded; None where nothing says"""
+    weights_hash: str
+    """of the SAE, with what its configuration says"""
+    belonging: dict[str, str]
+    """hashes of what a figure taken here depends on: of the SAE's weights, and of the index and what that was made from"""
+    load: Callable[..., LanguageModel]
+    """how a model is had by its name, a revision and a device, as often as it is asked for"""
+
+    @cached_property
+    def sae(self) -> SAE:
+        """Raises ValueError where it cannot be loaded, or is no longer the one that was opened."""
+        sae = load_sae(self.folder, device=self.device)
+        if _hash(self.folder) != self.weights_hash:
+            raise ValueError(f"{self.folder} was written again since it was opened: open it again")
+        return sae
+
+    @property
+    def model(self) -> LanguageModel:
+        """Raises ValueError where it cannot be loaded, or is not the one whose vectors SAE and index are of."""
+        if self.origin is None:
+            raise ValueError(f"{self.folder} does not say of which model it is (metadata.model_name in {CONFIG})")
+        model = self.load(self.origin.name, revision=self.origin.revision, device=self.device)
+        check_origin(model, self.origin)
+        if model.d_model != self.sae.d_in:
+            raise ValueError(
+                f"{self.folder} is of d_in {self.sae.d_in}, but model {model.id!r} has {model.d_model}; it is of another model"
+            )
+        return model
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """(SAE, index, model, device) as hashes: where they are equal, so is all that is computed here. Raises ValueError as `model` does."""
+        return self.weights_hash, self.belonging.get("index", "none"), self.model.weights_hash, self.device
+
+    @cached_property
+    def longest(self) -> float:
+        """Longer vectors are massive, and left alone: by the index, or else by what the SAE was trained on."""
+        return longest_of(self.folder, self.hook) if self.index is None else self.index.longest
+
+    def intervention(self, latent: int, strength: str | int | float = "0.5n", mode: Mode = "add") -> Intervention:
+        """An intervention at a strength written `12`, `6x` or `0.5n` (see `Units`); for `scale` a plain factor."""
+        raw = 0.0 if mode == "ablate" else units_of(self.sae, latent, self.index).raw(strength, mode)
+        return Intervention(sae=self.sae, hook=self.hook, latent=latent, mode=mode, strength=raw, longest=self.longest)
+
+
+def bench_with(
+    sae: Path,
+    index: FeatureIndex | None,
+    device: str | None = None,
+    load: Callable[..., LanguageModel] | None = None,
+) -> Bench:
+    """The bench of an SAE directory and its index, on the first device at hand unless told; nothing is loaded yet.
+
+    `load` is for whoever shares models among benches. Raises ValueError for a directory that holds no SAE, and where nothing says at which hook.
+    """
+    hook = index.hook if index else read_config(sae).get("metadata", {}).get("hook_name")
+    if hook is None:
+        raise ValueError(
+            f"{sae} does not say at which hook it reads (metadata.hook_name in {CONFIG}); index it with --store"
+        )
+    store = index.store if index and index.has_store else None
+    origin = origin_of(sae, store, index.identity.get("model") if index else None)
+    belonging = identity_of(sae, None) if index is None else index.belonging
+    return Bench(
+        sae, index, choose_device(device), hook, origin, _hash(sae), belonging, load or functools.cache(load_model)
+    )
+
+
+def _hash(sae: Path) -> str:
+    return hash_files([sae / CONFIG, sae / WEIGHTS])
+
+
+def open_bench(
+    sae: Path | str, *, index: Path | None = None, store: Path | None = None, device: str | None = None
+) -> Bench:
+    """Open an SAE directory with the model it was trained on and its index (default: index/NAME.h5 beside saes/).
+
+    Raises ValueError where one of them cannot be loaded, or the model is not the one whose vectors were indexed.
+    """
+    sae = Path(sae)
+    path = index or IndexConfig(sae=sae).path
+    opened = open_feature_index(path, sae=sae, store=store) if index is not None or path.exists() else None
+    bench = bench_with(sae, opened, device)
+    _ = bench.model
+    return bench
