@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 import pytest
 from streamlit.testing.v1 import AppTest
 
 from saebench.browse.runs import saes_of
 from saebench.browse.serve import app_script
 from saebench.files import hash_files, read_json, write_json
+from saebench.index import open_feature_index
 from saebench.index.notes import Note, Notes
+from saebench.view.charts import density_histogram
 
 SAE = "topk-k4"
 
@@ -236,6 +239,18 @@ def test_a_prompt_longer_than_the_context_is_told_so(opened: Any) -> None:
     app = opened("prompt", sae=SAE, text="cat dog " * 200)
     assert not app.exception
     assert "the model takes at most 64" in bare(app.error[0].value)
+
+
+def test_a_bar_of_the_densities_is_a_filter_of_the_table(opened: Any, run: Path) -> None:
+    density = open_feature_index(run / "index" / f"{SAE}.h5").columns["density"]
+    (bar,) = density_histogram(density, SAE).data
+    assert sum(bar.y) == (density > 0).sum()
+    place = int(np.argmax(bar.y))
+    app = opened("features", sae=SAE, between="_".join(f"{power:g}" for power in bar.customdata[place]))
+    assert f"{bar.y[place]} of 48 latents, page 1" in said(app)
+    next(button for button in app.button if button.label == "Any density").click()
+    assert "48 of 48 latents" in said(app.run())
+    assert "48 of 48 latents" in said(opened("features", sae=SAE, between="nan_inf"))
 
 
 def test_a_text_is_ranked_and_a_token_chosen(opened: Any) -> None:

@@ -1,6 +1,7 @@
 """All latents of an SAE, sorted, filtered and searched; or one of them."""
 
 import html
+import re
 from typing import Any
 
 import numpy as np
@@ -26,17 +27,33 @@ def query_of(table: LatentTable) -> Query:
     state = st.session_state
     sort, _, way = st.query_params.get("sort", "latent").partition(".")
     page = st.query_params.get("page", "1")
+    least, most = between() or (0.0, 1.0)
     return Query(
         text=state.get("q") or "",
         sort=sort if sort in table.sortable else "latent",
         descending=way == "desc",
-        most_density=DENSITIES[state.get("density") or "any"],
+        least_density=least,
+        most_density=min(most, DENSITIES[state.get("density") or "any"]),
         least_rule=float(state.get("rule") or 0.0),
         having=tuple(state.get("having") or ()),
         without=tuple(state.get("without") or ()),
         page=max(0, int(page[:9]) - 1) if page.isdecimal() else 0,
         size=state.get("size") or 50,
     )
+
+
+def between() -> tuple[np.float64, np.float64] | None:
+    """(least, most) density of a bar of the histogram, whose powers of ten the address has as `between=-3.1_-3`."""
+    found = re.fullmatch(r"(-?\d\d?(?:\.\d)?)_(-?\d\d?(?:\.\d)?)", st.query_params.get("between", ""))
+    if found is None:
+        return None
+    least, most = (10 ** np.float64(power) for power in found.groups())
+    return least, np.nextafter(most, 0.0)  # as a bar: without its upper end
+
+
+def forget_between() -> None:
+    st.query_params.pop("between", None)
+    st.query_params.pop("page", None)
 
 
 def filters() -> None:
@@ -56,6 +73,12 @@ def filters() -> None:
             placeholder="flags", **bound,
         )  # fmt: skip
     columns[5].selectbox("Rows", SIZES, index=1, key="size", persist_state="page", **bound)
+    if ends := between():
+        with st.container(horizontal=True, vertical_alignment="center"):
+            st.caption(
+                f"Only densities of {ends[0]:.3g} to {ends[1]:.3g}, a bar of the overview's histogram.", width="content"
+            )
+            st.button("Any density", on_click=forget_between)
 
 
 def row(table: LatentTable, latent: int, bins: slice, address: dict[str, list[str]]) -> grid.Row:
