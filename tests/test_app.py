@@ -268,6 +268,14 @@ def test_a_text_is_ranked_and_a_token_chosen(opened: Any) -> None:
     assert "expected one" in said(app)
 
 
+def test_what_the_model_says_next_is_told_in_the_end_and_at_each_layer(opened: Any) -> None:
+    for lens in ("false", "true"):
+        app = opened("prompt", sae=SAE, text="the red cat sees", at="2", lens=lens)
+        assert not app.exception
+        assert not app.error
+        assert "**The model's next token** after `·red`" in said(app)
+
+
 def test_a_text_is_passed_through_the_model_once_until_what_it_depends_on_changes(opened: Any, copy: Path) -> None:
     words = {"sae": SAE, "text": "the red cat sees", "rank": "Attribution"}
     app = opened("prompt", root=copy, **words)

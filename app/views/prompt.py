@@ -1,6 +1,7 @@
 """A text, its tokens, and the latents that fire on it."""
 
 import html
+from typing import Any
 
 import numpy as np
 import streamlit as st
@@ -12,6 +13,8 @@ from where import chosen_sae, go, link_to
 from saebench.browse.runs import Trained
 from saebench.browse.table import LatentTable
 from saebench.index.search import TextFeatures, token_of
+from saebench.models import Predictions, logit_lens, next_tokens
+from saebench.pieces import show_bytes
 from saebench.view import grid
 from saebench.view.markdown import code, plain
 from saebench.view.tokens import number, token_html, units, visible
@@ -104,6 +107,53 @@ def firings_html(table: LatentTable, text: str, found: TextFeatures, focus: int 
     return grid.grid_html(columns, rows, "latents that fire")
 
 
+@st.cache_data(show_spinner=False, max_entries=64)
+def expected(
+    depends: tuple[str, ...], tokens: tuple[int, ...], layers: bool, _shared: Any
+) -> tuple[dict[str, Predictions], dict[int, str]]:
+    """(the likeliest next tokens, by hook at each layer or of the whole model alone, and their texts)."""
+    with _shared.lock:
+        model = _shared.model
+        found = logit_lens(model, tokens) if layers else {"": next_tokens(model, tokens)}
+    ids = sorted({token for one in found.values() for token in one.ids.tolist()})
+    return found, {token: visible(show_bytes(model.pieces[token])).replace(" ", "·") for token in ids}
+
+
+def expectations(sae: Trained, found: TextFeatures, position: int | None) -> None:
+    """What the model as it is says comes next, in the end or at each layer."""
+    place = len(found.tokens) - 1 if position is None else position
+    shared = model_of(sae)
+    model, tokens = shared.model, tuple(found.tokens[: place + 1].tolist())
+    depends = (model.weights_hash, str(model.device), model.dtype)
+    (after,) = {unit.text for unit in units(found.pieces) if place in unit.places}
+    with st.container(border=True):
+        head, switch = st.columns([3, 1], vertical_alignment="center")
+        head.markdown(f"**The model's next token** after {code(visible(after).replace(' ', '·') or 'BOS')}")
+        layers = switch.toggle(
+            "Logit lens", key="lens", bind="query-params",
+            help="what the stream says at each layer, through the final norm and the unembedding",
+        )  # fmt: skip
+        with said():
+            clickable(expected_html(*expected(depends, tokens, layers, shared), sae.hook), "expected")
+
+
+def expected_html(found: dict[str, Predictions], pieces: dict[int, str], hook: str) -> str:
+    """A line of tokens with their probabilities for each layer; that of the SAE stands out."""
+    rows = []
+    for name, one in found.items():
+        cells = [
+            f"<code>{html.escape(pieces[token])}</code> <small>{probability:.1%}</small>"
+            for token, probability in zip(one.ids.tolist(), one.probabilities.tolist(), strict=True)
+        ]
+        layer = name.removeprefix("blocks.").partition(".")[0]
+        shown = [] if not name else ["embedding" if name.endswith("resid_pre") else f"layer {layer}"]
+        rows.append(grid.Row([*shown, *cells], chosen=bool(name) and name == hook))
+    width = len(next(iter(found.values())).ids)
+    columns = [*([grid.Column("", "stream after")] if "" not in found else [])]
+    columns += [grid.Column("", f"{place + 1}.", text=True) for place in range(width)]
+    return grid.grid_html(columns, rows, "next tokens")
+
+
 @fragment
 def results(sae: Trained, table: LatentTable) -> None:
     settings()
@@ -145,6 +195,7 @@ def results(sae: Trained, table: LatentTable) -> None:
                 for name, value, share in zip(names, found.parts, found.parts.shares(), strict=True)
             )
             st.caption(f"Attributed to the logit of {code(visible(target).replace(' ', '·'))}: {plain(parts)}.")
+        expectations(sae, found, position)
         if found.firings:
             clickable(firings_html(table, text, found, focus), "firings", picked)
             st.caption("A row shows its latent on the text; its number opens it.")
