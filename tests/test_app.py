@@ -276,6 +276,14 @@ def test_what_the_model_says_next_is_told_in_the_end_and_at_each_layer(opened: A
         assert "**The model's next token** after `·red`" in said(app)
 
 
+def test_two_texts_are_told_apart(opened: Any) -> None:
+    app = opened("prompt", sae=SAE, text="the red cat sees", other="the blue dog runs", two="true")
+    assert not app.exception
+    assert not app.error
+    assert "the difference of their strongest activations on the two" in said(app)
+    assert "Type or paste two texts" in said(opened("prompt", sae=SAE, text="the red cat", two="true"))
+
+
 def test_a_text_is_passed_through_the_model_once_until_what_it_depends_on_changes(opened: Any, copy: Path) -> None:
     words = {"sae": SAE, "text": "the red cat sees", "rank": "Attribution"}
     app = opened("prompt", root=copy, **words)

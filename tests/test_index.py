@@ -42,7 +42,7 @@ from saebench.index.evidence import (
 )
 from saebench.index.examples import show
 from saebench.index.page import rule_html
-from saebench.index.search import features_for_text, token_of
+from saebench.index.search import differences, features_for_text, token_of
 from saebench.models import capture, edits, load_model, logits, spliced_logits, unembedding
 from saebench.sae import SAE, GatedSAE, JumpReLUSAE, encode_sparse, initialise, new_sae, save_sae
 from saebench.sae.sparse import BLOCK_VALUES
@@ -919,6 +919,23 @@ def test_quantiles_are_those_of_the_firings(index: FeatureIndex, everything: Eve
         values = strengths[[0, len(strengths) // 2, -1]]
         found = index.quantiles(np.full(3, latent), values)
         np.testing.assert_allclose(found, np.searchsorted(strengths, values, "right") / len(strengths), atol=0.03)
+
+
+def test_latents_of_two_texts_are_ranked_by_how_their_peaks_differ(index: FeatureIndex, store: Store) -> None:
+    model = load_model(store.manifest["identity"]["model"]["id"], dtype="float32")
+    sae = an_sae("relu", store)
+    both = [features_for_text(model, sae, index, text, limit=None) for text in (TEXT, "the blue dog runs")]
+    peaks = [{firing.latent: firing.peak for firing in found.firings} for found in both]
+    found = differences(*both, limit=None)
+    assert {one.latent for one in found} == set(peaks[0]) | set(peaks[1])
+    for one in found:
+        assert one.peaks == tuple(peak.get(one.latent, 0.0) for peak in peaks)
+        assert one.more == one.peaks[0] - one.peaks[1]
+    sizes = [abs(one.more) for one in found]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > 0
+    assert sorted(-one.more for one in differences(*both[::-1], limit=None)) == sorted(one.more for one in found)
+    assert all(one.more == 0 for one in differences(both[0], both[0]))
 
 
 def test_texts_that_cannot_be_searched_are_named(index: FeatureIndex, store: Store) -> None:
