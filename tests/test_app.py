@@ -327,6 +327,20 @@ def test_a_note_is_written_and_a_second_writer_told(opened: Any, copy: Path) -> 
     assert app.title[0].value == "Latent 3: dogs"
 
 
+def test_a_latent_is_listed_on_its_page_and_the_list_is_a_filter(opened: Any, copy: Path) -> None:
+    app = opened("features", root=copy, sae=SAE, latent="7")
+    {field.label: field for field in app.multiselect}["Lists"].set_value(["to steer"])
+    assert not app.run().error
+    assert read_json(copy / "index" / f"{SAE}.lists.json")["lists"] == {"to steer": [7]}
+    table = opened("features", root=copy, sae=SAE, list="to steer")
+    assert "1 of 48 latents" in said(table)
+    assert "to steer: 1 latent" in said(table)
+    next(button for button in table.button if button.label == "Delete").click()
+    assert "48 of 48 latents" in said(table.run())
+    (copy / "index" / f"{SAE}.lists.json").write_text("{}")
+    assert "holds no lists of latents" in said(opened("features", root=copy, sae=SAE))
+
+
 def test_what_is_not_saved_stays_while_one_looks_around(opened: Any, copy: Path) -> None:
     app = opened("features", root=copy, sae=SAE, latent="3")
     {field.label: field for field in app.text_input}["Label"].input("half a thou")

@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import streamlit as st
 from latent import show_latent
+from lists import all_lists
 from opened import table_of
 from shell import clickable, fragment, missing, said
 from where import chosen_sae, link_to, own_query
 
 from saebench.browse.table import HEADINGS, MAX_SIZE, LatentTable, Query
 from saebench.index.derive import FLAGS
+from saebench.index.lists import lists_of
 from saebench.index.page import figure
 from saebench.view import grid
 from saebench.view.markdown import plain
@@ -35,6 +37,7 @@ def query_of(table: LatentTable) -> Query:
         least_density=least,
         most_density=min(most, DENSITIES[state.get("density") or "any"]),
         least_rule=float(state.get("rule") or 0.0),
+        among=lists_of(table.index).all().get(state.get("list") or ""),
         having=tuple(state.get("having") or ()),
         without=tuple(state.get("without") or ()),
         page=max(0, int(page[:9]) - 1) if page.isdecimal() else 0,
@@ -56,9 +59,10 @@ def forget_between() -> None:
     st.query_params.pop("page", None)
 
 
-def filters() -> None:
+def filters(table: LatentTable) -> None:
     bound: dict[str, Any] = {"bind": "query-params", "on_change": lambda: st.query_params.pop("page", None)}
-    columns = st.columns([3, 1.4, 1.4, 2, 2, 1])
+    lists = list(lists_of(table.index).all())
+    columns = st.columns([3, 1.4, 1.4, 2, 2, 1, *[1.4] * bool(lists)])
     columns[0].text_input(
         "Search", key="q", placeholder="label, rule, token or number", live=True, persist_state="page", **bound
     )
@@ -73,6 +77,8 @@ def filters() -> None:
             placeholder="flags", **bound,
         )  # fmt: skip
     columns[5].selectbox("Rows", SIZES, index=1, key="size", persist_state="page", **bound)
+    if lists:
+        columns[6].selectbox("List", lists, None, key="list", persist_state="page", placeholder="any", **bound)
     if ends := between():
         with st.container(horizontal=True, vertical_alignment="center"):
             st.caption(
@@ -110,7 +116,7 @@ def number(name: str, value: float) -> str:
 def rows(table: LatentTable) -> None:
     if st.session_state.get("latent") is not None:
         st.rerun()
-    filters()
+    filters(table)
     query = query_of(table)
 
     def picked(value: str) -> None:
@@ -147,6 +153,8 @@ def rows(table: LatentTable) -> None:
         if st.button("Next page", disabled=found.page + 1 >= pages):
             st.query_params["page"] = str(found.page + 2)
             st.rerun(scope="fragment")
+        with st.popover("Lists"):
+            all_lists(table)
 
 
 sae = chosen_sae()
@@ -182,6 +190,6 @@ with said():
         place = st.container()
         # Also here, and first, so that the address keeps them: the previous and the next latent are those of the list.
         with st.expander("The list that Previous and Next go through"):
-            filters()
+            filters(table)
         with place:
             show_latent(sae, table, int(chosen), query_of(table), title)

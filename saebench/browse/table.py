@@ -48,6 +48,8 @@ class Query:
     """flags, any of which a latent must have; `labelled` counts as one"""
     without: tuple[str, ...] = ()
     """flags that it must not have"""
+    among: tuple[int, ...] | None = None
+    """these latents alone, as of a list"""
     page: int = 0
     size: int = 50
 
@@ -124,6 +126,8 @@ class LatentTable:
         chosen = (density >= query.least_density) & (density <= query.most_density)
         if query.least_rule > 0 and "detection" in self.columns:
             chosen &= self.columns["detection"] >= query.least_rule
+        if query.among is not None:
+            chosen &= np.isin(np.arange(self.index.d_sae), query.among)
         if query.having:
             chosen &= np.logical_or.reduce([self._flagged(flag) for flag in query.having])
         for flag in query.without:
