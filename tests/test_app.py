@@ -165,6 +165,28 @@ def test_a_sweep_that_is_none_is_named(opened: Any, copy: Path) -> None:
     assert "is no dose-response: measure again" in bare(app.error[0].value)
 
 
+def test_an_sae_is_compared_with_one_of_another_run_and_one_of_another_hook_is_not(
+    opened: Any, run: Path, tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(run, tmp_path / "runs" / name)
+    app = opened("compare", root=tmp_path / "runs", run="one", sae=SAE, other=f"two/{SAE}")
+    assert not app.exception
+    assert not app.error
+    box = next(box for box in app.selectbox if "against" in box.label)
+    assert (box.value, box.options) == (f"two/{SAE}", ["topk-k2", "two/topk-k2", f"two/{SAE}"])
+    assert "48 latents, the first 48 of them" in said(app)  # each is its own counterpart
+    other = Path(shutil.copytree(run, tmp_path / "runs" / "three"))
+    with h5py.File(other / "index" / f"{SAE}.h5", "r+") as file:
+        file.attrs["hook"] = "blocks.0.hook_resid_post"
+    config = read_json(other / "saes" / "topk-k2" / "cfg.json")
+    config["metadata"]["hook_name"] = "blocks.0.hook_resid_post"
+    write_json(other / "saes" / "topk-k2" / "cfg.json", config)
+    app = opened("compare", root=tmp_path / "runs", run="one", sae=SAE, other=f"three/{SAE}")
+    assert "differ in hook: blocks.1.hook_resid_post and blocks.0.hook_resid_post; index both on one" in said(app)
+    assert "and so not compared: three/topk-k2 (blocks.0.hook_resid_post)." in said(app)
+
+
 def test_what_the_address_asks_for_in_vain_is_said(opened: Any) -> None:
     assert "sae 'nothing' is not here" in said(opened("features", sae="nothing"))
 

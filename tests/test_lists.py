@@ -36,7 +36,9 @@ def test_a_list_is_taken_to_another_copy_of_the_sae_and_added(lists: Lists, tmp_
     assert there.add(json.loads(lists.export("mine"))) == ["mine"]
     assert there.all() == {"mine": (5, 7, 2)}
     elsewhere = Lists(tmp_path / "elsewhere.lists.json", "another", 10)
-    with pytest.raises(ValueError, match=r"what was given has lists of another SAE \(abc\), not of this one \(another\)"):
+    with pytest.raises(
+        ValueError, match=r"what was given has lists of another SAE \(abc\), not of this one \(another\)"
+    ):
         elsewhere.add(json.loads(lists.export("mine")))
     assert not elsewhere.path.exists()
     with pytest.raises(ValueError, match="list 'gone' is not there; there are 'mine', 'other'"):
