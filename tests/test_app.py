@@ -57,7 +57,7 @@ def bare(markdown: str) -> str:
     return re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", markdown)
 
 
-@pytest.mark.parametrize("page", ["overview", "features", "prompt", "steering", "compare"])
+@pytest.mark.parametrize("page", ["overview", "features", "texts", "prompt", "steering", "compare"])
 def test_every_page_opens_without_an_error(opened: Any, page: str) -> None:
     app = opened(page)
     assert not app.exception
@@ -79,7 +79,7 @@ def test_without_a_run_the_overview_says_how_to_make_one(opened: Any, tmp_path: 
     app = opened("overview", root=tmp_path / "nothing")
     assert app.title[0].value == "No run yet"
     assert "saebench demo --out" in said(app)
-    for page in ("features", "prompt", "steering", "compare"):
+    for page in ("features", "texts", "prompt", "steering", "compare"):
         other = opened(page, root=tmp_path / "nothing")
         assert not other.exception
         assert other.info or other.warning
@@ -296,6 +296,14 @@ def test_what_the_model_says_next_is_told_in_the_end_and_at_each_layer(opened: A
         assert not app.exception
         assert not app.error
         assert "**The model's next token** after `·red`" in said(app)
+
+
+def test_latents_are_found_by_what_their_examples_hold(opened: Any) -> None:
+    app = opened("texts", sae=SAE, holds="<SCRIPT>")
+    assert not app.exception
+    assert not app.error
+    assert re.search(r"\d+ of 48 latents", said(app))
+    assert "No strongest example of any latent holds that" in said(opened("texts", sae=SAE, holds="no such words"))
 
 
 def test_two_texts_are_told_apart(opened: Any) -> None:
