@@ -268,7 +268,7 @@ def test_a_bar_of_the_densities_is_a_filter_of_the_table(opened: Any, run: Path)
     (bar,) = density_histogram(density, SAE).data
     assert sum(bar.y) == (density > 0).sum()
     place = int(np.argmax(bar.y))
-    app = opened("features", sae=SAE, between="_".join(f"{power:g}" for power in bar.customdata[place]))
+    app = opened("features", sae=SAE, between=bar.customdata[place])
     assert f"{bar.y[place]} of 48 latents, page 1" in said(app)
     next(button for button in app.button if button.label == "Any density").click()
     assert "48 of 48 latents" in said(app.run())

@@ -131,7 +131,7 @@ def densities(sae: Trained) -> None:
     def picked() -> None:
         points = st.session_state["density histogram"]["selection"]["points"]
         if points:
-            st.session_state.between = "_".join(f"{power:g}" for power in points[0]["customdata"])
+            st.session_state.between = points[0]["customdata"]
 
     figure = charts.density_histogram(density, sae.name)
     st.plotly_chart(

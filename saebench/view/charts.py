@@ -179,7 +179,7 @@ BIN = 0.1
 def density_histogram(density: np.ndarray, name: str) -> go.Figure:
     """How many of `[F]` latents fire on which share of the tokens, in bars of `BIN` powers of ten; those that never fire stand in the title.
 
-    A bar's `customdata` is the powers of ten it goes from and to.
+    A bar's `customdata` is the powers of ten it goes from and to, as `-3.1_-3`.
     """
     living = density[density > 0].astype(np.float64)
     low = math.floor(np.log10(living.min()) / BIN) if len(living) else -1
@@ -191,7 +191,7 @@ def density_histogram(density: np.ndarray, name: str) -> go.Figure:
     ends = np.round(np.stack([powers, powers + BIN], 1), 1)
     figure = go.Figure(
         go.Bar(
-            x=powers + BIN / 2, y=counts, width=BIN * 0.92, marker={"color": "#d97706"}, customdata=ends,
+            x=powers + BIN / 2, y=counts, width=BIN * 0.92, marker={"color": "#d97706"}, customdata=[f"{a:g}_{b:g}" for a, b in ends],
             text=[f"on {10**a:.3g} to {10**b:.3g} of the tokens" for a, b in ends], textposition="none",
             hovertemplate="%{y:,} latents<br>fire %{text}<extra></extra>",
         )
