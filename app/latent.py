@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import streamlit as st
+from lists import latent_lists
 from opened import weights_of
 from shell import clickable, fragment, said
 from trials import ablation, own_text
@@ -69,6 +70,8 @@ def show_latent(sae: Trained, table: LatentTable, number_: int, query: Query, ti
     with right:
         neighbours(table, latent)
         note_form(table, number_, note)
+        with said():
+            latent_lists(table, number_)
         st.subheader("Copy as Python")
         st.code(sae.python(number_), language="python")
 

@@ -13,6 +13,7 @@ from saebench.browse.jobs import Jobs
 from saebench.browse.runs import Trained
 from saebench.browse.table import LatentTable
 from saebench.index import open_feature_index
+from saebench.index.explanations import explanations_path, read_explanations
 from saebench.index.notes import Notes
 from saebench.index.search import TextFeatures, features_for_text
 from saebench.models import LanguageModel, load_model, model_path
@@ -66,7 +67,11 @@ class Opened:
                 f"{self.bench.folder} has no index; make it with `saebench index --sae {self.bench.folder}`"
             )
         notes = Notes(self.index.path.with_suffix(".notes.json"), self.index.identity["sae"], self.index.d_sae)
-        return LatentTable(self.index, notes, read_scores(self.index))
+        try:
+            judged, problem = read_explanations(self.index), ""
+        except ValueError as error:  # names are what they are without a judge
+            judged, problem = {}, str(error)
+        return LatentTable(self.index, notes, read_scores(self.index), judged, problem)
 
     @property
     def shared(self) -> Shared:
@@ -95,7 +100,8 @@ def files_of(*paths: Path) -> Files:
 def _files(sae: Trained) -> Files:
     """All that an `Opened` is made from; its model looks after its own."""
     now = Trained(sae.run, sae.folder)  # what is noted in `sae` may be of earlier
-    own = [now.folder / CONFIG, now.folder / WEIGHTS, now.index_path, scores_path(now.index_path)]
+    own = [now.folder / CONFIG, now.folder / WEIGHTS, now.index_path]
+    own += [scores_path(now.index_path), explanations_path(now.index_path)]
     return files_of(*own, *([] if now.store is None else [now.store / MANIFEST]))
 
 

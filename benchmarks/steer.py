@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from saebench.index.names import Names
 from saebench.index import IndexConfig
+from saebench.index.names import Names
 from saebench.steer.dose import STRENGTHS, Dose, DoseConfig, DoseResponse, dose_response
 from saebench.steer.generate import UNSTEERED, Sampling, generate
 from saebench.steer.run import Bench, SteerConfig, rank

@@ -56,9 +56,7 @@ def main() -> int:
     doses = {latent: dose_response(bench.model, bench.intervention(latent, 0), index).best for latent in tqdm(tried)}
     latent = max(tried, key=lambda latent: doses[latent].score)
     start, best = bench.intervention(latent, 0), doses[latent]
-    print(
-        f"{len(named)} latents have a rule that names {args.concept!r}; taken is {latent}: {rules[latent]}"
-    )
+    print(f"{len(named)} latents have a rule that names {args.concept!r}; taken is {latent}: {rules[latent]}")
     print(
         f"output score {scores.output[latent]:.3f}, rule's F1 {scores.input[latent]:.2f}, top logits {index.pieces(index[latent].top_logits.ids[:8])}"
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +18,9 @@ from streamlit.testing.v1 import AppTest
 from saebench.browse.runs import saes_of
 from saebench.browse.serve import app_script
 from saebench.files import hash_files, read_json, write_json
+from saebench.index import open_feature_index
 from saebench.index.notes import Note, Notes
+from saebench.view.charts import density_histogram
 
 SAE = "topk-k4"
 
@@ -57,7 +60,7 @@ def bare(markdown: str) -> str:
     return re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", markdown)
 
 
-@pytest.mark.parametrize("page", ["overview", "features", "prompt", "steering", "compare"])
+@pytest.mark.parametrize("page", ["overview", "features", "texts", "prompt", "steering", "compare"])
 def test_every_page_opens_without_an_error(opened: Any, page: str) -> None:
     app = opened(page)
     assert not app.exception
@@ -79,7 +82,7 @@ def test_without_a_run_the_overview_says_how_to_make_one(opened: Any, tmp_path: 
     app = opened("overview", root=tmp_path / "nothing")
     assert app.title[0].value == "No run yet"
     assert "saebench demo --out" in said(app)
-    for page in ("features", "prompt", "steering", "compare"):
+    for page in ("features", "texts", "prompt", "steering", "compare"):
         other = opened(page, root=tmp_path / "nothing")
         assert not other.exception
         assert other.info or other.warning
@@ -163,6 +166,28 @@ def test_a_sweep_that_is_none_is_named(opened: Any, copy: Path) -> None:
     app = opened("steering", root=copy, sae=SAE, turns="3:add:0.5n")
     assert not app.exception
     assert "is no dose-response: measure again" in bare(app.error[0].value)
+
+
+def test_an_sae_is_compared_with_one_of_another_run_and_one_of_another_hook_is_not(
+    opened: Any, run: Path, tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(run, tmp_path / "runs" / name)
+    app = opened("compare", root=tmp_path / "runs", run="one", sae=SAE, other=f"two/{SAE}")
+    assert not app.exception
+    assert not app.error
+    box = next(box for box in app.selectbox if "against" in box.label)
+    assert (box.value, box.options) == (f"two/{SAE}", ["topk-k2", "two/topk-k2", f"two/{SAE}"])
+    assert "48 latents, the first 48 of them" in said(app)  # each is its own counterpart
+    other = Path(shutil.copytree(run, tmp_path / "runs" / "three"))
+    with h5py.File(other / "index" / f"{SAE}.h5", "r+") as file:
+        file.attrs["hook"] = "blocks.0.hook_resid_post"
+    config = read_json(other / "saes" / "topk-k2" / "cfg.json")
+    config["metadata"]["hook_name"] = "blocks.0.hook_resid_post"
+    write_json(other / "saes" / "topk-k2" / "cfg.json", config)
+    app = opened("compare", root=tmp_path / "runs", run="one", sae=SAE, other=f"three/{SAE}")
+    assert "differ in hook: blocks.1.hook_resid_post and blocks.0.hook_resid_post; index both on one" in said(app)
+    assert "and so not compared: three/topk-k2 (blocks.0.hook_resid_post)." in said(app)
 
 
 def test_what_the_address_asks_for_in_vain_is_said(opened: Any) -> None:
@@ -280,6 +305,18 @@ def test_a_prompt_longer_than_the_context_is_told_so(opened: Any) -> None:
     assert "the model takes at most 64" in bare(app.error[0].value)
 
 
+def test_a_bar_of_the_densities_is_a_filter_of_the_table(opened: Any, run: Path) -> None:
+    density = open_feature_index(run / "index" / f"{SAE}.h5").columns["density"]
+    (bar,) = density_histogram(density, SAE).data
+    assert sum(bar.y) == (density > 0).sum()
+    place = int(np.argmax(bar.y))
+    app = opened("features", sae=SAE, between=bar.customdata[place])
+    assert f"{bar.y[place]} of 48 latents, page 1" in said(app)
+    next(button for button in app.button if button.label == "Any density").click()
+    assert "48 of 48 latents" in said(app.run())
+    assert "48 of 48 latents" in said(opened("features", sae=SAE, between="nan_inf"))
+
+
 def test_a_text_is_ranked_and_a_token_chosen(opened: Any) -> None:
     app = opened("prompt", sae=SAE, text="the red cat sees", rank="Attribution", at="2")
     assert not app.error
@@ -293,6 +330,30 @@ def test_a_text_is_ranked_and_a_token_chosen(opened: Any) -> None:
     {field.label: field for field in app.text_input}["Compared with"].input("dog cat")
     app.run()
     assert "expected one" in said(app)
+
+
+def test_what_the_model_says_next_is_told_in_the_end_and_at_each_layer(opened: Any) -> None:
+    for lens in ("false", "true"):
+        app = opened("prompt", sae=SAE, text="the red cat sees", at="2", lens=lens)
+        assert not app.exception
+        assert not app.error
+        assert "**The model's next token** after `·red`" in said(app)
+
+
+def test_latents_are_found_by_what_their_examples_hold(opened: Any) -> None:
+    app = opened("texts", sae=SAE, holds="<SCRIPT>")
+    assert not app.exception
+    assert not app.error
+    assert re.search(r"\d+ of 48 latents", said(app))
+    assert "No strongest example of any latent holds that" in said(opened("texts", sae=SAE, holds="no such words"))
+
+
+def test_two_texts_are_told_apart(opened: Any) -> None:
+    app = opened("prompt", sae=SAE, text="the red cat sees", other="the blue dog runs", two="true")
+    assert not app.exception
+    assert not app.error
+    assert "the difference of their strongest activations on the two" in said(app)
+    assert "Type or paste two texts" in said(opened("prompt", sae=SAE, text="the red cat", two="true"))
 
 
 def test_a_text_is_passed_through_the_model_once_until_what_it_depends_on_changes(opened: Any, copy: Path) -> None:
@@ -336,6 +397,20 @@ def test_a_note_is_written_and_a_second_writer_told(opened: Any, copy: Path) -> 
     app.run()
     assert {field.label: field for field in app.text_input}["Label"].value == "dogs"
     assert app.title[0].value == "Latent 3: dogs"
+
+
+def test_a_latent_is_listed_on_its_page_and_the_list_is_a_filter(opened: Any, copy: Path) -> None:
+    app = opened("features", root=copy, sae=SAE, latent="7")
+    {field.label: field for field in app.multiselect}["Lists"].set_value(["to steer"])
+    assert not app.run().error
+    assert read_json(copy / "index" / f"{SAE}.lists.json")["lists"] == {"to steer": [7]}
+    table = opened("features", root=copy, sae=SAE, list="to steer")
+    assert "1 of 48 latents" in said(table)
+    assert "to steer: 1 latent" in said(table)
+    next(button for button in table.button if button.label == "Delete").click()
+    assert "48 of 48 latents" in said(table.run())
+    (copy / "index" / f"{SAE}.lists.json").write_text("{}")
+    assert "holds no lists of latents" in said(opened("features", root=copy, sae=SAE))
 
 
 def test_what_is_not_saved_stays_while_one_looks_around(opened: Any, copy: Path) -> None:

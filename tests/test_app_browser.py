@@ -378,6 +378,21 @@ def test_an_index_is_begun_from_the_app_and_can_be_browsed_when_it_is_done(
         expect(page.get_by_text("was made from another sae")).to_be_visible()
 
 
+def test_a_bar_of_the_densities_opens_its_latents(page: Page, address: str) -> None:
+    page.goto(f"{address}/?sae={SAE}")
+    bars = page.locator(".barlayer .point path")
+    bars.first.wait_for(state="attached", timeout=30_000)
+    page.wait_for_timeout(1000)
+    tallest = max(bars.all(), key=lambda bar: bar.evaluate("bar => bar.getBBox().height"))
+    tallest.scroll_into_view_if_needed()
+    page.wait_for_timeout(300)
+    box = tallest.bounding_box()
+    assert box is not None
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    expect(page.get_by_text("Only densities of")).to_be_visible(timeout=30_000)
+    assert "between=" in page.url
+
+
 def test_two_saes_are_compared(page: Page, address: str) -> None:
     page.goto(f"{address}/compare?sae={SAE}")
     expect(page.locator("table[aria-label='kinds of latents'] tbody tr")).to_have_count(5)

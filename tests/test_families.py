@@ -29,8 +29,10 @@ from saebench.models import (
     hook_name,
     last_states,
     load_model,
+    logit_lens,
     logits,
     next_logits,
+    next_tokens,
     repeated,
     spliced_logits,
     unembedding,
@@ -77,6 +79,12 @@ def test_what_is_tried_of_a_loaded_model(named: tuple[str, LanguageModel]) -> No
         assert torch.equal(got[pre[layer]], got[post[layer - 1]])
     made = head(model, last_states(model, TOKENS).flatten(0, 1)).view_as(want.logits)
     torch.testing.assert_close(made, want.logits, rtol=1e-3, atol=1e-3)
+    tokens = torch.from_numpy(model.pieces.known(VOCABULARY)).nonzero()[:, 0]
+    told, said = next_tokens(model, TOKENS[0].tolist(), 4), want.logits[0, 4, tokens].softmax(-1).topk(10)
+    np.testing.assert_allclose(told.probabilities, said.values.numpy(), rtol=1e-3)
+    lens = logit_lens(model, TOKENS[0].tolist(), 4, top=10)
+    assert list(lens) == [pre[0], *post]
+    np.testing.assert_allclose(lens[post[-1]].probabilities, told.probabilities, rtol=1e-3)
     for hook in (*post, *pre):
         check_hook(model, hook)
     if family.logits:

@@ -42,7 +42,8 @@ from saebench.index.evidence import (
 )
 from saebench.index.examples import show
 from saebench.index.page import rule_html
-from saebench.index.search import features_for_text, token_of
+from saebench.index.search import differences, features_for_text, token_of
+from saebench.index.texts import AROUND, ExampleTexts
 from saebench.models import capture, edits, load_model, logits, spliced_logits, unembedding
 from saebench.sae import SAE, GatedSAE, JumpReLUSAE, encode_sparse, initialise, new_sae, save_sae
 from saebench.sae.sparse import BLOCK_VALUES
@@ -919,6 +920,51 @@ def test_quantiles_are_those_of_the_firings(index: FeatureIndex, everything: Eve
         values = strengths[[0, len(strengths) // 2, -1]]
         found = index.quantiles(np.full(3, latent), values)
         np.testing.assert_allclose(found, np.searchsorted(strengths, values, "right") / len(strengths), atol=0.03)
+
+
+def test_latents_of_two_texts_are_ranked_by_how_their_peaks_differ(index: FeatureIndex, store: Store) -> None:
+    model = load_model(store.manifest["identity"]["model"]["id"], dtype="float32")
+    sae = an_sae("relu", store)
+    both = [features_for_text(model, sae, index, text, limit=None) for text in (TEXT, "the blue dog runs")]
+    peaks = [{firing.latent: firing.peak for firing in found.firings} for found in both]
+    found = differences(*both, limit=None)
+    assert {one.latent for one in found} == set(peaks[0]) | set(peaks[1])
+    for one in found:
+        assert one.peaks == tuple(peak.get(one.latent, 0.0) for peak in peaks)
+        assert one.more == one.peaks[0] - one.peaks[1]
+    sizes = [abs(one.more) for one in found]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] > 0
+    assert sorted(-one.more for one in differences(*both[::-1], limit=None)) == sorted(one.more for one in found)
+    assert all(one.more == 0 for one in differences(both[0], both[0]))
+
+
+def test_latents_are_found_by_what_their_strongest_examples_hold(index: FeatureIndex) -> None:
+    texts = ExampleTexts(index)
+    shown = {
+        latent: [index.context_of(example.row, AROUND) for example in index[latent].top]
+        for latent in range(index.d_sae)
+    }
+    for wanted in ("RED cat", "ru", "s under\nthe", "none"):
+        found = texts.search(wanted)
+        counts = {
+            latent: sum(wanted.lower() in "".join(context.pieces).lower() for context in contexts)
+            for latent, contexts in shown.items()
+        }
+        assert dict(zip(found.latents.tolist(), found.within.tolist(), strict=True)) == {
+            latent: count for latent, count in counts.items() if count
+        }
+        for latent, row, firing in zip(found.latents.tolist(), found.rows.tolist(), found.firing.tolist(), strict=True):
+            holding = [context for context in shown[latent] if wanted.lower() in "".join(context.pieces).lower()]
+            assert row in [context.rows[context.peak] for context in holding]
+            assert 0 <= firing <= counts[latent]
+        assert found.firing.tolist() == sorted(found.firing.tolist(), reverse=True)
+    token = int(index.top_tokens[0, 0])
+    word = index.pieces(np.array([token]))[0].strip()
+    assert texts.search(word).firing.max() > 0
+    assert not len(texts.search("the " * 40).latents)
+    with pytest.raises(ValueError, match="expected at least one character that is no space"):
+        texts.search(" ")
 
 
 def test_texts_that_cannot_be_searched_are_named(index: FeatureIndex, store: Store) -> None:

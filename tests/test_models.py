@@ -30,8 +30,10 @@ from saebench.models import (
     head,
     hook_name,
     load_model,
+    logit_lens,
     logits,
     model_path,
+    next_tokens,
     resumed_states,
     resumes,
     spliced_logits,
@@ -167,6 +169,19 @@ def test_logits_at_some_positions_are_those_of_all(pair: tuple[LanguageModel, to
     torch.testing.assert_close(some, want[:, 3:5].flatten(0, 1), rtol=1e-4, atol=1e-4)
     with torch.inference_mode():
         assert torch.equal(logits(model, TOKENS), want)  # and the model is whole again
+
+
+def test_a_lens_is_refused_where_logits_are_not_of_the_last_layers_stream(checkpoints: dict[str, Path]) -> None:
+    model = load_model(str(checkpoints["llama"]), device="cpu", dtype="float32")
+    tokens = [0, 5, 6, 7]
+    assert logit_lens(model, tokens, 2)["blocks.0.hook_resid_pre"].ids.shape == (5,)
+    for position in (4, -5):
+        with pytest.raises(ValueError, match=f"position is {position}; the text has tokens 0 to 3"):
+            next_tokens(model, tokens, position)
+    model.base.register_forward_hook(lambda _, args, output: type(output)(last_hidden_state=output[0] / 2))
+    assert len(next_tokens(model, tokens).ids) == 10
+    with pytest.raises(ValueError, match="there is no logit lens of model"):
+        logit_lens(model, tokens)
 
 
 def test_a_resumed_pass_runs_no_earlier_block_and_leaves_the_model_whole(

@@ -1,11 +1,13 @@
 import html
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from saebench.pieces import show_text
+from saebench.view.charts import density_histogram
 from saebench.view.markdown import code, plain
 from saebench.view.tokens import CSS, number, text_html, token_html, units
 
@@ -104,3 +106,13 @@ def test_numbers_have_three_figures() -> None:
         "123",
         "1,234",
     ]
+
+
+def test_bars_of_densities_hold_every_living_latent_once_and_the_dead_are_told() -> None:
+    density = np.array([0.0, 0.0, 1e-3, 1.01e-3, 0.02, 1.0])
+    figure = density_histogram(density, "topk-k2")
+    (bar,) = figure.data
+    held = {ends: int(count) for ends, count in zip(bar.customdata, bar.y, strict=True) if count}
+    assert held == {"-3_-2.9": 2, "-1.7_-1.6": 1, "0_0.1": 1}  # an edge belongs to the bar above it
+    assert figure.layout.title.text == "Densities of topk-k2: 4 living latents, 2 dead"
+    assert sum(density_histogram(np.zeros(3), "dead").data[0].y) == 0

@@ -7,7 +7,7 @@ import numpy as np
 import streamlit as st
 from opened import table_of, weights_of
 from shell import clickable, offer, said
-from where import chosen_run, chosen_sae, go, keep_in_address, link_to
+from where import chosen_run, chosen_sae, go, keep_in_address, link_to, runs
 
 from saebench.browse.runs import Trained, saes_of
 from saebench.browse.table import LatentTable
@@ -50,10 +50,17 @@ def compared(_pair: Pair, of: tuple[Belonging, Belonging]) -> tuple[Side, Side]:
     return compare(_pair.table.index, weights_of(_pair.here), _pair.other_table.index, weights_of(_pair.other))
 
 
+def label(sae: Trained) -> str:
+    """Its name, with that of its run where that is not the chosen one."""
+    return sae.name if sae.run == chosen_run() else f"{sae.run.name}/{sae.name}"
+
+
 def choose(found: dict[str, Trained]) -> Pair | None:
+    """The chosen SAE and another of its hook, of the same run or of another under the same root."""
     here = chosen_sae()
-    indexed = {name: sae for name, sae in found.items() if sae.share_indexed == 1}
-    others = [name for name in indexed if here and name != here.name and indexed[name].hook == here.hook]
+    elsewhere = [sae for run in runs().values() if run != chosen_run() for sae in saes_of(run)[0].values()]
+    indexed = {label(sae): sae for sae in (*found.values(), *elsewhere) if sae.share_indexed == 1}
+    others = [name for name, sae in indexed.items() if here and name != here.name and sae.hook == here.hook]
     if here is None or here.name not in indexed or not others:
         st.info("Two indexed SAEs of one hook are needed, the first of them chosen in the sidebar.")
         for sae in found.values():
@@ -64,13 +71,15 @@ def choose(found: dict[str, Trained]) -> Pair | None:
     name = (
         st.selectbox(f"{plain(here.name)} against", others, index=None, key="other", bind="query-params") or others[0]
     )
+    if apart := [f"{name} ({sae.hook})" for name, sae in indexed.items() if sae.hook != here.hook]:
+        st.caption(plain(f"Of another hook than {here.hook}, and so not compared: {', '.join(apart)}."))
     return Pair(here, indexed[name], table_of(here), table_of(indexed[name]))
 
 
 def counts(pair: Pair, sides: tuple[Side, Side]) -> None:
     columns = [
         grid.Column("", "kind", text=True),
-        *(grid.Column("", sae.name) for sae in (pair.here, pair.other)),
+        *(grid.Column("", label(sae)) for sae in (pair.here, pair.other)),
         grid.Column("", "", text=True),
     ]
     rows = [
@@ -90,7 +99,7 @@ def pairs(pair: Pair, side: Side, kind: str) -> None:
     latents = np.flatnonzero(side.kinds == KINDS.index(kind))
     latents = latents[np.argsort(side.cosines[latents] * (1 if kind == "alone" else -1), kind="stable")]
     if not len(latents):
-        st.info(plain(f"No latent of {pair.here.name} is {kind}."))
+        st.info(plain(f"No latent of {label(pair.here)} is {kind}."))
         return
 
     def picked(value: str) -> None:
@@ -99,18 +108,21 @@ def pairs(pair: Pair, side: Side, kind: str) -> None:
             st.query_params["pair"] = name
         else:
             st.session_state.leave = int(name)
-            st.session_state.sae = (pair.here if kind_ == "here" else pair.other).name
+            sae = pair.here if kind_ == "here" else pair.other
+            st.session_state.run, st.session_state.sae = sae.run.name, sae.name
 
     given = st.query_params.get("pair", "")
     chosen = int(given) if given.isdecimal() and len(given) < 10 and int(given) in latents else int(latents[0])
     columns = [
-        grid.Column("", pair.here.name), grid.Column("", "name", text=True), grid.Column("", "cosine"),
-        grid.Column("", pair.other.name), grid.Column("", "name", text=True), grid.Column("", "fires with, Jaccard", f"the latent of {pair.other.name} that fires on the same tokens most, be it the nearest or not, and the Jaccard index of the two"),
+        grid.Column("", label(pair.here)), grid.Column("", "name", text=True), grid.Column("", "cosine"),
+        grid.Column("", label(pair.other)), grid.Column("", "name", text=True), grid.Column("", "fires with, Jaccard", f"the latent of {label(pair.other)} that fires on the same tokens most, be it the nearest or not, and the Jaccard index of the two"),
     ]  # fmt: skip
 
     def link(which: str, latent: int) -> str:
         sae = pair.here if which == "here" else pair.other
-        return grid.link(str(latent), f"{which}:{latent}", link_to("features", sae=sae.name, latent=latent))
+        return grid.link(
+            str(latent), f"{which}:{latent}", link_to("features", run=sae.run.name, sae=sae.name, latent=latent)
+        )
 
     rows = []
     for latent in latents[:SHOWN].tolist():
@@ -141,8 +153,8 @@ def beside(pair: Pair, latent: int, nearest: int) -> None:
                 table.index, show(table.index, weights_of(sae), one, found.top[:8], 12), found.figures["max"]
             )
             clickable(
-                f"<h3>{html.escape(f'{sae.name}, latent {one}: {table.names[one].text}')}</h3>{body}",
-                f"side {sae.name}",
+                f"<h3>{html.escape(f'{label(sae)}, latent {one}: {table.names[one].text}')}</h3>{body}",
+                f"side {label(sae)}",
             )
 
 
@@ -162,7 +174,7 @@ with said():
             )  # fmt: skip
         with right:
             density = pair.table.columns["density"], pair.other_table.columns["density"][sides[0].nearest]
-            figure = charts.densities(*density, sides[0].cosines, (pair.here.name, pair.other.name))
+            figure = charts.densities(*density, sides[0].cosines, (label(pair.here), label(pair.other)))
             st.plotly_chart(figure, key="densities", config={"displaylogo": False})
         which, kind = VIEWS[view or "Matched"]
         pairs(pair if which == 0 else Pair(pair.other, pair.here, pair.other_table, pair.table), sides[which], kind)

@@ -1,16 +1,19 @@
 """All latents of an SAE, sorted, filtered and searched; or one of them."""
 
+import re
 from typing import Any
 
 import numpy as np
 import streamlit as st
 from latent import show_latent
+from lists import all_lists
 from opened import table_of
 from shell import clickable, fragment, missing, said
 from where import chosen_sae, link_to, own_query
 
 from saebench.browse.table import HEADINGS, MAX_SIZE, LatentTable, Query
 from saebench.index.derive import FLAGS
+from saebench.index.lists import lists_of
 from saebench.index.page import figure, name_html
 from saebench.view import grid
 from saebench.view.markdown import plain
@@ -25,12 +28,15 @@ def query_of(table: LatentTable) -> Query:
     state = st.session_state
     sort, _, way = st.query_params.get("sort", "latent").partition(".")
     page = st.query_params.get("page", "1")
+    least, most = between() or (0.0, 1.0)
     return Query(
         text=state.get("q") or "",
         sort=sort if sort in table.sortable else "latent",
         descending=way == "desc",
-        most_density=DENSITIES[state.get("density") or "any"],
+        least_density=least,
+        most_density=min(most, DENSITIES[state.get("density") or "any"]),
         least_detection=float(state.get("rule") or 0.0),
+        among=lists_of(table.index).all().get(state.get("list") or ""),
         having=tuple(state.get("having") or ()),
         without=tuple(state.get("without") or ()),
         page=max(0, int(page[:9]) - 1) if page.isdecimal() else 0,
@@ -38,9 +44,24 @@ def query_of(table: LatentTable) -> Query:
     )
 
 
-def filters() -> None:
+def between() -> tuple[np.float64, np.float64] | None:
+    """(least, most) density of a bar of the histogram, whose powers of ten the address has as `between=-3.1_-3`."""
+    found = re.fullmatch(r"(-?\d\d?(?:\.\d)?)_(-?\d\d?(?:\.\d)?)", st.query_params.get("between", ""))
+    if found is None:
+        return None
+    least, most = (10 ** np.float64(power) for power in found.groups())
+    return least, np.nextafter(most, 0.0)  # as a bar: without its upper end
+
+
+def forget_between() -> None:
+    st.query_params.pop("between", None)
+    st.query_params.pop("page", None)
+
+
+def filters(table: LatentTable) -> None:
     bound: dict[str, Any] = {"bind": "query-params", "on_change": lambda: st.query_params.pop("page", None)}
-    columns = st.columns([3, 1.4, 1.4, 2, 2, 1])
+    lists = list(lists_of(table.index).all())
+    columns = st.columns([3, 1.4, 1.4, 2, 2, 1, *[1.8] * bool(lists)])
     columns[0].text_input(
         "Search", key="q", placeholder="name, token or number", live=True, persist_state="page", **bound
     )
@@ -55,6 +76,14 @@ def filters() -> None:
             placeholder="flags", **bound,
         )  # fmt: skip
     columns[5].selectbox("Rows", SIZES, index=1, key="size", persist_state="page", **bound)
+    if lists:
+        columns[6].selectbox("List", lists, None, key="list", persist_state="page", placeholder="any", **bound)
+    if ends := between():
+        with st.container(horizontal=True, vertical_alignment="center"):
+            st.caption(
+                f"Only densities of {ends[0]:.3g} to {ends[1]:.3g}, a bar of the overview's histogram.", width="content"
+            )
+            st.button("Any density", on_click=forget_between)
 
 
 def row(table: LatentTable, latent: int, bins: slice, address: dict[str, list[str]]) -> grid.Row:
@@ -85,7 +114,7 @@ def number(name: str, value: float) -> str:
 def rows(table: LatentTable) -> None:
     if st.session_state.get("latent") is not None:
         st.rerun()
-    filters()
+    filters(table)
     query = query_of(table)
 
     def picked(value: str) -> None:
@@ -122,6 +151,8 @@ def rows(table: LatentTable) -> None:
         if st.button("Next page", disabled=found.page + 1 >= pages):
             st.query_params["page"] = str(found.page + 2)
             st.rerun(scope="fragment")
+        with st.popover("Lists"):
+            all_lists(table)
 
 
 sae = chosen_sae()
@@ -150,6 +181,8 @@ with said():
         st.warning(
             plain(f"Its store is gone ({sae.store}): labels, statistics and logits are shown, examples cannot be.")
         )
+    if table.problem:
+        st.warning(plain(table.problem))
     if chosen is None:
         title.title(plain(sae.name))
         rows(table)
@@ -157,6 +190,6 @@ with said():
         place = st.container()
         # Also here, and first, so that the address keeps them: the previous and the next latent are those of the list.
         with st.expander("The list that Previous and Next go through"):
-            filters()
+            filters(table)
         with place:
             show_latent(sae, table, int(chosen), query_of(table), title)

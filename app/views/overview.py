@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import streamlit as st
-from opened import Files, files_of
+from opened import Files, files_of, table_of
 from shell import clickable, missing, offer, said
 from where import chosen_run, chosen_sae, go, link_to, root
 
@@ -117,6 +117,36 @@ def plots(saes: dict[str, Trained]) -> None:
         st.plotly_chart(figure, key=f"curve {name}", config={"displaylogo": False})
 
 
+def densities(sae: Trained) -> None:
+    """How often the latents of the chosen SAE fire; a bar opens them."""
+    if sae.share_indexed == 0:
+        return
+    density = table_of(sae).columns["density"]
+
+    def picked() -> None:
+        points = st.session_state["density histogram"]["selection"]["points"]
+        if points:
+            st.session_state.between = points[0]["customdata"]
+
+    figure = charts.density_histogram(density, sae.name)
+    st.plotly_chart(
+        figure, key="density histogram", selection_mode="points", on_select=picked, config={"displaylogo": False}
+    )
+    so_far = "" if sae.share_indexed == 1 else f" Of the {sae.share_indexed:.0%} of the rows that are indexed so far."
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.caption(f"A bar opens its latents.{so_far}", width="content")
+        if (density == 0).any() and st.button("Open the dead ones"):
+            open_list(having="dead")
+    if between := st.session_state.pop("between", None):
+        open_list(between=between)
+
+
+def open_list(**parameters: str) -> None:
+    """The table of latents with these filters alone."""
+    st.session_state.get("left", {}).pop("features", None)
+    go("features", **parameters)
+
+
 @st.cache_resource(show_spinner="Measuring norms", max_entries=16)
 def norms(folder: str, hook: str, files: Files) -> NormReport:
     return norm_report(open_store(Path(folder)), hook, sample=SAMPLE)
@@ -148,5 +178,8 @@ with said():
             st.markdown(f"**Next for {plain(sae.name)}**")
             missing(sae)
     plots(found)
+    if sae:
+        with said():
+            densities(sae)
     st.subheader("Activation stores")
     stores(found)

@@ -9,6 +9,7 @@ import numpy as np
 
 from saebench.index import FeatureIndex
 from saebench.index.derive import FLAGS
+from saebench.index.explanations import Explanation
 from saebench.index.names import Names
 from saebench.index.notes import Note, Notes
 from saebench.steer.scores import Scores
@@ -50,6 +51,8 @@ class Query:
     """flags, any of which a latent must have; `labelled` and `explained` count as such"""
     without: tuple[str, ...] = ()
     """flags that it must not have"""
+    among: tuple[int, ...] | None = None
+    """these latents alone, as of a list"""
     page: int = 0
     size: int = 50
 
@@ -71,9 +74,17 @@ class Found(NamedTuple):
 class LatentTable:
     """The columns of an index with the scores and notes beside it."""
 
-    def __init__(self, index: FeatureIndex, notes: Notes, scores: Scores | None = None) -> None:
-        self.index, self.notes = index, notes
-        self.names = Names(index, notes)
+    def __init__(
+        self,
+        index: FeatureIndex,
+        notes: Notes,
+        scores: Scores | None = None,
+        judged: dict[int, Explanation] | None = None,
+        problem: str = "",
+    ) -> None:
+        """`problem` is what is wrong with what lies beside the index, and was left out."""
+        self.index, self.notes, self.problem = index, notes, problem
+        self.names = Names(index, notes, judged)
         """what each latent is called"""
         self.columns = index.columns | {name: self.names.columns[name] for name in ("name_f1", "name_detection")}
         self.estimated = np.zeros(index.d_sae, bool)
@@ -122,6 +133,8 @@ class LatentTable:
         chosen = (density >= query.least_density) & (density <= query.most_density)
         if query.least_detection > 0:
             chosen &= self.columns["name_detection"] >= query.least_detection
+        if query.among is not None:
+            chosen &= np.isin(np.arange(self.index.d_sae), query.among)
         if query.having:
             chosen &= np.logical_or.reduce([self._flagged(flag) for flag in query.having])
         for flag in query.without:

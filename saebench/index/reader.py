@@ -278,6 +278,11 @@ class FeatureIndex:
         return self._data["tokens/ids"][:]
 
     @cached_property
+    def top_rows(self) -> np.ndarray:
+        """`[d_sae, 20]` rows of the strongest examples of each latent, one of a context, −1 for none."""
+        return self._data["top/rows"][:]
+
+    @cached_property
     def histograms(self) -> np.ndarray:
         """`[d_sae, N_BINS]` firings of each latent by strength, in `bin_edges`."""
         return self._data["histogram/counts"][:]

@@ -141,6 +141,36 @@ def features_for_text(
     return TextFeatures(tokens, index.running(tokens), firings[:limit], massive, target, parts)
 
 
+class Difference(NamedTuple):
+    """A latent on two texts: where it fires on each, None where it does not."""
+
+    latent: int
+    first: Firing | None
+    second: Firing | None
+
+    @property
+    def peaks(self) -> tuple[float, float]:
+        """Its strongest activation on the one and on the other; 0 where it does not fire."""
+        first, second = (0.0 if firing is None else firing.peak for firing in (self.first, self.second))
+        return first, second
+
+    @property
+    def more(self) -> float:
+        """By how much it fires more strongly on the first."""
+        first, second = self.peaks
+        return first - second
+
+
+def differences(first: TextFeatures, second: TextFeatures, limit: int | None = 50) -> list[Difference]:
+    """The latents of two texts, the largest difference of their strongest activations first, whichever way it goes.
+
+    Of what `features_for_text` found on either: with a `limit` there, a latent beyond it counts as silent.
+    """
+    here, there = ({firing.latent: firing for firing in found.firings} for found in (first, second))
+    every = [Difference(latent, here.get(latent), there.get(latent)) for latent in sorted(here | there)]
+    return sorted(every, key=lambda one: -abs(one.more))[:limit]
+
+
 def token_of(model: LanguageModel, text: str) -> int:
     """The one token that a text is; a leading space may be written `·`. Raises ValueError for none or several."""
     _, *ids = model.tokens_of(text.replace("·", " "))

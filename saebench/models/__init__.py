@@ -4,6 +4,7 @@ A model is the Hugging Face module, which runs as it does without us. What is as
 """
 
 from saebench.models.checks import check_hook, check_padding, has_place
+from saebench.models.lens import Predictions, logit_lens, next_tokens
 from saebench.models.load import (
     EMBEDDED_MODEL,
     EMBEDDED_MODEL_PATH,
@@ -40,6 +41,7 @@ __all__ = [
     "HookKind",
     "LanguageModel",
     "ModelDtype",
+    "Predictions",
     "Unembedding",
     "capture",
     "capturer",
@@ -55,9 +57,11 @@ __all__ = [
     "last_states",
     "load_model",
     "load_tokenizer",
+    "logit_lens",
     "logits",
     "model_path",
     "next_logits",
+    "next_tokens",
     "parse_hook",
     "repeated",
     "resumed_states",

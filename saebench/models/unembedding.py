@@ -41,7 +41,7 @@ def unembedding(model: LanguageModel) -> Unembedding:
     ValueError for a model whose logits are not a final norm's output times a matrix, times one number, with or without a soft cap.
     """
     tokens = probe_tokens(model)
-    norm, normed_BLD = _final_norm(model, tokens)
+    norm, normed_BLD = final_norm(model, tokens)
     matrix = model.module.get_output_embeddings()
     if matrix is None or matrix.weight.shape[1] != normed_BLD.shape[2]:
         raise ValueError(_unknown(model, "it has no unembedding of the width of its residual stream"))
@@ -64,7 +64,7 @@ def unembedding(model: LanguageModel) -> Unembedding:
     return Unembedding(matrix.weight.T, gamma_D, centred, float(f"{scale:.3g}"))
 
 
-def _final_norm(model: LanguageModel, tokens: Tensor) -> tuple[nn.Module, Tensor]:
+def final_norm(model: LanguageModel, tokens: Tensor) -> tuple[nn.Module, Tensor]:
     """The module that reads what the last layer writes, and what it makes of it; where none does, one that changes nothing."""
     inside = {part for block in model.blocks for part in block.modules()}
     last: list[Tensor] = []

@@ -1,5 +1,6 @@
 """Plotly figures of SAEs: one colour and marker per architecture, the same on every page."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -178,3 +179,32 @@ def densities(left: np.ndarray, right: np.ndarray, cosines: np.ndarray, names: t
     figure.update_xaxes(axis)
     figure.update_yaxes(axis)
     return figure
+
+
+BIN = 0.1
+"""width of a bar of `density_histogram`, in powers of ten"""
+
+
+def density_histogram(density: np.ndarray, name: str) -> go.Figure:
+    """How many of `[F]` latents fire on which share of the tokens, in bars of `BIN` powers of ten; those that never fire stand in the title.
+
+    A bar's `customdata` is the powers of ten it goes from and to, as `-3.1_-3`.
+    """
+    living = density[density > 0].astype(np.float64)
+    low = math.floor(np.log10(living.min()) / BIN) if len(living) else -1
+    high = math.floor(np.log10(living.max()) / BIN) if len(living) else -1
+    powers = np.round(
+        np.arange(low - 1, high + 2) * BIN, 1
+    )  # a bar more on either side, whatever rounding does to a logarithm
+    counts = np.histogram(living, 10 ** np.append(powers, powers[-1] + BIN).round(1))[0]
+    ends = np.round(np.stack([powers, powers + BIN], 1), 1)
+    figure = go.Figure(
+        go.Bar(
+            x=powers + BIN / 2, y=counts, width=BIN * 0.92, marker={"color": "#d97706"}, customdata=[f"{a:g}_{b:g}" for a, b in ends],
+            text=[f"on {10**a:.3g} to {10**b:.3g} of the tokens" for a, b in ends], textposition="none",
+            hovertemplate="%{y:,} latents<br>fire %{text}<extra></extra>",
+        )
+    )  # fmt: skip
+    dead = len(density) - len(living)
+    title = f"Densities of {name}: {len(living):,} living latents, {dead:,} dead"
+    return _layout(figure, title, "log10 of density, the share of tokens on which a latent fires", "latents")
