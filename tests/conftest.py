@@ -23,12 +23,15 @@ from transformers import (
 )
 
 from saebench.harvest import HarvestConfig, harvest
+from saebench.sae import SAE, GatedSAE, JumpReLUSAE, initialise, new_sae
 from saebench.store import Store
 from saebench.text import TextConfig
+from saebench.train.recipes import RECIPES
 
 torch.set_num_threads(2)
 
 VOCABULARY, LAYERS, WIDTH, CONTEXT = 512, 3, 32, 16
+LATENTS = 48  # of `an_sae`
 COMMON = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
 WIDE = {**COMMON, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": 64}
 SHAPES = {
@@ -109,3 +112,27 @@ def run(tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path]) 
     from workbench import make_run
 
     return make_run(tmp_path_factory.mktemp("workbench"), checkpoints["llama"])
+
+
+@torch.no_grad()
+def an_sae(architecture: str, store: Store, seed: int = 0) -> SAE:
+    """An SAE whose latents fire on 1% to 20% of the store's rows, but for the last, which is dead."""
+    sae = new_sae(architecture, WIDTH, LATENTS, k=6)
+    initialise(
+        sae,
+        torch.tensor(store.statistics(HOOK)["mean"]),
+        torch.Generator().manual_seed(seed),
+        RECIPES[architecture].gains,
+    )
+    projections = sae.project(store.of_split("train")[0].rows(HOOK))
+    shares = torch.linspace(0.01, 0.2, LATENTS)
+    bias = -torch.stack([column.quantile(1 - share) for column, share in zip(projections.T, shares, strict=True)])
+    bias[-1] = -1e6
+    if isinstance(sae, GatedSAE):
+        sae.b_gate.copy_(bias)
+        sae.b_mag.copy_(bias + 0.1)
+    else:
+        sae.b_enc.copy_(bias)
+    if isinstance(sae, JumpReLUSAE):
+        sae.threshold.fill_(0.05)
+    return sae

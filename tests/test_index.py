@@ -10,14 +10,14 @@ import numpy as np
 import processes
 import pytest
 import torch
-from conftest import CONTEXT, HOOK, WIDTH, sentences
+from conftest import CONTEXT, HOOK, LATENTS, WIDTH, an_sae, sentences
 from scipy.stats import chisquare
 
 from saebench.evaluate import EvalConfig, evaluate, write_report
 from saebench.evaluate.attribution import logit_of
 from saebench.files import write_json
 from saebench.harvest import HarvestConfig, harvest
-from saebench.index import FeatureIndex, IndexConfig, build_index, explain, open_feature_index, plan, publish
+from saebench.index import FeatureIndex, IndexConfig, build_index, open_feature_index, plan, publish
 from saebench.index.compare import KINDS, compare
 from saebench.index.decoder import geometry
 from saebench.index.derive import companions, flags, intervals, token_counts
@@ -41,43 +41,18 @@ from saebench.index.evidence import (
     values_of_top,
 )
 from saebench.index.examples import show
-from saebench.index.page import rule_html
+from saebench.index.names import Names
+from saebench.index.page import candidates_html
 from saebench.index.search import differences, features_for_text, token_of
 from saebench.index.texts import AROUND, ExampleTexts
 from saebench.models import capture, edits, load_model, logits, spliced_logits, unembedding
-from saebench.sae import SAE, GatedSAE, JumpReLUSAE, encode_sparse, initialise, new_sae, save_sae
+from saebench.sae import SAE, GatedSAE, encode_sparse, initialise, new_sae, save_sae
 from saebench.sae.sparse import BLOCK_VALUES
 from saebench.steer import open_bench
 from saebench.store import Store, open_store
 from saebench.text import TextConfig
 from saebench.train import TrainConfig, train
 from saebench.train.recipes import RECIPES
-
-LATENTS = 48
-
-
-@torch.no_grad()
-def an_sae(architecture: str, store: Store, seed: int = 0) -> SAE:
-    """An SAE whose latents fire on 1% to 20% of the store's rows, but for the last, which is dead."""
-    sae = new_sae(architecture, WIDTH, LATENTS, k=6)
-    initialise(
-        sae,
-        torch.tensor(store.statistics(HOOK)["mean"]),
-        torch.Generator().manual_seed(seed),
-        RECIPES[architecture].gains,
-    )
-    projections = sae.project(store.of_split("train")[0].rows(HOOK))
-    shares = torch.linspace(0.01, 0.2, LATENTS)
-    bias = -torch.stack([column.quantile(1 - share) for column, share in zip(projections.T, shares, strict=True)])
-    bias[-1] = -1e6
-    if isinstance(sae, GatedSAE):
-        sae.b_gate.copy_(bias)
-        sae.b_mag.copy_(bias + 0.1)
-    else:
-        sae.b_enc.copy_(bias)
-    if isinstance(sae, JumpReLUSAE):
-        sae.threshold.fill_(0.05)
-    return sae
 
 
 @pytest.fixture(scope="module")
@@ -391,7 +366,7 @@ def test_logit_effects_are_those_of_the_model_where_a_store_has_no_unembedding(
         for name in ours["logits"]:
             np.testing.assert_array_equal(ours[f"logits/{name}"][:], theirs[f"logits/{name}"][:])
     with open_feature_index(path, sae=saved) as opened:
-        assert rule_html(opened[0]) == '<p class="rule">No rule: the index was made with --no-rules.</p>'
+        assert candidates_html(opened[0]) == '<p class="rule">No rule: the index was made with --no-rules.</p>'
 
 
 def test_a_sample_joined_early_takes_in_what_lies_between_its_parts() -> None:
@@ -736,16 +711,23 @@ def test_an_index_of_the_first_version_opens_and_goes_on(saved: Path, index: Fea
     shutil.copy(index.path, old)
     with h5py.File(old, "a") as file:
         file.attrs["schema_version"] = 1
-        del file.attrs["longest"], file["latents/massive"], file["literals/version"]
+        del file.attrs["longest"], file["latents/massive"], file["lists"], file["literals"]
+        for name in ("any", "only", "but", "first_f1"):
+            del file[f"rules/{name}"]
         text = file["rules/text"].asstr()[:]
         del file["rules/text"]
         file["rules/text"] = np.array([line.encode() for line in text])
     with open_feature_index(old, sae=saved) as opened:
         assert "massive" not in opened.columns
         assert opened.longest == index.longest
-        assert opened.explanations == index.explanations
+        assert opened.described("rules") == index.described("rules")
+        assert opened.described("lists") == [""] * LATENTS
         latent = int(np.nanargmax(opened.columns["rule_f1"]))
-        assert opened[latent].rule == index[latent].rule
+        rule, now = opened[latent].rule, index[latent].rule
+        assert rule is not None
+        assert now is not None
+        assert rule._replace(first_f1=now.first_f1) == now
+        assert Names(opened)[latent].f1 == pytest.approx(now.f1)
         assert index.holds(latent, [np.array([0, 5, 6])]) is not None
         assert opened.holds(latent, [np.array([0, 5, 6])]) is None
     assert build_index(IndexConfig(sae=saved, sample=3_000, out=old)) == old
@@ -775,7 +757,7 @@ def test_texts_of_an_index_are_utf8(saved: Path, index: FeatureIndex, tmp_path: 
         del file["rules/text"]
         publish._write(file, {"rules": {"text": np.array(['token is "漢"', *["é"] * (LATENTS - 1)], dtype=object)}})
     with open_feature_index(path, sae=saved) as opened:
-        shown = {opened.explanations[latent] for latent in range(LATENTS) if opened[latent].rule}
+        shown = {opened.described("rules")[latent] for latent in range(LATENTS) if opened[latent].rule}
         assert shown <= {'token is "漢"', "é"}
         assert "é" in shown
         assert opened[1].rule is None or opened[1].rule.text == "é"
@@ -1025,71 +1007,3 @@ def test_saes_of_different_stores_are_not_compared(index: FeatureIndex, store: S
         other.identity = other.identity | {"store": "0" * 32}
         with pytest.raises(ValueError, match=r"differ in store: \w{32} and 0{32}; index both on one"):
             compare(index, sae, other, sae)
-
-
-# ------------------------------------------------------------------------------------------ rules
-
-
-def test_rules_are_fitted_on_rows_from_everywhere(
-    index: FeatureIndex, store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where the sample has more than are fitted: a tenth of it comes from all shards. So do the literals."""
-    monkeypatch.setattr(explain, "FIT_ROWS", 300)
-    monkeypatch.setattr(explain, "_CHUNK", 1000)
-    samples = {split: index.sample(split) for split in ("train", "validation")}
-    rows = samples["train"].rows
-    chosen = np.sort(rows[np.argsort(hashed(rows))[:300]])
-    ends = np.cumsum([shard.n_rows for shard in store.shards])
-    shards = {int(number) for number in np.searchsorted(ends, chosen, "right")}
-    assert shards == {number for number, shard in enumerate(store.shards) if shard.split == "train"}
-    found = explain.explain(store, samples, LATENTS)
-    fires = samples["train"].take(np.isin(rows, chosen)).fires(LATENTS)
-    assert found["rules"]["fit_rows"].tolist() == fires.tolist()
-    stretches = explain._spread(store, "train", chosen)
-    assert set(stretches.doc_id) > set(store.of_split("train")[-1].column("doc_id")[-10:])
-    assert set(stretches.doc_id) > set(store.of_split("train")[0].column("doc_id")[:10])
-
-
-def test_a_planted_latent_is_explained_by_the_token_it_fires_on(store: Store, saved: Path, tmp_path: Path) -> None:
-    """A latent whose direction and bias pick out the vectors of one frequent token gets that token for its rule."""
-    shard = store.of_split("train")[0]
-    tokens, keep = shard.column("tokens"), shard.column("keep")
-    x_RD = shard.rows(HOOK).float()
-    ids, counts = np.unique(tokens[keep], return_counts=True)
-    token = int(ids[counts.argmax()])
-    there = torch.from_numpy((tokens == token) & keep)
-    # The direction that separates the token's rows from the others (linear discriminant).
-    centred = x_RD - x_RD.mean(0)
-    direction = torch.linalg.solve(
-        centred.T @ centred / len(x_RD) + 1e-3 * torch.eye(WIDTH), x_RD[there].mean(0) - x_RD[~there].mean(0)
-    )
-    scores = x_RD @ direction
-    sae = an_sae("relu", store)
-    with torch.no_grad():
-        sae.W_enc[:, 0] = direction
-        sae.b_enc[0] = -(scores[there].quantile(0.05)) + sae.b_dec @ direction
-    metadata = {"model_name": "m", "hook_name": HOOK, "context_size": CONTEXT, "saebench": {"store": str(store.folder)}}
-    save_sae(sae, tmp_path / "saes" / "planted", metadata)
-    path = build_index(IndexConfig(sae=tmp_path / "saes" / "planted", logits=False))
-    assert path
-    with open_feature_index(path) as index:
-        rule = index[0].rule
-        assert rule
-        assert rule.text == f'token is "{index.pieces(np.array([token]))[0]}"'
-        assert rule.by_token
-        assert rule.f1 > 0.4
-        assert rule.detection > 0.7
-        assert abs(rule.null - 0.5) < 0.1
-        held = index.holds(0, [tokens[:200], tokens[200:250], tokens[:0]])
-        assert held is not None
-        assert np.array_equal(held[0], (tokens[:200] == token) & keep[:200])
-        assert np.array_equal(held[1], (tokens[200:250] == token) & keep[200:250])
-        assert held[2].shape == (0,)
-        assert index.explanations[0] == rule.text
-        dead = LATENTS - 1
-        assert index[dead].rule is None
-        assert index[dead].no_rule == "it fires on 0 rows of the fit, fewer than 10"
-        assert index[0].no_rule == ""
-        assert index.holds(dead, [tokens[:9]]) is None
-        assert index.explanations[dead] == ""
-        assert index.columns["detection"][0] == pytest.approx(rule.detection)

@@ -19,7 +19,7 @@ _LEAST = 10  # rows of the fit on which a literal holds
 
 
 def explain(
-    store: Store, samples: dict[str, Sample], d_sae: int, labellers: Sequence[Labeller]
+    store: Store, samples: dict[str, Sample], d_sae: int, labellers: Sequence[Labeller], workers: int | None = None
 ) -> dict[str, dict[str, np.ndarray]]:
     """Columns `[d_sae]` of a rule and of a list of tokens for every latent, and the literals that they are made of.
 
@@ -32,7 +32,7 @@ def explain(
     texts = TokenBytes(tokenizer).all()
     literals, rows = _rows(store, "train", samples["train"], d_sae, texts, labellers)
     alone = np.array([is_token(name) for name in literals.names], bool)
-    rules, lists = fit_rules(rows, alone)
+    rules, lists = fit_rules(rows, alone, workers)
     del rows
     used = _used([rules, lists])
     names = [literals.names[number] for number in used]
@@ -46,7 +46,7 @@ def explain(
     give_back()
     _, rows = _rows(store, "validation", samples["validation"], d_sae, texts, labellers, names)
     for what, fitted in (("rules", rules), ("lists", lists)):
-        scores = score_rules(fitted, rows)
+        scores = score_rules(fitted, rows, workers=workers)
         columns = {name: fitted[name] for name in RULE.names or ()} | {name: scores[name] for name in SCORE.names or ()}
         found[what] = columns | {"text": np.array([describe(rule, names) for rule in fitted], dtype=object)}
     return found

@@ -51,7 +51,7 @@ class Publisher:
         self, config: IndexConfig, plan: Plan, static: Groups, identity: dict[str, str], settings: dict[str, Any]
     ) -> None:
         self.path, self.plan, self.static = config.path, plan, static
-        self.labellers = config.labellers() if config.rules else []
+        self.labellers, self.workers = config.labellers() if config.rules else [], config.workers
         self.attributes: dict[str, Any] = {
             "schema": INDEX_SCHEMA,
             "schema_version": INDEX_VERSIONS[-1],
@@ -105,7 +105,7 @@ class Publisher:
         _write(file, derive(gathered.evidence, samples["train"], tokens, self.plan.scale, complete))
         give_back()
         if complete and self.labellers:
-            _write(file, explain(self.plan.store, samples, self.plan.sae.d_sae, self.labellers))
+            _write(file, explain(self.plan.store, samples, self.plan.sae.d_sae, self.labellers, self.workers))
         if not complete:
             _write(file, {"state": vars(gathered.evidence) | {"done": gathered.done}})
 

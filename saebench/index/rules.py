@@ -5,8 +5,10 @@ what it gains, Quinlan 1990, turned to F1), and a list of tokens, the best of it
 Legend: R rows, F latents, M literals, S literals of a shortlist, T distinct tokens, W windows.
 """
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +26,7 @@ GAIN = 0.005
 """of F1 on training rows, for which a rule takes another literal"""
 _SHORTLIST = 64  # alternatives that are tried
 _LEAST_HITS = 2  # of an alternative
-_LOOKED_AT = 8192  # rows by which it is guessed what narrows a rule, before the best are counted on all
+_LOOKED_AT = 2**14  # rows by which it is told what holds on some, evenly among them where they are more
 
 RULE = np.dtype(
     [
@@ -73,7 +75,7 @@ class Rows(NamedTuple):
             )
 
 
-def fit_rules(fit: Rows, lists_of: Bool[np.ndarray, " M"]) -> tuple[np.ndarray, np.ndarray]:
+def fit_rules(fit: Rows, lists_of: Bool[np.ndarray, " M"], workers: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(rules, lists) of F latents, two arrays `RULE` `[F]`; lists are of literals in `lists_of`, no two of which hold on one row.
 
     Without literals where a latent fires on fewer than `MINIMUM` rows, or nothing holds twice where it fires.
@@ -82,30 +84,41 @@ def fit_rules(fit: Rows, lists_of: Bool[np.ndarray, " M"]) -> tuple[np.ndarray, 
     grower = _Grower(fit.literals, np.flatnonzero(lists_of))
     firing = fit.firing.tocsc()
     rules, lists = _none(firing.shape[1]), _none(firing.shape[1])
-    with progress(len(rules), "fit rules", "latent", delay=1.0) as bar:
-        for latent in range(len(rules)):
-            fires = _column(firing, latent)
-            rules["fit_rows"][latent] = lists["fit_rows"][latent] = len(fires)
-            if len(fires) >= MINIMUM:
-                grower.fit(fires, rules[latent : latent + 1], lists[latent : latent + 1])
-            bar.update()
+
+    def fit_one(latent: int) -> None:
+        fires = _column(firing, latent)
+        rules["fit_rows"][latent] = lists["fit_rows"][latent] = len(fires)
+        if len(fires) >= MINIMUM:
+            grower.fit(fires, rules[latent : latent + 1], lists[latent : latent + 1])
+
+    _each(len(rules), fit_one, "fit rules", workers)
     return rules, lists
 
 
-def score_rules(rules: np.ndarray, score: Rows, seed: int = 0) -> np.ndarray:
+def score_rules(rules: np.ndarray, score: Rows, seed: int = 0, workers: int | None = None) -> np.ndarray:
     """Scores `SCORE` `[F]` of rules, or of lists, on held-out rows; NaN where firing rows, or windows of either kind, are too few.
 
     `seed` rotates the activations of the null.
     """
     score.check()
     held_out = _HeldOut(score, seed)
-    scores = np.full(len(rules), np.nan, SCORE)
-    scores["score_rows"] = 0
-    with progress(len(rules), "score rules", "latent", delay=1.0) as bar:
-        for latent, rule in enumerate(rules):
-            held_out.score(latent, rule, scores[latent : latent + 1])
-            bar.update()
+    scores = np.zeros(len(rules), SCORE)
+    for name in SCORE.names or ():
+        scores[name] = 0 if name == "score_rows" else np.nan
+    _each(
+        len(rules),
+        lambda latent: held_out.score(latent, rules[latent], scores[latent : latent + 1]),
+        "score rules",
+        workers,
+    )
     return scores
+
+
+def _each(n: int, work: Callable[[int], None], what: str, workers: int | None) -> None:
+    """Do something for each latent, in threads: most of it is numpy's, which lets others run meanwhile."""
+    with progress(n, what, "latent", delay=1.0) as bar, ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        for _ in pool.map(work, range(n)):
+            bar.update()
 
 
 _FORM = re.compile(
@@ -116,8 +129,8 @@ _FORM = re.compile(
 def describe(rule: np.void, names: Sequence[str]) -> str:
     """A rule in words, as `token " bad" or " worse"; class: number; only after word "the"; not position < 4`; empty where there is none."""
     groups: dict[tuple[str, str], list[str]] = {}
-    for number in rule["any"][rule["any"] >= 0]:
-        name = names[int(number)]
+    for number in rule["any"][rule["any"] >= 0].tolist():
+        name = names[number]
         form = _FORM.fullmatch(name)
         if form is None:
             groups.setdefault((name, ""), []).append("")
@@ -154,7 +167,8 @@ class _Grower:
 
     def fit(self, fires: Int[np.ndarray, " n"], rule: np.ndarray, listed: np.ndarray) -> None:
         """Fill in the rule and the list of a latent, structured arrays of length 1, from the rows on which it fires."""
-        hits = self.holding_on(fires)
+        some = _some(fires)
+        hits = self.holding_on(some) * (len(fires) / len(some))
         self._list(hits, len(fires), listed)
         self._grow(hits, fires, rule)
 
@@ -209,7 +223,7 @@ class _Grower:
         size = min(_SHORTLIST, len(there))
         chosen = np.concatenate([np.argpartition(-gain, size - 1)[:size], [f1.argmax()]])
         precise = (
-            hit[chosen] / count[chosen] >= 0.15 * f1.max()
+            hit[chosen] / count[chosen] >= 0.3 * f1.max()
         )  # with less it takes in more than it brings, whatever it overlaps with
         return np.unique(there[np.append(chosen[precise], f1.argmax())])
 
@@ -257,25 +271,25 @@ class _Growing:
     def narrow(self) -> bool:
         """Take the exception that rids it of most, or the literal that must hold as well."""
         held = (self.times > 0) & self.allowed
-        rows = np.flatnonzero(held)
-        rows = rows[:: -(-len(rows) // _LOOKED_AT)]
-        there, true = self.grower.holding_on(rows), self.grower.holding_on(rows[self.fires[rows]])
+        rows = _some(np.flatnonzero(held))
+        there_M, true_M = self.grower.holding_on(rows), self.grower.holding_on(rows[self.fires[rows]])
         part = len(rows) / self.claimed  # of what it holds on
         moves = []
         if len(self.but) < EXCEPTIONS:
             moves += [
-                (False, literal) for literal in _top(self._f1(self.true - true / part, self.claimed - there / part))
+                (False, literal) for literal in _top(self._f1(self.true - true_M / part, self.claimed - there_M / part))
             ]
         if self.only < 0:
-            moves += [(True, literal) for literal in _top(self._f1(true / part, there / part))]
-        best, counted = self.f1 + GAIN, None
+            moves += [(True, literal) for literal in _top(self._f1(true_M / part, there_M / part))]
+        best, counted = float(np.nextafter(self.f1 + GAIN, 0)), None
         for within, literal in moves:
-            here = self._rows_of(literal)
-            here = here[held[here]]
-            true, claimed = int(self.fires[here].sum()), len(here)
-            if not within:
-                true, claimed = self.true - true, self.claimed - claimed
-            if (f1 := self._f1(true, claimed)) >= best:
+            inside = int(true_M[literal]), int(there_M[literal])
+            if part < 1:
+                here = self._rows_of(literal)
+                here = here[held[here]]
+                inside = int(self.fires[here].sum()), len(here)
+            true, claimed = inside if within else (self.true - inside[0], self.claimed - inside[1])
+            if (f1 := self._f1(true, claimed)) > best:
                 best, counted = f1, (within, literal, true, claimed)
         if counted is None:
             return False
@@ -301,6 +315,11 @@ class _Growing:
                 self.any.remove(literal)
                 self.times[rows] -= 1
                 self.true, self.claimed, self.f1 = true, claimed, float(self._f1(true, claimed))
+
+
+def _some(rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:
+    """All of some rows, or at most `_LOOKED_AT` evenly among them."""
+    return rows[:: max(1, -(-len(rows) // _LOOKED_AT))]
 
 
 def _top(f1: Float[np.ndarray, " M"], k: int = 4) -> list[int]:
@@ -381,13 +400,13 @@ class _HeldOut:
 def holding(literals: Matrix, rule: np.void) -> Bool[np.ndarray, " R"]:
     """Where a rule holds, of literals `[R, M]` in CSC."""
     holds = np.zeros(literals.shape[0], dtype=bool)
-    for literal in rule["any"][rule["any"] >= 0]:
+    for literal in rule["any"][rule["any"] >= 0].tolist():
         holds[_column(literals, literal)] = True
     if rule["only"] >= 0:
         within = np.zeros_like(holds)
-        within[_column(literals, rule["only"])] = True
+        within[_column(literals, int(rule["only"]))] = True
         holds &= within
-    for literal in rule["but"][rule["but"] >= 0]:
+    for literal in rule["but"][rule["but"] >= 0].tolist():
         holds[_column(literals, literal)] = False
     return holds
 
