@@ -190,7 +190,7 @@ def test_one_name_everywhere(index: FeatureIndex, saved: Path, tmp_path: Path) -
         assert set(table.find(Query(having=("explained",), size=100)).latents) == set(
             np.flatnonzero(names.columns["explained"])
         )
-        (page,) = export(ExportConfig(sae=saved, latents=(0, 1), out=tmp_path / "page.html"))
+        (page,) = export(ExportConfig(sae=saved, format="html", latents=(0, 1), out=tmp_path / "page.html"))
         text = page.read_text()
         assert all(name_html(names[latent]) in text for latent in (0, 1))
         files = export(ExportConfig(sae=saved, format="neuronpedia", out=tmp_path / "np"))
