@@ -37,10 +37,8 @@ _PARTS = 16  # of the latents, whose tokens are counted at once
 FLAGS = ("dead", "dense", "single_token", "position_bound")
 
 
-def derive(
-    evidence: Evidence, sample: Sample, tokens: np.ndarray, scale: float, complete: bool
-) -> dict[str, dict[str, np.ndarray]]:
-    """The columns that come from the rows, by group and name; companions only once all rows are in.
+def derive(evidence: Evidence, sample: Sample, tokens: np.ndarray, scale: float) -> dict[str, dict[str, np.ndarray]]:
+    """The columns that come from the rows, by group and name, but for companions.
 
     `tokens` `[R]` are those of the sampled rows.
     """
@@ -68,7 +66,7 @@ def derive(
         "tokens": by_token,
     }
     give_back()
-    return groups | ({"companions": companions(sample, d_sae)} if complete else {})
+    return groups
 
 
 def intervals(evidence: Evidence, scale: float) -> dict[str, np.ndarray]:

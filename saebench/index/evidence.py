@@ -98,6 +98,12 @@ class Sample(NamedTuple):
         entries = np.repeat(chosen, np.diff(self.offsets))
         return Sample(self.rows[chosen], _offsets(counts), self.latents[entries], self.values[entries])
 
+    def of_lowest_hash(self, n: int) -> "Sample":
+        """At most `n` of its rows, wherever they lie."""
+        chosen = np.zeros(len(self.rows), bool)
+        chosen[np.argsort(hashed(self.rows))[:n]] = True
+        return self.take(chosen)
+
     def stretch(self, first: int, stop: int) -> "Sample":
         """Rows number `first` to `stop` of the sample, their entries not copied."""
         offsets = self.offsets[first : stop + 1]

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 
 from saebench.files import replacing
-from saebench.index.derive import derive
+from saebench.index.derive import companions, derive
 from saebench.index.evidence import (
     Evidence,
     Sample,
@@ -31,6 +31,8 @@ Groups = dict[str, dict[str, np.ndarray]]
 
 log = logging.getLogger(__name__)
 
+KEPT_SAMPLE = 100_000
+"""sampled rows of the training text that a complete file keeps: for companions, comparisons and exports; rules are fitted on all"""
 SNAPSHOT_SECONDS = 30.0
 SNAPSHOT_SHARE = 0.05  # of the time may go into writing them
 
@@ -89,21 +91,27 @@ class Publisher:
 
     def _samples(self, file: h5py.File, gathered: Gathered, complete: bool) -> None:
         """Write the samples, and let go of their values once all is in: the rest asks what fires, not how strongly."""
-        for split, (part,) in gathered.samples.items():
+        for split, (whole,) in gathered.samples.items():
+            part = whole
+            if complete and split == "train":
+                part = part.of_lowest_hash(KEPT_SAMPLE)
             columns = part._asdict()
             latents = columns.pop("latents")  # narrower in memory than in the file
             file.create_dataset(f"sample/{split}/latents", latents.shape, np.int32)[...] = latents
             _write(file, {f"sample/{split}": columns})
             if complete:
-                gathered.samples[split] = [part._replace(values=np.broadcast_to(np.float32(0), part.values.shape))]
+                gathered.samples[split] = [whole._replace(values=np.broadcast_to(np.float32(0), whole.values.shape))]
 
     def _derived(self, file: h5py.File, gathered: Gathered, complete: bool) -> None:
         """Add what is computed from the evidence and the samples."""
         samples = {split: part for split, (part,) in gathered.samples.items()}
         tokens = _tokens(self.plan.store, samples["train"].rows)
         give_back()
-        _write(file, derive(gathered.evidence, samples["train"], tokens, self.plan.scale, complete))
+        _write(file, derive(gathered.evidence, samples["train"], tokens, self.plan.scale))
         give_back()
+        if complete:
+            _write(file, {"companions": companions(samples["train"].of_lowest_hash(KEPT_SAMPLE), self.plan.sae.d_sae)})
+            give_back()
         if complete and self.labellers:
             _write(file, explain(self.plan.store, samples, self.plan.sae.d_sae, self.labellers, self.workers))
         if not complete:
