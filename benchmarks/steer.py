@@ -18,6 +18,7 @@ import json
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from saebench.steer.scores import ScoreConfig
 
 PROMPT = "def main("
 COLUMNS = (
-    "latent", "rule, its F1", "strength, of the norm", "concept", "fluency", "score", "score, random direction", "score, another latent",
+    "latent", "name, its F1", "strength, of the norm", "concept", "fluency", "score", "score, random direction", "score, another latent",
     "texts in which the rule holds: unsteered / steered", "clear",
 )  # fmt: skip
 
@@ -48,10 +49,10 @@ def row(bench: Bench, found: DoseResponse) -> str:
     assert bench.index
     best, *controls = found.tested
     scores = {control.arm: control.told()[-1] for control in controls}
-    rule = Names(bench.index)[found.latent].text.replace("|", "\\|")
-    f1 = float(bench.index.columns["rule_f1"][found.latent])
+    name = Names(bench.index)[found.latent]
+    text = textwrap.shorten(name.text, 70, placeholder=" …").replace("|", "\\|") if name.explained else "–"
     cells = [
-        str(found.latent), f"{rule}, {f1:.2f}", "–" if best.norm is None else f"{best.norm:.2f}", *best.told(), scores["random"],
+        str(found.latent), f"{text}, {name.f1:.2f}", "–" if best.norm is None else f"{best.norm:.2f}", *best.told(), scores["random"],
         scores.get("other", "–"), f"{share(found.doses[0])} / {share(best)}", "yes" if clear(found) else "",
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
