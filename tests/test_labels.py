@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import saebench.demo
-from saebench.labels import LABELLERS, Block, Labeller, Stream, Stretch, label, labeller_of, syntax
+from saebench.index import IndexConfig
+from saebench.labels import LABELLERS, Block, Labeller, Stream, Stretch, label, labeller_of, linguistics, syntax
 from saebench.labels.prose import NEAR
+from saebench.labels.stretch import Passage
 from saebench.labels.tokens import is_token
 from saebench.pieces import TokenBytes
 from saebench.text import Document, encoder_of, pack
@@ -297,7 +300,9 @@ BROKEN = (
 @pytest.mark.parametrize("every", [1, 2, 7, 31])
 def test_labels_of_some_rows_are_those_of_all_at_these_rows(every: int) -> None:
     """Of whole and of broken source, prose, and documents of which no row is asked for."""
-    stream = packed(SOURCE, BROKEN, "x = 1\n", "Not a program: (prose", Path(syntax.__file__).read_text()[7000:14000], SOURCE[7:-9])
+    stream = packed(
+        SOURCE, BROKEN, "x = 1\n", "Not a program: (prose", Path(syntax.__file__).read_text()[7000:14000], SOURCE[7:-9]
+    )
     names = {0: "a.py", 1: "b.py", 4: "e.py", 5: "f.py"}
     every_literal = label([stretch(stream, names)])
     everything = every_literal.holds.tocsr()
@@ -417,7 +422,17 @@ def test_marks_of_layout(ending: str) -> None:
     pieces = text.replace("\n", ending).replace(ending, f"|{ending}|").replace(" ", "| ").split("|")
     found = of_pieces(*filter(None, pieces))
     assert [token.strip() for token in found["heading"]] == ["#", "Title", "Under", "PART", "TWO"]
-    assert [token.strip() for token in found["list item"]] == "- one item * two \u2022 three 1. four".split()
+    assert [token.strip() for token in found["list item"]] == [
+        "-",
+        "one",
+        "item",
+        "*",
+        "two",
+        "•",
+        "three",
+        "1.",
+        "four",
+    ]
     assert {"#", "Some", "-", "Under", "PART"} <= set(found["first sentence of a paragraph"])
 
 
@@ -563,3 +578,109 @@ def test_a_labeller_that_is_not_there_is_named() -> None:
     assert labeller_of("tokens") is LABELLERS[1]
     with pytest.raises(ValueError, match="'poetry' is no labeller; there are python, tokens, prose, spacy:PIPELINE"):
         labeller_of("poetry")
+
+
+# --------------------------------------------------------------------------------------- linguistics
+
+WORDNET = {  # as wndb(5WN) has it: a licence, then lemma, part, synsets, pointers, senses, those met in text, offsets
+    "index.noun": "  1 This software and database is being provided\nriver n 1 1 @ 1 1 00000100  \ndog n 2 1 @ 2 1 00000200 00000100  \nwa n 1 0 1 0 00000100  \n",
+    "data.noun": "  1 This software and database is being provided\n00000100 17 n 01 river 0 000 | water  \n00000200 05 n 01 dog 0 000 | bark  \n",
+    "noun.exc": "hounds dog\n",
+    "index.verb": "be v 1 0 1 1 00000300  \nriver v 1 0 1 0 00000300  \n",
+    "data.verb": "00000300 42 v 01 be 0 000 | exist  \n",
+    "verb.exc": "was be\n",
+    **dict.fromkeys(("index.adj", "data.adj", "adj.exc", "index.adv", "data.adv", "adv.exc"), ""),
+}
+
+
+@pytest.fixture
+def wordnet(tmp_path: Path) -> Path:
+    for name, text in WORDNET.items():
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_supersenses_are_of_the_first_sense_of_a_words_lemma(wordnet: Path) -> None:
+    found = of_pieces(
+        "Riv", "ers", " Dog", "’s", " hounds", " was", " cats", labellers=[labeller_of(f"wordnet:{wordnet}")]
+    )
+    assert dict(found) == {
+        "supersense: noun.object": ["Riv", "ers"],  # and no verb, as which no text has it
+        "supersense: noun.animal": [" Dog", "’s", " hounds"],
+        "supersense: verb.stative": [" was"],  # and not the plural of "wa"
+    }
+
+
+def test_a_wordnet_is_told_by_its_files(wordnet: Path) -> None:
+    before = labeller_of(f"wordnet:{wordnet}").version
+    (wordnet / "noun.exc").write_text("hounds dog\npuppies dog\n")
+    linguistics._wordnet.cache_clear()
+    assert labeller_of(f"wordnet:{wordnet}").version != before
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut"])
+def test_a_directory_without_a_wordnet_is_refused_by_name(wordnet: Path, damage: str) -> None:
+    data = wordnet / "data.noun"
+    if damage == "missing":
+        data.unlink()
+    else:
+        data.write_text("" if damage == "empty" else WORDNET["data.noun"][:-60])
+    with pytest.raises(ValueError, match=f"{wordnet} is no directory of WordNet's database files"):
+        labeller_of(f"wordnet:{wordnet}")
+
+
+def test_what_an_index_is_asked_for_is_looked_for_first(wordnet: Path) -> None:
+    extra = IndexConfig(sae=wordnet, wordnet=wordnet).labellers()[len(LABELLERS) :]
+    assert [labeller.name for labeller in extra] == [f"wordnet:{wordnet}"]
+    with pytest.raises(ValueError, match="is no directory of WordNet's"):
+        IndexConfig(sae=wordnet, wordnet=wordnet / "nowhere").labellers()
+
+
+def test_without_spacy_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "spacy", None)
+    with pytest.raises(ValueError, match=r"^spaCy labels 'en_core_web_sm' with: pip install 'saebench\[prose\]'$"):
+        IndexConfig(sae=Path("a"), spacy="en_core_web_sm").labellers()
+
+
+@pytest.fixture(scope="module")
+def spacy_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    spacy = pytest.importorskip("spacy", reason="spaCy is not installed: pip install 'saebench[prose]'")
+    nlp = spacy.blank("en")
+    rules = nlp.add_pipe("attribute_ruler")
+    rules.add([[{"LOWER": "dogs"}]], {"POS": "NOUN", "LEMMA": "dog"})
+    nlp.add_pipe("entity_ruler").add_patterns([{"label": "GPE", "pattern": "New York"}])
+    folder = tmp_path_factory.mktemp("spacy") / "pipeline"
+    nlp.to_disk(folder)
+    return folder
+
+
+def test_spacy_labels_every_piece_of_its_tokens(spacy_pipeline: Path) -> None:
+    labeller = labeller_of(f"spacy:{spacy_pipeline}")
+    assert labeller.version.startswith("1 en_pipeline ")
+    found = of_pieces("é", b"\xff", " Do", "gs", " in", " New", " York", "\n", labellers=[labeller])
+    assert found["part of speech: NOUN"] == found["lemma: dog"] == [" Do", "gs"]
+    assert found["entity: GPE"] == [" New", " York"]
+    with pytest.raises(ValueError, match="'no_pipeline' is no pipeline that spaCy finds"):
+        labeller_of("spacy:no_pipeline")
+
+
+@pytest.mark.parametrize("filling", [" dogs", "x", "\n\ndogs"])
+def test_spacy_is_given_long_texts_in_portions(spacy_pipeline: Path, filling: str) -> None:
+    pieces = (
+        "dogs ",
+        filling * (1_100_000 if filling == "x" else 9_000),
+        " dogs",
+    )  # spaCy itself refuses more than 1,000,000 letters
+    held = of_pieces(*pieces, labellers=[labeller_of(f"spacy:{spacy_pipeline}")])["lemma: dog"]
+    assert (held[0], held[-1]) == ("dogs ", " dogs")
+
+
+def test_portions_of_a_long_text_are_all_of_it() -> None:
+    for text in (b"word " * 20_000, b"x" * 100_000, b"line\n" * 9_000, b"par\n\n" * 9_000, b"short", b""):
+        nowhere = np.zeros(0, np.int64)
+        portions = list(
+            linguistics._portions(Passage("", syntax.Pieces(text, nowhere, nowhere, nowhere), nowhere, nowhere))
+        )
+        assert b"".join(text[start:stop] for start, stop in portions) == text
+        assert all(stop - start <= 2 * linguistics._AT_ONCE for start, stop in portions)
+        assert all(text[stop - 1 : stop].isspace() for _, stop in portions[:-1]) or text[:2] == b"xx"

@@ -124,7 +124,7 @@ def _portions(passage: Passage) -> Iterator[tuple[int, int]]:
     source, start = passage.pieces.source, 0
     while start < len(source):
         least, most = start + _AT_ONCE, start + 2 * _AT_ONCE
-        ends = (cut for end in (b"\n\n", b"\n", b" ") if (cut := source.find(end, least, most)) >= 0)
+        ends = (at + len(end) for end in (b"\n\n", b"\n", b" ") if (at := source.find(end, least, most)) >= 0)
         stop = next(ends, most) if most < len(source) else len(source)
         yield start, stop
         start = stop
@@ -163,7 +163,8 @@ class _WordNet:
                 self.exceptions[part] = {pair[0]: pair[1] for pair in pairs if len(pair) > 1}
         except (OSError, ValueError, KeyError, IndexError) as error:
             raise ValueError(
-                f"{folder} is no directory of WordNet's database files index.noun, data.noun, noun.exc ... ({error})"
+                f"{folder} is no directory of WordNet's database files (index.noun, data.noun, noun.exc and those of verb, adj and adv): "
+                f"{type(error).__name__} {error}"
             ) from error
         self.version = digest.hexdigest()[:12]
 
