@@ -81,7 +81,7 @@ _ENDINGS = {  # morphy(7WN)
 def pipeline(name: str) -> Any:
     """A spaCy pipeline. Raises ValueError where spaCy, or the pipeline, is not there."""
     try:
-        import spacy
+        import spacy  # type: ignore[import-not-found]
     except ImportError as error:
         raise ValueError(f"spaCy labels {name!r} with: pip install 'saebench[prose]'") from error
     try:
