@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class TokenBytes(dict[int, bytes]):
         """The bytes of every token of the tokenizer, by id."""
         return [self[token] for token in range(self.size)]
 
-    @property
+    @cached_property
     def size(self) -> int:
         """One more than the greatest id that the tokenizer has."""
         return 0 if self._tokenizer is None else max(self._tokenizer.get_vocab().values(), default=-1) + 1

@@ -13,7 +13,7 @@ from saebench.index.notes import Note, Notes
 from saebench.index.reader import FeatureIndex
 
 LEAST_F1, LEAST_DETECTION = 0.3, 0.6
-"""held-out scores below either of which a candidate names nothing (decision 33)"""
+"""held-out scores below either of which a candidate names nothing (decision 32)"""
 _SHOWN_TOKENS = 5
 SOURCES = {
     "yours": "written by you",

@@ -35,7 +35,7 @@ class IndexConfig:
     sample: Count = 300_000
     """rows, and as many held-out ones in whole contexts, of which everything that fires is kept: for tokens, companions and rules"""
     rules: bool = True
-    """fit a rule of at most two literals to each latent, and score it on held-out rows"""
+    """fit a rule and a list of tokens to each latent, and score them on held-out rows"""
     spacy: str | None = None
     """spaCy pipeline whose parts of speech, dependencies and entities are literals too (extra `prose`), such as en_core_web_sm"""
     wordnet: Path | None = None

@@ -25,8 +25,8 @@ class Labeller(NamedTuple):
 
 LABELLERS = (
     Labeller("python", "4", syntax.label),
-    Labeller("tokens", "4", tokens.label),
-    Labeller("prose", "1", prose.label),
+    Labeller("tokens", "5", tokens.label),
+    Labeller("prose", "2", prose.label),
 )
 """In the order of how much their literals say: of rules that are equally good the first is taken."""
 
@@ -74,33 +74,36 @@ def label(
 ) -> Literals:
     """The literals that hold on at least `least` rows of some stretches, taken together; or `only` some, by their names.
 
-    Of literals that two labellers call the same the first one's counts. A literal that never holds has an empty column if it was asked for, and none else.
+    A literal that never holds has an empty column if it was asked for, and none else; its labeller is -1.
+    Raises ValueError where two labellers call a literal the same.
     """
-    numbers = {} if only is None else {name: number for number, name in enumerate(only)}
-    of = {} if only is None else dict.fromkeys(range(len(numbers)), -1)
+    numbers = {name: number for number, name in enumerate(only or ())}
+    of: dict[int, int] = {}
     rows, columns, n_rows = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)], 0
     for stretch in stretches:
         for place, labeller in enumerate(labellers):
             for names, codes, places in labeller.label(stretch):
-                known = np.array([numbers.get(name, -1) for name in names] if only is not None else
-                                 [numbers.setdefault(name, len(numbers)) for name in names], np.int32)  # fmt: skip
-                for number in known.tolist():
-                    if of.get(number, -1) < 0:
-                        of[number] = place
-                mine = known[codes]
-                wanted = (mine >= 0) & (np.array([of.get(number, -1) for number in known.tolist()])[codes] == place)
+                if only is None:
+                    for name in names:
+                        numbers.setdefault(name, len(numbers))
+                known = np.array([numbers.get(name, -1) for name in names], np.int32)
+                for name, number in zip(names, known.tolist(), strict=True):
+                    if number >= 0 and of.setdefault(number, place) != place:
+                        both = " and ".join(repr(labellers[which].name) for which in (of[number], place))
+                        raise ValueError(f"{name!r} is a literal of {both}; expected names of their own")
+                wanted = known[codes] >= 0
                 rows.append((places[wanted] + n_rows).astype(np.int32))
-                columns.append(mine[wanted])
+                columns.append(known[codes[wanted]])
         n_rows += len(stretch.rows)
     row, column = np.concatenate(rows), np.concatenate(columns)
-    names, labeller_of = list(numbers), np.array([of[number] for number in range(len(numbers))], np.int64)
+    names, labelled_by = list(numbers), np.array([of.get(number, -1) for number in range(len(numbers))], np.int64)
     holds: Any = sparse.coo_array((np.ones(len(row), bool), (row, column)), shape=(n_rows, len(names))).tocsc()
     holds.sum_duplicates()
     if only is None:
-        order = np.argsort(labeller_of, kind="stable")
-        order = order[np.diff(holds.indptr)[order] >= least]
-        names, labeller_of, holds = [names[number] for number in order], labeller_of[order], holds[:, order]
-    return Literals(names, labeller_of, holds)
+        order = np.argsort(labelled_by, kind="stable")
+        order = order[np.diff(holds.indptr)[order] >= max(least, 1)]
+        names, labelled_by, holds = [names[number] for number in order], labelled_by[order], holds[:, order]
+    return Literals(names, labelled_by, holds)
 
 
 __all__ = ["LABELLERS", "Block", "Labeller", "Literals", "Stream", "Stretch", "label", "labeller_of"]

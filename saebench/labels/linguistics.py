@@ -4,6 +4,7 @@ Both are what a user names: a spaCy pipeline, and a directory with WordNet's dat
 """
 
 import hashlib
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from saebench.labels.prose import Words
 from saebench.labels.stretch import Block, Passage, Stretch, values_block
 
-_AT_ONCE = 20_000  # bytes that spaCy is given at once, to the next end of a paragraph
+_AT_ONCE = 20_000  # bytes that spaCy is given at once, to the next end of a paragraph, a line or a word
 _KINDS = {"part of speech": "pos_", "tag": "tag_", "dependency": "dep_", "entity": "ent_type_", "lemma": "lemma_"}
 
 _PARTS = ("noun", "verb", "adj", "adv")
@@ -80,7 +81,7 @@ _ENDINGS = {  # morphy(7WN)
 def pipeline(name: str) -> Any:
     """A spaCy pipeline. Raises ValueError where spaCy, or the pipeline, is not there."""
     try:
-        import spacy
+        import spacy  # type: ignore[import-not-found]
     except ImportError as error:
         raise ValueError(f"spaCy labels {name!r} with: pip install 'saebench[prose]'") from error
     try:
@@ -112,18 +113,19 @@ def label_by_pipeline(name: str, stretch: Stretch) -> Iterator[Block]:
             at = np.searchsorted(first, anchor[here], side="right") - 1
             inside = (at >= 0) & (anchor[here] < last[at])
             places = passage.places[wanted[here][inside]]
+            there, codes = np.unique(at[inside], return_inverse=True)
             for kind, attribute in _KINDS.items():
-                values = [getattr(token, attribute) for token in document]
-                names = [f"{kind}: {value}" for value in values]
-                there = np.array([bool(value.strip()) for value in values])[at[inside]]
-                yield Block(names, at[inside][there], places[there])
+                values = [getattr(document[number], attribute).strip() for number in there.tolist()]
+                known = np.array([bool(value) for value in values], bool)[codes]
+                yield Block([f"{kind}: {value}" for value in values], codes[known], places[known])
 
 
 def _portions(passage: Passage) -> Iterator[tuple[int, int]]:
     source, start = passage.pieces.source, 0
     while start < len(source):
-        cut = source.find(b"\n\n", start + _AT_ONCE)
-        stop = len(source) if cut < 0 else cut + 2
+        least, most = start + _AT_ONCE, start + 2 * _AT_ONCE
+        ends = (at + len(end) for end in (b"\n\n", b"\n", b" ") if (at := source.find(end, least, most)) >= 0)
+        stop = next(ends, most) if most < len(source) else len(source)
         yield start, stop
         start = stop
 
@@ -140,10 +142,10 @@ def _readable(source: bytes) -> tuple[str, np.ndarray]:
 
 
 class _WordNet:
-    """The supersense of the first sense of each lemma, by part of speech."""
+    """The supersense of the first sense of each lemma, by part of speech, and whether its sense was ever met in text."""
 
     def __init__(self, folder: Path) -> None:
-        self.senses: dict[str, dict[str, str]] = {}
+        self.senses: dict[str, dict[str, tuple[str, bool]]] = {}
         self.exceptions: dict[str, dict[str, str]] = {}
         digest = hashlib.sha256()
         try:
@@ -151,23 +153,27 @@ class _WordNet:
                 index, data, exceptions = (
                     (folder / name).read_bytes() for name in (f"index.{part}", f"data.{part}", f"{part}.exc")
                 )
-                digest.update(index)
+                digest.update(index + data + exceptions)
                 files = {int(line[:8]): int(line[9:11]) for line in data.splitlines() if line[:1].isdigit()}
                 self.senses[part] = {
-                    fields[0]: _LEXICOGRAPHER_FILES[files[int(fields[-int(fields[2])])]]
-                    for fields in map(str.split, index.decode().splitlines())
-                    if fields and fields[0][:1].isalnum() and fields[2].isdigit()
+                    fields[0]: (_LEXICOGRAPHER_FILES[files[int(fields[-int(fields[2])])]], fields[-int(fields[2]) - 1] != "0")
+                    for fields in (line.split() for line in index.decode().splitlines() if line[:1] != " ")
                 }  # fmt: skip
                 pairs = (line.split() for line in exceptions.decode().splitlines())
                 self.exceptions[part] = {pair[0]: pair[1] for pair in pairs if len(pair) > 1}
         except (OSError, ValueError, KeyError, IndexError) as error:
             raise ValueError(
-                f"{folder} is no directory of WordNet's database files index.noun, data.noun, noun.exc ... ({error})"
+                f"{folder} is no directory of WordNet's database files (index.noun, data.noun, noun.exc and those of verb, adj and adv): "
+                f"{type(error).__name__} {error}"
             ) from error
         self.version = digest.hexdigest()[:12]
 
     def supersenses(self, word: str) -> list[str]:
-        """Of a word in any inflection, one for each part of speech that it may be."""
+        """Of a word in any inflection, one for each part of speech that it may be; of those that text has it as, where it has any.
+
+        Else "was" would be a place (WA), too.
+        """
+        word = re.split("['’]", word)[0]
         found = []
         for part, senses in self.senses.items():
             forms = [
@@ -175,10 +181,10 @@ class _WordNet:
                 self.exceptions[part].get(word, ""),
                 *(word[: -len(end)] + to for end, to in _ENDINGS[part] if word.endswith(end)),
             ]
-            sense = next((senses[form] for form in forms if form in senses), None)
-            if sense is not None:
-                found.append(sense)
-        return found
+            there = [senses[form] for form in forms if form in senses]
+            found += [sense for sense in there if sense[1]][:1] or there[:1]
+        met = [name for name, in_text in found if in_text]
+        return met or [name for name, _ in found]
 
 
 @lru_cache(maxsize=1)

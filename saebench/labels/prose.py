@@ -15,16 +15,30 @@ NEAR = 16
 """tokens before one among which a word is near"""
 _STARTS, _ENDS = (3, 4), (2, 3, 4)  # letters of the beginnings and ends of words that are literals
 _NEAR_LETTERS = 4  # of a word for it to be near: shorter ones are near everywhere
-_LETTERS = rb"[A-Za-z0-9_\x80-\xff]"
-_WORD = re.compile(_LETTERS + rb"+(?:(?:'|\xe2\x80\x99)[A-Za-z]+)?")
-_SENTENCE = re.compile(rb"[.!?][\"')\]]*\s+(?=[\"'(\[]?[A-Z0-9\xc3-\xf4])|\n[ \t]*\n\s*|\xe3\x80\x82")
-_PARAGRAPH = re.compile(rb"\n[ \t]*\n\s*")
+_SIGNS = rb"\xc2|\xc3[\x97\xb7]|\xe2[\x80-\xaf]|\xe3\x80|\xef\xbc[\x81-\x8f\x9a-\xa0]|\xf0\x9f"  # what no letter beyond ASCII begins with
+_LETTER = rb"(?:[A-Za-z0-9_]|(?!" + _SIGNS + rb")[\xc3-\xf4][\x80-\xbf]+)"
+_APOSTROPHE, _OPENING, _CLOSING = (
+    rb"(?:'|\xe2\x80\x99)",
+    rb"(?:[\"'(\[]|\xe2\x80[\x98\x9c])",
+    rb"(?:[\"')\]]|\xe2\x80[\x99\x9d])",
+)
+_WORD = re.compile(_LETTER + rb"+(?:" + _APOSTROPHE + rb"[A-Za-z]+)?")
+_PARAGRAPH = re.compile(rb"\n[ \t\r]*\n\s*")
+_SENTENCE = re.compile(
+    rb"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\b[A-Z])[.!?]"
+    + _CLOSING
+    + rb"*\s+(?="
+    + _OPENING
+    + rb"?[A-Z0-9\xc3-\xf4])|"
+    + _PARAGRAPH.pattern
+    + rb"|\xe3\x80\x82"
+)
 _MONTH = rb"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sep(?:tember)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?)"
 _SPANS = {
-    "heading": rb"(?m)^(?:#{1,6} [^\n]+|[^\n]+\n(?=[=-]{3,}$)|[A-Z0-9][A-Z0-9 ,.:'&-]{3,60}$)",
-    "list item": rb"(?m)^[ \t]*(?:[-*+\xe2\x80\xa2]|\(?(?:\d{1,3}|[a-zA-Z])[.)])[ \t]+[^\n]*",
+    "heading": rb"(?m)^(?:#{1,6} [^\r\n]+|[^\r\n]+(?=\r?\n[=-]{3,}\r?$)|(?=[^\n]*[A-Z]{2})[A-Z0-9][A-Z0-9 ,.:'&-]{3,60}(?=\r?$))",
+    "list item": rb"(?m)^[ \t]*(?:[-*+]|\xe2\x80\xa2|\(?(?:\d{1,3}|[a-zA-Z])[.)])[ \t]+[^\r\n]*",
     "markup": rb"</?[a-zA-Z][^<>\n]{0,200}>|&[a-zA-Z]{2,8};|\[[^\]\n]{1,80}\]\([^)\s]{1,200}\)|`[^`\n]+`|\*\*[^*\n]+\*\*",
-    "address": rb"(?:https?://|www\.)[^\s<>\"]+|[\w.+-]+@[\w-]+\.[\w.-]+",
+    "address": rb"(?:https?://|www\.)[^\s<>\"]+|(?<![\w.+-])[\w.+-]+@[\w-]+\.[\w.-]+",
     "in brackets": rb"\([^()\n]{0,400}\)|\[[^\[\]\n]{0,400}\]",
     "in quotes": rb"\"[^\"\n]{1,400}\"|\xe2\x80\x9c[^\n]{1,400}?\xe2\x80\x9d|(?<![A-Za-z0-9])'[^'\n]{2,200}'(?![A-Za-z0-9])",
     "date": rb"(?i)\b(?:\d{1,2}(?:st|nd|rd|th)? )?" + _MONTH + rb"\.? \d{1,4}(?:, \d{4})?\b|\b\d{4}-\d\d-\d\d\b|\b\d{1,2}/\d{1,2}/\d{2,4}\b",
@@ -108,7 +122,8 @@ def _flags(passage: Passage, here: Words) -> np.ndarray:
     order = here.at - first_word[sentence]  # of the word in its sentence
     data = np.frombuffer(source, np.uint8)
     letter = data[np.minimum(here.spans[:, 0], len(data) - 1)]
-    capital = ((letter >= ord("A")) & (letter <= ord("Z")))[here.at]
+    long = np.diff(here.spans).ravel() > 1  # "I" and "A" name nobody
+    capital = (long & (letter >= ord("A")) & (letter <= ord("Z")))[here.at]
     flags = [
         here.first & ~here.last, here.inside & ~here.first & ~here.last, here.last & ~here.first,
         here.inside & capital & (order > 0), here.inside & (order == 0), *(here.inside & (order < n) & (order >= 0) for n in _AT),

@@ -87,6 +87,12 @@ class Stretch:
     def keep(self) -> Bool[np.ndarray, " r"]:
         return self.stream.keep[self.rows]
 
+    @cached_property
+    def tokens(self) -> Int[np.ndarray, " n"]:
+        """Of the stream, V where they have no text: special ones, and ids beyond the tokenizer's, as padded embeddings have."""
+        tokens, size = self.stream.tokens.astype(np.int64), len(self.texts)
+        return np.where(self.stream.keep & (tokens < size), tokens, size)
+
     def before(self, distance: int) -> Int[np.ndarray, " r"]:
         """The stream's row that lies a distance before each, -1 where that is no text which the model has seen with it.
 
@@ -112,11 +118,11 @@ class Stretch:
         return list(self._passages(place))
 
     def _passages(self, place: np.ndarray) -> Iterator[Passage]:
-        kept = np.flatnonzero(self.stream.keep)
+        kept, texts = np.flatnonzero(self.stream.keep), [*self.texts, b""]
         for rows in np.split(kept, np.flatnonzero(np.diff(self.stream.doc_id[kept])) + 1):
             if (place[rows] < 0).all():
                 continue
-            parts = [self.texts[token] for token in self.stream.tokens[rows].tolist()]
+            parts = [texts[token] for token in self.tokens[rows].tolist()]
             end = np.cumsum([len(part) for part in parts])
             if end[-1] == 0:
                 continue

@@ -51,12 +51,12 @@ class _Vocabulary:
         self.same = np.array([known.setdefault(text, token) for token, text in enumerate(texts)] + [-1])
         """the first token of the same bytes"""
         decoded = [text.decode(errors="replace") for text in texts]
-        folded = [text.strip().lower() for text in decoded]
+        folded = ["" if "\ufffd" in text else text.strip().lower() for text in decoded]
         groups: dict[str, int] = {}
         self.folded = np.array(
             [groups.setdefault(text, token) if text else -1 for token, text in enumerate(folded)] + [-1]
         )
-        """the first token that reads the same but for case and white space, -1 where there is only white space"""
+        """the first token that reads the same but for case and white space, -1 where nothing is to be read"""
         size_of = np.bincount(self.folded[self.folded >= 0], minlength=size + 1)
         self.several = size_of > 1
         self.names = [quoted(text) for text in texts]
@@ -98,9 +98,10 @@ def label(stretch: Stretch) -> Iterator[Block]:
     """Literals of tokens alone, in the order of how much each says."""
     size = len(stretch.texts)
     vocabulary = _vocabulary(tuple(stretch.texts))
-    tokens = stretch.stream.tokens.astype(np.int64)
-    current = np.where(stretch.keep, tokens[stretch.rows], size)
-    before, earlier = (np.where(rows >= 0, tokens[rows], size) for rows in (stretch.before(1), stretch.before(2)))
+    current = stretch.tokens[stretch.rows]
+    before, earlier = (
+        np.where(rows >= 0, stretch.tokens[rows], size) for rows in (stretch.before(1), stretch.before(2))
+    )
     names, folded = vocabulary.names, vocabulary.folded_names
     yield values_block(vocabulary.same[current], _Named("token {}", names))
     yield values_block(vocabulary.in_any_case(current), _Named("token {} in any case", folded))
