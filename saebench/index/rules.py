@@ -99,8 +99,9 @@ def score_rules(rules: np.ndarray, score: Rows, seed: int = 0) -> np.ndarray:
     """
     score.check()
     held_out = _HeldOut(score, seed)
-    scores = np.full(len(rules), np.nan, SCORE)
-    scores["score_rows"] = 0
+    scores = np.zeros(len(rules), SCORE)
+    for name in SCORE.names or ():
+        scores[name] = 0 if name == "score_rows" else np.nan
     with progress(len(rules), "score rules", "latent", delay=1.0) as bar:
         for latent, rule in enumerate(rules):
             held_out.score(latent, rule, scores[latent : latent + 1])
