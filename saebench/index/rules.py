@@ -382,13 +382,13 @@ class _HeldOut:
 def holding(literals: Matrix, rule: np.void) -> Bool[np.ndarray, " R"]:
     """Where a rule holds, of literals `[R, M]` in CSC."""
     holds = np.zeros(literals.shape[0], dtype=bool)
-    for literal in rule["any"][rule["any"] >= 0]:
+    for literal in rule["any"][rule["any"] >= 0].tolist():
         holds[_column(literals, literal)] = True
     if rule["only"] >= 0:
         within = np.zeros_like(holds)
-        within[_column(literals, rule["only"])] = True
+        within[_column(literals, int(rule["only"]))] = True
         holds &= within
-    for literal in rule["but"][rule["but"] >= 0]:
+    for literal in rule["but"][rule["but"] >= 0].tolist():
         holds[_column(literals, literal)] = False
     return holds
 
