@@ -174,6 +174,38 @@ def test_the_list_is_in_a_latents_address(page: Page, browser: Browser, address:
     other.close()
 
 
+def test_one_click_is_one_step_back(page: Page, address: str) -> None:
+    page.goto(f"{address}/features")  # says neither run nor SAE: that it is named is no step of its own
+    rows = page.locator("table[aria-label=latents] tbody tr")
+    expect(rows).to_have_count(48)
+    page.wait_for_url("**/features?run=tiny&sae=*")
+    entries = page.evaluate("history.length")
+    heading = page.get_by_role("heading", name=re.compile("^Latent"))
+    for step, click in enumerate(
+        (
+            lambda: page.locator("button[data-pick='sort:max']").click(),
+            lambda: rows.nth(3).locator("td").nth(2).click(),
+            lambda: page.get_by_role("button", name="Steer with it").click(),
+        )
+    ):
+        click()
+        page.wait_for_url(("**sort=max.desc*", "**latent=*", "**/steering?*")[step])
+        settled(page)
+        assert page.evaluate("history.length") == entries + step + 1
+    page.go_back()
+    expect(heading).to_be_visible()
+    page.go_back()
+    expect(page.locator("th[aria-sort=descending]")).to_contain_text("max")
+    with page.context.expect_page() as opened:
+        rows.nth(3).locator("a").click(button="middle")
+    expect(opened.value.get_by_role("heading", name=re.compile("^Latent"))).to_be_visible()
+    assert "sort=max.desc" in opened.value.url
+    assert "latent=" not in page.url
+    opened.value.close()
+    page.go_back()
+    expect(page.locator("th[aria-sort=ascending]")).to_contain_text("latent")
+
+
 def test_links_lead_to_the_right_place_in_another_tab(page: Page, address: str) -> None:
     page.goto(f"{address}/compare?sae={SAE}&kind=Related")
     page.locator("table[aria-label=pairs] a").first.wait_for()
