@@ -61,7 +61,7 @@ def forget_between() -> None:
 def filters(table: LatentTable) -> None:
     bound: dict[str, Any] = {"bind": "query-params", "on_change": lambda: st.query_params.pop("page", None)}
     lists = list(lists_of(table.index).all())
-    columns = st.columns([3, 1.4, 1.4, 2, 2, 1, *[1.8] * bool(lists)])
+    columns = st.columns([3, 1.4, 1.4, 2, 2, 1, *[1.8] * bool(lists)], vertical_alignment="bottom")
     columns[0].text_input(
         "Search", key="q", placeholder="name, token or number", live=True, persist_state="page", **bound
     )
