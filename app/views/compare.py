@@ -155,7 +155,8 @@ run = chosen_run()
 found = saes_of(run)[0] if run else {}
 with said():
     if pair := choose(found):
-        here, other = (tuple(table.index.belonging.items()) for table in (pair.table, pair.other_table))
+        both = (pair.table.index, pair.other_table.index)
+        here, other = ((*index.belonging.items(), ("hook", index.hook)) for index in both)
         sides = compared(pair, (here, other))
         left, right = st.container(key="halves").columns(2, gap="large")
         with left:
