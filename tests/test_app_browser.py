@@ -180,7 +180,8 @@ def test_one_click_is_one_step_back(page: Page, address: str) -> None:
     page.goto(f"{address}/features")  # says neither run nor SAE: that it is named is no step of its own
     rows = page.locator("table[aria-label=latents] tbody tr")
     expect(rows).to_have_count(48)
-    page.wait_for_url("**/features?run=tiny&sae=*")
+    page.wait_for_url(lambda url: "run=tiny" in url and "sae=topk" in url)
+    settled(page)
     entries = page.evaluate("history.length")
     heading = page.get_by_role("heading", name=re.compile("^Latent"))
     for step, click in enumerate(
@@ -293,7 +294,7 @@ def test_contexts_switch_and_hostile_text_shows_as_text(page: Page, address: str
         seen += whole.evaluate_all(_WITHOUT_BADGES)
         if all(text in seen for text in hostile):
             break
-        page.keyboard.press("j")
+        page.get_by_role("button", name="Next").click()
     assert [text for text in hostile if text not in seen] == []
     assert page.locator(".example script, .example img, .example b").count() == 0
     focusable = page.locator(".example .sb-on").first
