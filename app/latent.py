@@ -128,9 +128,6 @@ def examples(sae: Trained, table: LatentTable, latent: Latent) -> None:
 
 
 def neighbours(table: LatentTable, latent: Latent) -> None:
-    def picked(value: str) -> None:
-        st.session_state.latent = int(value.partition(":")[2])
-
     parts = []
     for heading, ranked, meaning in (
         ("Nearest decoder rows", latent.neighbours, "cosine"),
@@ -138,7 +135,7 @@ def neighbours(table: LatentTable, latent: Latent) -> None:
         ("Fire together, by Jaccard", latent.jaccard, "Jaccard index"),
     ):
         parts.append(f'<h3 title="{meaning}">{heading}</h3>{links(table, ranked)}')
-    clickable(f'<div class="sb-side">{"".join(parts)}</div>', "neighbours", picked)
+    clickable(f'<div class="sb-side">{"".join(parts)}</div>', "neighbours")
 
 
 def links(table: LatentTable, ranked: Ranked, size: int = 8) -> str:

@@ -11,12 +11,10 @@ from where import (
     chosen_sae,
     forget_latents,
     keep_in_address,
-    leave,
     navigation_html,
     remember,
     root,
     runs,
-    set_out,
 )
 
 from saebench.browse.runs import saes_of
@@ -68,13 +66,11 @@ with st.sidebar, said():
     st.session_state.here = ({"run": run.name} if run else {}) | ({"sae": sae.name} if sae else {})
     links = [(other.url_path or "overview", other.title) for other in PAGES]
     with above:
-        clickable(navigation_html(links, st.session_state.page), "navigation", set_out)
+        clickable(navigation_html(links, st.session_state.page), "navigation")
     if jobs().all():
         st.divider()
         watch_jobs()
 
-leave()
 remember()
 with said():
     page.run()
-remember()

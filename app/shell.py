@@ -11,7 +11,7 @@ import streamlit as st
 import torch
 from opened import jobs, still_open
 from streamlit.components import v2
-from where import remember
+from where import VISIT, remember
 
 from saebench.browse.runs import Trained
 from saebench.files import first_line
@@ -22,19 +22,9 @@ from saebench.view.markdown import code, plain
 P = ParamSpec("P")
 log = logging.getLogger(__name__)
 
-# Going to another page, Streamlit pushes its query at the old path first, then run and SAE, and then the path: several
-# entries of the browser's history where one is right. What one act of the person pushes is one entry here.
-_SCRIPT = """
-if (!window.saebenchHistory) {
-  window.saebenchHistory = { acted: false };
-  const push = history.pushState.bind(history), replace = history.replaceState.bind(history);
-  for (const kind of ['pointerdown', 'keydown'])
-    window.addEventListener(kind, () => { window.saebenchHistory.acted = true; }, true);
-  history.pushState = (state, title, url) => {
-    (window.saebenchHistory.acted ? push : replace)(state, title, url);
-    window.saebenchHistory.acted = false;
-  };
-}
+_SCRIPT = (
+    VISIT
+    + """
 // The keyboard's focus stays on what was picked, and a table with the same first row stays where it was scrolled to.
 function redraw(root, html) {
   const first = () => (root.querySelector('tbody tr') || {dataset: {}}).dataset.pick;
@@ -52,6 +42,7 @@ export default function ({ parentElement, data, setTriggerValue }) {
   let root = parentElement.querySelector('.sb-app');
   if (!root) { root = document.createElement('div'); root.className = 'sb-app sb-page'; parentElement.appendChild(root); }
   root.send = setTriggerValue;
+  root.leads = data.links;
   if (root.shown !== data.html) { redraw(root, data.html); root.shown = data.html; }
   if (root.listens) return;
   root.listens = true;
@@ -59,7 +50,9 @@ export default function ({ parentElement, data, setTriggerValue }) {
     const found = event.target.closest('[data-pick]');
     if (!found || event.ctrlKey || event.metaKey || event.shiftKey || event.button > 0) return;
     event.preventDefault();
-    root.send('pick', found.dataset.pick);
+    const link = [found, ...found.querySelectorAll('a')].find((one) => one.href && one.dataset.pick === found.dataset.pick);
+    if (link && root.leads) visit(link.href, 'pushState');
+    else root.send('pick', found.dataset.pick);
   };
   root.addEventListener('click', pick);
   root.addEventListener('keydown', (event) => {
@@ -70,6 +63,7 @@ export default function ({ parentElement, data, setTriggerValue }) {
   });
 }
 """
+)
 _CSS = (
     tokens.CSS + svg.CSS + grid.CSS + arms.CSS + PARTS_CSS
     + ".sb-pages { display: flex; flex-direction: column; gap: 2px; } .sb-pages a { padding: 4px 10px; border-radius: 4px; text-decoration: none;"
@@ -80,8 +74,11 @@ _CSS = (
 _panel = v2.component("saebench.panel", css=_CSS, js=_SCRIPT)
 
 
-def clickable(body: str, key: str, on_pick: Callable[[str], None] | None = None) -> None:
-    """Escaped HTML; `on_pick` is told the `data-pick` of what is clicked, before the page is drawn again."""
+def clickable(body: str, key: str, on_pick: Callable[[str], None] | None = None, *, links: bool = True) -> None:
+    """Escaped HTML. A link is followed, by its row too where that is the same pick; `links` false: it is picked as all else.
+
+    `on_pick` is told the `data-pick` of what is clicked, before the page is drawn again.
+    """
 
     def picked() -> None:
         value = st.session_state[key].get("pick")
@@ -89,7 +86,7 @@ def clickable(body: str, key: str, on_pick: Callable[[str], None] | None = None)
             with said():
                 on_pick(value)
 
-    _panel(data={"html": body}, key=key, on_pick_change=picked)
+    _panel(data={"html": body, "links": links}, key=key, on_pick_change=picked)
 
 
 def fragment(function: Callable[P, None]) -> Callable[P, None]:
@@ -101,11 +98,11 @@ def fragment(function: Callable[P, None]) -> Callable[P, None]:
     @st.fragment
     @functools.wraps(function)
     def part(*args: P.args, **kwargs: P.kwargs) -> None:
+        remember()
         with said():
             if not still_open():
                 st.rerun()
             function(*args, **kwargs)
-        remember()
 
     return part
 

@@ -141,7 +141,7 @@ def another(bench: Bench, turns: tuple[Turn, ...], table: LatentTable | None) ->
         grid.Column("", "density"),
         grid.Column("", "output score", "~ estimated by a screen"),
     ]
-    clickable(grid.grid_html(columns, rows, "found"), "found", picked)
+    clickable(grid.grid_html(columns, rows, "found"), "found", picked, links=False)
 
 
 def _row(latent: int, table: LatentTable | None) -> grid.Row:

@@ -1,13 +1,12 @@
 """Where one is: the run, the SAE and the page, in the address; and how one goes to another page and finds it as it was left."""
 
-import contextlib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlencode
 
 import streamlit as st
-from streamlit.errors import StreamlitAPIException
+from streamlit.components import v2
 
 from saebench.browse.runs import Trained, runs_under, saes_of
 from saebench.view import grid
@@ -18,6 +17,25 @@ ROOT = "SAEBENCH_APP_ROOT"
 
 OF_ONE_SAE = ("latent", "turns", "focus", "other", "pair", "page")
 """Parameters of an address that say nothing of another SAE."""
+
+VISIT = """
+// To an address as a step back or forward leads to one: Streamlit draws what it says, and adds no entry of its own to the history.
+function visit(address, write) {
+  const to = new URL(address, document.baseURI).href;
+  if (to === location.href) return;
+  history[write]({}, '', to);
+  window.dispatchEvent(new PopStateEvent('popstate'));
+}
+"""
+_browser = v2.component("saebench.browser", js=VISIT + """
+export default function ({ data }) {
+  if (data.to) return visit(data.to, 'pushState');
+  const to = new URL(location.href);
+  if (to.searchParams.has(data.lacks)) return;
+  to.searchParams.set(data.lacks, data.value);
+  visit(to.href, 'replaceState');
+}
+""")  # fmt: skip
 
 
 def root() -> Path:
@@ -45,16 +63,20 @@ def chosen_sae() -> Trained | None:
     )
 
 
-def address(page: str, /) -> dict[str, Any]:
-    """The query with which a page is opened but for run and SAE: as it was left, without what was another SAE's."""
-    left, own = st.session_state.get("left", {}).get(page, ({}, {}))
-    same = left == st.session_state.here
-    return {name: values for name, values in own.items() if same or name not in OF_ONE_SAE}
-
-
 def link_to(page: str, /, **parameters: str | int | list[str]) -> str:
-    """The address of a page for a link, of the run and SAE that are shown unless others are given."""
-    return f"{page}?{urlencode({**st.session_state.here, **parameters}, doseq=True)}"
+    """The address of a page as it was left, but for these parameters; of the run and SAE that are shown unless others are given.
+
+    What the page was left with of another SAE's latents is not in it.
+    """
+    state = st.session_state
+    of = {name: parameters.get(name, value) for name, value in state.here.items()}
+    left, own = state.get("left", {}).get(page, ({}, {}))
+    kept = {name: values for name, values in own.items() if left == of or name not in OF_ONE_SAE}
+    return _address(page, of | kept | parameters)
+
+
+def _address(page: str, query: dict[str, Any]) -> str:
+    return f"{'./' if page == 'overview' else page}?{urlencode(query, doseq=True)}"
 
 
 def own_query() -> dict[str, list[str]]:
@@ -72,7 +94,7 @@ def forget_latents() -> None:
 
 
 def remember() -> None:
-    """Note the query of the page that is shown, for when it is come back to; after all that changes it."""
+    """Note the query of the page that is shown, for when it is come back to."""
     st.session_state.setdefault("left", {})[st.session_state.page] = (st.session_state.here, own_query())
 
 
@@ -80,34 +102,16 @@ def navigation_html(pages: list[tuple[str, str]], current: str) -> str:
     """Links to the pages, given by name and title, each as it was left; that to the current one begins it anew."""
     links = []
     for page, title in pages:
-        to = link_to("./" if page == "overview" else page, **({} if page == current else address(page)))
+        to = _address(page, st.session_state.here) if page == current else link_to(page)
         link = grid.link(title, page, to)
         links.append(link.replace("<a ", '<a aria-current="page" ') if page == current else link)
     return f'<nav class="sb-pages" aria-label="Pages">{"".join(links)}</nav>'
 
 
-def set_out(page: str) -> None:
-    """Open a page when the script runs next, as a callback does: as it was left, or anew where one is on it."""
-    state = st.session_state
-    if page != state.page:
-        state.going = page, address(page)
-        return
-    for name in own_query():
-        state.pop(name, None)
-    state.going = page, {}
-
-
-def go(page: str, /, **parameters: str | int) -> None:
-    """Open another page, otherwise as it was left. Run and SAE stay: what changes the SAE sets `st.session_state.sae` in a callback."""
-    remember()
-    st.session_state.going = page, address(page) | {name: str(value) for name, value in parameters.items()}
-    st.rerun()  # of all: left from within a fragment, the next page's address lacks run and SAE
-
-
-def leave() -> None:
-    """Open the page that `go` or `set_out` has named, if one has."""
-    if going := st.session_state.pop("going", None):
-        st.switch_page(f"views/{going[0]}.py", query_params=going[1])
+def go(page: str, /, **parameters: str | int) -> NoReturn:
+    """Have the browser follow `link_to`, for what no link can do: a button, a point of a chart. Ends what is drawn."""
+    _browser(data={"to": link_to(page, **parameters)}, key="going")
+    st.stop()
 
 
 def keep_in_address(name: str, options: list[str], default: str) -> None:
@@ -117,7 +121,5 @@ def keep_in_address(name: str, options: list[str], default: str) -> None:
         state[name] = asked if asked in options else default
         if asked and asked not in options:
             st.warning(plain(f"{name} {asked!r} is not here; this is {state[name]!r}"))
-    if asked is None:
-        # A widget writes what is chosen, but not what it began with; and from then on it alone may write it.
-        with contextlib.suppress(StreamlitAPIException):
-            st.query_params[name] = state[name]
+    if asked is None:  # a widget writes what is chosen, but not what it began with
+        _browser(data={"lacks": name, "value": state[name]}, key=f"address lacks {name}")

@@ -82,6 +82,8 @@ def test_sort_filter_open_and_follow_a_neighbour(page: Page, address: str) -> No
     page.goto(f"{address}/features?sae={SAE}")
     rows = page.locator("table[aria-label=latents] tbody tr")
     expect(rows).to_have_count(48)
+    name = rows.first.locator("td.wide > span").first  # cut where it is long, and whole on hover
+    assert (name.get_attribute("title") or "").startswith(f"{name.text_content()}\n")
     page.locator("button[data-pick='sort:max']").click()
     expect(page.locator("th[aria-sort=descending]")).to_contain_text("max")
     settled(page)
@@ -174,6 +176,39 @@ def test_the_list_is_in_a_latents_address(page: Page, browser: Browser, address:
     other.close()
 
 
+def test_one_click_is_one_step_back(page: Page, address: str) -> None:
+    page.goto(f"{address}/features")  # says neither run nor SAE: that it is named is no step of its own
+    rows = page.locator("table[aria-label=latents] tbody tr")
+    expect(rows).to_have_count(48)
+    page.wait_for_url(lambda url: "run=tiny" in url and "sae=topk" in url)
+    settled(page)
+    entries = page.evaluate("history.length")
+    heading = page.get_by_role("heading", name=re.compile("^Latent"))
+    for step, click in enumerate(
+        (
+            lambda: page.locator("button[data-pick='sort:max']").click(),
+            lambda: rows.nth(3).locator("td").nth(2).click(),
+            lambda: page.get_by_role("button", name="Steer with it").click(),
+        )
+    ):
+        click()
+        page.wait_for_url(("**sort=max.desc*", "**latent=*", "**/steering?*")[step])
+        settled(page)
+        assert page.evaluate("history.length") == entries + step + 1
+    page.go_back()
+    expect(heading).to_be_visible()
+    page.go_back()
+    expect(page.locator("th[aria-sort=descending]")).to_contain_text("max")
+    with page.context.expect_page() as opened:
+        rows.nth(3).locator("a").click(button="middle")
+    expect(opened.value.get_by_role("heading", name=re.compile("^Latent"))).to_be_visible()
+    assert "sort=max.desc" in opened.value.url
+    assert "latent=" not in page.url
+    opened.value.close()
+    page.go_back()
+    expect(page.locator("th[aria-sort=ascending]")).to_contain_text("latent")
+
+
 def test_links_lead_to_the_right_place_in_another_tab(page: Page, address: str) -> None:
     page.goto(f"{address}/compare?sae={SAE}&kind=Related")
     page.locator("table[aria-label=pairs] a").first.wait_for()
@@ -252,13 +287,14 @@ def test_contexts_switch_and_hostile_text_shows_as_text(page: Page, address: str
     whole = page.locator(".example .sb-text")
     assert len(whole.first.inner_text()) >= few
     seen, hostile = "", ("<scr", "javascript:", "**", "\u2400")  # contexts are 16 tokens long
+    page.goto(f"{address}/features?sae={SAE}&latent=0&around=full&group=Random")
     for latent in range(48):
-        page.goto(f"{address}/features?sae={SAE}&latent={latent}&around=full&group=Random")
         expect(page.locator("h1")).to_contain_text(f"Latent {latent}")
         settled(page)
         seen += whole.evaluate_all(_WITHOUT_BADGES)
         if all(text in seen for text in hostile):
             break
+        page.get_by_role("button", name="Next").click()
     assert [text for text in hostile if text not in seen] == []
     assert page.locator(".example script, .example img, .example b").count() == 0
     focusable = page.locator(".example .sb-on").first

@@ -7,7 +7,7 @@ import numpy as np
 import streamlit as st
 from opened import table_of, weights_of
 from shell import clickable, offer, said
-from where import chosen_run, chosen_sae, go, keep_in_address, link_to, runs
+from where import chosen_run, chosen_sae, keep_in_address, link_to, runs
 
 from saebench.browse.runs import Trained, saes_of
 from saebench.browse.table import LatentTable
@@ -103,13 +103,7 @@ def pairs(pair: Pair, side: Side, kind: str) -> None:
         return
 
     def picked(value: str) -> None:
-        kind_, _, name = value.partition(":")
-        if kind_ == "pair":
-            st.query_params["pair"] = name
-        else:
-            st.session_state.leave = int(name)
-            sae = pair.here if kind_ == "here" else pair.other
-            st.session_state.run, st.session_state.sae = sae.run.name, sae.name
+        st.query_params["pair"] = value.partition(":")[2]
 
     given = st.query_params.get("pair", "")
     chosen = int(given) if given.isdecimal() and len(given) < 10 and int(given) in latents else int(latents[0])
@@ -138,8 +132,6 @@ def pairs(pair: Pair, side: Side, kind: str) -> None:
         f"{len(latents):,} latents, the first {min(SHOWN, len(latents))} of them. A row shows examples of both below."
     )
     clickable(grid.grid_html(columns, rows, "pairs", height="21rem"), "pairs", picked)
-    if (leave := st.session_state.pop("leave", None)) is not None:
-        go("features", latent=leave)
     beside(pair, chosen, int(side.nearest[chosen]))
 
 
@@ -163,7 +155,8 @@ run = chosen_run()
 found = saes_of(run)[0] if run else {}
 with said():
     if pair := choose(found):
-        here, other = (tuple(table.index.belonging.items()) for table in (pair.table, pair.other_table))
+        both = (pair.table.index, pair.other_table.index)
+        here, other = ((*index.belonging.items(), ("hook", index.hook)) for index in both)
         sides = compared(pair, (here, other))
         left, right = st.container(key="halves").columns(2, gap="large")
         with left:

@@ -9,7 +9,7 @@ from latent import show_latent
 from lists import all_lists
 from opened import table_of
 from shell import clickable, fragment, missing, said
-from where import chosen_sae, link_to, own_query
+from where import chosen_sae, link_to
 
 from saebench.browse.table import HEADINGS, MAX_SIZE, LatentTable, Query
 from saebench.index.derive import FLAGS
@@ -61,7 +61,7 @@ def forget_between() -> None:
 def filters(table: LatentTable) -> None:
     bound: dict[str, Any] = {"bind": "query-params", "on_change": lambda: st.query_params.pop("page", None)}
     lists = list(lists_of(table.index).all())
-    columns = st.columns([3, 1.4, 1.4, 2, 2, 1, *[1.8] * bool(lists)])
+    columns = st.columns([3, 1.4, 1.4, 2, 2, 1, *[1.8] * bool(lists)], vertical_alignment="bottom")
     columns[0].text_input(
         "Search", key="q", placeholder="name, token or number", live=True, persist_state="page", **bound
     )
@@ -86,13 +86,13 @@ def filters(table: LatentTable) -> None:
             st.button("Any density", on_click=forget_between)
 
 
-def row(table: LatentTable, latent: int, bins: slice, address: dict[str, list[str]]) -> grid.Row:
+def row(table: LatentTable, latent: int, bins: slice) -> grid.Row:
     note = table.notes[latent]
     flags = "".join(
         grid.tag(name) for flag, name in FLAG_NAMES.items() if flag in FLAGS and table.index.flagged(flag)[latent]
     )
     cells = [
-        grid.link(str(latent), f"latent:{latent}", link_to("features", **address, latent=latent)),
+        grid.link(str(latent), f"latent:{latent}", link_to("features", latent=latent)),
         grid.spark(table.index.histograms[latent, bins].tolist()),
         f"{name_html(table.names[latent])} {''.join(map(grid.tag, note.tags))}",
         *(number(name, float(table.columns[name][latent])) + mark(table, name, latent) for name in table.sortable),
@@ -118,10 +118,7 @@ def rows(table: LatentTable) -> None:
     query = query_of(table)
 
     def picked(value: str) -> None:
-        kind, _, name = value.partition(":")
-        if kind == "latent":
-            st.session_state.latent = int(name)
-            return
+        name = value.partition(":")[2]
         st.query_params.pop("page", None)
         first = name != "latent"  # figures begin with the largest
         descending = first if name != query.sort else not query.descending
@@ -138,8 +135,7 @@ def rows(table: LatentTable) -> None:
         grid.Column("", "name", text=True),
         *(grid.Column(name, *HEADINGS[name]) for name in table.sortable), grid.Column("", "flags", text=True),
     ]  # fmt: skip
-    address = {name: values for name, values in own_query().items() if name != "latent"}
-    body = [row(table, int(latent), bins, address) for latent in found.latents]
+    body = [row(table, int(latent), bins) for latent in found.latents]
     clickable(grid.grid_html(columns, body, "latents", sort=(query.sort, query.descending)), "latents", picked)
     pages = -(-found.total // query.size)
     with st.container(horizontal=True, vertical_alignment="center"):

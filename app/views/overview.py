@@ -53,11 +53,8 @@ def table(saes: dict[str, Trained]) -> None:
     sort = sort if sort in COLUMNS else "name"
 
     def picked(value: str) -> None:
-        kind, _, name = value.partition(":")
-        if kind == "sort":
-            st.query_params["sort"] = name if name != sort or way == "desc" else f"{name}.desc"
-        else:
-            st.session_state.sae, st.session_state.opened = name, True
+        name = value.partition(":")[2]
+        st.query_params["sort"] = name if name != sort or way == "desc" else f"{name}.desc"
 
     figures = sorted(
         (sae.figures for sae in saes.values()),
@@ -80,15 +77,13 @@ def table(saes: dict[str, Trained]) -> None:
     clickable(
         grid.grid_html([*columns, grid.Column("", "index")], rows, "SAEs", sort=(sort, way == "desc")), "saes", picked
     )
-    if st.session_state.pop("opened", False):
-        go("features")
 
 
 def open_point(chart: Any, saes: dict[str, Trained]) -> None:
-    """What a click on a point does: its SAE is chosen, and opened when the page is drawn."""
+    """What a click on a point does: its SAE is opened when the page is drawn."""
     points = chart["selection"]["points"]
     if points and points[0].get("customdata") in saes:
-        st.session_state.sae, st.session_state.opened = points[0]["customdata"], True
+        st.session_state.opened = points[0]["customdata"]
 
 
 def plots(saes: dict[str, Trained]) -> None:
@@ -108,6 +103,8 @@ def plots(saes: dict[str, Trained]) -> None:
             on_select=lambda: open_point(st.session_state[f"pareto {metric}"], saes),
         )  # fmt: skip
         st.caption("Bars: 95%, bootstrap over documents. A point opens its SAE.")
+        if name := st.session_state.pop("opened", None):
+            go("features", sae=name)
     with right:
         curve = st.segmented_control("During training", list(CURVES), default="FVU", key="curve", bind="query-params")
         logs = {name: sae.log for name, sae in saes.items() if sae.log}

@@ -8,7 +8,7 @@ import streamlit as st
 from opened import fires_on, model_of, table_of
 from shell import clickable, fragment, missing, said
 from turns import usual_strength
-from where import chosen_sae, go, link_to
+from where import chosen_sae, link_to
 
 from saebench.browse.runs import Trained
 from saebench.browse.table import LatentTable
@@ -174,10 +174,8 @@ def apart(sae: Trained, table: LatentTable) -> None:
     focus = next((one.latent for one in found if str(one.latent) == given), None)
 
     def picked(value: str) -> None:
-        kind, _, name = value.partition(":")
-        if kind == "latent":
-            st.session_state.leave = (kind, int(name))
-        elif st.query_params.get("focus") == name:
+        name = value.partition(":")[2]
+        if st.query_params.get("focus") == name:
             del st.query_params["focus"]
         else:
             st.query_params["focus"] = name
@@ -221,7 +219,6 @@ def results(sae: Trained, table: LatentTable) -> None:
     if st.session_state.get("two"):
         with said():
             apart(sae, table)
-        open_left(table, "")
         return
     text = st.session_state.get("text") or ""
     if not text.strip():
@@ -232,9 +229,7 @@ def results(sae: Trained, table: LatentTable) -> None:
 
     def picked(value: str) -> None:
         kind, _, name = value.partition(":")
-        if kind in ("latent", "steer"):
-            st.session_state.leave = (kind, int(name))
-        elif st.query_params.get(kind) == name:
+        if st.query_params.get(kind) == name:
             del st.query_params[kind]
         else:
             st.query_params[kind] = name
@@ -267,16 +262,6 @@ def results(sae: Trained, table: LatentTable) -> None:
             st.caption("A row shows its latent on the text; its number opens it.")
         else:
             st.info("No latent fires here: widen the density, or pick another token.")
-    open_left(table, text)
-
-
-def open_left(table: LatentTable, text: str) -> None:
-    """Go where a click in a table of latents has led."""
-    if leave := st.session_state.pop("leave", None):
-        kind, latent = leave
-        if kind == "latent":
-            go("features", latent=latent)
-        go("steering", turns=f"{latent}:add:{usual_strength(table.index)}", prompt=text)
 
 
 st.title("Prompt")

@@ -3,7 +3,7 @@
 import streamlit as st
 from opened import Files, files_of, table_of
 from shell import clickable, fragment, missing, said
-from where import chosen_sae, go, link_to
+from where import chosen_sae, link_to
 
 from saebench.browse.runs import Trained
 from saebench.browse.table import LatentTable
@@ -52,19 +52,14 @@ def results(sae: Trained, table: LatentTable) -> None:
         )
         return
 
-    def picked(value: str) -> None:
-        st.session_state.leave = int(value.partition(":")[2])
-
     index = table.index
     found = example_texts(str(index.path), files_of(index.path), index).search(wanted)
     if not len(found.latents):
         st.info("No strongest example of any latent holds that.")
         return
-    clickable(matches_html(table, found), "matches", picked)
+    clickable(matches_html(table, found), "matches")
     more = f", of which {SHOWN} are shown" if len(found.latents) > SHOWN else ""
     st.caption(f"{len(found.latents):,} of {index.d_sae:,} latents{more}. A row opens its latent.")
-    if (leave := st.session_state.pop("leave", None)) is not None:
-        go("features", latent=leave)
 
 
 st.title("Texts")

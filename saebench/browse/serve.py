@@ -53,6 +53,7 @@ def serve(config: AppConfig, root: Path) -> NoReturn:
     """Serve the app on a run, or a folder of runs, in the place of this process: what ends it ends the server."""
     if root.exists() and not root.is_dir():
         raise ValueError(f"{root} is a file; expected a run, or a folder of runs")
+    sys.stdout.write(f"{root}: http://{config.address}:{config.port} (Ctrl-C ends it)\n")
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, command(config), _environment(root))

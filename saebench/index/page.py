@@ -75,9 +75,10 @@ def figures_html(latent: Latent, scores: Mapping[str, float] | None = None) -> s
 
 def name_html(name: Name) -> str:
     """A latent's name in a line: what you call it stands out, and what is unexplained stands back."""
-    text, about = html.escape(visible(name.text)), f"{SOURCES[name.source]}{f'; {name.scored}' if name.scored else ''}"
+    text = visible(name.text)
+    about = f"{text}\n{SOURCES[name.source]}{f'; {name.scored}' if name.scored else ''}"  # a table cuts it
     kind = {"yours": ' class="sb-yours"', "": ' class="sb-unexplained"'}.get(name.source, "")
-    return f'<span{kind} title="{html.escape(about)}">{text or "no name"}</span>'
+    return f'<span{kind} title="{html.escape(about)}">{html.escape(text) or "no name"}</span>'
 
 
 def named_html(name: Name) -> str:
@@ -225,6 +226,8 @@ def figure(name: str, value: float) -> str:
     """A figure of a latent as every page writes it."""
     if name == "density":
         return f"{value:.3%}"
+    if name.endswith(("_f1", "_detection")):
+        return f"{value:.2f}"
     return f"{value:,.0f}" if name in ("fires", "massive") else number(value)
 
 

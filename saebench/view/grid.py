@@ -26,6 +26,8 @@ CSS = """
 .sb-side .sb-grid { table-layout: fixed; } .sb-side th:first-child { width: 3.2rem; } .sb-side th:last-child { width: 3.4rem; }
 .sb-side td, .sb-side th { padding-left: 6px; padding-right: 6px; } .sb-side td { vertical-align: top; }
 .sb-side .sb-grid td.wide { white-space: normal; overflow-wrap: anywhere; }
+.sb-side .sb-grid td.wide > span { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden; }
+.sb-grid td .sb-text { white-space: normal; }
 .sb-spark { width: 72px; height: 18px; display: block; margin-left: auto; fill: var(--sb-bar); }
 .sb-tag { display: inline-block; border: 1px solid var(--sb-rule); border-radius: 3px; padding: 0 5px; font-size: 11px; margin-right: 4px;
   color: var(--sb-faint); }
