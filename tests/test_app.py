@@ -109,6 +109,30 @@ def test_without_an_index_a_latent_is_added_in_raw_units(opened: Any) -> None:
     assert not next(button for button in app.button if button.label == "Generate").disabled
 
 
+def test_latents_of_several_saes_are_turned_together(opened: Any) -> None:
+    app = opened("steering", sae=SAE, turns="3:add:0.5n,5@topk-k2:add:1n,7@relu-l0-4:add:12,9@gone:add:1")
+    assert "no SAE 'gone' lies beside" in bare(app.error[0].value)
+    assert "**Latent 5** of topk-k2" in said(app)
+    assert "no name" in said(app)  # of the one that has no index
+    [button for button in app.button if button.label == "Remove"][3].click()
+    app.run()
+    assert not app.error
+    assert "'3:add:0.5n,5@topk-k2:add:1n,7@relu-l0-4:add:12'" in app.code[0].value
+    next(box for box in app.selectbox if box.label == "of SAE").set_value("topk-k2")
+    next(box for box in app.text_input if box.label == "Add a latent").set_value("11")
+    app.run()
+    assert not app.exception
+    assert not app.error
+    assert app.session_state["added of"] == "topk-k2"
+    next(button for button in app.button if button.label == "Generate").click()
+    app.run()
+    assert not app.error
+    live = app.session_state["made"].live
+    assert live.wait(60.0)
+    assert live.error is None
+    assert len(live.result.texts) == 4
+
+
 def test_one_bad_intervention_leaves_the_others_and_their_controls(opened: Any) -> None:
     app = opened("steering", sae=SAE, turns="99999:add:1,12:add:0.5n")
     assert "latent is 99999; the SAE has 0 to 47" in bare(app.error[0].value)
