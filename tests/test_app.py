@@ -60,7 +60,7 @@ def bare(markdown: str) -> str:
     return re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", markdown)
 
 
-@pytest.mark.parametrize("page", ["overview", "features", "texts", "prompt", "steering", "compare"])
+@pytest.mark.parametrize("page", ["overview", "features", "texts", "map", "prompt", "steering", "compare"])
 def test_every_page_opens_without_an_error(opened: Any, page: str) -> None:
     app = opened(page)
     assert not app.exception
@@ -82,7 +82,7 @@ def test_without_a_run_the_overview_says_how_to_make_one(opened: Any, tmp_path: 
     app = opened("overview", root=tmp_path / "nothing")
     assert app.title[0].value == "No run yet"
     assert "saebench demo --out" in said(app)
-    for page in ("features", "texts", "prompt", "steering", "compare"):
+    for page in ("features", "texts", "map", "prompt", "steering", "compare"):
         other = opened(page, root=tmp_path / "nothing")
         assert not other.exception
         assert other.info or other.warning
@@ -131,6 +131,30 @@ def test_latents_of_several_saes_are_turned_together(opened: Any) -> None:
     assert live.wait(60.0)
     assert live.error is None
     assert len(live.result.texts) == 4
+
+
+def test_the_map_is_offered_shown_with_what_it_keeps_and_made_again_for_another_sae(opened: Any, copy: Path) -> None:
+    assert f"saebench map --sae {copy / 'saes' / SAE}" in said(opened("map", root=copy, sae=SAE))
+    with open_feature_index(copy / "index" / f"{SAE}.h5", need_store=False) as index:
+        density, sae = index.columns["density"], index.identity["sae"]
+    places = [[float(latent), 0.0] for latent in range(48)]
+    path = copy / "index" / f"{SAE}.map.json"
+    made = {"schema": "saebench-map", "schema_version": 1, "sae": sae, "recall": 0.25, "places": places}
+    write_json(path, made)
+    app = opened("map", root=copy, sae=SAE)
+    assert not app.error
+    assert "25% are among its 20 nearest here (by chance 42.6%): most neighbours are lost" in said(app)
+    assert f"{(density == 0).sum()} latents that never fire are left out" in said(app)
+    for wrong, words in (
+        ({"sae": "0"}, "was made from another sae: it says 0"),
+        ({"places": places[1:]}, "holds places (47, 2); expected (48, 2)"),
+        ({"places": "x"}, "holds no places of latents"),
+        ({"schema_version": 2}, "is no map of version 1"),
+    ):
+        write_json(path, made | wrong)
+        app = opened("map", root=copy, sae=SAE)
+        assert words in bare(app.error[0].value)
+        assert any(button.label == "Make the map" for button in app.button)
 
 
 def test_one_bad_intervention_leaves_the_others_and_their_controls(opened: Any) -> None:

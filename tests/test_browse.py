@@ -1,6 +1,7 @@
 """What the app is made of, without the app: the table, recipes, runs, commands begun from it, generation in a thread."""
 
 import contextlib
+import importlib.util
 import io
 import os
 import shutil
@@ -24,6 +25,7 @@ from saebench.browse.serve import AppConfig, command, serve
 from saebench.browse.table import LatentTable, Query
 from saebench.files import read_json, write_json
 from saebench.index import open_feature_index
+from saebench.index.layout import MapConfig, make_map, read_map
 from saebench.index.notes import Note, Notes
 from saebench.steer import Bench, Turn, arms_of, generate, interventions, open_bench, parse_turns
 from saebench.steer.live import Live
@@ -374,6 +376,38 @@ def test_an_index_is_made_by_a_command_that_is_watched(copied: Path) -> None:
     assert Trained(copied, copied / "saes" / "relu-l0-4").share_indexed == 1
     jobs.forget(job)
     assert jobs.all() == []
+
+
+# ------------------------------------------------------------------------------------------ the map
+
+
+def test_a_map_keeps_neighbours_near_says_how_many_and_is_the_same_again(copied: Path) -> None:
+    pytest.importorskip("openTSNE")
+    config = MapConfig(sae=copied / "saes" / SAE)
+    with open_feature_index(copied / "index" / f"{SAE}.h5") as index:
+        assert read_map(index) is None
+        path = make_map(config)
+        assert path == copied / "index" / f"{SAE}.map.json"
+        made, (ids, cosines) = read_map(index), index.neighbours
+        assert made is not None
+        assert ids.shape == cosines.shape == (48, 20)
+        apart = np.linalg.norm(made.places[:, None] - made.places[None], axis=-1)
+        np.fill_diagonal(apart, np.inf)
+        near = np.argsort(apart, 1)[:, :20]
+        assert made.recall == pytest.approx(np.mean([len({*a} & {*b}) / 20 for a, b in zip(near, ids, strict=True)]))
+        assert made.recall > 0.5  # by chance 20 of 47
+    before = path.read_bytes()
+    make_map(config)
+    assert path.read_bytes() == before
+
+
+def test_a_map_wants_its_library_and_an_index(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("openTSNE"):
+        with pytest.raises(ValueError, match="relu-l0-4.h5"):
+            make_map(MapConfig(sae=copied / "saes" / "relu-l0-4"))
+    monkeypatch.setitem(sys.modules, "openTSNE", None)
+    with pytest.raises(ValueError, match=r"openTSNE: pip install 'saebench\[map\]'"):
+        make_map(MapConfig(sae=copied / "saes" / SAE))
 
 
 # ------------------------------------------------------------------------------------------ generation in a thread
