@@ -31,6 +31,7 @@ PAGES = [
     st.Page("views/overview.py", title="Overview", default=True),
     st.Page("views/features.py", title="Features"),
     st.Page("views/texts.py", title="Texts"),
+    st.Page("views/map.py", title="Map"),
     st.Page("views/prompt.py", title="Prompt"),
     st.Page("views/steering.py", title="Steering"),
     st.Page("views/compare.py", title="Compare"),

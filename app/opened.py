@@ -58,7 +58,9 @@ class Opened:
     def __init__(self, sae: Trained) -> None:
         there = Trained(sae.run, sae.folder).share_indexed > 0
         self.index = open_feature_index(sae.index_path, sae=sae.folder, need_store=False) if there else None
-        self.bench = bench_with(sae.folder, self.index, load=_load)
+        self.bench = bench_with(
+            sae.folder, self.index, load=_load, open=lambda folder: opened(Trained(sae.run, folder)).bench
+        )
 
     @cached_property
     def table(self) -> LatentTable:

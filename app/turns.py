@@ -5,15 +5,17 @@ from collections.abc import Callable
 from typing import Any
 
 import streamlit as st
-from shell import clickable
+from opened import table_of
+from shell import clickable, said
 from where import link_to
 
-from saebench.browse.recipes import MODES, Turn, format_turns
+from saebench.browse.runs import Trained, saes_of
 from saebench.browse.table import LatentTable, Query
 from saebench.index import FeatureIndex
 from saebench.index.page import name_html
 from saebench.steer import Bench, units_of
 from saebench.steer.interventions import MOST
+from saebench.steer.turns import MODES, Turn, format_turns
 from saebench.view import grid
 from saebench.view.markdown import plain
 from saebench.view.tokens import number
@@ -37,9 +39,22 @@ def usual_strength(index: FeatureIndex | None) -> str:
     return "10" if index is None else "0.5n" if index.has_store else "4x"
 
 
-def turn_row(bench: Bench, turns: tuple[Turn, ...], place: int, table: LatentTable | None) -> bool:
+def of_turn(sae: Trained, bench: Bench, name: str) -> tuple[Bench, LatentTable | None]:
+    """(the bench of the SAE that a turn names, its latents where there is an index). Raises ValueError as `Bench.beside` does."""
+    bench = bench.beside(name)
+    return bench, table_of(Trained(sae.run, bench.folder)) if bench.index else None
+
+
+def turn_row(sae: Trained, bench: Bench, turns: tuple[Turn, ...], place: int) -> bool:
     """Mode and strength of one intervention, and whether it can be done; what is wrong with it is told."""
-    turn, key = turns[place], f"{place} {turns[place].latent}"
+    turn, key = turns[place], f"{place} {turns[place].latent}{turns[place].sae}"
+    rest = turns[:place] + turns[place + 1 :]
+    try:
+        bench, table = of_turn(sae, bench, turn.sae)
+    except ValueError as error:
+        st.error(plain(str(error)), icon=":material/error:")
+        st.button("Remove", key=f"remove {key}", on_click=set_turns, args=(rest,))
+        return False
     there = turn.latent < bench.sae.d_sae
     name = table.names[turn.latent].text if table and there else ""
 
@@ -55,7 +70,7 @@ def turn_row(bench: Bench, turns: tuple[Turn, ...], place: int, table: LatentTab
     meanings = "; ".join(f"{name}: {meaning}" for name, meaning in MEANINGS.items())
     with st.container(horizontal=True, vertical_alignment="bottom"):
         with st.container(width=220, gap=None):
-            st.markdown(f"**Latent {turn.latent}**")
+            st.markdown(f"**Latent {turn.latent}**" + f" of {plain(turn.sae)}" * bool(turn.sae))
             st.caption(plain(name) or ("no name" if there else "none such"))
         st.selectbox(
             "Mode",
@@ -71,7 +86,6 @@ def turn_row(bench: Bench, turns: tuple[Turn, ...], place: int, table: LatentTab
             fine = there and strength_inputs(bench, turn, key, lambda text: change(strength=text))
         except ValueError as error:
             problem = str(error)
-        rest = turns[:place] + turns[place + 1 :]
         st.button("Remove", key=f"remove {key}", on_click=set_turns, args=(rest,))
     if not there:
         problem = f"latent is {turn.latent}; the SAE has 0 to {bench.sae.d_sae - 1}"
@@ -113,9 +127,21 @@ def strength_inputs(bench: Bench, turn: Turn, key: str, on_change: Callable[[str
     return True
 
 
-def another(bench: Bench, turns: tuple[Turn, ...], table: LatentTable | None) -> None:
-    """A box for a number or words, and the latents that it finds."""
-    box, _ = st.columns([2, 1])
+def another(sae: Trained, bench: Bench, turns: tuple[Turn, ...]) -> None:
+    """A box for a number or words, the SAE that is searched, and the latents that are found."""
+    box, choice = st.columns([2, 1])
+    own, others = sae.name, [name for name in saes_of(sae.run)[0] if name != sae.name]
+    of, table = "", None
+    if others:
+        chosen = choice.selectbox("of SAE", [own, *others], key="added of", help="of the same model, at any layer")
+        of = "" if chosen == own else chosen
+    with said():
+        bench, table = of_turn(sae, bench, of)
+        found_in(box, bench, turns, of, table)
+
+
+def found_in(box: Any, bench: Bench, turns: tuple[Turn, ...], of: str, table: LatentTable | None) -> None:
+    """The box, and the latents of a bench that it finds; one that is picked is turned as of the SAE `of`."""
     text = box.text_input(
         "Add a latent", key="added", live=True,
         placeholder="its number" if table is None else "its number, or words of its name or tokens",
@@ -125,13 +151,13 @@ def another(bench: Bench, turns: tuple[Turn, ...], table: LatentTable | None) ->
 
     def picked(value: str) -> None:
         st.session_state.added = ""
-        set_turns((*turns, Turn(latent=int(value), strength=usual_strength(bench.index))))
+        set_turns((*turns, Turn(latent=int(value), strength=usual_strength(bench.index), sae=of)))
 
     named = [int(text)] if text.isdecimal() and len(text) < 9 and int(text) < bench.sae.d_sae else []
     sort = "output" if table is not None and "output" in table.columns else "density"
     query = Query(text=text, sort=sort, descending=True, size=FOUND)
     found = [] if table is None else [latent for latent in table.find(query).latents.tolist() if latent not in named]
-    rows = [_row(latent, table) for latent in (named + found)[:FOUND]]
+    rows = [_row(latent, bench.folder.name, table) for latent in (named + found)[:FOUND]]
     if not rows:
         st.caption(f"No latent is like that; their numbers go from 0 to {bench.sae.d_sae - 1}.")
         return
@@ -144,8 +170,8 @@ def another(bench: Bench, turns: tuple[Turn, ...], table: LatentTable | None) ->
     clickable(grid.grid_html(columns, rows, "found"), "found", picked, links=False)
 
 
-def _row(latent: int, table: LatentTable | None) -> grid.Row:
-    address = link_to("features", latent=latent)
+def _row(latent: int, sae: str, table: LatentTable | None) -> grid.Row:
+    address = link_to("features", sae=sae, latent=latent)
     if table is None:
         return grid.Row([grid.link(str(latent), str(latent), address), "", "", ""], str(latent))
     output = number(float(table.columns["output"][latent])) if "output" in table.columns else "–"

@@ -22,6 +22,7 @@ from saebench.harvest.settings import settled
 from saebench.index import IndexConfig, build_index
 from saebench.index.explanations import Explanation, Halves
 from saebench.index.export import ExportConfig, export
+from saebench.index.layout import MapConfig, make_map
 from saebench.index.names import Names
 from saebench.judge import ExplainConfig, explain
 from saebench.pipeline import RunConfig, run, run_stages
@@ -97,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     about = "have latents explained by a language model, and the explanations tried on held-out text"
     command("explain", _explain, about, ExplainConfig)
     command("export", _export, "write latents of an index as a page, or in others' forms", ExportConfig)
+    command("map", _map, "lay the latents of an index out in two dimensions, for the app's page", MapConfig)
     steering = command("steer", _steer, "generate with latents turned up, down or off, beside controls", SteerConfig)
     steering.add_argument(
         "action", nargs="?", choices=("rank",), help="rank: list the latents that are best to steer with"
@@ -214,6 +216,14 @@ def _index(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     print("\n".join(map(str, export(from_arguments(ExportConfig, arguments)))))
+    return 0
+
+
+def _map(arguments: argparse.Namespace) -> int:
+    path = make_map(from_arguments(MapConfig, arguments))
+    if path is None:
+        return INTERRUPTED
+    print(path)
     return 0
 
 

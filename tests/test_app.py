@@ -60,7 +60,7 @@ def bare(markdown: str) -> str:
     return re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", markdown)
 
 
-@pytest.mark.parametrize("page", ["overview", "features", "texts", "prompt", "steering", "compare"])
+@pytest.mark.parametrize("page", ["overview", "features", "texts", "map", "prompt", "steering", "compare"])
 def test_every_page_opens_without_an_error(opened: Any, page: str) -> None:
     app = opened(page)
     assert not app.exception
@@ -82,7 +82,7 @@ def test_without_a_run_the_overview_says_how_to_make_one(opened: Any, tmp_path: 
     app = opened("overview", root=tmp_path / "nothing")
     assert app.title[0].value == "No run yet"
     assert "saebench demo --out" in said(app)
-    for page in ("features", "texts", "prompt", "steering", "compare"):
+    for page in ("features", "texts", "map", "prompt", "steering", "compare"):
         other = opened(page, root=tmp_path / "nothing")
         assert not other.exception
         assert other.info or other.warning
@@ -107,6 +107,54 @@ def test_without_an_index_a_latent_is_added_in_raw_units(opened: Any) -> None:
     assert not app.error
     assert app.query_params["turns"] == "3:add:12"
     assert not next(button for button in app.button if button.label == "Generate").disabled
+
+
+def test_latents_of_several_saes_are_turned_together(opened: Any) -> None:
+    app = opened("steering", sae=SAE, turns="3:add:0.5n,5@topk-k2:add:1n,7@relu-l0-4:add:12,9@gone:add:1")
+    assert "no SAE 'gone' lies beside" in bare(app.error[0].value)
+    assert "**Latent 5** of topk-k2" in said(app)
+    assert "no name" in said(app)  # of the one that has no index
+    [button for button in app.button if button.label == "Remove"][3].click()
+    app.run()
+    assert not app.error
+    assert "'3:add:0.5n,5@topk-k2:add:1n,7@relu-l0-4:add:12'" in app.code[0].value
+    next(box for box in app.selectbox if box.label == "of SAE").set_value("topk-k2")
+    next(box for box in app.text_input if box.label == "Add a latent").set_value("11")
+    app.run()
+    assert not app.exception
+    assert not app.error
+    assert app.session_state["added of"] == "topk-k2"
+    next(button for button in app.button if button.label == "Generate").click()
+    app.run()
+    assert not app.error
+    live = app.session_state["made"].live
+    assert live.wait(60.0)
+    assert live.error is None
+    assert len(live.result.texts) == 4
+
+
+def test_the_map_is_offered_shown_with_what_it_keeps_and_made_again_for_another_sae(opened: Any, copy: Path) -> None:
+    assert f"saebench map --sae {copy / 'saes' / SAE}" in said(opened("map", root=copy, sae=SAE))
+    with open_feature_index(copy / "index" / f"{SAE}.h5", need_store=False) as index:
+        density, sae = index.columns["density"], index.identity["sae"]
+    places = [[float(latent), 0.0] for latent in range(48)]
+    path = copy / "index" / f"{SAE}.map.json"
+    made = {"schema": "saebench-map", "schema_version": 1, "sae": sae, "recall": 0.25, "places": places}
+    write_json(path, made)
+    app = opened("map", root=copy, sae=SAE)
+    assert not app.error
+    assert "25% are among its 20 nearest here (by chance 42.6%): most neighbours are lost" in said(app)
+    assert f"{(density == 0).sum()} latents that never fire are left out" in said(app)
+    for wrong, words in (
+        ({"sae": "0"}, "was made from another sae: it says 0"),
+        ({"places": places[1:]}, "holds places (47, 2); expected (48, 2)"),
+        ({"places": "x"}, "holds no places of latents"),
+        ({"schema_version": 2}, "is no map of version 1"),
+    ):
+        write_json(path, made | wrong)
+        app = opened("map", root=copy, sae=SAE)
+        assert words in bare(app.error[0].value)
+        assert any(button.label == "Make the map" for button in app.button)
 
 
 def test_one_bad_intervention_leaves_the_others_and_their_controls(opened: Any) -> None:

@@ -1,6 +1,7 @@
 """What the app is made of, without the app: the table, recipes, runs, commands begun from it, generation in a thread."""
 
 import contextlib
+import importlib.util
 import io
 import os
 import shutil
@@ -18,16 +19,19 @@ import numpy as np
 import pytest
 
 from saebench.browse.jobs import Jobs
-from saebench.browse.recipes import Recipe, Turn, format_turns, load_recipe, parse_turns, recipes_of, save_recipe
+from saebench.browse.recipes import Recipe, load_recipe, recipes_of, save_recipe
 from saebench.browse.runs import Trained, runs_under, saes_of
 from saebench.browse.serve import AppConfig, command, serve
 from saebench.browse.table import LatentTable, Query
 from saebench.files import read_json, write_json
 from saebench.index import open_feature_index
+from saebench.index.layout import MapConfig, make_map, read_map
 from saebench.index.notes import Note, Notes
-from saebench.steer import Bench, arms_of, generate, open_bench
+from saebench.steer import Bench, Turn, arms_of, generate, interventions, open_bench, parse_turns
 from saebench.steer.live import Live
+from saebench.steer.run import SteerConfig, rank, steer
 from saebench.steer.scores import Scores
+from saebench.steer.turns import belonging_of, format_turns
 
 SAE = "topk-k4"
 
@@ -53,6 +57,11 @@ def table(trained: Trained, tmp_path: Path) -> Iterator[LatentTable]:
 @pytest.fixture(scope="module")
 def bench(trained: Trained) -> Bench:
     return open_bench(trained.folder, device="cpu")
+
+
+@pytest.fixture
+def copied(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "copied"))
 
 
 # ------------------------------------------------------------------------------------------ the table
@@ -135,16 +144,67 @@ def test_turns_are_read_as_they_are_written() -> None:
     assert format_turns(turns) == "3:add:0.5n,40:ablate,1:scale:-1.5"
     assert parse_turns(format_turns(turns)) == (turns[0], Turn(latent=40, mode="ablate"), turns[2])
     assert parse_turns("7") == (Turn(latent=7),)
-    with pytest.raises(ValueError, match="'x:y' is no intervention; expected LATENT:MODE:STRENGTH such as 12:add:0.5n"):
+    assert parse_turns("7@topk-k2:add:2x,8@a b") == (
+        Turn(latent=7, sae="topk-k2", strength="2x"),
+        Turn(latent=8, sae="a b"),
+    )
+    assert format_turns(parse_turns("7@topk-k2:add:2x,8@a b:ablate")) == "7@topk-k2:add:2x,8@a b:ablate"
+    with pytest.raises(
+        ValueError, match="'x:y' is no intervention; expected LATENT:MODE:STRENGTH such as 12:add:0.5n, or "
+    ):
         parse_turns("3:add:1,x:y")
+    with pytest.raises(ValueError, match="'3@:add:1' is no intervention"):
+        parse_turns("3@:add:1")
+
+
+def test_saes_of_one_model_are_turned_together(run: Path, trained: Trained, bench: Bench) -> None:
+    turns = parse_turns("3:add:2,5@topk-k2:scale:3,7@relu-l0-4:add:1,4@topk-k4:add:1")
+    others = [bench, bench.beside("topk-k2"), bench.beside("relu-l0-4"), bench]
+    made = interventions(bench, turns, "generated")
+    assert [one.sae for one in made] == [other.sae for other in others]
+    assert [(one.latent, one.strength, one.positions) for one in made] == [
+        (latent, strength, "generated") for latent, strength in ((3, 2.0), (5, 3.0), (7, 1.0), (4, 1.0))
+    ]
+    assert all(other.model is bench.model for other in others)
+    assert [other.index is None for other in others] == [False, False, True, False]
+    words = "no SAE 'x' lies beside .*topk-k4; expected one of relu-l0-4, topk-k2, topk-k4"
+    with pytest.raises(ValueError, match=words):
+        bench.beside("x")
+    with pytest.raises(ValueError, match="latent is 48; the SAE has 0 to 47"):
+        interventions(bench, parse_turns("48@topk-k2:add:1"))
+    config = SteerConfig(
+        sae=trained.folder, turns="3:add:2,5@topk-k2:scale:3", prompt="the cat", n=1, max_new_tokens=6, device="cpu"
+    )
+    wanted = generate(
+        bench.model, "the cat", arms_of(interventions(bench, turns[:2])), Recipe(n=1, max_new_tokens=6).sampling()
+    )
+    assert [text.text for text in steer(config).texts] == [text.text for text in wanted.texts]
+    with pytest.raises(ValueError, match="turns say latents, strengths and modes; leave out --latent"):
+        SteerConfig(sae=trained.folder, turns="3", latent=(3,))
+    with pytest.raises(ValueError, match="rank turns nothing"):
+        rank(config)
+
+
+def test_an_sae_of_another_model_is_refused_by_name(copied: Path) -> None:
+    folder = copied / "saes" / "relu-l0-4"
+    config = read_json(folder / "cfg.json")
+    config["metadata"] |= {"model_name": "someone/else", "saebench": {}}
+    write_json(folder / "cfg.json", config)
+    bench = open_bench(copied / "saes" / SAE, device="cpu")
+    with pytest.raises(ValueError, match="SAE 'relu-l0-4' is not of the model of 'topk-k4': .* names 'someone/else'"):
+        interventions(bench, parse_turns("7@relu-l0-4:add:1"))
+    del config["metadata"]["model_name"]
+    write_json(folder / "cfg.json", config)
+    with pytest.raises(ValueError, match="is not of the model of 'topk-k4': .*relu-l0-4 does not say which it is of"):
+        open_bench(copied / "saes" / SAE, device="cpu").beside("relu-l0-4")
 
 
 def test_a_recipe_is_kept_with_its_run_and_sae(tmp_path: Path) -> None:
     recipe = Recipe(turns=(Turn(latent=3, strength="2x"),), prompt="<b>", n=2, temperature=0.5, seed=9)
     of = {"sae": "a", "index": "b"}
     save_recipe(tmp_path, "loud cats", SAE, recipe, of)
-    assert load_recipe(tmp_path, "loud cats", of) == (recipe, True)
-    assert load_recipe(tmp_path, "loud cats", {"sae": "a"}) == (recipe, True)  # the index is gone
+    assert load_recipe(tmp_path, "loud cats", lambda turns: of) == (recipe, True)
+    assert load_recipe(tmp_path, "loud cats", lambda turns: {"sae": "a"}) == (recipe, True)  # the index is gone
     assert recipes_of(tmp_path, SAE) == ["loud cats"]
     assert recipes_of(tmp_path, "another") == []
 
@@ -154,11 +214,29 @@ def test_a_recipe_of_another_sae_or_index_is_refused_and_an_older_one_opens_with
     with pytest.raises(
         ValueError, match=r"mine.json was made from another sae: it says a, this one is c; .* 3:add:0.5n"
     ):
-        load_recipe(tmp_path, "mine", {"sae": "c", "index": "b"})
+        load_recipe(tmp_path, "mine", lambda turns: {"sae": "c", "index": "b"})
     with pytest.raises(ValueError, match="was made from another index: it says b, this one is c"):
-        load_recipe(tmp_path, "mine", {"sae": "a", "index": "c"})
+        load_recipe(tmp_path, "mine", lambda turns: {"sae": "a", "index": "c"})
     write_json(path, {name: value for name, value in read_json(path).items() if name != "of"})
-    assert load_recipe(tmp_path, "mine", {"sae": "c"})[1] is False
+    assert load_recipe(tmp_path, "mine", lambda turns: {"sae": "c"})[1] is False
+
+
+def test_a_recipe_says_of_which_other_saes_it_is(copied: Path) -> None:
+    bench = open_bench(copied / "saes" / SAE, device="cpu")
+    recipe = Recipe(turns=parse_turns("3:add:2x,5@topk-k2:add:2x,7@relu-l0-4:add:1"))
+    of = belonging_of(bench, recipe.turns)
+    assert of["sae of topk-k2"] == bench.beside("topk-k2").belonging["sae"] != of["sae"] == bench.belonging["sae"]
+    assert {"index", "index of topk-k2"} <= set(of)
+    assert "index of relu-l0-4" not in of
+    save_recipe(copied, "mine", SAE, recipe, of)
+    assert load_recipe(copied, "mine", lambda turns: belonging_of(bench, turns)) == (recipe, True)
+    other = of | {"sae of topk-k2": "other"}
+    with pytest.raises(ValueError, match="was made from another sae of topk-k2: it says .*, this one is other"):
+        load_recipe(copied, "mine", lambda turns: other)
+    shutil.rmtree(copied / "saes" / "relu-l0-4")
+    again = open_bench(copied / "saes" / SAE, device="cpu")
+    with pytest.raises(ValueError, match="no SAE 'relu-l0-4' lies beside"):
+        load_recipe(copied, "mine", lambda turns: belonging_of(again, turns))
 
 
 @pytest.mark.parametrize("name", ["../out", "a/b", "", ".hidden", "x" * 61])
@@ -174,7 +252,7 @@ def test_a_recipe_edited_into_nonsense_is_named(tmp_path: Path, content: str, me
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "mine.json").write_text(content)
     with pytest.raises(ValueError, match=f"mine.json {message}"):
-        load_recipe(tmp_path, "mine", {})
+        load_recipe(tmp_path, "mine", lambda turns: {})
 
 
 @pytest.mark.parametrize(
@@ -185,11 +263,11 @@ def test_a_recipe_with_a_value_of_another_kind_is_named(tmp_path: Path, field: s
     path = save_recipe(tmp_path, "mine", SAE, Recipe(), {})
     write_json(path, read_json(path) | {field: value})
     with pytest.raises(ValueError, match=r"mine\.json"):
-        load_recipe(tmp_path, "mine", {})
+        load_recipe(tmp_path, "mine", lambda turns: {})
 
 
 def test_what_is_copied_as_python_runs_and_says_the_same(trained: Trained, bench: Bench) -> None:
-    turns = (Turn(latent=3, strength="1n"), Turn(latent=5, mode="ablate"))
+    turns = (Turn(latent=3, strength="1n"), Turn(latent=5, mode="ablate"), Turn(latent=9, sae="topk-k2", strength="2x"))
     recipe = Recipe(turns=turns, prompt="the 'red'\ncat", max_new_tokens=6, positions="generated")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -217,11 +295,6 @@ def test_runs_and_saes_are_found_where_they_are(run: Path, tmp_path: Path) -> No
 
 
 # ------------------------------------------------------------------------------------------ long work
-
-
-@pytest.fixture
-def copied(run: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(run, tmp_path / "copied"))
 
 
 def test_each_job_has_a_log_of_its_own_whichever_server_begins_it(tmp_path: Path) -> None:
@@ -303,6 +376,38 @@ def test_an_index_is_made_by_a_command_that_is_watched(copied: Path) -> None:
     assert Trained(copied, copied / "saes" / "relu-l0-4").share_indexed == 1
     jobs.forget(job)
     assert jobs.all() == []
+
+
+# ------------------------------------------------------------------------------------------ the map
+
+
+def test_a_map_keeps_neighbours_near_says_how_many_and_is_the_same_again(copied: Path) -> None:
+    pytest.importorskip("openTSNE")
+    config = MapConfig(sae=copied / "saes" / SAE)
+    with open_feature_index(copied / "index" / f"{SAE}.h5") as index:
+        assert read_map(index) is None
+        path = make_map(config)
+        assert path == copied / "index" / f"{SAE}.map.json"
+        made, (ids, cosines) = read_map(index), index.neighbours
+        assert made is not None
+        assert ids.shape == cosines.shape == (48, 20)
+        apart = np.linalg.norm(made.places[:, None] - made.places[None], axis=-1)
+        np.fill_diagonal(apart, np.inf)
+        near = np.argsort(apart, 1)[:, :20]
+        assert made.recall == pytest.approx(np.mean([len({*a} & {*b}) / 20 for a, b in zip(near, ids, strict=True)]))
+        assert made.recall > 0.5  # by chance 20 of 47
+    before = path.read_bytes()
+    make_map(config)
+    assert path.read_bytes() == before
+
+
+def test_a_map_wants_its_library_and_an_index(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("openTSNE"):
+        with pytest.raises(ValueError, match="relu-l0-4.h5"):
+            make_map(MapConfig(sae=copied / "saes" / "relu-l0-4"))
+    monkeypatch.setitem(sys.modules, "openTSNE", None)
+    with pytest.raises(ValueError, match=r"openTSNE: pip install 'saebench\[map\]'"):
+        make_map(MapConfig(sae=copied / "saes" / SAE))
 
 
 # ------------------------------------------------------------------------------------------ generation in a thread

@@ -7,18 +7,18 @@ from typing import Any, NamedTuple
 
 import streamlit as st
 from kept import recipes
-from opened import bench_of, table_of
+from opened import bench_of
 from shell import clickable, fragment, offer, said
 from turns import another, turn_row
 from where import chosen_sae
 
-from saebench.browse.recipes import MAX_TEXTS, POSITIONS, Recipe, Turn, parse_turns
+from saebench.browse.recipes import MAX_TEXTS, POSITIONS, Recipe
 from saebench.browse.runs import Trained
-from saebench.browse.table import LatentTable
 from saebench.index import FeatureIndex
-from saebench.steer import Bench, arms_of, units_of
+from saebench.steer import Bench, Turn, arms_of, parse_turns, units_of
 from saebench.steer.live import Live
 from saebench.steer.run import read_sweep
+from saebench.steer.turns import belonging_of
 from saebench.view import charts
 from saebench.view.arms import arm_html
 from saebench.view.markdown import plain
@@ -34,7 +34,7 @@ class Made(NamedTuple):
 
     live: Live
     of: tuple[str, ...]
-    """`Bench.key`"""
+    """`key_of`"""
     recipe: Recipe
 
 
@@ -51,9 +51,17 @@ def recipe_now(turns: tuple[Turn, ...]) -> Recipe:
 
 
 def made_by(bench: Bench) -> Made | None:
-    """What is on the bench, if it is of this SAE, index and model as they are now."""
+    """What is on the bench, if it is of these SAEs, indexes and model as they are now."""
     made: Made | None = st.session_state.get("made")
-    return made if made is not None and made.of == bench.key else None
+    with contextlib.suppress(ValueError):  # an SAE that was turned is gone
+        if made is not None and made.of == key_of(bench, made.recipe.turns):
+            return made
+    return None
+
+
+def key_of(bench: Bench, turns: tuple[Turn, ...]) -> tuple[str, ...]:
+    """`Bench.key`, with the hashes of all SAEs that are turned. Raises ValueError as `Bench.beside` does."""
+    return *bench.key, *belonging_of(bench, turns).values()
 
 
 def sampling_inputs(longest: int) -> None:
@@ -73,14 +81,14 @@ def sampling_inputs(longest: int) -> None:
 
 
 @fragment
-def settings(sae: Trained, bench: Bench, lock: Any, table: LatentTable | None) -> None:
+def settings(sae: Trained, bench: Bench, lock: Any) -> None:
     longest = bench.model.max_context - 2
     sampling_inputs(longest)
     turns: tuple[Turn, ...] = ()
     with said():  # what cannot be read is told, and the bench goes on without it
         turns = turns_now()
-    fine = [turn_row(bench, turns, place, table) for place in range(len(turns))]
-    another(bench, turns, table)
+    fine = [turn_row(sae, bench, turns, place) for place in range(len(turns))]
+    another(sae, bench, turns)
     recipe = recipe_now(turns)
     made = made_by(bench)
     running = made is not None and not made.live.done
@@ -91,7 +99,7 @@ def settings(sae: Trained, bench: Bench, lock: Any, table: LatentTable | None) -
             before.live.stop()  # another SAE's may still be at it
         arms = arms_of(recipe.interventions(bench), seed=recipe.seed)
         live = Live(bench.model, recipe.prompt, arms, recipe.sampling(), lock)
-        st.session_state.made = Made(live, bench.key, recipe)
+        st.session_state.made = Made(live, key_of(bench, recipe.turns), recipe)
         st.rerun()
     if buttons.button("Stop", disabled=not running) and made is not None:
         made.live.stop()
@@ -100,7 +108,7 @@ def settings(sae: Trained, bench: Bench, lock: Any, table: LatentTable | None) -
     if made is not None and recipe != made.recipe:
         buttons.caption("The texts below are from earlier settings.")
     with buttons.popover("Recipes"):
-        recipes(sae, recipe, bench.belonging, longest)
+        recipes(sae, recipe, longest)
     with buttons.popover("Copy as Python"):
         st.code(recipe.python(sae.folder), language="python")
     if not turns:
@@ -145,11 +153,15 @@ def shown(live: Live, arm: str) -> tuple[list[list[str]], list[Any]]:
 
 
 def dose(sae: Trained, bench: Bench) -> None:
-    """The dose-response of the first latent, measured by the command line."""
-    st.subheader("Dose-response")
+    """The dose-response of the first latent, measured by the command line, where its SAE has an index with a store."""
     turns, now = (), None
     with contextlib.suppress(ValueError):  # which the settings have told
-        turns = turns_now()
+        found = turns_now()
+        bench = bench.beside(found[0].sae if found else "")
+        turns = found
+    if bench.index is None or not bench.index.has_store:
+        return
+    st.subheader("Dose-response")
     if not turns or turns[0].mode == "ablate" or turns[0].latent >= bench.sae.d_sae:
         st.caption("Of the first latent, in a mode that has a strength.")
         return
@@ -157,8 +169,7 @@ def dose(sae: Trained, bench: Bench) -> None:
     with contextlib.suppress(ValueError):
         raw = units.raw(turns[0].strength, turns[0].mode)
         now = raw if turns[0].mode == "scale" else units.all(raw)["norm"]
-    if bench.index is not None:
-        response(sae, bench.index, turns[0], st.session_state.positions, now)
+    response(Trained(sae.run, bench.folder), bench.index, turns[0], st.session_state.positions, now)
 
 
 def measured(path: Path, index: FeatureIndex, turn: Turn, positions: str, now: float | None) -> tuple[Any, str]:
@@ -204,10 +215,8 @@ if sae is None:
 with said():
     bench, lock = bench_of(sae)
     index = bench.index
-    table = table_of(sae) if index else None
     if index is None:
         st.info("Without an index strengths can only be given raw; make one from the overview.")
-    settings(sae, bench, lock, table)
+    settings(sae, bench, lock)
     texts(bench)
-    if index is not None and index.has_store:
-        dose(sae, bench)
+    dose(sae, bench)

@@ -52,7 +52,7 @@ class Job:
     @property
     def resumes(self) -> bool:
         """Whether what is done when it is stopped is kept."""
-        return self.arguments[0] != "steer"
+        return self.arguments[0] not in ("steer", "map")
 
     @property
     def running(self) -> bool:

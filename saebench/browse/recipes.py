@@ -2,33 +2,20 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from saebench.config import to_json
 from saebench.files import read_json, write_json, writing
 from saebench.index.schema import check_identity
-from saebench.steer import Bench, Intervention, Sampling
-from saebench.steer.interventions import Mode, Units
+from saebench.steer import Bench, Intervention, Sampling, interventions
+from saebench.steer.interventions import Positions
+from saebench.steer.turns import Turn, format_turns, parse_turns
 
-MODES: tuple[Mode, ...] = get_args(Mode)
 _SCHEMA = "saebench-recipe"
-_TURN = re.compile(r"(?P<latent>[0-9]{1,9})(:(?P<mode>[a-z]+)(:(?P<strength>[^:]+))?)?")
 _NAME = re.compile(r"[\w][\w .-]{0,59}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Turn:
-    """One latent, turned."""
-
-    latent: int
-    mode: Mode = "add"
-    strength: str = "0.5n"
-    """12 (raw), 6x (times its maximum) or 0.5n (of the median norm); a factor for `scale`, nothing for `ablate`"""
-
-    def __str__(self) -> str:
-        return f"{self.latent}:{self.mode}" + ("" if self.mode == "ablate" else f":{self.strength}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +24,7 @@ class Recipe:
 
     turns: tuple[Turn, ...] = ()
     prompt: str = ""
-    positions: Literal["all", "prompt", "generated"] = "all"
+    positions: Positions = "all"
     n: int = 1
     max_new_tokens: int = 48
     temperature: float = 1.0
@@ -53,27 +40,18 @@ class Recipe:
         )  # fmt: skip
 
     def interventions(self, bench: Bench) -> list[Intervention]:
-        """Raises ValueError without a latent, and for a latent or strength that is not known."""
+        """Raises ValueError without a latent, and as `saebench.steer.interventions` does."""
         if not self.turns:
             raise ValueError("no latent is chosen; add one, or open one from any page and steer with it")
-        return [
-            dataclasses.replace(bench.intervention(turn.latent, turn.strength, turn.mode), positions=self.positions)
-            for turn in self.turns
-        ]
+        return interventions(bench, self.turns, self.positions)
 
     def python(self, sae: Path) -> str:
         """The same generation as a script."""
-        turns = "\n".join(
-            f"    replace(bench.intervention({turn.latent}, {turn.strength!r}, {turn.mode!r}), positions={self.positions!r}),"
-            for turn in self.turns
-        )
-        return f"""from dataclasses import replace
-from saebench.steer import Sampling, arms_of, generate, open_bench
+        return f"""from saebench.steer import Sampling, arms_of, generate, interventions, open_bench, parse_turns
 
 bench = open_bench({str(sae)!r})
-arms = arms_of([
-{turns}
-], seed={self.seed})
+turns = parse_turns({format_turns(self.turns)!r})
+arms = arms_of(interventions(bench, turns, {self.positions!r}), seed={self.seed})
 sampling = Sampling(max_new_tokens={self.max_new_tokens}, n_samples={self.n}, seed={self.seed}, temperature={self.temperature},
                     top_p={self.top_p}, repetition_penalty={self.repetition_penalty})
 for text in generate(bench.model, {self.prompt!r}, arms, sampling).texts:
@@ -81,32 +59,13 @@ for text in generate(bench.model, {self.prompt!r}, arms, sampling).texts:
 """
 
 
-POSITIONS: tuple[str, ...] = get_args(Recipe.__annotations__["positions"])
+POSITIONS: tuple[str, ...] = get_args(Positions)
 MAX_TEXTS = 8
 """texts of an arm that the bench shows"""
 
 
-def parse_turns(text: str) -> tuple[Turn, ...]:
-    """Turns written `12:add:0.5n,40:ablate`. Raises ValueError for anything else."""
-    turns = []
-    for part in filter(None, (piece.strip() for piece in text.split(","))):
-        match = _TURN.fullmatch(part)
-        if match is None or (match["mode"] or "add") not in MODES:
-            raise ValueError(f"{part!r} is no intervention; expected LATENT:MODE:STRENGTH such as 12:add:0.5n")
-        mode: Any = match["mode"] or "add"
-        strength = match["strength"] or ("2" if mode == "scale" else "0.5n")
-        if mode != "ablate":
-            Units(1.0, 1.0, 1.0).raw(strength, mode)  # says what is wrong with it
-        turns.append(Turn(latent=int(match["latent"]), mode=mode, strength=strength))
-    return tuple(turns)
-
-
-def format_turns(turns: tuple[Turn, ...]) -> str:
-    return ",".join(map(str, turns))
-
-
 def save_recipe(run: Path, name: str, sae: str, recipe: Recipe, of: dict[str, str]) -> Path:
-    """Write `recipes/NAME.json` of a run, with the hashes of what it belongs to: SAE, and index where there is one. Raises ValueError for a name that is no file's."""
+    """Write `recipes/NAME.json` of a run, with the hashes of what it belongs to (`belonging_of`). Raises ValueError for a name that is no file's."""
     path = _path(run, name)
     body = {**to_json(recipe), "turns": format_turns(recipe.turns)}
     with writing(path):
@@ -126,10 +85,10 @@ def recipes_of(run: Path, sae: str) -> list[str]:
     return found
 
 
-def load_recipe(run: Path, name: str, of: dict[str, str]) -> tuple[Recipe, bool]:
+def load_recipe(run: Path, name: str, of: Callable[[tuple[Turn, ...]], dict[str, str]]) -> tuple[Recipe, bool]:
     """(a recipe, whether it says of which SAE it is: older files do not).
 
-    Raises ValueError for a file that is no recipe, and for one of another SAE or index than `of` says, as far as both say.
+    Raises ValueError for a file that is no recipe, and for one of other SAEs or indexes than `of` says of its turns, as far as both say.
     """
     path = _path(run, name)
     if not path.exists():
@@ -140,9 +99,6 @@ def load_recipe(run: Path, name: str, of: dict[str, str]) -> tuple[Recipe, bool]
         raise ValueError(f"{path} is no recipe; delete it, or save it again")
     if not isinstance(said := content.get("of"), dict | None):
         raise ValueError(f"{path} is no recipe; delete it, or save it again")
-    if said is not None:
-        both = {what: value for what, value in of.items() if what in said}
-        check_identity(path, said, both, f"set it anew and save it again; its latents are {content['turns']}")
     values: dict[str, Any] = {}
     for field in dataclasses.fields(Recipe):
         value, usual = content[field.name], "" if field.name == "turns" else field.default
@@ -157,6 +113,9 @@ def load_recipe(run: Path, name: str, of: dict[str, str]) -> tuple[Recipe, bool]
         )
     recipe = Recipe(**values, turns=parse_turns(content["turns"]))
     recipe.sampling()
+    if said is not None:
+        both = {what: value for what, value in of(recipe.turns).items() if what in said}
+        check_identity(path, said, both, f"set it anew and save it again; its latents are {content['turns']}")
     return recipe, said is not None
 
 

@@ -278,6 +278,11 @@ class FeatureIndex:
         return self._data["tokens/ids"][:]
 
     @cached_property
+    def neighbours(self) -> tuple[np.ndarray, np.ndarray]:
+        """(numbers of the 20 nearest other decoder rows of each latent, −1 for none, their cosines), `[d_sae, 20]` each."""
+        return self._data["decoder/ids"][:], self._data["decoder/cosines"][:]
+
+    @cached_property
     def top_rows(self) -> np.ndarray:
         """`[d_sae, 20]` rows of the strongest examples of each latent, one of a context, −1 for none."""
         return self._data["top/rows"][:]

@@ -3,6 +3,7 @@
 from saebench.steer.bench import Bench, bench_with, open_bench
 from saebench.steer.generate import Generation, Sampling, Text, arms_of, generate, stream
 from saebench.steer.interventions import Intervention, Units, Where, mask_of, steered, units_of
+from saebench.steer.turns import Turn, interventions, parse_turns
 
 __all__ = [
     "Bench",
@@ -10,13 +11,16 @@ __all__ = [
     "Intervention",
     "Sampling",
     "Text",
+    "Turn",
     "Units",
     "Where",
     "arms_of",
     "bench_with",
     "generate",
+    "interventions",
     "mask_of",
     "open_bench",
+    "parse_turns",
     "steered",
     "stream",
     "units_of",

@@ -33,6 +33,8 @@ class Bench:
     """hashes of what a figure taken here depends on: of the SAE's weights, and of the index and what that was made from"""
     load: Callable[..., LanguageModel]
     """how a model is had by its name, a revision and a device, as often as it is asked for"""
+    open: "Callable[[Path], Bench]"
+    """how the bench of another SAE is had by its directory, as often as it is asked for"""
 
     @cached_property
     def sae(self) -> SAE:
@@ -65,6 +67,28 @@ class Bench:
         """Longer vectors are massive, and left alone: by the index, or else by what the SAE was trained on."""
         return longest_of(self.folder, self.hook) if self.index is None else self.index.longest
 
+    def beside(self, name: str) -> "Bench":
+        """The bench of an SAE that lies in the same folder, by its name; this one for no name.
+
+        Raises ValueError where none is called so or it cannot be opened, and for one of another model.
+        """
+        if name in ("", self.folder.name):
+            return self
+        names = [path.parent.name for path in sorted(self.folder.parent.glob(f"*/{CONFIG}"))]
+        if name not in names:
+            raise ValueError(f"no SAE {name!r} lies beside {self.folder}; expected one of {', '.join(names)}")
+        other = self.open(self.folder.parent / name)
+        ours, theirs = self.origin, other.origin
+        try:
+            if ours is None or theirs is None:
+                raise ValueError(f"{(self if ours is None else other).folder} does not say which it is of")
+            if theirs.weights is None and theirs[:2] != ours[:2]:
+                raise ValueError(f"{theirs.record} names {theirs.name!r}, {ours.record} names {ours.name!r}")
+            check_origin(self.model, theirs)
+        except ValueError as error:
+            raise ValueError(f"SAE {name!r} is not of the model of {self.folder.name!r}: {error}") from error
+        return other
+
     def intervention(self, latent: int, strength: str | int | float = "0.5n", mode: Mode = "add") -> Intervention:
         """An intervention at a strength written `12`, `6x` or `0.5n` (see `Units`); for `scale` a plain factor."""
         raw = 0.0 if mode == "ablate" else units_of(self.sae, latent, self.index).raw(strength, mode)
@@ -76,10 +100,11 @@ def bench_with(
     index: FeatureIndex | None,
     device: str | None = None,
     load: Callable[..., LanguageModel] | None = None,
+    open: Callable[[Path], Bench] | None = None,
 ) -> Bench:
     """The bench of an SAE directory and its index, on the first device at hand unless told; nothing is loaded yet.
 
-    `load` is for whoever shares models among benches. Raises ValueError for a directory that holds no SAE, and where nothing says at which hook.
+    `load` and `open` are for whoever shares models and benches. Raises ValueError for a directory that holds no SAE, and where nothing says at which hook.
     """
     hook = index.hook if index else read_config(sae).get("metadata", {}).get("hook_name")
     if hook is None:
@@ -89,9 +114,15 @@ def bench_with(
     store = index.store if index and index.has_store else None
     origin = origin_of(sae, store, index.identity.get("model") if index else None)
     belonging = identity_of(sae, None) if index is None else index.belonging
-    return Bench(
-        sae, index, choose_device(device), hook, origin, _hash(sae), belonging, load or functools.cache(load_model)
-    )
+    load = load or functools.cache(load_model)
+    open = open or functools.cache(lambda other: bench_with(other, _index_of(other), device, load))
+    return Bench(sae, index, choose_device(device), hook, origin, _hash(sae), belonging, load, open)
+
+
+def _index_of(sae: Path, index: Path | None = None, store: Path | None = None) -> FeatureIndex | None:
+    """The index that is named, or the usual one where it is there."""
+    path = index or IndexConfig(sae=sae).path
+    return open_feature_index(path, sae=sae, store=store) if index is not None or path.exists() else None
 
 
 def _hash(sae: Path) -> str:
@@ -106,8 +137,6 @@ def open_bench(
     Raises ValueError where one of them cannot be loaded, or the model is not the one whose vectors were indexed.
     """
     sae = Path(sae)
-    path = index or IndexConfig(sae=sae).path
-    opened = open_feature_index(path, sae=sae, store=store) if index is not None or path.exists() else None
-    bench = bench_with(sae, opened, device)
+    bench = bench_with(sae, _index_of(sae, index, store), device)
     _ = bench.model
     return bench

@@ -34,6 +34,7 @@ from saebench.sae import SAE, latent_encoder
 from saebench.sae.architectures import normalized
 
 Mode = Literal["add", "clamp", "scale", "ablate", "orthogonal"]
+Positions = Literal["all", "prompt", "generated"]
 MOST = 1e9
 _STRENGTH = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)([xn]?)", re.IGNORECASE)
 
@@ -56,7 +57,7 @@ class Intervention:
     mode: Mode = "add"
     strength: float = 0.0
     """raw, in units of the latent's activation (see `Units` for others); for `scale` a factor, for `ablate` without meaning"""
-    positions: Literal["all", "prompt", "generated"] | tuple[bool, ...] = "all"
+    positions: Positions | tuple[bool, ...] = "all"
     """`generated` begins with the first generated token's own vector; or a truth value for each token of the prompt, BOS included"""
     where: Where | None = None
     """of these positions only those"""

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -15,8 +15,9 @@ from saebench.index.schema import check_identity
 from saebench.steer.bench import Bench, open_bench
 from saebench.steer.dose import FACTORS, STRENGTHS, DoseConfig, DoseResponse, dose_response
 from saebench.steer.generate import Generation, Sampling, arms_of, generate
-from saebench.steer.interventions import Intervention, Mode
+from saebench.steer.interventions import Intervention, Mode, Positions
 from saebench.steer.scores import Scores, read_scores, score, scores_path
+from saebench.steer.turns import Turn, interventions, parse_turns
 from saebench.view import charts
 
 _SWEEP_VERSION = (
@@ -36,8 +37,10 @@ class SteerConfig:
     """one for all or one for each latent: 12 (raw), 6x (times its maximum in the index) or 0.5n (of the median norm)"""
     mode: Mode = "add"
     """add: x + c d; clamp: the latent set to c; scale: the latent times c; ablate: set to 0; orthogonal: x's part along d replaced by c d"""
-    positions: Literal["all", "prompt", "generated"] = "all"
+    positions: Positions = "all"
     """where; BOS is left alone, and `generated` begins with the first generated token's own vector"""
+    turns: str = ""
+    """instead of latent, strength and mode: 12:add:0.5n,7@SAE:ablate, as the app writes it; @ names another SAE in the same folder"""
     massive: bool = False
     """edit massive vectors too: attention sinks that are not BOS"""
     prompt: str = ""
@@ -70,6 +73,9 @@ class SteerConfig:
     """cuda, mps or cpu (default: the first at hand)"""
 
     def __post_init__(self) -> None:
+        if self.turns and (self.latent or self.strength != ("0.5n",) or self.mode != "add"):
+            raise ValueError("turns say latents, strengths and modes; leave out --latent, --strength and --mode")
+        parse_turns(self.turns)
         if not self.sweep and len(self.strength) not in (1, len(self.latent)):
             raise ValueError(
                 f"{len(self.strength)} strengths for {len(self.latent)} latents; give one for all or one for each"
@@ -84,22 +90,21 @@ def steer(config: SteerConfig) -> Generation:
 
     Raises ValueError without a latent, and as `open_bench`, `Units.raw` and `generate` do.
     """
-    _some(config)
+    turns = parse_turns(config.turns)
+    if not turns:
+        _some(config)
+        strengths = config.strength * (len(config.latent) if len(config.strength) == 1 else 1)
+        pairs = zip(config.latent, strengths, strict=True)
+        turns = tuple(Turn(latent=latent, mode=config.mode, strength=strength) for latent, strength in pairs)
     bench = config.open()
-    strengths = config.strength * (len(config.latent) if len(config.strength) == 1 else 1)
-    interventions = [
-        dataclasses.replace(
-            bench.intervention(latent, strength, config.mode),
-            positions=config.positions,
-            **({"longest": math.inf} if config.massive else {}),
-        )
-        for latent, strength in zip(config.latent, strengths, strict=True)
-    ]
+    wanted = interventions(bench, turns, config.positions)
+    if config.massive:
+        wanted = [dataclasses.replace(one, longest=math.inf) for one in wanted]
     sampling = Sampling(
         max_new_tokens=config.max_new_tokens, n_samples=config.n, seed=config.seed, temperature=config.temperature,
         top_p=config.top_p, repetition_penalty=config.repetition_penalty,
     )  # fmt: skip
-    arms = arms_of(interventions, controls=config.controls, seed=config.seed)
+    arms = arms_of(wanted, controls=config.controls, seed=config.seed)
     made = generate(bench.model, config.prompt, arms, sampling)
     if config.out is not None:
         texts = [
@@ -169,6 +174,8 @@ def rank(config: SteerConfig) -> tuple[Bench, Scores, np.ndarray]:
     Scores are measured once and kept beside the index; latents that are named are measured whole. Ctrl-C ends it with
     KeyboardInterrupt, once what was scored is kept. Raises ValueError for an SAE without an index, and as `score` does.
     """
+    if config.turns:
+        raise ValueError("rank turns nothing; choose among latents with --latent N, not --turns")
     bench = config.open()
     if bench.index is None:
         raise ValueError(f"{config.sae} has no index; run `saebench index --sae {config.sae}` first")

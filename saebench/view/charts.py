@@ -1,5 +1,6 @@
 """Plotly figures of SAEs: one colour and marker per architecture, the same on every page."""
 
+import html
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -183,6 +184,34 @@ def densities(left: np.ndarray, right: np.ndarray, cosines: np.ndarray, names: t
 
 BIN = 0.1
 """width of a bar of `density_histogram`, in powers of ten"""
+
+
+def latent_map(
+    places: np.ndarray, values: np.ndarray, shown: np.ndarray, names: Sequence[str], label: str, *, log: bool = False
+) -> go.Figure:
+    """Latents at their `[F, 2]` places, those that are `shown [F]`, coloured by `values [F]`, unknown ones grey; `customdata` is the latent."""
+    with np.errstate(divide="ignore"):
+        values = np.log10(values) if log else values
+    figure = go.Figure()
+    for known in (False, True):
+        latents = np.flatnonzero(shown & (np.isfinite(values) == known))
+        bar = {
+            "color": values[latents],
+            "colorscale": "Viridis",
+            "colorbar": {"title": f"log10 {label}" if log else label},
+        }
+        figure.add_scattergl(
+            x=places[latents, 0], y=places[latents, 1], mode="markers", customdata=latents.tolist(), showlegend=False,
+            marker={"size": 5, **(bar if known else {"color": CONTROL})},
+            text=[f"latent {latent}<br>{html.escape(names[latent][:80])}" for latent in latents.tolist()], hovertemplate="%{text}<extra></extra>",
+        )  # fmt: skip
+    figure.update_yaxes(scaleanchor="x")
+    return (
+        _layout(figure, "", "", "")
+        .update_layout(height=680, dragmode="pan")
+        .update_xaxes(visible=False)
+        .update_yaxes(visible=False)
+    )
 
 
 def density_histogram(density: np.ndarray, name: str) -> go.Figure:
