@@ -68,7 +68,7 @@ def copied(run: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("descending", [False, True])
-@pytest.mark.parametrize("column", ["density", "max", "detection", "output"])
+@pytest.mark.parametrize("column", ["density", "max", "name_f1", "name_detection", "output"])
 def test_a_sort_is_numpys_with_missing_figures_last(table: LatentTable, column: str, descending: bool) -> None:
     order = table.order(Query(sort=column, descending=descending))
     values = table.columns[column][order]
@@ -91,7 +91,7 @@ def test_words_are_looked_for_in_labels_rules_and_tokens(table: LatentTable) -> 
     assert table.order(Query(text="CAT pets")).tolist() == [11]
     assert table.order(Query(having=("labelled",))).tolist() == [11]
     assert 11 not in table.order(Query(without=("labelled",)))
-    assert table.name(11) == "A Cat"
+    assert table.names[11].text == "A Cat"
     token = next(int(i) for i in table.index.top_tokens[7] if i >= 0 and table.index.pieces(np.array([i]))[0].strip())
     word = table.index.pieces(np.array([token]))[0].strip().lower()
     assert 7 in table.order(Query(text=word))
@@ -100,9 +100,10 @@ def test_words_are_looked_for_in_labels_rules_and_tokens(table: LatentTable) -> 
 
 def test_a_number_finds_its_latent_and_names_of_which_it_is_a_word(table: LatentTable) -> None:
     """Not every id, label and token in which its digits occur."""
-    table.index.explanations = [""] * 48
+    rules = [""] * 48
+    table.names._texts = {"rule": rules, "tokens": [""] * 48}
     assert table.order(Query(text="3")).tolist() == [3]
-    table.index.explanations[5] = 'token is "3" and not position < 32'
+    rules[5] = 'token "3"; not position < 32'
     table.notes.write(7, Note("version 0.3", ("py3", "33")))
     table.notes.write(9, Note("the top 3, say", ()))
     assert table.order(Query(text="3")).tolist() == [3, 5, 9]
@@ -111,9 +112,9 @@ def test_a_number_finds_its_latent_and_names_of_which_it_is_a_word(table: Latent
 
 
 def test_filters_are_on_density_rule_and_flags(table: LatentTable) -> None:
-    density, rule = table.columns["density"], table.columns["detection"]
-    found = table.order(Query(most_density=0.05, least_rule=0.6))
-    assert found.tolist() == np.flatnonzero((density <= 0.05) & (rule >= 0.6)).tolist()
+    density, detection = table.columns["density"], table.columns["name_detection"]
+    found = table.order(Query(most_density=0.05, least_detection=0.6))
+    assert found.tolist() == np.flatnonzero((density <= 0.05) & (detection >= 0.6)).tolist()
     dead = table.index.flagged("dead")
     assert table.order(Query(without=("dead",))).tolist() == np.flatnonzero(~dead).tolist()
 
@@ -130,7 +131,7 @@ def test_neighbours_in_a_query_are_those_of_its_order(table: LatentTable) -> Non
 def test_columns_flags_and_sizes_that_are_not_there_are_named(table: LatentTable) -> None:
     with pytest.raises(ValueError, match="sort is 'colour'; expected latent, density"):
         table.order(Query(sort="colour"))
-    with pytest.raises(ValueError, match="flag is 'red'; expected labelled, dead"):
+    with pytest.raises(ValueError, match="flag is 'red'; expected labelled, explained, dead"):
         table.order(Query(having=("red",)))
     with pytest.raises(ValueError, match="size is 5000; expected 1 to 1000 rows"):
         Query(size=5000)

@@ -56,6 +56,7 @@ def make_map(config: MapConfig) -> Path | None:
     """
     try:
         import openTSNE
+        import openTSNE.affinity
         from openTSNE.nearest_neighbors import PrecomputedNeighbors
     except ImportError as error:
         raise ValueError("a map is laid out with openTSNE: pip install 'saebench[map]'") from error

@@ -130,7 +130,7 @@ def describe(rule: np.void, names: Sequence[str]) -> str:
     """A rule in words, as `token " bad" or " worse"; class: number; only after word "the"; not position < 4`; empty where there is none."""
     groups: dict[tuple[str, str], list[str]] = {}
     for number in rule["any"][rule["any"] >= 0].tolist():
-        name = names[number]
+        name = names[int(number)]
         form = _FORM.fullmatch(name)
         if form is None:
             groups.setdefault((name, ""), []).append("")
