@@ -287,7 +287,8 @@ def _print_ranking(config: SteerConfig) -> None:
             f"{scores.output[latent]:.3f}{'' if scores.measured[latent] else ' ~'}",
             f"{scores.input[latent]:.3f}",
         )
-        rows.append([str(latent), *figures, tokens, names[latent].text if names[latent].explained else "-"])
+        name = names[int(latent)]
+        rows.append([str(latent), *figures, tokens, name.text if name.explained else "-"])
     print(format_table(rows, left=(0, 3, 4)))
     if not scores.measured[latents].all():
         print("~ estimated on a few short prompts; `--latent N` measures it whole")

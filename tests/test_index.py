@@ -755,10 +755,10 @@ def test_texts_of_an_index_are_utf8(saved: Path, index: FeatureIndex, tmp_path: 
     shutil.copy(index.path, path)
     with h5py.File(path, "a") as file:
         del file["rules/text"]
-        publish._write(file, {"rules": {"text": np.array(['token is "漢"', *["é"] * (LATENTS - 1)], dtype=object)}})
+        publish._write(file, {"rules": {"text": np.array(['token "漢"', *["é"] * (LATENTS - 1)], dtype=object)}})
     with open_feature_index(path, sae=saved) as opened:
         shown = {opened.described("rules")[latent] for latent in range(LATENTS) if opened[latent].rule}
-        assert shown <= {'token is "漢"', "é"}
+        assert shown <= {'token "漢"', "é"}
         assert "é" in shown
         assert opened[1].rule is None or opened[1].rule.text == "é"
 
