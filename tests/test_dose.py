@@ -533,7 +533,7 @@ def test_bad_input_says_what_is_wrong(folder: Path, store: Store, tmp_path: Path
     with pytest.raises(ValueError, match=r"latent 3 never fired in .*planted.h5: there is no firing of its own"):
         dose_response(bench.model, bench.intervention(3, 1), bench.index)
     assert len(sweep(settings(latent=(PLANTED,), prompt="the cat", strength=("1n",))).doses) == 4
-    scaled = sweep(settings(latent=(PLANTED,), mode="scale"))
+    scaled = sweep(settings(latent=(PLANTED,), mode="scale", prompt="the cat"))
     assert sorted({dose.strength for dose in scaled.doses if dose.arm == "steered"}) == [0, 2, 4, 8, 16]
     bare = tmp_path / "saes" / "bare"
     metadata = {"model_name": store.manifest["identity"]["model"]["id"], "hook_name": HOOK, "context_size": CONTEXT}
