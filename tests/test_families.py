@@ -25,6 +25,7 @@ from saebench.models import (
     capture,
     check_hook,
     check_padding,
+    edits,
     head,
     hook_name,
     last_states,
@@ -119,8 +120,11 @@ def test_attention_and_mlp_are_what_they_add_to_the_stream(named: tuple[str, Lan
                 assert hook_name(layer, kind) in refused
                 assert "\n" not in refused
                 assert parts in MISSING[kind]
+                assert kind != "mlp_out" or fault(model, hook_name(layer, "mlp_in"))
                 continue
             taken += 1
+            if kind == "mlp_out":
+                check_mlp(model, layer)
             value = capture(model, TOKENS, [hook_name(layer, kind)])[hook_name(layer, kind)]
             assert value.shape == (*TOKENS.shape, WIDTH)
             before, after = (hook_name(layer, "resid_pre"), hook_name(layer))
@@ -135,6 +139,17 @@ def test_attention_and_mlp_are_what_they_add_to_the_stream(named: tuple[str, Lan
     assert (taken == 0) == (parts == "none")
     if parts == "all":
         assert taken == 2 * model.n_layers
+
+
+def check_mlp(model: LanguageModel, layer: int) -> None:
+    """What a layer's MLP writes follows from what it reads: given another context's, it writes what it wrote there."""
+    read, written = hook_name(layer, "mlp_in"), hook_name(layer, "mlp_out")
+    check_hook(model, read)
+    clean = capture(model, TOKENS, [read, written])
+    other = clean[read].flip(0)
+    with edits(model, {read: lambda value: other})():
+        found = capture(model, TOKENS, [written])[written]
+    torch.testing.assert_close(found, clean[written].flip(0), rtol=1e-4, atol=1e-4)
 
 
 def test_texts_go_on_from_a_cache(named: tuple[str, LanguageModel]) -> None:

@@ -39,7 +39,7 @@ from saebench.models import (
     spliced_logits,
     spliced_states,
 )
-from saebench.models.places import transformer_lens_paths
+from saebench.models.places import KINDS, parse_hook, transformer_lens_paths
 from saebench.steer import Sampling, generate
 from saebench.store.schema import MANIFEST
 from saebench.store.source import model_of
@@ -135,9 +135,6 @@ def test_hooks_are_gone_after_an_exception(pair: tuple[LanguageModel, torch.nn.M
     with pytest.raises(RuntimeError, match="in the middle"):
         spliced_logits(model, TOKENS, hook_name(1), fail)
     spliced_logits(model, TOKENS, hook_name(1), lambda x: x)
-
-
-KINDS = ("resid_pre", "resid_post", "mlp_out", "attn_out")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -459,20 +456,55 @@ def test_a_hook_whose_edits_are_ignored_is_refused(
         check_hook(model, hook_name(1, "mlp_out"))
 
 
+def test_an_mlp_that_reads_more_than_its_position_has_no_input_to_speak_of(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(
+        LlamaMLP, "forward", lambda self, x: forward(self, x + torch.nn.functional.pad(x, (0, 0, 1, -1)))
+    )
+    model = load_model(str(checkpoints["llama"]), device="cpu")
+    check_hook(model, hook_name(1, "mlp_out"))
+    with pytest.raises(
+        ValueError, match=r"'blocks.1.hook_mlp_out' of model .* is not a function of 'blocks.1.mlp.hook_in' at each"
+    ):
+        check_hook(model, hook_name(1, "mlp_in"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hooks_name_says_layer_and_kind(kind: HookKind) -> None:
+    assert parse_hook(hook_name(12, kind)) == (12, kind)
+
+
+def test_the_input_of_an_mlp_is_behind_the_norm_and_its_gain(pair: tuple[LanguageModel, torch.nn.Module]) -> None:
+    """What Hugging Face's own module is called with, to the last bit."""
+    model, reference = pair
+    modules = [part for name, part in reference.named_modules() if name.endswith("1.mlp")]
+    seen: list[torch.Tensor] = []
+    handle = modules[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    with torch.inference_mode():
+        reference(TOKENS)
+    handle.remove()
+    assert torch.equal(capture(model, TOKENS, [hook_name(1, "mlp_in")])[hook_name(1, "mlp_in")], seen[0])
+
+
 @pytest.mark.parametrize(
-    ("family", "name", "attention", "mlp"),
+    ("family", "name", "attention", "mlp", "read"),
     [
-        ("gpt2", "GPT2LMHeadModel", "attn", "mlp"),
-        ("falcon", "FalconForCausalLM", "self_attention", "mlp"),
-        ("opt", "OPTForCausalLM", "self_attn", "fc2"),  # no module of its own for the MLP: an alias of its last layer
-        ("olmo2", "Olmo2ForCausalLM", "post_attention_layernorm", "post_feedforward_layernorm"),  # norms behind both
-        ("granite", "GraniteForCausalLM", "self_attn", "mlp"),  # scaled on their way: no aliases
+        ("gpt2", "GPT2LMHeadModel", "attn", "mlp", "mlp"),
+        ("falcon", "FalconForCausalLM", "self_attention", "mlp", "mlp"),
+        ("opt", "OPTForCausalLM", "self_attn", "fc2", "fc1"),  # no module of its own for the MLP: its first and last layer
+        ("bloom", "BloomForCausalLM", "self_attention.dense", "mlp.dense_4h_to_h", "mlp"),  # adds the stream itself
+        ("olmo2", "Olmo2ForCausalLM", "post_attention_layernorm", "post_feedforward_layernorm", "mlp"),  # norms behind both
+        ("granitemoe", "GraniteMoeForCausalLM", "self_attn", "block_sparse_moe", "block_sparse_moe"),  # scaled on their way: no aliases
     ],
-)
-def test_transformer_lens_says_where_a_family_writes(family: str, name: str, attention: str, mlp: str) -> None:
+)  # fmt: skip
+def test_transformer_lens_says_where_a_family_writes(
+    family: str, name: str, attention: str, mlp: str, read: str
+) -> None:
     """What fails here with another version of TransformerLens is what `models/places.py` takes of its internals."""
     config = AutoConfig.for_model(family, **FAMILIES[family].config)
-    assert transformer_lens_paths(config, name, family) == {"attn_out": attention, "mlp_out": mlp}
+    assert transformer_lens_paths(config, name, family) == {"attn_out": attention, "mlp_out": mlp, "mlp_in": read}
 
 
 def test_what_is_gone_from_transformer_lens_is_no_unknown_family(monkeypatch: pytest.MonkeyPatch) -> None:
