@@ -2,6 +2,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,12 +33,14 @@ from saebench.models import (
     load_model,
     logit_lens,
     logits,
+    mlps_replaced,
     model_path,
     next_tokens,
     resumed_states,
     resumes,
     spliced_logits,
     spliced_states,
+    usual_positions,
 )
 from saebench.models.places import KINDS, parse_hook, transformer_lens_paths
 from saebench.steer import Sampling, generate
@@ -94,6 +97,73 @@ def test_vectors_handed_out_are_those_of_the_named_hooks(pair: tuple[LanguageMod
 
 def keeps(kept: dict[str, torch.Tensor], name: str) -> Callable[[torch.Tensor], None]:
     return lambda value: kept.update({name: value.clone()})
+
+
+def mlp_of(block: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A block's own way from `mlp_in` to `mlp_out`, of vectors `[N, D]`."""
+    parts: Any = block
+    behind = getattr(parts, "post_feedforward_layernorm", torch.nn.Identity())
+    return lambda x_ND: behind.forward(parts.mlp.forward(x_ND))
+
+
+class Elsewhere(torch.nn.Module):
+    """A linear map at some positions, and the module that was there at the others."""
+
+    def __init__(self, before: torch.nn.Module, W_DD: torch.Tensor, where_BL: torch.Tensor) -> None:
+        super().__init__()
+        self.before, self.W_DD, self.where_BL = before, W_DD, where_BL
+
+    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        return torch.where(self.where_BL[..., None], x_BLD @ self.W_DD, self.before(x_BLD))
+
+
+def test_mlps_that_are_replaced_by_themselves_change_nothing(pair: tuple[LanguageModel, torch.nn.Module]) -> None:
+    model, reference = pair
+    where = torch.rand(TOKENS.shape, generator=torch.Generator().manual_seed(3)) > 0.3
+    functions = {layer: mlp_of(model.blocks[layer]) for layer in (0, 2)}
+    with torch.inference_mode(), mlps_replaced(model, functions, where):
+        found = logits(model, TOKENS)
+    with torch.inference_mode():
+        want = reference(TOKENS).logits
+        assert torch.equal(logits(model, TOKENS), want)  # nothing is left behind
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+
+
+def test_mlps_replaced_by_linear_maps_are_modules_put_in_their_place(
+    pair: tuple[LanguageModel, torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = pair
+    where = torch.rand(TOKENS.shape, generator=torch.Generator().manual_seed(3)) > 0.3
+    maps = torch.randn(2, WIDTH, WIDTH, generator=torch.Generator().manual_seed(4)) / WIDTH**0.5
+    functions = {layer: lambda x, W=W: x @ W for layer, W in zip((0, 1), maps, strict=True)}
+    with torch.inference_mode(), mlps_replaced(model, functions, where):
+        found = logits(model, TOKENS)
+    for layer, W in zip((0, 1), maps, strict=True):
+        block: Any = model.blocks[layer]
+        last = "post_feedforward_layernorm" if hasattr(block, "post_feedforward_layernorm") else None
+        whole = torch.nn.Sequential(block.mlp, getattr(block, last)) if last else block.mlp
+        monkeypatch.setitem(block._modules, "mlp", Elsewhere(whole, W, where))
+        if last:
+            monkeypatch.setitem(block._modules, last, torch.nn.Identity())
+    with torch.inference_mode():
+        want = logits(model, TOKENS)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(found, want.roll(1, 0))
+
+
+def test_positions_whose_vectors_are_too_long_at_one_hook_are_not_usual(
+    pair: tuple[LanguageModel, torch.nn.Module],
+) -> None:
+    model, _ = pair
+    hooks = [hook_name(1, "mlp_in"), hook_name(2, "mlp_out")]
+    norms = {hook: value.norm(dim=2) for hook, value in capture(model, TOKENS, hooks).items()}
+    longest = {hook: float(norm.flatten().sort().values[-4]) for hook, norm in norms.items()}
+    keep = TOKENS % 7 != 0
+    want = keep & torch.stack([norm <= longest[hook] for hook, norm in norms.items()]).all(0)
+    found = usual_positions(model, TOKENS, keep, longest)
+    assert torch.equal(found, want)
+    assert found.sum() < keep.sum()
+    assert torch.equal(usual_positions(model, TOKENS, keep, {}), keep)
 
 
 def test_attention_and_mlp_outputs_make_up_the_difference_of_the_stream(
