@@ -149,7 +149,7 @@ def test_a_hook_that_a_store_lacks_is_named_with_its_harvest(store: Store) -> No
     expected = (
         f"hook 'blocks.2.mlp.hook_in' is not in {store.folder}; it has blocks.0.hook_resid_post, blocks.1.hook_resid_post. "
         f"A store that has both: `saebench harvest --model {made['model']['id']} --dataset {made['text']['dataset']} "
-        f"--layers 0,1,2 --kinds resid_post,mlp_in --tokens 12000 --context {CONTEXT} --out ANOTHER`"
+        f"--layers 0,1,2 --kinds resid_post,mlp --tokens 12000 --context {CONTEXT} --out ANOTHER`"
     )
     with pytest.raises(ValueError, match=re.escape(expected)):
         store.d_in("blocks.2.mlp.hook_in")

@@ -91,10 +91,12 @@ class Store:
             return ""
         layer, kind = parse_hook(hook)
         layers = ",".join(map(str, sorted({*made["layers"], layer})))
-        kinds = ",".join(dict.fromkeys([*made["kinds"], kind]))
+        kinds = dict.fromkeys([*made["kinds"], kind])
+        if "mlp_in" in kinds:  # who has what an MLP reads wants what it writes
+            kinds = dict.fromkeys([*(kind for kind in kinds if kind not in ("mlp_in", "mlp_out")), "mlp"])
         return (
             f". A store that has both: `saebench harvest --model {shlex.quote(made['model']['id'])} --dataset {shlex.quote(made['text']['dataset'])} "
-            f"--layers {layers} --kinds {kinds} --tokens {made['tokens']} --context {made['context']} --out ANOTHER`"
+            f"--layers {layers} --kinds {','.join(kinds)} --tokens {made['tokens']} --context {made['context']} --out ANOTHER`"
         )
 
     def rows(self, split: str, *, kept: bool = False) -> int:
