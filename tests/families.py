@@ -244,6 +244,9 @@ A family that is not listed is not refused: the same things are tried when its m
 in one line. (Every decoder has `resid_pre` and `resid_post`.)
 
 - **mlp_out, attn_out**: whether these can be harvested and edited. No: the family adds something else to its stream, or its places have no names yet.
+  Wherever there is mlp_out there is `mlp_in` (`blocks.L.mlp.hook_in`): what the MLP, or the whole of a mixture of experts, is called with, behind the norm before it and its
+  gain. mlp_out is what is added to the stream: where a family has a norm behind its MLP (Gemma 2 and 3, OLMo 2 and 3, FlexOlmo, GLM 4 of 2025, EXAONE 4), or multiplies by a
+  number (Granite), it comes after that, and what lies between mlp_in and mlp_out is both together. It is always a function of each position alone, and tried.
 - **logit effects**: whether a latent's direct effect on the logits is known. No: index with `--no-logits`.
 - **lengths**: whether prompts of different lengths can be continued at once.
 

@@ -6,7 +6,10 @@ SAEBENCH_FAMILIES=all runs all stages for all of them (`make families`).
 import os
 import socket
 import subprocess
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -25,12 +28,14 @@ from saebench.models import (
     capture,
     check_hook,
     check_padding,
+    edits,
     head,
     hook_name,
     last_states,
     load_model,
     logit_lens,
     logits,
+    mlps_replaced,
     next_logits,
     next_tokens,
     repeated,
@@ -119,8 +124,11 @@ def test_attention_and_mlp_are_what_they_add_to_the_stream(named: tuple[str, Lan
                 assert hook_name(layer, kind) in refused
                 assert "\n" not in refused
                 assert parts in MISSING[kind]
+                assert kind != "mlp_out" or fault(model, hook_name(layer, "mlp_in"))
                 continue
             taken += 1
+            if kind == "mlp_out":
+                check_mlp(model, layer)
             value = capture(model, TOKENS, [hook_name(layer, kind)])[hook_name(layer, kind)]
             assert value.shape == (*TOKENS.shape, WIDTH)
             before, after = (hook_name(layer, "resid_pre"), hook_name(layer))
@@ -135,6 +143,43 @@ def test_attention_and_mlp_are_what_they_add_to_the_stream(named: tuple[str, Lan
     assert (taken == 0) == (parts == "none")
     if parts == "all":
         assert taken == 2 * model.n_layers
+
+
+def check_mlp(model: LanguageModel, layer: int) -> None:
+    """What a layer's MLP writes follows from what it reads: given another context's, it writes what it wrote there."""
+    read, written = hook_name(layer, "mlp_in"), hook_name(layer, "mlp_out")
+    check_hook(model, read)
+    clean = capture(model, TOKENS, [read, written])
+    other = clean[read].flip(0)
+    with edits(model, {read: lambda value: other})():
+        found = capture(model, TOKENS, [written])[written]
+    torch.testing.assert_close(found, clean[written].flip(0), rtol=1e-4, atol=1e-4)
+
+
+MLPS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "opt": lambda block, x_ND: block.fc2.forward(block.activation_fn(block.fc1.forward(x_ND))),
+    "bloom": lambda block, x_ND: block.mlp.dense_4h_to_h.forward(block.mlp.gelu_impl(block.mlp.dense_h_to_4h(x_ND))),
+    "granite": lambda block, x_ND: 0.5 * block.mlp.forward(x_ND),
+    "mixtral": lambda block, x_ND: block.mlp.forward(x_ND[None])[0],
+    "glm4": lambda block, x_ND: block.post_mlp_layernorm.forward(block.mlp.forward(x_ND)),
+}
+"""From what an MLP reads to what it adds to the stream, where that takes more than calling it."""
+
+
+@pytest.mark.parametrize("name", MLPS)
+def test_mlps_that_are_replaced_by_themselves_change_nothing(
+    name: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = load_model(str(make(name, tmp_path, tokenizer)), device="cpu", dtype="float32")
+    functions = {layer: partial(MLPS[name], block) for layer, block in enumerate(model.blocks)}
+    with torch.inference_mode():
+        want = logits(model, TOKENS)
+        with mlps_replaced(model, functions, TOKENS % 3 != 0):
+            found = logits(model, TOKENS)
+        with mlps_replaced(model, {1: torch.zeros_like}, TOKENS % 3 != 0):
+            other = logits(model, TOKENS)
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(other, want, rtol=1e-2)
 
 
 def test_texts_go_on_from_a_cache(named: tuple[str, LanguageModel]) -> None:

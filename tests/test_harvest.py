@@ -1,9 +1,11 @@
 import dataclasses
 import json
 import random
+import re
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import processes
@@ -19,6 +21,7 @@ from saebench.harvest.settings import bytes_per_row, settled
 from saebench.models import load_model
 from saebench.store import Store, open_store
 from saebench.store.manifest import read_manifest
+from saebench.store.norms import describe
 from saebench.text import SPLITS, Context, Document, Encoder, TextConfig, open_documents, pack, split_of
 
 
@@ -115,6 +118,41 @@ def test_narrow_dtypes_round_the_same_vectors(
     assert narrow is not None
     want = store.shards[0].rows(HOOK).to(getattr(torch, dtype))
     assert torch.equal(narrow.shards[0].rows(HOOK), want)
+
+
+def test_what_mlps_read_and_write_is_kept_side_by_side(
+    checkpoints: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    told = config(checkpoints["gemma2"], tmp_path / "s", kinds=("mlp",), tokens=2_000)
+    store = harvest(told, text(corpus))
+    assert store is not None
+    assert store.hooks == [f"blocks.{i}.{name}" for i in (0, 1) for name in ("hook_mlp_out", "mlp.hook_in")]
+    model = load_model(str(checkpoints["gemma2"]), device="cpu", dtype="float32")
+    block: Any = model.blocks[1]
+    for shard in store.shards:
+        read, written = shard.rows("blocks.1.mlp.hook_in"), shard.rows("blocks.1.hook_mlp_out")
+        with torch.inference_mode():
+            found = block.post_feedforward_layernorm(block.mlp(read))
+        torch.testing.assert_close(found, written, rtol=1e-4, atol=1e-4)
+    for hook in store.hooks:
+        rows = torch.cat(list(store.usual_rows(hook, "train")))
+        assert store.statistics(hook)["mean"] == pytest.approx(rows.double().mean(0).tolist(), abs=1e-6)
+    assert f"  blocks.1.mlp.hook_in  d_in {WIDTH}, median norm" in describe(store)
+    one_by_one = config(checkpoints["gemma2"], tmp_path / "s", kinds=("mlp_in", "mlp_out"), tokens=2_000)
+    assert harvest(one_by_one, text(corpus)) is not None  # the same store, complete already
+    with pytest.raises(ValueError, match=r"with kinds \('mlp', 'mlp_out'\) name a hook twice"):
+        config(checkpoints["gemma2"], tmp_path / "s", kinds=("mlp", "mlp_out"))
+
+
+def test_a_hook_that_a_store_lacks_is_named_with_its_harvest(store: Store) -> None:
+    made = store.manifest["identity"]
+    expected = (
+        f"hook 'blocks.2.mlp.hook_in' is not in {store.folder}; it has blocks.0.hook_resid_post, blocks.1.hook_resid_post. "
+        f"A store that has both: `saebench harvest --model {made['model']['id']} --dataset {made['text']['dataset']} "
+        f"--layers 0,1,2 --kinds resid_post,mlp --tokens 12000 --context {CONTEXT} --out ANOTHER`"
+    )
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        store.d_in("blocks.2.mlp.hook_in")
 
 
 # ------------------------------------------------------------------------- interruption and resuming

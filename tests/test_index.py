@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 import signal
@@ -18,6 +19,7 @@ from saebench.evaluate.attribution import logit_of
 from saebench.files import write_json
 from saebench.harvest import HarvestConfig, harvest
 from saebench.index import FeatureIndex, IndexConfig, build_index, open_feature_index, plan, publish
+from saebench.index.build import _static
 from saebench.index.compare import KINDS, compare
 from saebench.index.decoder import geometry
 from saebench.index.derive import companions, flags, intervals, token_counts
@@ -43,6 +45,7 @@ from saebench.index.evidence import (
 from saebench.index.examples import show
 from saebench.index.names import Names
 from saebench.index.page import candidates_html
+from saebench.index.plan import plan_of
 from saebench.index.search import differences, features_for_text, token_of
 from saebench.index.texts import AROUND, ExampleTexts
 from saebench.models import capture, edits, load_model, logits, spliced_logits, unembedding
@@ -317,6 +320,13 @@ def test_logit_effects_are_the_decoder_times_the_unembedding(index: FeatureIndex
         assert counts.sum() == effects.shape[1]
         expected = np.histogram(effects[latent].numpy(), len(counts), (low, high))[0]
         assert np.abs(counts - expected).sum() <= 2  # at the edges of bins rounding decides
+
+
+def test_what_an_mlp_reads_has_no_direct_effect_on_the_logits(saved: Path) -> None:
+    config = IndexConfig(sae=saved)
+    plan = plan_of(config)
+    assert "logits" in _static(config, plan)
+    assert "logits" not in _static(config, dataclasses.replace(plan, hook="blocks.1.mlp.hook_in"))
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "neox", "llama", "gemma2"])

@@ -2,6 +2,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,14 +33,16 @@ from saebench.models import (
     load_model,
     logit_lens,
     logits,
+    mlps_replaced,
     model_path,
     next_tokens,
     resumed_states,
     resumes,
     spliced_logits,
     spliced_states,
+    usual_positions,
 )
-from saebench.models.places import transformer_lens_paths
+from saebench.models.places import KINDS, parse_hook, transformer_lens_paths
 from saebench.steer import Sampling, generate
 from saebench.store.schema import MANIFEST
 from saebench.store.source import model_of
@@ -96,6 +99,73 @@ def keeps(kept: dict[str, torch.Tensor], name: str) -> Callable[[torch.Tensor], 
     return lambda value: kept.update({name: value.clone()})
 
 
+def mlp_of(block: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A block's own way from `mlp_in` to `mlp_out`, of vectors `[N, D]`."""
+    parts: Any = block
+    behind = getattr(parts, "post_feedforward_layernorm", torch.nn.Identity())
+    return lambda x_ND: behind.forward(parts.mlp.forward(x_ND))
+
+
+class Elsewhere(torch.nn.Module):
+    """A linear map at some positions, and the module that was there at the others."""
+
+    def __init__(self, before: torch.nn.Module, W_DD: torch.Tensor, where_BL: torch.Tensor) -> None:
+        super().__init__()
+        self.before, self.W_DD, self.where_BL = before, W_DD, where_BL
+
+    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        return torch.where(self.where_BL[..., None], x_BLD @ self.W_DD, self.before(x_BLD))
+
+
+def test_mlps_that_are_replaced_by_themselves_change_nothing(pair: tuple[LanguageModel, torch.nn.Module]) -> None:
+    model, reference = pair
+    where = torch.rand(TOKENS.shape, generator=torch.Generator().manual_seed(3)) > 0.3
+    functions = {layer: mlp_of(model.blocks[layer]) for layer in (0, 2)}
+    with torch.inference_mode(), mlps_replaced(model, functions, where):
+        found = logits(model, TOKENS)
+    with torch.inference_mode():
+        want = reference(TOKENS).logits
+        assert torch.equal(logits(model, TOKENS), want)  # nothing is left behind
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+
+
+def test_mlps_replaced_by_linear_maps_are_modules_put_in_their_place(
+    pair: tuple[LanguageModel, torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = pair
+    where = torch.rand(TOKENS.shape, generator=torch.Generator().manual_seed(3)) > 0.3
+    maps = torch.randn(2, WIDTH, WIDTH, generator=torch.Generator().manual_seed(4)) / WIDTH**0.5
+    functions = {layer: lambda x, W=W: x @ W for layer, W in zip((0, 1), maps, strict=True)}
+    with torch.inference_mode(), mlps_replaced(model, functions, where):
+        found = logits(model, TOKENS)
+    for layer, W in zip((0, 1), maps, strict=True):
+        block: Any = model.blocks[layer]
+        last = "post_feedforward_layernorm" if hasattr(block, "post_feedforward_layernorm") else None
+        whole = torch.nn.Sequential(block.mlp, getattr(block, last)) if last else block.mlp
+        monkeypatch.setitem(block._modules, "mlp", Elsewhere(whole, W, where))
+        if last:
+            monkeypatch.setitem(block._modules, last, torch.nn.Identity())
+    with torch.inference_mode():
+        want = logits(model, TOKENS)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(found, want.roll(1, 0))
+
+
+def test_positions_whose_vectors_are_too_long_at_one_hook_are_not_usual(
+    pair: tuple[LanguageModel, torch.nn.Module],
+) -> None:
+    model, _ = pair
+    hooks = [hook_name(1, "mlp_in"), hook_name(2, "mlp_out")]
+    norms = {hook: value.norm(dim=2) for hook, value in capture(model, TOKENS, hooks).items()}
+    longest = {hook: float(norm.flatten().sort().values[-4]) for hook, norm in norms.items()}
+    keep = TOKENS % 7 != 0
+    want = keep & torch.stack([norm <= longest[hook] for hook, norm in norms.items()]).all(0)
+    found = usual_positions(model, TOKENS, keep, longest)
+    assert torch.equal(found, want)
+    assert found.sum() < keep.sum()
+    assert torch.equal(usual_positions(model, TOKENS, keep, {}), keep)
+
+
 def test_attention_and_mlp_outputs_make_up_the_difference_of_the_stream(
     pair: tuple[LanguageModel, torch.nn.Module],
 ) -> None:
@@ -135,9 +205,6 @@ def test_hooks_are_gone_after_an_exception(pair: tuple[LanguageModel, torch.nn.M
     with pytest.raises(RuntimeError, match="in the middle"):
         spliced_logits(model, TOKENS, hook_name(1), fail)
     spliced_logits(model, TOKENS, hook_name(1), lambda x: x)
-
-
-KINDS = ("resid_pre", "resid_post", "mlp_out", "attn_out")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -459,20 +526,55 @@ def test_a_hook_whose_edits_are_ignored_is_refused(
         check_hook(model, hook_name(1, "mlp_out"))
 
 
+def test_an_mlp_that_reads_more_than_its_position_has_no_input_to_speak_of(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = LlamaMLP.forward
+    monkeypatch.setattr(
+        LlamaMLP, "forward", lambda self, x: forward(self, x + torch.nn.functional.pad(x, (0, 0, 1, -1)))
+    )
+    model = load_model(str(checkpoints["llama"]), device="cpu")
+    check_hook(model, hook_name(1, "mlp_out"))
+    with pytest.raises(
+        ValueError, match=r"'blocks.1.hook_mlp_out' of model .* is not a function of 'blocks.1.mlp.hook_in' at each"
+    ):
+        check_hook(model, hook_name(1, "mlp_in"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hooks_name_says_layer_and_kind(kind: HookKind) -> None:
+    assert parse_hook(hook_name(12, kind)) == (12, kind)
+
+
+def test_the_input_of_an_mlp_is_behind_the_norm_and_its_gain(pair: tuple[LanguageModel, torch.nn.Module]) -> None:
+    """What Hugging Face's own module is called with, to the last bit."""
+    model, reference = pair
+    modules = [part for name, part in reference.named_modules() if name.endswith("1.mlp")]
+    seen: list[torch.Tensor] = []
+    handle = modules[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    with torch.inference_mode():
+        reference(TOKENS)
+    handle.remove()
+    assert torch.equal(capture(model, TOKENS, [hook_name(1, "mlp_in")])[hook_name(1, "mlp_in")], seen[0])
+
+
 @pytest.mark.parametrize(
-    ("family", "name", "attention", "mlp"),
+    ("family", "name", "attention", "mlp", "read"),
     [
-        ("gpt2", "GPT2LMHeadModel", "attn", "mlp"),
-        ("falcon", "FalconForCausalLM", "self_attention", "mlp"),
-        ("opt", "OPTForCausalLM", "self_attn", "fc2"),  # no module of its own for the MLP: an alias of its last layer
-        ("olmo2", "Olmo2ForCausalLM", "post_attention_layernorm", "post_feedforward_layernorm"),  # norms behind both
-        ("granite", "GraniteForCausalLM", "self_attn", "mlp"),  # scaled on their way: no aliases
+        ("gpt2", "GPT2LMHeadModel", "attn", "mlp", "mlp"),
+        ("falcon", "FalconForCausalLM", "self_attention", "mlp", "mlp"),
+        ("opt", "OPTForCausalLM", "self_attn", "fc2", "fc1"),  # no module of its own for the MLP: its first and last layer
+        ("bloom", "BloomForCausalLM", "self_attention.dense", "mlp.dense_4h_to_h", "mlp"),  # adds the stream itself
+        ("olmo2", "Olmo2ForCausalLM", "post_attention_layernorm", "post_feedforward_layernorm", "mlp"),  # norms behind both
+        ("granitemoe", "GraniteMoeForCausalLM", "self_attn", "block_sparse_moe", "block_sparse_moe"),  # scaled on their way: no aliases
     ],
-)
-def test_transformer_lens_says_where_a_family_writes(family: str, name: str, attention: str, mlp: str) -> None:
+)  # fmt: skip
+def test_transformer_lens_says_where_a_family_writes(
+    family: str, name: str, attention: str, mlp: str, read: str
+) -> None:
     """What fails here with another version of TransformerLens is what `models/places.py` takes of its internals."""
     config = AutoConfig.for_model(family, **FAMILIES[family].config)
-    assert transformer_lens_paths(config, name, family) == {"attn_out": attention, "mlp_out": mlp}
+    assert transformer_lens_paths(config, name, family) == {"attn_out": attention, "mlp_out": mlp, "mlp_in": read}
 
 
 def test_what_is_gone_from_transformer_lens_is_no_unknown_family(monkeypatch: pytest.MonkeyPatch) -> None:

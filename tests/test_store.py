@@ -18,7 +18,7 @@ from conftest import CONTEXT, HOOK, WIDTH
 from transformers import PreTrainedTokenizerFast
 
 from saebench.files import block_checksums, hash_files, read_json, write_json
-from saebench.store import Cursor, Store, StoreWriter, open_store, shuffled_batches
+from saebench.store import Cursor, Store, StoreWriter, joint_batches, open_store, shuffled_batches
 from saebench.store.coding import PEAKS, TAIL, decode, encode, from_disk, to_disk
 from saebench.store.feed import prefetched
 from saebench.store.manifest import begin_manifest, check_manifest, publish_manifest, read_manifest
@@ -781,10 +781,10 @@ def test_items_are_made_ahead_in_their_order_with_the_error_at_its_place() -> No
 @pytest.mark.parametrize("kind", ["<f2", "<u2", "<f4", "i1"])
 def test_rows_gathered_on_all_cores_are_those_gathered_on_one(kind: str) -> None:
     rows = np.random.default_rng(0).integers(0, 100, (500, 42)).astype(kind)
-    buffer = _Buffer(0, 0, rows, np.random.default_rng(1).permutation(500))
+    buffer = _Buffer(0, 0, (rows,), np.random.default_rng(1).permutation(500))
     found = [torch.empty(300, 42, dtype=from_disk(rows).dtype) for _ in range(2)]
     for out, all_cores in zip(found, (False, True), strict=True):
-        buffer.serve(100, out, all_cores)
+        buffer.serve(100, 0, out, all_cores)
         assert np.array_equal(to_disk(out), rows[buffer.order[100:400]])
 
 
@@ -862,6 +862,66 @@ def test_hooks_read_side_by_side_give_the_same_tokens_and_wait_for_nobody(store:
         assert [pairs[tuple(row)] for row in one.tolist()] == two.tolist()
         pairs_of = zip(next(documents).tolist(), one.tolist(), strict=True)
         assert all(doc in documents_of[tuple(row)] for doc, row in pairs_of)
+
+
+def two_hooks(folder: Path) -> Store:
+    """300 training rows at hooks of 8 and 4 dimensions; every eighth is not kept, row 5 is massive at the first, 6 and 70 at the second."""
+    folder.mkdir()
+    keep = np.arange(300) % 8 != 0
+    rows = {"blocks.0.mlp.hook_in": random_rows(300), "blocks.0.hook_mlp_out": random_rows(300, seed=1, d=4)}
+    for hook, row in ((0, 5), (1, 6), (1, 70)):
+        list(rows.values())[hook][row] *= 1000
+    identity = {"context": CONTEXT, "tokenizer": {"files": hash_files([])}}
+    writer = StoreWriter(folder, identity, {hook: value.shape[1] for hook, value in rows.items()}, "float32")
+    for split in ("train", "validation"):
+        with writer.shard(300) as (shard, documents, attributes):
+            shard.write(provenance(300, keep), {hook: encode(value, "float32") for hook, value in rows.items()})
+            documents.update({i: f"doc {i}" for i in range(30)})
+            attributes.update(split=split, context=CONTEXT, cursor=(1, 0))
+    writer.complete({"rows": {}, "exhausted": True})
+    return open_store(folder)
+
+
+@pytest.mark.parametrize("buffer_rows", [10**6, 100])
+def test_hooks_read_together_are_each_as_by_itself(tmp_path: Path, buffer_rows: int) -> None:
+    store = two_hooks(tmp_path / "s")
+    longest = {hook: store.norms(hook).bound for hook in store.hooks}
+    options = {"seed": 3, "buffer_rows": buffer_rows, "longest": longest}
+    start = Cursor()
+    alone = [shuffled_batches(store, hook, 70, **options) for hook in store.hooks]
+    together = islice(joint_batches(store, store.hooks, 70, **options), 12)
+    for (rows, cursor), *apart in zip(together, *alone, strict=False):
+        assert list(rows) == store.hooks
+        for hook, (want, want_cursor) in zip(store.hooks, apart, strict=True):
+            assert torch.equal(rows[hook], want)
+            assert cursor == want_cursor
+        again, after = next(joint_batches(store, store.hooks, 70, **options, start=start))
+        assert after == cursor
+        assert all(torch.equal(again[hook], rows[hook]) for hook in store.hooks)
+        start = cursor
+
+
+def test_rows_of_several_hooks_are_of_the_same_tokens_without_those_massive_at_any(tmp_path: Path) -> None:
+    store = two_hooks(tmp_path / "s")
+    places = np.array([row for row in range(300) if row % 8 and row not in (5, 6, 70)])
+    shard = store.of_split("train")[0]
+    for given in (store.joint_rows(store.hooks, "train"), store.joint_rows(store.hooks, "train", spread=300)):
+        found = list(given)
+        for hook in store.hooks:
+            assert torch.equal(torch.cat([rows[hook] for rows in found]), shard.rows(hook)[torch.from_numpy(places)])
+    first = list(store.joint_rows(store.hooks, "validation", first=40))
+    assert {len(rows[hook]) for rows in first for hook in store.hooks} == {40}
+    assert sum(len(rows) for rows in store.usual_rows(store.hooks[0], "train")) > len(
+        places
+    )  # its own massive rows alone
+    taken = joint_batches(
+        store, store.hooks, len(places), seed=0, longest={hook: store.norms(hook).bound for hook in store.hooks}
+    )
+    rows, _ = next(taken)
+    order = {tuple(row): number for number, row in enumerate(shard.rows(store.hooks[0]).tolist())}
+    numbers = [order[tuple(row)] for row in rows[store.hooks[0]].tolist()]
+    assert sorted(numbers) == places.tolist()
+    assert torch.equal(rows[store.hooks[1]], shard.rows(store.hooks[1])[numbers])
 
 
 def test_threads_that_open_a_shard_at_once_read_the_same(small: Store) -> None:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from saebench.config import Count, to_json
 from saebench.files import hash_files
@@ -13,6 +13,8 @@ from saebench.store.coding import row_bytes
 from saebench.store.manifest import read_manifest
 from saebench.store.schema import MANIFEST, PROVENANCE, StoreDtype
 from saebench.text import EMBEDDED, TextConfig
+
+Kind = Literal[HookKind, "mlp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +27,8 @@ class HarvestConfig:
     """branch, tag or commit of a hub model"""
     layers: tuple[int, ...]
     """layers whose vectors to keep, for instance 1,2"""
-    kinds: tuple[HookKind, ...] = ("resid_post",)
-    """positions in each layer: resid_pre, resid_post, mlp_out, attn_out"""
+    kinds: tuple[Kind, ...] = ("resid_post",)
+    """positions in each layer: resid_pre, resid_post, mlp_in, mlp_out, attn_out; mlp is mlp_in and mlp_out, what an MLP reads and what it writes"""
     tokens: Count = 1_000_000
     """training tokens to harvest (special tokens included)"""
     validation_tokens: Count = 1_000_000
@@ -80,7 +82,13 @@ class HarvestConfig:
 
     @property
     def hooks(self) -> list[str]:
-        return [hook_name(layer, kind) for layer in self.layers for kind in self.kinds]
+        return [hook_name(layer, kind) for layer in self.layers for kind in self.hook_kinds]
+
+    @property
+    def hook_kinds(self) -> list[HookKind]:
+        """`kinds`, one by one."""
+        both: tuple[HookKind, ...] = ("mlp_in", "mlp_out")
+        return [one for kind in self.kinds for one in (both if kind == "mlp" else (kind,))]
 
 
 def text_of(config: HarvestConfig, text: TextConfig) -> tuple[TextConfig, dict[str, Any] | None]:
@@ -178,6 +186,7 @@ def identity_of(config: HarvestConfig, text: TextConfig, model: LanguageModel, s
     weights = model.hash_like(None if made is None else made["identity"]["model"]["weights"])
     return {
         **kept,
+        "kinds": config.hook_kinds,
         "model_dtype": model.dtype,
         "model": {"id": model.id, "revision": config.model_revision, "weights": weights},
         "tokenizer": {"files": hash_files(list(model.tokenizer_files))},

@@ -136,7 +136,9 @@ def _read(plan: Plan, piece: Piece) -> Unit:
 def _static(config: IndexConfig, plan: Plan) -> Groups:
     """What does not depend on the store's rows."""
     groups: Groups = {"decoder": geometry(plan.sae)}
-    if config.logits:
+    if config.logits and plan.hook.endswith(".mlp.hook_in"):  # not in the stream: there is no direct path from there
+        log.info("what an MLP reads has no direct effect on the logits: %s is indexed without", config.sae.name)
+    elif config.logits:
         known = TokenBytes(plan.store.tokenizer()).known
         groups["logits"] = logit_effects(plan.sae.W_dec, _unembedding(plan), known)
         give_back()

@@ -17,6 +17,7 @@ from saebench.models.load import (
     model_path,
 )
 from saebench.models.passes import (
+    MLP,
     Edit,
     capture,
     capturer,
@@ -24,9 +25,11 @@ from saebench.models.passes import (
     head,
     last_states,
     logits,
+    mlps_replaced,
     next_logits,
     repeated,
     spliced_logits,
+    usual_positions,
 )
 from saebench.models.places import HOOK, HookKind, hook_name, parse_hook
 from saebench.models.resume import CleanPass, clean_pass, resumed_states, resumes, spliced_states
@@ -36,6 +39,7 @@ __all__ = [
     "EMBEDDED_MODEL",
     "EMBEDDED_MODEL_PATH",
     "HOOK",
+    "MLP",
     "CleanPass",
     "Edit",
     "HookKind",
@@ -59,6 +63,7 @@ __all__ = [
     "load_tokenizer",
     "logit_lens",
     "logits",
+    "mlps_replaced",
     "model_path",
     "next_logits",
     "next_tokens",
@@ -69,4 +74,5 @@ __all__ = [
     "spliced_logits",
     "spliced_states",
     "unembedding",
+    "usual_positions",
 ]

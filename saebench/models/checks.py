@@ -101,7 +101,8 @@ def check_hook(model: LanguageModel, hook: str) -> None:
     """Raises ValueError unless `hook` names a position of this model where vectors can be taken and changed.
 
     Tried once: the vectors are `[B, L, D]`, an edit reaches the logits, and one of what attention or an MLP writes changes the
-    stream behind the layer by as much.
+    stream behind the layer by as much. What an MLP reads must be all that its output is made of, at each position alone: where
+    inputs are exchanged between positions, outputs are exchanged as they are.
     """
     if hook not in model.checked:
         model.checked[hook] = _fault(model, hook)
@@ -115,7 +116,9 @@ def _fault(model: LanguageModel, hook: str) -> str | None:
     layer, kind = parse_hook(hook)
     place_of(model, hook)
     tokens, stream, mlp = probe_tokens(model), hook_name(layer), hook_name(layer, "mlp_out")
-    watched = {hook, stream, *([mlp] if kind == "attn_out" and has_place(model, mlp) else [])}
+    if kind == "mlp_in":
+        check_hook(model, mlp)
+    watched = {hook, stream, *([mlp] if kind in ("mlp_in", "attn_out") and has_place(model, mlp) else [])}
     clean = capture(model, tokens, list(watched))
     shape = (*tokens.shape, model.d_model)
     if tuple(clean[hook].shape) != shape:
@@ -131,6 +134,11 @@ def _fault(model: LanguageModel, hook: str) -> str | None:
     family = type(model.module).__name__
     if _close(before, after):
         return f"an edit at {hook!r} of model {model.id!r} ({family}) does not reach the logits: nothing can be measured there"
+    if kind == "mlp_in":
+        with edits(model, {hook: lambda old: old.roll(1, 1)})():
+            exchanged = capture(model, tokens, [mlp])[mlp]
+        if not _close(exchanged, clean[mlp].roll(1, 1)):
+            return f"{mlp!r} of model {model.id!r} ({family}) is not a function of {hook!r} at each position alone: use resid_pre, or mlp_out alone"
     if kind in ("mlp_out", "attn_out") and (kind == "mlp_out" or mlp in watched):
         arrived = edited[stream] - clean[stream]
         if kind == "attn_out":  # the layer's MLP may have read it

@@ -7,19 +7,22 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from saebench.models.load import LanguageModel
-from saebench.models.places import Place, place_of
+from saebench.models.places import Place, hook_name, place_of
 
 Edit = Callable[[Tensor], Tensor | None]
 """The new value `[B, L, D]` of a hook, or None for the old one."""
 Replace = Callable[[Float[Tensor, "B L D"]], Float[Tensor, "B L D"]]
+MLP = Callable[[Float[Tensor, "N D"]], Float[Tensor, "N D"]]
+"""What stands in for an MLP: from what it reads to what it adds to the stream."""
 
 
 def attach(model: LanguageModel, place: Place, function: Edit) -> Any:
@@ -124,6 +127,48 @@ def edits(model: LanguageModel, functions: Mapping[str, Edit]) -> Callable[[], A
                 handle.remove()
 
     return attached
+
+
+@torch.inference_mode()
+def usual_positions(
+    model: LanguageModel, tokens: Int[Tensor, "B L"], keep_BL: Bool[Tensor, "B L"], longest: Mapping[str, float]
+) -> Bool[Tensor, "B L"]:
+    """Those of the positions kept whose vectors, in the model as it is, are at no hook longer than `longest` says."""
+    usual_BL = keep_BL.to(tokens.device, copy=True)
+
+    def look(hook: str, value: Tensor) -> None:
+        usual_BL.logical_and_(value.float().norm(dim=2) <= longest[hook])
+
+    if longest:
+        capturer(model, list(longest))(tokens, look)
+    return usual_BL
+
+
+@contextlib.contextmanager
+def mlps_replaced(model: LanguageModel, functions: Mapping[int, MLP], where_BL: Bool[Tensor, "B L"]) -> Iterator[None]:
+    """In it, the MLP of each layer named writes what its function makes of what it reads, at some positions of the same contexts.
+
+    Functions get the vectors of these positions in float32, and those of a later layer what the earlier ones have made of the
+    stream. They may call a module that is replaced by its `forward` alone. Elsewhere (special tokens, massive rows) each MLP
+    writes what it writes. Raises ValueError where the model has no
+    `mlp_in` and `mlp_out` of a layer; `check_hook` tries them.
+    """
+    read: dict[int, Tensor] = {}
+
+    def take(layer: int, value: Tensor) -> None:
+        read[layer] = value[where_BL].float()
+
+    def write(layer: int, value: Tensor) -> Tensor:
+        written = value.clone()
+        written[where_BL] = functions[layer](read.pop(layer)).to(value.dtype)
+        return written
+
+    changes: dict[str, Edit] = {}
+    for layer in functions:
+        changes[hook_name(layer, "mlp_in")] = partial(take, layer)
+        changes[hook_name(layer, "mlp_out")] = partial(write, layer)
+    with edits(model, changes)():
+        yield
 
 
 # ----------------------------------------------------------------------------------------- logits

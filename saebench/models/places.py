@@ -1,22 +1,24 @@
 """Where in a model a hook is: the module on whose way in, or out of which, its vectors are.
 
 Hook names are TransformerLens' own. What goes into a block and comes out of it is found in any model; where attention and
-MLP write to the stream is what TransformerLens knows of a family: `transformer_lens_paths`, the only place that imports it.
+MLP write to the stream, and which module an MLP is, is what TransformerLens knows of a family: `transformer_lens_paths`, the
+only place that imports it.
 """
 
 import inspect
 import re
 import weakref
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
 
 from saebench.models.load import LanguageModel
 
-HookKind = Literal["resid_pre", "resid_post", "mlp_out", "attn_out"]
-HOOK = re.compile(r"blocks\.(\d+)\.hook_(resid_pre|resid_post|mlp_out|attn_out)")
-"""The hooks that can be harvested and trained on: layer and kind."""
+HookKind = Literal["resid_pre", "resid_post", "mlp_in", "mlp_out", "attn_out"]
+KINDS: tuple[HookKind, ...] = get_args(HookKind)
+HOOK = re.compile(r"blocks\.(\d+)\.(?:hook_(resid_pre|resid_post|mlp_out|attn_out)|mlp\.hook_(in))")
+"""The hooks that can be harvested and trained on: layer and kind, or layer and the `in` of the MLP."""
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
@@ -32,7 +34,8 @@ class Place(NamedTuple):
 
 
 def hook_name(layer: int, kind: HookKind = "resid_post") -> str:
-    return f"blocks.{layer}.hook_{kind}"
+    """`mlp_in` is what the MLP is called with, behind the norm before it: TransformerLens' `mlp.hook_in`, and not its `hook_mlp_in`."""
+    return f"blocks.{layer}.mlp.hook_in" if kind == "mlp_in" else f"blocks.{layer}.hook_{kind}"
 
 
 def parse_hook(hook: str) -> tuple[int, HookKind]:
@@ -40,9 +43,10 @@ def parse_hook(hook: str) -> tuple[int, HookKind]:
     match = HOOK.fullmatch(hook)
     if match is None:
         raise ValueError(
-            f"hook {hook!r} is not known; expected blocks.LAYER.hook_KIND with KIND one of resid_pre, resid_post, mlp_out, attn_out"
+            f"hook {hook!r} is not known; expected blocks.LAYER.hook_KIND with KIND one of resid_pre, resid_post, mlp_out, attn_out, "
+            "or blocks.LAYER.mlp.hook_in"
         )
-    return int(match[1]), match[2]  # type: ignore[return-value]
+    return int(match[1]), match[2] or "mlp_in"  # type: ignore[return-value]
 
 
 def place_of(model: LanguageModel, hook: str) -> Place:
@@ -67,6 +71,8 @@ def place_of(model: LanguageModel, hook: str) -> Place:
         raise ValueError(
             f"hook {hook!r} is not in model {model.id!r}: layer {layer} of this {family} has no {path}"
         ) from error
+    if kind == "mlp_in":
+        return Place(module, inward=True)
     return Place(module, scale=float(getattr(_text_config(model), "residual_multiplier", 1.0)))
 
 
@@ -75,7 +81,8 @@ def _text_config(model: LanguageModel) -> Any:
 
 
 def transformer_lens_paths(config: Any, family: str, name: str) -> dict[str, str]:
-    """Where within a block of a model named `name` the modules are whose outputs are `attn_out` and `mlp_out`, as far as TransformerLens knows.
+    """Where within a block of a model named `name` the modules are whose outputs are `attn_out` and `mlp_out`, and the one whose
+    input is `mlp_in`, as far as TransformerLens knows.
 
     These are its internals, which it does not promise to keep: another version is tried by tests/test_models.py before
     pyproject.toml allows it. What is gone from it is an error here, and not a family that it does not have.
@@ -109,4 +116,8 @@ def transformer_lens_paths(config: Any, family: str, name: str) -> dict[str, str
             names += [part.name] if part is not None and part.name else []
         if part is not None and names:
             found[kind] = ".".join(names)
+    if (mlp := block.submodules.get("mlp")) is not None:
+        first = mlp if mlp.name else mlp.submodules.get("in")  # an MLP need not be a module of its own
+        if first is not None and first.name:
+            found["mlp_in"] = first.name
     return found

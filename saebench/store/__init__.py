@@ -6,7 +6,17 @@ The format is specified in `activations/README.md`.
 from saebench.store.reader import Store, open_store
 from saebench.store.shard import Damaged, Shard
 from saebench.store.shard_writer import ShardWriter
-from saebench.store.shuffle import Cursor, shuffled_batches
+from saebench.store.shuffle import Cursor, joint_batches, shuffled_batches
 from saebench.store.writer import StoreWriter
 
-__all__ = ["Cursor", "Damaged", "Shard", "ShardWriter", "Store", "StoreWriter", "open_store", "shuffled_batches"]
+__all__ = [
+    "Cursor",
+    "Damaged",
+    "Shard",
+    "ShardWriter",
+    "Store",
+    "StoreWriter",
+    "joint_batches",
+    "open_store",
+    "shuffled_batches",
+]

@@ -1,7 +1,8 @@
 """Read a store: its rows by split and hook, its statistics, and what lies beside its shards."""
 
 import functools
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from saebench.files import hash_files
+from saebench.models import HOOK, parse_hook
 from saebench.store.manifest import check_manifest, read_manifest
 from saebench.store.schema import (
     DOCUMENTS,
@@ -77,8 +79,25 @@ class Store:
 
     def _hook(self, hook: str) -> dict[str, Any]:
         if hook not in self.manifest["hooks"]:
-            raise ValueError(f"hook {hook!r} is not in {self.folder}; it has {', '.join(self.hooks)}")
+            raise ValueError(
+                f"hook {hook!r} is not in {self.folder}; it has {', '.join(self.hooks)}{self._how_to_have(hook)}"
+            )
         return self.manifest["hooks"][hook]
+
+    def _how_to_have(self, hook: str) -> str:
+        """The harvest of a store that has this hook beside its own; nothing where none is known that could give it."""
+        made = self.manifest["identity"]
+        if HOOK.fullmatch(hook) is None or not {"model", "text", "layers", "kinds"} <= made.keys():
+            return ""
+        layer, kind = parse_hook(hook)
+        layers = ",".join(map(str, sorted({*made["layers"], layer})))
+        kinds = dict.fromkeys([*made["kinds"], kind])
+        if "mlp_in" in kinds:  # who has what an MLP reads wants what it writes
+            kinds = dict.fromkeys([*(kind for kind in kinds if kind not in ("mlp_in", "mlp_out")), "mlp"])
+        return (
+            f". A store that has both: `saebench harvest --model {shlex.quote(made['model']['id'])} --dataset {shlex.quote(made['text']['dataset'])} "
+            f"--layers {layers} --kinds {','.join(kinds)} --tokens {made['tokens']} --context {made['context']} --out ANOTHER`"
+        )
 
     def rows(self, split: str, *, kept: bool = False) -> int:
         entries = [entry for entry in self.manifest["shards"] if entry["split"] == split]
@@ -89,17 +108,25 @@ class Store:
     ) -> Iterator[Tensor]:
         """Kept rows of a split but for massive ones, in order, float32 `[n, d_in]` at a time: all of them, the `first` so many,
         or a sample: those among about `spread` rows from all over the split."""
+        for rows in self.joint_rows([hook], split, first=first, spread=spread):
+            yield rows[hook]
+
+    def joint_rows(
+        self, hooks: Sequence[str], split: str, *, first: int | None = None, spread: int | None = None
+    ) -> Iterator[dict[str, Tensor]]:
+        """As `usual_rows`, of several hooks at once, the same tokens in all: without rows that are massive at one of them."""
         if spread is not None:
             stretches, together = list(self.spread(split, spread)), _AT_ONCE // _SPREAD_ROWS
             for i in range(0, len(stretches), together):
-                yield torch.cat([self._usual(shard, hook, *span) for shard, *span in stretches[i : i + together]])
+                parts = [self._usual(shard, hooks, *span) for shard, *span in stretches[i : i + together]]
+                yield {hook: torch.cat([part[hook] for part in parts]) for hook in hooks}
             return
         left = self.rows(split) if first is None else first
         for shard, start, stop in self._stretches(split, _AT_ONCE):
             if left <= 0:
                 return
-            rows = self._usual(shard, hook, start, stop)[:left]
-            left -= len(rows)
+            rows = {hook: some[:left] for hook, some in self._usual(shard, hooks, start, stop).items()}
+            left -= len(rows[hooks[0]])
             yield rows
 
     def spread(self, split: str, limit: int) -> Iterator[tuple[Shard, int, int]]:
@@ -117,11 +144,13 @@ class Store:
             for start in range(0, shard.n_rows, rows)
         ]
 
-    def _usual(self, shard: Shard, hook: str, start: int, stop: int) -> Tensor:
-        """Kept rows of a stretch that are not massive, float32."""
+    def _usual(self, shard: Shard, hooks: Sequence[str], start: int, stop: int) -> dict[str, Tensor]:
+        """Kept rows of a stretch that are massive at none of the hooks, float32."""
         keep = torch.from_numpy(shard.column("keep", start, stop).copy())
-        rows = shard.rows(hook, start, stop)[keep].float()
-        return rows[rows.norm(dim=1) <= self.norms(hook).bound]
+        rows = {hook: shard.rows(hook, start, stop)[keep].float() for hook in hooks}
+        within = [some.norm(dim=1) <= self.norms(hook).bound for hook, some in rows.items()]
+        usual = torch.stack(within).all(0)
+        return {hook: some[usual] for hook, some in rows.items()}
 
     @property
     def prepends_bos(self) -> bool:

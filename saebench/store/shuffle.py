@@ -3,7 +3,7 @@
 An epoch is a random order of all blocks of the training shards. Consecutive blocks of that order
 are read into a buffer; batches are gathered from a permutation of its kept rows, and go on across
 buffers and epochs. Within an epoch nothing is skipped or repeated, and the order depends on the
-store, the seed and the rows of a buffer alone: hooks of a store get the same tokens in each batch.
+store, the seed and the rows of a buffer alone: hooks of a store get the same tokens in each batch, and several can be had at once.
 A caller may give each epoch shards of its own.
 """
 
@@ -39,19 +39,19 @@ class Cursor(NamedTuple):
 
 
 class _Buffer(NamedTuple):
-    """Rows as they were read, and the order in which the kept ones are served."""
+    """The rows of some columns as they were read, and the order in which the kept ones are served."""
 
     epoch: int
     number: int
-    rows: np.ndarray
+    columns: tuple[np.ndarray, ...]
     order: np.ndarray
 
-    def serve(self, start: int, out: Tensor, all_cores: bool) -> None:
-        """Fill `out` with the rows from `start` on: the buffer's memory is used again.
+    def serve(self, start: int, column: int, out: Tensor, all_cores: bool) -> None:
+        """Fill `out` with a column's rows from `start` on: the buffer's memory is used again.
 
         On one core where training has use for the others.
         """
-        chosen, source = self.order[start : start + len(out)], in_words(self.rows)
+        chosen, source = self.order[start : start + len(out)], in_words(self.columns[column])
         target = in_words(to_disk(out))
         if all_cores:
             torch.index_select(torch.from_numpy(source), 0, torch.from_numpy(chosen), out=torch.from_numpy(target))
@@ -73,16 +73,35 @@ def shuffled_batches(
     Two buffers of at most `buffer_rows` are held: one being served and one being read. Raises ValueError
     when the store has fewer kept rows than a batch, or a block is damaged or not finite.
     """
-    way = feed(device)
-    for rows, cursor in _batches(store, activations_path(hook), batch, seed, buffer_rows, start, way, longest, shards):
-        yield decode(way.sent(rows)), cursor
+    together = joint_batches(
+        store, [hook], batch, seed=seed, buffer_rows=buffer_rows, start=start, longest=longest, shards=shards, device=device
+    )  # fmt: skip
+    for rows, cursor in together:
+        yield rows[hook], cursor
+
+
+def joint_batches(
+    store: Store, hooks: Sequence[str], batch: int, *,
+    seed: int, buffer_rows: int | float = BUFFER_ROWS, start: Cursor = Cursor(), longest: Mapping[str, float] | None = None,
+    shards: ShardsOf | None = None, device: torch.device | str = "cpu",
+) -> Iterator[tuple[dict[str, Tensor], Cursor]]:  # fmt: skip
+    """As `shuffled_batches`, of several hooks at once: `[batch, d_in]` for each, the same tokens in the same order in all.
+
+    A row that is left out at one hook is left out at all. Each hook's rows are those of its own stream under the same
+    `longest`. The two buffers have the rows of all hooks.
+    """
+    ways = [feed(device) for _ in hooks]
+    paths = [activations_path(hook) for hook in hooks]
+    for columns, cursor in _batches(store, paths, batch, seed, buffer_rows, start, ways, longest, shards):
+        sent = [decode(way.sent(rows)) for way, rows in zip(ways, columns, strict=True)]
+        yield dict(zip(hooks, sent, strict=True)), cursor
 
 
 def shuffled_documents(
     store: Store, batch: int, *, seed: int, buffer_rows: int | float = BUFFER_ROWS, start: Cursor = Cursor()
 ) -> Iterator[Tensor]:
     """Of the same batches, the document of each row: int32 `[batch]`."""
-    for rows, _ in _batches(store, "doc_id", batch, seed, buffer_rows, start, ToHost()):
+    for (rows,), _ in _batches(store, ["doc_id"], batch, seed, buffer_rows, start, [ToHost()]):
         yield rows
 
 
@@ -107,37 +126,39 @@ def quality(store: Store, batch: int, buffer_rows: int | float) -> float:
 
 
 def _batches(
-    store: Store, column: str, batch: int, seed: int, buffer_rows: int | float, start: Cursor, way: ToHost | ToGPU,
-    longest: Mapping[str, float] | None = None, shards: ShardsOf | None = None,
-) -> Iterator[tuple[Tensor, Cursor]]:  # fmt: skip
+    store: Store, columns: Sequence[str], batch: int, seed: int, buffer_rows: int | float, start: Cursor,
+    ways: Sequence[ToHost | ToGPU], longest: Mapping[str, float] | None = None, shards: ShardsOf | None = None,
+) -> Iterator[tuple[list[Tensor], Cursor]]:  # fmt: skip
     kept = store.rows("train", kept=True)
     if kept < batch:
         raise ValueError(f"{store.folder} has {kept} training rows, fewer than a batch of {batch}: harvest more tokens")
     always = store.of_split("train")
-    filled, out = 0, torch.empty(0)
+    filled, outs = 0, [torch.empty(0) for _ in columns]
     for buffer in prefetched(
-        _buffers(shards or (lambda epoch: always), column, seed, buffer_rows, start, longest or {})
+        _buffers(shards or (lambda epoch: always), columns, seed, buffer_rows, start, longest or {})
     ):
         position = start.row if buffer[:2] == start[:2] else 0
         while position < len(buffer.order):
             if not filled:
-                like = from_disk(buffer.rows)
-                out = way.room((batch, *like.shape[1:]), like.dtype)
+                likes = [from_disk(rows) for rows in buffer.columns]
+                outs = [way.room((batch, *like.shape[1:]), like.dtype) for way, like in zip(ways, likes, strict=True)]
             more = min(batch - filled, len(buffer.order) - position)
-            buffer.serve(position, out[filled : filled + more], way.pinned)
+            for column, (way, out) in enumerate(zip(ways, outs, strict=True)):
+                buffer.serve(position, column, out[filled : filled + more], way.pinned)
             filled, position = filled + more, position + more
             if filled < batch:
                 break
             filled = 0
-            yield out, Cursor(buffer.epoch, buffer.number, position)
+            yield outs, Cursor(buffer.epoch, buffer.number, position)
 
 
 def _buffers(
-    shards_of: ShardsOf, column: str, seed: int, buffer_rows: int | float, start: Cursor, longest: Mapping[str, float]
-) -> Iterator[_Buffer]:
+    shards_of: ShardsOf, columns: Sequence[str], seed: int, buffer_rows: int | float, start: Cursor,
+    longest: Mapping[str, float],
+) -> Iterator[_Buffer]:  # fmt: skip
     """From the buffer that `start` names on; the memory of two of them is used in turn."""
     epoch, index = start.epoch, start.buffer
-    spare = last = np.empty(0)
+    spare = last = tuple(np.empty(0) for _ in columns)
     with ThreadPoolExecutor(_READERS) as pool:
         while True:
             shards = shards_of(epoch)
@@ -149,10 +170,10 @@ def _buffers(
             order = np.random.default_rng([seed, epoch]).permutation(n_blocks)
             for chosen in np.array_split(order, n_buffers)[index:]:
                 rng = np.random.default_rng([seed, epoch, index, 1])
-                if len(spare) < most:
-                    spare = shards[0].empty(column, most)
+                if len(spare[0]) < most:
+                    spare = tuple(shards[0].empty(column, most) for column in columns)
                 # Reads go forward through the files; the permutation undoes their order.
-                kept = _fill(pool, _pieces(shards, ends, np.sort(chosen)), column, spare, longest)
+                kept = _fill(pool, _pieces(shards, ends, np.sort(chosen)), columns, spare, longest)
                 served = np.empty_like(kept)
                 served[rng.permutation(len(kept))] = kept
                 yield _Buffer(epoch, index, spare, served)
@@ -189,21 +210,23 @@ def _pieces(shards: Sequence[Shard], ends: np.ndarray, chosen: np.ndarray) -> li
 
 
 def _fill(
-    pool: ThreadPoolExecutor, pieces: list[_Piece], column: str, buffer: np.ndarray, longest: Mapping[str, float]
-) -> np.ndarray:
+    pool: ThreadPoolExecutor, pieces: list[_Piece], columns: Sequence[str], buffer: Sequence[np.ndarray],
+    longest: Mapping[str, float],
+) -> np.ndarray:  # fmt: skip
     """Read the pieces into the buffer; returns the places of the rows to serve."""
 
     def read(piece: _Piece) -> np.ndarray:
-        rows = buffer[piece.start : piece.stop]
-        keep = piece.shard.empty("keep", len(rows))
+        n_rows = piece.stop - piece.start
+        keep = piece.shard.empty("keep", n_rows)
         piece.shard.read_into("keep", piece.ranges, keep)
-        piece.shard.read_into(column, piece.ranges, rows)
-        if rows.ndim == 2 and not all_finite(from_disk(rows)):
-            _refuse(piece, column, from_disk(rows), keep)
+        found = {name: rows[piece.start : piece.stop] for name, rows in zip(columns, buffer, strict=True)}
+        for column, rows in found.items():
+            piece.shard.read_into(column, piece.ranges, rows)
+            if rows.ndim == 2 and not all_finite(from_disk(rows)):
+                _refuse(piece, column, from_disk(rows), keep)
         for hook, bound in longest.items():
-            vectors = rows
-            if (other := activations_path(hook)) != column:
-                vectors = piece.shard.empty(other, len(rows))
+            if (vectors := found.get(other := activations_path(hook))) is None:
+                vectors = piece.shard.empty(other, n_rows)
                 piece.shard.read_into(other, piece.ranges, vectors)
             keep &= (decode(from_disk(vectors)).float().norm(dim=1) <= bound).numpy()
         return piece.start + np.flatnonzero(keep)
