@@ -48,16 +48,6 @@ class Ends(NamedTuple):
         """All of them."""
         return tuple(dict.fromkeys(self.reads + self.writes))
 
-    @property
-    def label(self) -> str:
-        """What tells it from others in a name."""
-        return "+".join(self.writes)
-
-
-def sae_at(hook: str) -> Ends:
-    """Those of an SAE."""
-    return Ends((hook,), (hook,))
-
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
@@ -83,7 +73,7 @@ class Spec:
 
     @property
     def ends(self) -> Ends:
-        return Ends(self.reads, self.writes) if self.reads else sae_at(self.hook)
+        return Ends(self.reads or (self.hook,), self.writes or (self.hook,))
 
     def to_json(self) -> dict[str, Any]:
         """The fields; `pace` where it is not 1, which it was for all once, and of an SAE none that it had not then."""
