@@ -13,7 +13,7 @@ from saebench.sae.architectures import (
     topk_relu,
 )
 from saebench.sae.encode import encode_sparse, latent_encoder, part, reconstruct_sparse
-from saebench.sae.io import fold, kind_of, load_sae, read_config, save_sae, update_metadata
+from saebench.sae.io import check_autoencodes, fold, kind_of, load_sae, read_config, save_sae, update_metadata
 
 __all__ = [
     "SAE",
@@ -23,6 +23,7 @@ __all__ = [
     "SAEOutput",
     "TopKSAE",
     "Writes",
+    "check_autoencodes",
     "encode_sparse",
     "fold",
     "initialise",
