@@ -75,7 +75,7 @@ def new_member(arch: str, x_BD: torch.Tensor, args: argparse.Namespace) -> Membe
 def reference_step(member: Member, x_BD: torch.Tensor) -> None:
     """The same step by dense autograd."""
     context = Context(torch.ones((), device=x_BD.device), torch.empty(0, dtype=torch.int64), member.spec.k)
-    member.recipe.objective(member.sae, x_BD, context).total.backward()
+    member.recipe.objective(member.sae, x_BD, context, x_BD).total.backward()
     torch.nn.utils.clip_grad_norm_(member.parameters.values(), 1.0)
     member.optimizer.step()
     member.optimizer.zero_grad()

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saebench.sae import JumpReLUSAE, new_sae, topk_relu
+from saebench.sae import JumpReLUSAE, Writes, new_sae, topk_relu
 from saebench.sae.sparse import BLOCK_VALUES, Encoder, SparseCode, rowwise_topk
 from saebench.train import Member, Spec
 from saebench.train.gradients import exact_gradients
@@ -28,30 +28,37 @@ def one_thread() -> Iterator[None]:
 NOTHING_DEAD = torch.empty(0, dtype=torch.int64)
 
 
-def random_sae(architecture: str, d_in: int, d_sae: int, k: int, seed: int, dtype: torch.dtype = torch.float64) -> Any:
-    sae = new_sae(RECIPES[architecture].sae.architecture, d_in, d_sae, k=k).to(dtype)
+def random_sae(
+    architecture: str, d_in: int, d_sae: int, k: int, seed: int, dtype: torch.dtype = torch.float64, **writes: Any
+) -> Any:
+    sae = new_sae(RECIPES[architecture].sae.architecture, d_in, d_sae, k=k, writes=Writes(**writes)).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        if not sae.tied:
+            sae.mean_D.copy_(torch.randn(d_in, generator=generator, dtype=torch.float64))
         if isinstance(sae, JumpReLUSAE):
             sae.threshold.abs_()
     return sae
 
 
-def by_autograd(architecture: str, sae: Any, x: torch.Tensor, context: Context) -> tuple[Any, dict[str, torch.Tensor]]:
+def by_autograd(
+    architecture: str, sae: Any, x: torch.Tensor, context: Context, y: torch.Tensor | None = None
+) -> tuple[Any, dict[str, torch.Tensor]]:
     sae.zero_grad()
-    loss = RECIPES[architecture].objective(sae, x, context)
+    loss = RECIPES[architecture].objective(sae, x, context, x if y is None else y)
     loss.total.backward()
     gradients = {name: value.grad.clone() for name, value in sae.named_parameters() if value.grad is not None}
     return loss, gradients | {"W_enc": gradients["W_enc"].T}
 
 
 def assert_equal_gradients(
-    architecture: str, sae: Any, x: torch.Tensor, context: Context, tolerance: float, **how: Any
-):
-    loss, want = by_autograd(architecture, sae, x, context)
-    have = exact_gradients(RECIPES[architecture].gradients, sae, x, context, **how)
+    architecture: str, sae: Any, x: torch.Tensor, context: Context, tolerance: float,
+    y: torch.Tensor | None = None, **how: Any,
+):  # fmt: skip
+    loss, want = by_autograd(architecture, sae, x, context, y)
+    have = exact_gradients(RECIPES[architecture].gradients, sae, x, context, y, **how)
     assert have.of.keys() == want.keys()
     for name, value in want.items():
         scale = value.abs().max().item() or 1.0
@@ -91,6 +98,29 @@ def test_exact_gradients_equal_dense_autograd(
     assert_equal_gradients(architecture, sae, x, context, 1e-6)
     if not RECIPES[architecture].takes_k:
         assert_equal_gradients(architecture, sae, x, context, 1e-6, dense=True)
+
+
+@pytest.mark.parametrize("kind", ["transcoder", "skip", "crosscoder", "crosslayer"])
+@pytest.mark.parametrize("architecture", list(RECIPES))
+@settings(max_examples=8, deadline=None)
+@given(**SHAPES, d_out=st.integers(1, 12))
+def test_so_do_those_of_what_reads_here_and_writes_there(
+    architecture: str, kind: str, n_rows: int, d_in: int, d_out: int, d_sae: int, share_k: float, n_dead: int, seed: int
+) -> None:
+    k, takes_k = max(1, round(share_k * d_sae)), RECIPES[architecture].takes_k
+    parts = {"crosscoder": (d_in, 2), "crosslayer": (d_out, 1, 3)}.get(kind, ())
+    d_in += 2 if kind == "crosscoder" else 0
+    d_out = sum(parts) or d_out
+    writes = {"d_out": None if kind == "crosscoder" else d_out, "skip": kind in ("skip", "crosslayer"), "parts": parts}
+    sae = random_sae(architecture, d_in, d_sae, k, seed, **writes)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n_rows + 1, d_in, generator=generator, dtype=torch.float64)
+    y = x if kind == "crosscoder" else torch.randn(n_rows + 1, d_out, generator=generator, dtype=torch.float64)
+    dead = torch.randperm(d_sae, generator=generator)[: n_dead if takes_k else 0].sort().values
+    context = Context(torch.tensor(0.3, dtype=torch.float64), dead, k)
+    assert_equal_gradients(architecture, sae, x, context, 1e-6, y)
+    if not takes_k:
+        assert_equal_gradients(architecture, sae, x, context, 1e-6, y, dense=True)
 
 
 @pytest.mark.parametrize("architecture", list(RECIPES))
@@ -186,10 +216,10 @@ def reference_step(member: Member, x: torch.Tensor, step: int) -> None:
 
     exact = module.exact_gradients
 
-    def dense(rule: Any, sae: Any, x: torch.Tensor, context: Context, **how: Any) -> Any:
-        have = exact(rule, sae, x, context, **how)
+    def dense(rule: Any, sae: Any, x: torch.Tensor, context: Context, y: Any, **how: Any) -> Any:
+        have = exact(rule, sae, x, context, y, **how)
         with torch.enable_grad():
-            _, have.of = by_autograd(member.spec.architecture, sae, x, context)
+            _, have.of = by_autograd(member.spec.architecture, sae, x, context, y)
         return have
 
     module.exact_gradients = dense
@@ -248,7 +278,7 @@ def test_objectives_equal_their_formulas(architecture: str) -> None:
     x = torch.randn(30, 5, dtype=torch.float64)
     dead = torch.tensor([2, 7, 11])
     context = Context(torch.tensor(0.3, dtype=torch.float64), dead, 3)
-    loss = RECIPES[architecture].objective(sae, x, context)
+    loss = RECIPES[architecture].objective(sae, x, context, x)
     pre = (x - sae.b_dec) @ sae.W_enc
     if architecture == "gated":
         gate = torch.relu(pre + sae.b_gate)
@@ -279,7 +309,7 @@ def test_auxk_trains_dead_latents_only_and_their_encoder_too() -> None:
     sae = random_sae("topk", 5, 12, 3, 0)
     x = torch.randn(30, 5, dtype=torch.float64)
     dead = torch.tensor([2, 7])
-    RECIPES["topk"].objective(sae, x, Context(torch.tensor(0.0), dead, 3)).auxiliary.backward()
+    RECIPES["topk"].objective(sae, x, Context(torch.tensor(0.0), dead, 3), x).auxiliary.backward()
     for gradient in (sae.W_enc.grad.T, sae.W_dec.grad, sae.b_enc.grad[:, None]):
         moved = gradient.abs().sum(1) > 0
         assert moved.nonzero()[:, 0].tolist() == dead.tolist()
@@ -290,7 +320,7 @@ def test_auxk_trains_dead_latents_only_and_their_encoder_too() -> None:
 def test_gated_auxiliary_loss_does_not_reach_the_decoder() -> None:
     sae = random_sae("gated", 5, 12, 3, 0)
     x = torch.randn(30, 5, dtype=torch.float64)
-    RECIPES["gated"].objective(sae, x, Context(torch.tensor(0.0), NOTHING_DEAD)).auxiliary.backward()
+    RECIPES["gated"].objective(sae, x, Context(torch.tensor(0.0), NOTHING_DEAD), x).auxiliary.backward()
     assert sae.W_dec.grad is None
     assert sae.b_gate.grad.abs().sum() > 0
     assert sae.r_mag.grad is None or sae.r_mag.grad.abs().sum() == 0
@@ -304,7 +334,7 @@ def test_straight_through_estimates_of_jumprelu() -> None:
         sae.W_enc[:], sae.W_dec[:] = 1.0, 1.0
         sae.threshold[:] = 2.0
     x = torch.tensor([[2.0 - epsilon / 4], [2.0 + epsilon / 4], [3.0]], dtype=torch.float64)
-    loss = RECIPES["jumprelu"].objective(sae, x, Context(torch.tensor(0.5), NOTHING_DEAD))
+    loss = RECIPES["jumprelu"].objective(sae, x, Context(torch.tensor(0.5), NOTHING_DEAD), x)
     assert loss.sparsity.item() == pytest.approx(2 / 3)
     loss.total.backward()
     # dmse/df is -2x/3 where silent and 0 where x̂ = x; the penalty's is -λ/(3ε) for each of the two rows near θ

@@ -1,6 +1,8 @@
 import json
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,12 +15,16 @@ from saebench.sae import (
     JumpReLUSAE,
     ReLUSAE,
     TopKSAE,
+    Writes,
+    check_autoencodes,
     fold,
     initialise,
+    kind_of,
     load_sae,
     new_sae,
     part,
     read_config,
+    reconstruct_sparse,
     save_sae,
     topk_relu,
     update_metadata,
@@ -29,15 +35,17 @@ D, F, B = 6, 20, 40
 METADATA = {"model_name": "m", "hook_name": "blocks.0.hook_resid_post", "context_size": 16}
 
 
-def random_sae(architecture: str, seed: int = 0) -> SAE:
+def random_sae(architecture: str, seed: int = 0, **writes: Any) -> SAE:
     """An SAE whose every parameter is random, thresholds positive, decoder rows of various lengths."""
-    sae = new_sae(architecture, D, F, k=5)
+    sae = new_sae(architecture, D, F, k=5, writes=Writes(**writes))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.7)
             if name == "threshold":
                 parameter.abs_()
+        if not sae.tied:
+            sae.mean_D.copy_(torch.randn(D, generator=generator))
     return sae
 
 
@@ -52,12 +60,13 @@ def numpy_forward(config: dict, weights: dict[str, np.ndarray], x: np.ndarray) -
     h = z @ w["W_enc"]
     norms = np.sqrt((w["W_dec"] ** 2).sum(1))
     rescale = config.get("rescale_acts_by_decoder_norm", False)
-    if config["architecture"] == "standard":
+    architecture = re.sub("_?(skip_)?(transcoder|crosscoder)$", "", config["architecture"]) or "relu"
+    if architecture in ("standard", "relu"):
         acts = np.maximum(h + w["b_enc"], 0)
-    elif config["architecture"] == "jumprelu":
+    elif architecture == "jumprelu":
         pre = h + w["b_enc"]
         acts = np.maximum(pre, 0) * (pre > w["threshold"])
-    elif config["architecture"] == "gated":
+    elif architecture == "gated":
         acts = (h + w["b_gate"] > 0) * np.maximum(h * np.exp(w["r_mag"]) + w["b_mag"], 0)
     else:
         pre = (h + w["b_enc"]) * (norms if rescale else 1)
@@ -66,7 +75,7 @@ def numpy_forward(config: dict, weights: dict[str, np.ndarray], x: np.ndarray) -
             for latent in np.argsort(-pre[row])[: config["k"]]:
                 acts[row, latent] = max(pre[row, latent], 0)
     decoded = (acts / norms if rescale else acts) @ w["W_dec"] + w["b_dec"]
-    return acts, decoded
+    return acts, decoded + x @ w["W_skip"].T if "W_skip" in w else decoded
 
 
 # ------------------------------------------------------------------------------------------- maths
@@ -160,6 +169,83 @@ def test_initial_weights_are_tied_and_scaled_by_architecture(architecture: str, 
     assert torch.equal(sae.b_dec, mean)
 
 
+# ------------------------------------------------------------------- what reads here and writes there
+
+KINDS: dict[str, dict[str, Any]] = {
+    "transcoder": {"d_out": 4},
+    "skip_transcoder": {"d_out": 4, "skip": True},
+    "crosscoder": {"parts": (2, 4)},
+}
+KINDS_OF_ALL = [(architecture, kind) for architecture in ("relu", "topk", "gated", "jumprelu") for kind in KINDS]
+
+
+def folded(architecture: str, kind: str) -> SAE:
+    """As a training ends: its vectors were scaled, and centred where it is no autoencoder."""
+    sae = random_sae(architecture, **KINDS[kind])
+    with torch.no_grad():
+        if architecture == "topk":
+            sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+    fold(sae, *SCALES[kind])
+    return sae
+
+
+EACH = torch.tensor([0.3, 0.3, 1.7, 1.7, 1.7, 1.7])
+SCALES: dict[str, tuple[Any, ...]] = {"transcoder": (0.37, 2.3), "skip_transcoder": (0.37, 2.3), "crosscoder": (EACH,)}
+
+
+@pytest.mark.parametrize(("architecture", "kind"), KINDS_OF_ALL)
+def test_folding_scales_of_what_is_read_and_written_changes_no_reconstruction(architecture: str, kind: str) -> None:
+    if (architecture, kind) == ("topk", "crosscoder"):
+        pytest.skip("its latents compete by what folding changes: `train` refuses it")
+    trained = random_sae(architecture, **KINDS[kind])
+    if architecture == "topk":
+        with torch.no_grad():
+            trained.W_dec /= trained.W_dec.norm(dim=1, keepdim=True)
+    reads, *writes = SCALES[kind]
+    want, sae = trained(inputs() * reads).x_hat / (writes or [reads])[0], folded(architecture, kind)
+    assert torch.allclose(sae(inputs()).x_hat, want, atol=1e-4)
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(F), atol=1e-6)
+    assert torch.allclose(sae.lengths_FH.square().sum(1), torch.ones(F), atol=1e-5)
+    assert sae.lengths_FH.shape == (F, len(sae.parts))
+    assert sae.tied or not sae.b_pre.any()
+
+
+@pytest.mark.parametrize(("architecture", "kind"), KINDS_OF_ALL)
+def test_they_are_saved_by_saelens_names_and_definitions(architecture: str, kind: str, tmp_path: Path) -> None:
+    sae = folded(architecture, kind)
+    save_sae(sae, tmp_path, METADATA)
+    config, loaded = read_config(tmp_path), load_sae(tmp_path)
+    assert config["architecture"] == (kind if architecture == "relu" else f"{architecture}_{kind}")
+    assert config["apply_b_dec_to_input"] == (kind == "crosscoder")
+    assert (config.get("d_out"), config.get("parts")) == ((None, [2, 4]) if kind == "crosscoder" else (4, None))
+    weights = {name: value.numpy() for name, value in load_file(tmp_path / "sae_weights.safetensors").items()}
+    assert weights.get("W_skip", np.zeros((4, D))).shape == (4, D)
+    acts, y_hat = numpy_forward(config, weights, inputs().double().numpy())
+    assert np.allclose(loaded(inputs()).acts, acts, atol=1e-5)
+    assert np.allclose(loaded(inputs()).x_hat, y_hat, atol=1e-5)
+    assert np.allclose(reconstruct_sparse(loaded, inputs())[0], y_hat, atol=1e-5)
+    assert kind_of(loaded) == kind
+    with pytest.raises(ValueError, match=f"is a {kind.replace('_', ' ')}; expected an SAE, which writes what it reads"):
+        check_autoencodes(loaded, tmp_path)
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in sae.state_dict().items())
+    if architecture != "topk":
+        latents = torch.tensor([7, 0, 3])
+        torch.testing.assert_close(part(loaded, latents).encode(inputs()), loaded.encode(inputs())[:, latents])
+
+
+@pytest.mark.parametrize(
+    ("writes", "message"),
+    [
+        ({"parts": (2, 3)}, r"parts are \(2, 3\); expected widths that add up to 6"),
+        ({"skip": True}, "skip is True of what writes what it reads"),
+        ({"d_out": 4, "normalize": "layer_norm"}, "normalize is 'layer_norm' of a transcoder; expected 'none'"),
+    ],
+)
+def test_what_cannot_be_written_is_named(writes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        new_sae("relu", D, F, normalize=writes.pop("normalize", "none"), writes=Writes(**writes))
+
+
 # ------------------------------------------------------------------------------------------- files
 
 
@@ -246,9 +332,13 @@ def test_bfloat16_weights_load_in_float32(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (
-            {"architecture": "transcoder"},
-            "has architecture 'transcoder'; this version loads standard, topk, gated, jumprelu",
+            {"architecture": "temporal"},
+            "has architecture 'temporal'; this version loads standard, topk, gated, jumprelu, transcoder, topk_transcoder, ",
         ),
+        ({"architecture": "transcoder"}, "has no d_out; a transcoder cannot be used without it"),
+        ({"architecture": "transcoder", "d_out": D}, "says apply_b_dec_to_input; expected false of a transcoder"),
+        ({"architecture": "crosscoder"}, r"has parts \(\); expected those of two hooks or more of a crosscoder"),
+        ({"parts": [2, 4]}, r"has parts \(2, 4\); expected those of two hooks or more of a crosscoder, and of no SAE"),
         ({"reshape_activations": "hook_z"}, "reads reshaped activations"),
         ({"normalize_activations": "covariance_whitening"}, "normalises its inputs by 'covariance_whitening'"),
         ({"d_sae": F + 1}, "does not hold the weights of this SAE"),

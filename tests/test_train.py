@@ -428,11 +428,11 @@ def diverging(monkeypatch: pytest.MonkeyPatch, name: str, step: int) -> None:
     """From `step` on, the SAE of this name sees an infinite input."""
     honest = Member.step
 
-    def step_with_infinity(self: Member, x: torch.Tensor, now: int) -> None:
+    def step_with_infinity(self: Member, x: torch.Tensor, now: int, y: None) -> None:
         if self.spec.name == name and now >= step:
             x = x.clone()
             x[0, 0] = torch.inf
-        honest(self, x, now)
+        honest(self, x, now, y)
 
     monkeypatch.setattr(Member, "step", step_with_infinity)
 

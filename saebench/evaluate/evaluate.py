@@ -30,7 +30,7 @@ from saebench.metrics import (
 )
 from saebench.models import ModelDtype, check_hook, choose_device
 from saebench.runlog import progress, provenance
-from saebench.sae import load_sae, read_config, update_metadata
+from saebench.sae import check_autoencodes, load_sae, read_config, update_metadata
 from saebench.store import Store, open_store
 from saebench.store.norms import usual_moments
 from saebench.store.source import model_of, recorded_store
@@ -124,6 +124,7 @@ def _evaluate_hook(config: EvalConfig, store: Store, hook: str, folders: list[Pa
     check_hook(model, hook)
     subjects = [Subject(folder, load_sae(folder, device=device)) for folder in folders]
     for subject in subjects:
+        check_autoencodes(subject.sae, subject.folder)
         if subject.sae.d_in != store.d_in(hook):
             raise ValueError(
                 f"{subject.folder} takes vectors of {subject.sae.d_in}, {hook} in {store.folder} has {store.d_in(hook)}"

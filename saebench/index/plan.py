@@ -12,7 +12,7 @@ from saebench.index.evidence import (
 )
 from saebench.labels import LABELLERS, SPACY, WORDNET, Labeller, labeller_of
 from saebench.models import choose_device
-from saebench.sae import SAE, load_sae, read_config
+from saebench.sae import SAE, check_autoencodes, load_sae, read_config
 from saebench.store import Store, open_store
 from saebench.store.shard import Shard
 from saebench.store.source import recorded_store
@@ -95,6 +95,7 @@ def plan_of(config: IndexConfig) -> Plan:
     """Raises ValueError when SAE, store and hook do not belong together."""
     device = choose_device(config.device, float64=True)
     sae = load_sae(config.sae, device=device)
+    check_autoencodes(sae, config.sae)
     metadata = read_config(config.sae).get("metadata", {})
     folder, hook = config.store or recorded_store(config.sae), metadata.get("hook_name")
     if folder is None:

@@ -7,12 +7,13 @@ from saebench.sae.architectures import (
     ReLUSAE,
     SAEOutput,
     TopKSAE,
+    Writes,
     initialise,
     new_sae,
     topk_relu,
 )
 from saebench.sae.encode import encode_sparse, latent_encoder, part, reconstruct_sparse
-from saebench.sae.io import fold, load_sae, read_config, save_sae, update_metadata
+from saebench.sae.io import check_autoencodes, fold, kind_of, load_sae, read_config, save_sae, update_metadata
 
 __all__ = [
     "SAE",
@@ -21,9 +22,12 @@ __all__ = [
     "ReLUSAE",
     "SAEOutput",
     "TopKSAE",
+    "Writes",
+    "check_autoencodes",
     "encode_sparse",
     "fold",
     "initialise",
+    "kind_of",
     "latent_encoder",
     "load_sae",
     "new_sae",

@@ -1,8 +1,8 @@
-"""Sparse autoencoders as maths.
+"""Sparse dictionaries as maths: autoencoders, and those that read here and write there.
 
-Suffixes name shapes: B rows, D d_in, F d_sae (latents). Activations multiply from the left:
-`x_BD @ W_enc_DF`. Every architecture reads z = x - b_dec and writes x̂ = f W_dec + b_dec; they differ
-in how the activations f come from z.
+Suffixes name shapes: B rows, D d_in, E d_out, F d_sae (latents). Activations multiply from the left:
+`x_BD @ W_enc_DF`. Every architecture reads z = x - b_pre and writes ŷ = f W_dec + b_dec (+ z W_skip); they differ
+in how the activations f come from z. An SAE writes what it reads: y is x, and b_pre is b_dec.
 """
 
 import math
@@ -13,19 +13,37 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 Normalize = Literal["none", "constant_norm_rescale", "layer_norm"]
+NOT_OF_LATENTS = ("b_dec", "W_skip")
+"""The parameters that have nothing for each latent."""
+
+
+class Writes(NamedTuple):
+    """What a dictionary writes."""
+
+    d_out: int | None = None
+    """width, where it is not what is read: that of a transcoder. None: what is read is written, as by an SAE"""
+    skip: bool = False
+    """whether a linear map of what is read is written, too"""
+    parts: tuple[int, ...] = ()
+    """widths of the hooks whose vectors, one behind the other, are what is written (default: one hook's)"""
+
+
+WHAT_IS_READ = Writes()
 
 
 class SAEOutput(NamedTuple):
     """What every forward pass returns: reconstruction, activations, and the pre-activations that
     decided which latents are active (for Gated, those of the gate)."""
 
-    x_hat: Float[Tensor, "B D"]
+    x_hat: Float[Tensor, "B E"]
     acts: Float[Tensor, "B F"]
     pre: Float[Tensor, "B F"]
 
 
 class SAE(nn.Module):
-    """x̂ = f(x) W_dec + b_dec with W_enc `[D, F]`, W_dec `[F, D]`, b_dec `[D]`.
+    """x̂ = f(x) W_dec + b_dec with W_enc `[D, F]`, W_dec `[F, E]`, b_dec `[E]`, and E = D but for those that `writes` is given for.
+
+    Those are no autoencoders: a transcoder writes other vectors than it reads, and a crosscoder vectors of several hooks.
 
     `normalize` exists for SAEs that others trained on rescaled inputs: `constant_norm_rescale`
     brings each row to norm √D, `layer_norm` to mean 0 and standard deviation 1; both are undone
@@ -37,36 +55,71 @@ class SAE(nn.Module):
     """its name on disk, which is SAELens'"""
     takes_k: ClassVar[bool] = False
     """whether it is made with k, the number of active latents per row"""
+    mean_D: Tensor
 
-    def __init__(self, d_in: int, d_sae: int, normalize: Normalize = "none") -> None:
+    def __init__(self, d_in: int, d_sae: int, normalize: Normalize = "none", writes: Writes = WHAT_IS_READ) -> None:
         super().__init__()
-        self.d_in, self.d_sae = d_in, d_sae
+        self.tied = writes.d_out is None
+        """whether what is written is what is read"""
+        self.d_in, self.d_sae, self.d_out = d_in, d_sae, d_in if writes.d_out is None else writes.d_out
+        self.writes, self.parts = writes, writes.parts or (self.d_out,)
+        if sum(self.parts) != self.d_out:
+            raise ValueError(f"parts are {self.parts}; expected widths that add up to {self.d_out}, what is written")
+        if self.tied and writes.skip:
+            raise ValueError(
+                "skip is True of what writes what it reads, where a linear map is all: use it for a transcoder"
+            )
+        if not self.tied and normalize != "none":
+            raise ValueError(
+                f"normalize is {normalize!r} of a transcoder; expected 'none': it cannot be undone in what is written"
+            )
         self.normalize: Normalize = normalize
         # Stored latent by latent, as gradients come: `[D, F]` is a view of contiguous `[F, D]`.
         self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).T)
-        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
-        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.W_dec = nn.Parameter(torch.zeros(d_sae, self.d_out))
+        self.b_dec = nn.Parameter(torch.zeros(self.d_out))
+        self.W_skip = nn.Parameter(torch.zeros(d_in, self.d_out)) if writes.skip else None
+        if not self.tied:
+            self.register_buffer("mean_D", torch.zeros(d_in), persistent=False)
+
+    @property
+    def b_pre(self) -> Float[Tensor, " D"]:
+        """What is taken off what is read: b_dec of what writes that, else the data's mean in training and 0 once saved."""
+        return self.b_dec if self.tied else self.mean_D
 
     def forward(self, x_BD: Float[Tensor, "B D"]) -> SAEOutput:
         x_BD, scale, shift = normalized(x_BD, self.normalize)
         acts_BF, pre_BF = self.activations(x_BD)
-        return SAEOutput(self.decode(acts_BF) * scale + shift, acts_BF, pre_BF)
+        return SAEOutput((acts_BF @ self.W_dec + self.base(x_BD)) * scale + shift, acts_BF, pre_BF)
 
     def encode(self, x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
         """Activations of the latents."""
         return self.activations(normalized(x_BD, self.normalize)[0])[0]
 
-    def decode(self, acts_BF: Float[Tensor, "B F"]) -> Float[Tensor, "B D"]:
-        """Reconstruction from activations."""
+    def decode(self, acts_BF: Float[Tensor, "B F"]) -> Float[Tensor, "B E"]:
+        """Reconstruction from activations, but for what W_skip adds to it."""
         return acts_BF @ self.W_dec + self.b_dec
+
+    def base(self, x_BD: Float[Tensor, "B D"]) -> Tensor:
+        """What is written where no latent is active: b_dec, `[E]`, or with W_skip z W_skip + b_dec, `[B, E]`."""
+        return self.b_dec if self.W_skip is None else (x_BD - self.b_pre) @ self.W_skip + self.b_dec
+
+    @property
+    def lengths_FH(self) -> Float[Tensor, "F H"]:
+        """The norms of each latent's decoder row at each of the hooks written."""
+        return torch.stack([part.norm(dim=1) for part in self.W_dec.split(self.parts, dim=1)], dim=1)
 
     def activations(self, x_BD: Float[Tensor, "B D"]) -> tuple[Float[Tensor, "B F"], Float[Tensor, "B F"]]:
         """(activations, deciding pre-activations) of normalised inputs."""
         raise NotImplementedError
 
     def project(self, x_BD: Float[Tensor, "B D"]) -> Float[Tensor, "B F"]:
-        """(x - b_dec) W_enc, with the pre-bias taken through W_enc once instead of once per row."""
-        return x_BD @ self.W_enc - self.b_dec @ self.W_enc
+        """(x - b_pre) W_enc, with the pre-bias taken through W_enc once instead of once per row."""
+        return x_BD @ self.W_enc - self.b_pre @ self.W_enc
+
+    def shift_projections(self, by_F: Float[Tensor, " F"]) -> None:
+        """Add to (x - b_pre) W_enc, by the biases."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def rescale_latents(self, factor_F: Float[Tensor, " F"]) -> None:
@@ -77,6 +130,28 @@ class SAE(nn.Module):
     def rescale_input(self, scale: float) -> None:
         """Turn an SAE of `scale * x` into the same SAE of x, activations and x̂ divided by `scale`."""
         self.b_dec /= scale
+
+    @torch.no_grad()
+    def rescale_hooks(self, reads: float | Float[Tensor, " D"], writes: float | Float[Tensor, " E"]) -> None:
+        """Turn a dictionary from `reads * x` to `writes * y` into the same from x to y, with the same activations."""
+        each = reads[:, None] if isinstance(reads, Tensor) else reads
+        self.W_enc *= each
+        if self.W_skip is not None:
+            self.W_skip *= each
+            self.W_skip /= writes
+        self.W_dec /= writes
+        self.b_dec /= writes
+        if not self.tied:
+            self.mean_D /= reads
+
+    @torch.no_grad()
+    def fold_mean(self) -> None:
+        """Take what a dictionary that is not tied takes off its input into its biases."""
+        if not self.tied:
+            self.shift_projections(-self.b_pre @ self.W_enc)
+            if self.W_skip is not None:
+                self.b_dec -= self.b_pre @ self.W_skip
+            self.mean_D.zero_()
 
 
 def normalized(x_BD: Tensor, how: Normalize) -> tuple[Tensor, Any, Any]:
@@ -99,13 +174,17 @@ class ReLUSAE(SAE):
 
     architecture, saved_as = "relu", "standard"
 
-    def __init__(self, d_in: int, d_sae: int, normalize: Normalize = "none") -> None:
-        super().__init__(d_in, d_sae, normalize)
+    def __init__(self, d_in: int, d_sae: int, normalize: Normalize = "none", writes: Writes = WHAT_IS_READ) -> None:
+        super().__init__(d_in, d_sae, normalize, writes)
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
 
     def activations(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
         pre_BF = self.project(x_BD) + self.b_enc
         return torch.relu(pre_BF), pre_BF
+
+    @torch.no_grad()
+    def shift_projections(self, by_F: Tensor) -> None:
+        self.b_enc += by_F
 
     @torch.no_grad()
     def rescale_latents(self, factor_F: Tensor) -> None:
@@ -128,8 +207,10 @@ class TopKSAE(ReLUSAE):
     architecture = saved_as = "topk"
     takes_k = True
 
-    def __init__(self, d_in: int, d_sae: int, k: int | None, normalize: Normalize = "none") -> None:
-        super().__init__(d_in, d_sae, normalize)
+    def __init__(
+        self, d_in: int, d_sae: int, k: int | None, normalize: Normalize = "none", writes: Writes = WHAT_IS_READ
+    ) -> None:
+        super().__init__(d_in, d_sae, normalize, writes)
         if k is None:
             raise ValueError("architecture 'topk' needs k, the number of active latents per row")
         if not 0 < k <= d_sae:
@@ -156,8 +237,8 @@ class GatedSAE(SAE):
 
     architecture = saved_as = "gated"
 
-    def __init__(self, d_in: int, d_sae: int, normalize: Normalize = "none") -> None:
-        super().__init__(d_in, d_sae, normalize)
+    def __init__(self, d_in: int, d_sae: int, normalize: Normalize = "none", writes: Writes = WHAT_IS_READ) -> None:
+        super().__init__(d_in, d_sae, normalize, writes)
         self.r_mag = nn.Parameter(torch.zeros(d_sae))
         self.b_mag = nn.Parameter(torch.zeros(d_sae))
         self.b_gate = nn.Parameter(torch.zeros(d_sae))
@@ -166,6 +247,11 @@ class GatedSAE(SAE):
         h_BF = self.project(x_BD)
         gate_BF = h_BF + self.b_gate
         return (gate_BF > 0) * torch.relu(h_BF * self.r_mag.exp() + self.b_mag), gate_BF
+
+    @torch.no_grad()
+    def shift_projections(self, by_F: Tensor) -> None:
+        self.b_gate += by_F
+        self.b_mag += by_F * self.r_mag.exp()
 
     @torch.no_grad()
     def rescale_latents(self, factor_F: Tensor) -> None:
@@ -188,8 +274,8 @@ class JumpReLUSAE(ReLUSAE):
 
     architecture = saved_as = "jumprelu"
 
-    def __init__(self, d_in: int, d_sae: int, normalize: Normalize = "none") -> None:
-        super().__init__(d_in, d_sae, normalize)
+    def __init__(self, d_in: int, d_sae: int, normalize: Normalize = "none", writes: Writes = WHAT_IS_READ) -> None:
+        super().__init__(d_in, d_sae, normalize, writes)
         self.threshold = nn.Parameter(torch.zeros(d_sae))
 
     def activations(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
@@ -210,27 +296,47 @@ class JumpReLUSAE(ReLUSAE):
 ARCHITECTURES: dict[str, type[SAE]] = {cls.architecture: cls for cls in (ReLUSAE, TopKSAE, GatedSAE, JumpReLUSAE)}
 
 
-def new_sae(architecture: str, d_in: int, d_sae: int, *, k: int | None = None, normalize: Normalize = "none") -> SAE:
-    """An SAE with zero weights. Raises ValueError for an unknown architecture or an impossible k."""
+def new_sae(
+    architecture: str,
+    d_in: int,
+    d_sae: int,
+    *,
+    k: int | None = None,
+    normalize: Normalize = "none",
+    writes: Writes = WHAT_IS_READ,
+) -> SAE:
+    """An SAE, or what writes elsewhere, with zero weights. Raises ValueError for an unknown architecture or an impossible k."""
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture {architecture!r} is not one of {', '.join(ARCHITECTURES)}")
     chosen = ARCHITECTURES[architecture]
-    return chosen(d_in, d_sae, normalize=normalize, **({"k": k} if chosen.takes_k else {}))
+    return chosen(d_in, d_sae, normalize=normalize, writes=writes, **({"k": k} if chosen.takes_k else {}))
 
 
 @torch.no_grad()
 def initialise(
-    sae: SAE, mean_D: Float[Tensor, " D"], generator: torch.Generator, gains: tuple[float, float] = (0.0, 0.0)
+    sae: SAE,
+    mean_D: Float[Tensor, " D"],
+    generator: torch.Generator,
+    gains: tuple[float, float] = (0.0, 0.0),
+    mean_E: Float[Tensor, " E"] | None = None,
 ) -> None:
-    """Random decoder directions, encoder tied to them, b_dec at the data's mean, biases zero.
+    """Random decoder directions, encoder tied to them, b_pre and b_dec at the data's means, biases and W_skip zero.
 
     Decoder rows and encoder columns have the norms (2D/F)^`gains`: 1 as TopK begins (Gao et al. 2024, appendix A.1),
     √(2D/F) where half of all latents are active at first, whose unit rows would add up to many times the input.
-    Inputs are scaled to E‖x‖² = D.
+    Inputs are scaled to E‖x‖² = D. What writes other vectors, of mean `mean_E`, has random encoder directions.
     """
-    W_dec = torch.randn(sae.d_sae, sae.d_in, generator=generator)
-    W_dec /= W_dec.norm(dim=1, keepdim=True)
-    decoder, encoder = ((2 * sae.d_in / sae.d_sae) ** gain for gain in gains)
-    sae.W_dec.copy_(W_dec * decoder)
-    sae.W_enc.copy_(W_dec.T * encoder)
-    sae.b_dec.copy_(mean_D)
+    W_dec = _directions(sae.d_sae, sae.d_out, generator)
+    W_enc = W_dec if sae.tied else _directions(sae.d_sae, sae.d_in, generator)
+    sae.W_dec.copy_(W_dec * (2 * sae.d_out / sae.d_sae) ** gains[0])
+    sae.W_enc.copy_(W_enc.T * (2 * sae.d_in / sae.d_sae) ** gains[1])
+    sae.b_pre.copy_(mean_D)
+    if not sae.tied:
+        assert mean_E is not None
+        sae.b_dec.copy_(mean_E)
+
+
+def _directions(n: int, width: int, generator: torch.Generator) -> Tensor:
+    rows = torch.randn(n, width, generator=generator)
+    rows /= rows.norm(dim=1, keepdim=True)
+    return rows

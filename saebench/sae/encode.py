@@ -6,7 +6,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saebench.sae.architectures import SAE, GatedSAE, JumpReLUSAE, ReLUSAE, TopKSAE, new_sae, normalized
+from saebench.sae.architectures import (
+    NOT_OF_LATENTS,
+    SAE,
+    GatedSAE,
+    JumpReLUSAE,
+    ReLUSAE,
+    TopKSAE,
+    new_sae,
+    normalized,
+)
 from saebench.sae.sparse import Encoder, SparseCode, select
 
 
@@ -17,7 +26,7 @@ def encode_sparse(sae: SAE, x_RD: Float[Tensor, "R D"]) -> tuple[SparseCode, Flo
     Never holds more than a block of rows densely. Rounding may differ from `encode` in the last bits.
     """
     x_RD = normalized(x_RD, sae.normalize)[0]
-    shift_F = sae.b_dec @ sae.W_enc
+    shift_F = sae.b_pre @ sae.W_enc
     if isinstance(sae, GatedSAE):
         code, gate = Encoder(x_RD, sae.W_enc, sae.b_gate - shift_F).above()
         values = (gate - code.at(sae.b_gate)) * code.at(sae.r_mag.exp()) + code.at(sae.b_mag)
@@ -33,11 +42,11 @@ def encode_sparse(sae: SAE, x_RD: Float[Tensor, "R D"]) -> tuple[SparseCode, Flo
 @torch.no_grad()
 def reconstruct_sparse(
     sae: SAE, x_RD: Float[Tensor, "R D"]
-) -> tuple[Float[Tensor, "R D"], SparseCode, Float[Tensor, " N"]]:
+) -> tuple[Float[Tensor, "R E"], SparseCode, Float[Tensor, " N"]]:
     """(x̂, which latents are active, their values): `sae(x)` without anything dense of the width of the SAE."""
     code, values = encode_sparse(sae, x_RD)
-    _, scale, shift = normalized(x_RD, sae.normalize)
-    return (code.decode(values, sae.W_dec) + sae.b_dec) * scale + shift, code, values
+    rows_RD, scale, shift = normalized(x_RD, sae.normalize)
+    return (code.decode(values, sae.W_dec) + sae.base(rows_RD)) * scale + shift, code, values
 
 
 @torch.no_grad()
@@ -67,8 +76,10 @@ def latent_encoder(sae: SAE, latents: Sequence[int]) -> Callable[[Float[Tensor, 
 def part(sae: SAE, latents: Int[Tensor, " G"]) -> SAE:
     """The SAE of some latents alone, in the order given; of a TopK one, whose latents compete, without the competition: ReLU."""
     architecture = "relu" if isinstance(sae, TopKSAE) else sae.architecture
-    made = new_sae(architecture, sae.d_in, len(latents), normalize=sae.normalize).to(sae.W_enc.device)
+    made = new_sae(architecture, sae.d_in, len(latents), normalize=sae.normalize, writes=sae.writes)
+    made = made.to(sae.W_enc.device)
     for name, parameter in made.named_parameters():
         whole = sae.get_parameter(name)
-        parameter.copy_(whole if name == "b_dec" else whole.index_select(int(name == "W_enc"), latents))
+        parameter.copy_(whole if name in NOT_OF_LATENTS else whole.index_select(int(name == "W_enc"), latents))
+    made.b_pre.copy_(sae.b_pre)
     return made

@@ -1,55 +1,101 @@
-"""SAEs on disk, in SAELens' layout: `cfg.json` and `sae_weights.safetensors`.
+"""SAEs and their kin on disk, in SAELens' layout: `cfg.json` and `sae_weights.safetensors`.
 
-Every directory written here opens in SAELens 6 and the tools built on it. Provenance and evaluation
-sit in the `metadata` of `cfg.json`.
+SAEs, and transcoders of ReLU and JumpReLU between two hooks, open in SAELens 6 and the tools built on it. What it has no name
+for has one of the same form (`topk_skip_transcoder`, `jumprelu_crosscoder`), and `parts`, the widths of the hooks written, where
+there are several. Which hooks are read and written, provenance and evaluation sit in the `metadata` of `cfg.json`.
 """
 
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from saebench.files import read_json, replacing, write_json
-from saebench.sae.architectures import ARCHITECTURES, SAE, GatedSAE, ReLUSAE, new_sae
+from saebench.sae.architectures import ARCHITECTURES, SAE, Writes, new_sae
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
 SAELENS_VERSION = "6.0.0"  # the version of the layout, which SAELens reads to choose its loader
 
-_FROM_SAELENS = {sae.saved_as: name for name, sae in ARCHITECTURES.items()}
+_KINDS = ("", "transcoder", "skip_transcoder", "crosscoder")
+
+
+def _name_on_disk(architecture: str, kind: str) -> str:
+    """SAELens' where it has one, whose transcoders are ReLU ones unless they say otherwise."""
+    if not kind:
+        return ARCHITECTURES[architecture].saved_as
+    return kind if architecture == "relu" else f"{architecture}_{kind}"
+
+
+_ON_DISK = {
+    _name_on_disk(architecture, kind): (architecture, kind) for kind in _KINDS for architecture in ARCHITECTURES
+}
+
+
+def kind_of(sae: SAE) -> str:
+    """`transcoder`, `skip_transcoder` or `crosscoder`; empty for an SAE."""
+    if not sae.tied:
+        return "skip_transcoder" if sae.writes.skip else "transcoder"
+    return "crosscoder" if len(sae.parts) > 1 else ""
+
+
+def check_autoencodes(sae: SAE, folder: Path) -> None:
+    """Raises ValueError for what is no SAE, where what is written would be taken for what is read."""
+    if kind := kind_of(sae):
+        raise ValueError(
+            f"{folder} is a {kind.replace('_', ' ')}; expected an SAE, which writes what it reads: train one with --kind sae"
+        )
 
 
 @torch.no_grad()
-def fold(sae: SAE, input_scale: float = 1.0) -> None:
-    """Bring a trained SAE into the form that is saved: unit decoder rows, inputs as the model has them.
+def fold(
+    sae: SAE, scale_D: float | Float[Tensor, " D"] = 1.0, scale_E: float | Float[Tensor, " E"] | None = None
+) -> None:
+    """Bring a trained SAE into the form that is saved: unit decoder rows, vectors as the model has them.
 
-    `input_scale` is the factor that inputs were multiplied with in training. Reconstructions do not
-    change but for that factor; activations become lengths along unit directions.
+    `scale_D` and `scale_E` (default: the same) are the factors that what is read and written was multiplied with in training. Reconstructions do
+    not change but for them; activations become lengths along unit directions.
     """
+    scale_E = scale_D if scale_E is None else scale_E
+    whole = (
+        float(scale_E[0]) if isinstance(scale_E, Tensor) else scale_E
+    )  # the rest is 1 for an SAE, and changes no bit
+    sae.fold_mean()
+    sae.rescale_hooks(scale_D / whole, scale_E / whole)
     norms = sae.W_dec.norm(dim=1)
     sae.rescale_latents(torch.where(norms > 0, norms, torch.ones_like(norms)))
-    sae.rescale_input(input_scale)
+    sae.rescale_input(whole)
 
 
 def save_sae(sae: SAE, folder: Path, metadata: dict[str, Any]) -> None:
-    """Write the SAE's directory. `metadata` must name `model_name`, `hook_name` and `context_size`."""
+    """Write the SAE's directory. `metadata` must name `model_name`, `hook_name` and `context_size`; of a transcoder
+    `hook_name_out`, too, and where there are several hooks all that it `reads` and `writes`."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().contiguous() for name, value in sae.state_dict().items()}
+    tensors = {
+        name: (value.T if name == "W_skip" else value).detach().cpu().contiguous()
+        for name, value in sae.state_dict().items()
+    }
     with replacing(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary)
     config = {
-        "architecture": sae.saved_as,
+        "architecture": _name_on_disk(sae.architecture, kind_of(sae)),
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "dtype": str(sae.W_enc.dtype).removeprefix("torch."),
         "device": "cpu",
-        "apply_b_dec_to_input": True,
+        "apply_b_dec_to_input": sae.tied,
         "normalize_activations": sae.normalize,
         "reshape_activations": "none",
         "metadata": {"sae_lens_version": SAELENS_VERSION, **metadata},
     }
+    if not sae.tied:
+        config["d_out"] = sae.d_out
+    if len(sae.parts) > 1:
+        config["parts"] = list(sae.parts)
     if hasattr(sae, "k"):
         config |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
     write_json(folder / CONFIG, config)
@@ -71,7 +117,7 @@ def update_metadata(folder: Path, **values: Any) -> None:
 
 
 def load_sae(folder: Path | str, *, device: str = "cpu") -> SAE:
-    """Load an SAE written here or by SAELens 6 (standard, topk, gated, jumprelu), in float32.
+    """Load an SAE, transcoder or crosscoder written here or by SAELens 6, in float32.
 
     What SAELens keeps as a flag is folded into the weights: no pre-bias, and activations rescaled by
     decoder norms. The reconstruction is SAELens' own. Raises ValueError for a directory that is not
@@ -82,11 +128,11 @@ def load_sae(folder: Path | str, *, device: str = "cpu") -> SAE:
     missing = [name for name in ("architecture", "d_in", "d_sae") if name not in config]
     if missing:
         raise ValueError(f"{folder / CONFIG} lacks {', '.join(missing)}; it is not the configuration of an SAE")
-    architecture = _FROM_SAELENS.get(config["architecture"])
-    if architecture is None:
+    if config["architecture"] not in _ON_DISK:
         raise ValueError(
-            f"{folder} has architecture {config['architecture']!r}; this version loads {', '.join(_FROM_SAELENS)}"
+            f"{folder} has architecture {config['architecture']!r}; this version loads {', '.join(_ON_DISK)}"
         )
+    architecture, kind = _ON_DISK[config["architecture"]]
     if config.get("reshape_activations", "none") != "none":
         raise ValueError(
             f"{folder} reads reshaped activations ({config['reshape_activations']!r}); only residual-stream vectors are supported"
@@ -98,9 +144,18 @@ def load_sae(folder: Path | str, *, device: str = "cpu") -> SAE:
         raise ValueError(f"{folder / CONFIG} has no k; a {architecture} SAE cannot be used without it")
     # SAELens does not apply `expected_average_only_in` at inference: it is folded at save.
     normalize = "none" if normalize == "expected_average_only_in" else normalize
-    sae = new_sae(architecture, config["d_in"], config["d_sae"], k=config.get("k"), normalize=normalize)
+    sae = new_sae(
+        architecture,
+        config["d_in"],
+        config["d_sae"],
+        k=config.get("k"),
+        normalize=normalize,
+        writes=_writes(folder, config, kind),
+    )
     try:
         tensors = load_file(folder / WEIGHTS)
+        if "W_skip" in tensors:
+            tensors["W_skip"] = tensors["W_skip"].T
         sae.load_state_dict({name: value.float() for name, value in tensors.items()})
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder / WEIGHTS} does not hold the weights of this SAE: {error}") from error
@@ -108,16 +163,28 @@ def load_sae(folder: Path | str, *, device: str = "cpu") -> SAE:
     return sae.to(device).eval().requires_grad_(False)
 
 
+def _writes(folder: Path, config: dict[str, Any], kind: str) -> Writes:
+    """What `cfg.json` says of it."""
+    parts = tuple(config.get("parts", ()))
+    if not kind.endswith("transcoder"):
+        if (len(parts) > 1) != (kind == "crosscoder"):
+            raise ValueError(
+                f"{folder / CONFIG} has parts {parts}; expected those of two hooks or more of a crosscoder, and of no SAE"
+            )
+        return Writes(parts=parts)
+    if "d_out" not in config:
+        raise ValueError(f"{folder / CONFIG} has no d_out; a transcoder cannot be used without it")
+    if config.get("apply_b_dec_to_input", True):
+        raise ValueError(
+            f"{folder / CONFIG} says apply_b_dec_to_input; expected false of a transcoder, whose b_dec is written alone"
+        )
+    return Writes(d_out=config["d_out"], skip=kind == "skip_transcoder", parts=parts)
+
+
 @torch.no_grad()
 def _fold_flags(sae: SAE, config: dict[str, Any]) -> None:
-    if not config.get("apply_b_dec_to_input", True):
-        shift_F = sae.b_dec @ sae.W_enc
-        if isinstance(sae, GatedSAE):
-            sae.b_gate += shift_F
-            sae.b_mag += shift_F * sae.r_mag.exp()
-        else:
-            assert isinstance(sae, ReLUSAE)
-            sae.b_enc += shift_F
+    if sae.tied and not config.get("apply_b_dec_to_input", True):
+        sae.shift_projections(sae.b_dec @ sae.W_enc)
     if config.get("rescale_acts_by_decoder_norm", False):
         # SAELens selects among pre-activations times ‖d‖ and divides by ‖d‖ again when decoding.
         norms = sae.W_dec.norm(dim=1)

@@ -10,7 +10,7 @@ from saebench.files import hash_files
 from saebench.index import FeatureIndex, IndexConfig, open_feature_index
 from saebench.index.schema import identity_of
 from saebench.models import LanguageModel, choose_device, load_model
-from saebench.sae import SAE, load_sae, read_config
+from saebench.sae import SAE, check_autoencodes, load_sae, read_config
 from saebench.sae.io import CONFIG, WEIGHTS
 from saebench.steer.interventions import Intervention, Mode, units_of
 from saebench.store.source import Origin, check_origin, longest_of, origin_of
@@ -40,6 +40,7 @@ class Bench:
     def sae(self) -> SAE:
         """Raises ValueError where it cannot be loaded, or is no longer the one that was opened."""
         sae = load_sae(self.folder, device=self.device)
+        check_autoencodes(sae, self.folder)
         if _hash(self.folder) != self.weights_hash:
             raise ValueError(f"{self.folder} was written again since it was opened: open it again")
         return sae

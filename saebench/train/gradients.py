@@ -2,8 +2,8 @@
 
 The same figures as `objectives.py` (whose docstrings hold the formulas), to rounding. A function per
 architecture; what is elementwise is written once for sparse and dense codes, since ReLU, Gated and
-JumpReLU start with most latents active. Legend: B rows of the batch, R rows of a block of it, D d_in,
-F latents, N entries of the code.
+JumpReLU start with most latents active. z is what the encoder reads, and t what the latents are to add up to: one tensor of an
+SAE. Legend: B rows of the batch, R rows of a block of it, D d_in, E d_out, F latents, N entries of the code.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saebench.sae import GatedSAE, JumpReLUSAE, ReLUSAE, topk_relu
+from saebench.sae import SAE, GatedSAE, JumpReLUSAE, ReLUSAE, topk_relu
 from saebench.sae.sparse import Code, DenseCode, Encoder, rows_of_a_block
 from saebench.train.objectives import AUX_WEIGHT, Context, Loss, bandwidth, prefixes
 
@@ -43,7 +43,7 @@ class Gradients:
 
     n_rows: int
     variance: Float[Tensor, ""]
-    """Σ_d var_d of the batch"""
+    """Σ_e var_e of what is written"""
     bf16: bool = False
     most: int | None = None
     """room for active pairs in each block of rows; None: as many as there are"""
@@ -85,8 +85,8 @@ class Gradients:
         )
 
 
-Penalised = Callable[[Any, Tensor, Context, Gradients, bool], None]
-"""Adds to the gradients those of a block of rows; the last of its arguments is `dense` of `exact_gradients`."""
+Penalised = Callable[[Any, Tensor, Tensor, Context, Gradients, bool], None]
+"""Adds to the gradients those of a block of rows, read and written; the last of its arguments is `dense` of `exact_gradients`."""
 
 
 @torch.no_grad()
@@ -95,25 +95,28 @@ def exact_gradients(
     sae: Any,
     x_BD: Float[Tensor, "B D"],
     context: Context,
+    y_BE: Float[Tensor, "B E"] | None = None,
     *,
     dense: bool = False,
     guess: float = 0.0,
     bf16: bool = False,
     most: int | None = None,
 ) -> Gradients:
-    """Gradients of an architecture's objective, by the rule in its recipe, and what a step observes.
+    """Gradients of an architecture's objective, by the rule in its recipe, and what a step observes; `y` is written, or x itself.
 
     `dense` takes all latents of a row as active, for ReLU, Gated and JumpReLU early in training; the
     result is the same. `guess` is what BatchTopK's least activation may be expected to exceed. `bf16`
     rounds what the encoder multiplies to bfloat16 (sums in float32), and nothing else. With `most`, room for the
     active pairs of a block of rows, no such search waits for a GPU; `fullest` says whether it was enough.
     """
-    gradients = Gradients(len(x_BD), (x_BD - x_BD.mean(0)).norm().square() / len(x_BD), bf16, most)
+    y_BE = x_BD if y_BE is None else y_BE
+    gradients = Gradients(len(x_BD), (y_BE - y_BE.mean(0)).norm().square() / len(x_BD), bf16, most)
     if isinstance(rule, Kin):
-        _topk_kin(rule, sae, x_BD, context, gradients, guess)
+        _topk_kin(rule, sae, x_BD, y_BE, context, gradients, guess)
         return gradients
-    for rows_RD in x_BD.split(rows_at_once(sae.d_sae, len(x_BD), x_BD.device, dense)):
-        rule(sae, rows_RD, context, gradients, dense)
+    at_once = rows_at_once(sae.d_sae, len(x_BD), x_BD.device, dense)
+    for x_RD, y_RE in zip(x_BD.split(at_once), y_BE.split(at_once), strict=True):
+        rule(sae, x_RD, y_RE, context, gradients, dense)
     return gradients
 
 
@@ -127,59 +130,75 @@ def rows_at_once(d_sae: int, n_rows: int, device: torch.device, dense: bool) -> 
 # ------------------------------------------------------------- with a penalty: any number is active
 
 
-def add_relu(sae: ReLUSAE, x_RD: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
-    z_RD = x_RD - sae.b_dec
+def add_relu(sae: ReLUSAE, x_RD: Tensor, y_RE: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
+    z_RD, t_RE = _ends(sae, x_RD, y_RE)
     code, h = _positive(Encoder(z_RD, sae.W_enc, sae.b_enc, gradients.bf16), dense, gradients)
     acts = torch.relu(h)
-    error_RD = code.decode(acts, sae.W_dec).sub_(z_RD)
-    norms_F, weight, share = sae.W_dec.norm(dim=1), 2 / gradients.n_rows, context.coefficient / gradients.n_rows
-    sums_F = code.sum_latents(acts)
-    dh = (code.products(error_RD, sae.W_dec).mul_(weight) + share * code.at(norms_F)).mul_(acts > 0)
-    decoder_FD = code.accumulate(acts * weight, error_RD)
-    along_F = torch.where(norms_F > 0, share * sums_F / norms_F, 0.0)  # as autograd has it where a row is zero
-    gradients.add("W_dec", decoder_FD.addcmul_(along_F[:, None], sae.W_dec))
-    gradients.add("b_enc", _encoder(sae, code, dh, z_RD, error_RD.sum(0) * weight, gradients))
+    error_RE = code.decode(acts, sae.W_dec).sub_(t_RE)
+    lengths_FH, weight, share = sae.lengths_FH, 2 / gradients.n_rows, context.coefficient / gradients.n_rows
+    norms_F, sums_F = lengths_FH.sum(1), code.sum_latents(acts)
+    dh = (code.products(error_RE, sae.W_dec).mul_(weight) + share * code.at(norms_F)).mul_(acts > 0)
+    decoder_FE = code.accumulate(acts * weight, error_RE)
+    along_FH = torch.where(
+        lengths_FH > 0, (share * sums_F)[:, None] / lengths_FH, 0.0
+    )  # as autograd has it of a zero row
+    for h, (part, rows) in enumerate(zip(decoder_FE.split(sae.parts, 1), sae.W_dec.split(sae.parts, 1), strict=True)):
+        part.addcmul_(along_FH[:, h, None], rows)
+    gradients.add("W_dec", decoder_FE)
+    gradients.add("b_enc", _others(sae, code, dh, z_RD, error_RE, weight, gradients))
     sparsity = (sums_F @ norms_F) / gradients.n_rows
-    _observe(gradients, code, acts > 0, sparsity, error_RD, context.coefficient * sparsity)
+    _observe(gradients, code, acts > 0, sparsity, error_RE, context.coefficient * sparsity)
 
 
-def add_gated(sae: GatedSAE, x_RD: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
-    z_RD = x_RD - sae.b_dec
+def add_gated(sae: GatedSAE, x_RD: Tensor, y_RE: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
+    z_RD, t_RE = _ends(sae, x_RD, y_RE)
     code, gate = _positive(Encoder(z_RD, sae.W_enc, sae.b_gate, gradients.bf16), dense, gradients)
     h, scale_F = gate - code.at(sae.b_gate), sae.r_mag.exp()
     opens, gate = gate > 0, torch.relu(gate)
     acts = torch.relu(h * code.at(scale_F) + code.at(sae.b_mag)) * opens
-    error_RD, frozen_RD = (code.decode(values, sae.W_dec).sub_(z_RD) for values in (acts, gate))
+    error_RE, frozen_RE = (code.decode(values, sae.W_dec).sub_(t_RE) for values in (acts, gate))
     weight, share = 2 / gradients.n_rows, context.coefficient / gradients.n_rows
-    dmag = code.products(error_RD, sae.W_dec).mul_(weight).mul_(acts > 0)
-    dgate = (code.products(frozen_RD, sae.W_dec).mul_(weight) + share).mul_(opens)
-    gradients.add("W_dec", code.accumulate(acts * weight, error_RD))
+    dmag = code.products(error_RE, sae.W_dec).mul_(weight).mul_(acts > 0)
+    dgate = (code.products(frozen_RE, sae.W_dec).mul_(weight) + share).mul_(opens)
+    gradients.add("W_dec", code.accumulate(acts * weight, error_RE))
     gradients.count("along_F", code.sum_latents(acts * dmag))
     gradients.add("b_mag", code.sum_latents(dmag))
     gradients.add("b_gate", code.sum_latents(dgate))
     gradients.add("r_mag", code.sum_latents(dmag * h) * scale_F)
-    _encoder(sae, code, dgate + dmag * code.at(scale_F), z_RD, error_RD.sum(0) * weight, gradients)
+    _others(sae, code, dgate + dmag * code.at(scale_F), z_RD, error_RE, weight, gradients)
     sparsity = gate.sum() / gradients.n_rows
-    auxiliary = frozen_RD.norm().square() / gradients.n_rows
+    auxiliary = frozen_RE.norm().square() / gradients.n_rows
     gradients.count("auxiliary", auxiliary)
-    _observe(gradients, code, acts > 0, sparsity, error_RD, context.coefficient * sparsity + auxiliary)
+    _observe(gradients, code, acts > 0, sparsity, error_RE, context.coefficient * sparsity + auxiliary)
 
 
-def add_jumprelu(sae: JumpReLUSAE, x_RD: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
+def add_jumprelu(
+    sae: JumpReLUSAE, x_RD: Tensor, y_RE: Tensor, context: Context, gradients: Gradients, dense: bool
+) -> None:
     epsilon = bandwidth(sae.d_in)
-    z_RD, floor_F = x_RD - sae.b_dec, sae.threshold - epsilon / 2  # entries below θ are needed to learn it
+    z_RD, t_RE = _ends(sae, x_RD, y_RE)
+    floor_F = sae.threshold - epsilon / 2  # entries below θ are needed to learn it
     code, above = _positive(Encoder(z_RD, sae.W_enc, sae.b_enc - floor_F, gradients.bf16), dense, gradients)
     pre, threshold = above + code.at(floor_F), code.at(sae.threshold)
     active, near = pre > threshold, (pre - threshold).abs() < epsilon / 2
     acts = pre * active
-    error_RD = code.decode(acts, sae.W_dec).sub_(z_RD)
+    error_RE = code.decode(acts, sae.W_dec).sub_(t_RE)
     weight, share = 2 / gradients.n_rows, context.coefficient / gradients.n_rows
-    dacts = code.products(error_RD, sae.W_dec).mul_(weight)
-    gradients.add("W_dec", code.accumulate(acts * weight, error_RD))
+    dacts = code.products(error_RE, sae.W_dec).mul_(weight)
+    gradients.add("W_dec", code.accumulate(acts * weight, error_RE))
     gradients.add("threshold", code.sum_latents(-(dacts * threshold + share) * near / epsilon))
-    gradients.add("b_enc", _encoder(sae, code, dacts * active, z_RD, error_RD.sum(0) * weight, gradients))
+    gradients.add("b_enc", _others(sae, code, dacts * active, z_RD, error_RE, weight, gradients))
     sparsity = active.sum() / gradients.n_rows
-    _observe(gradients, code, active, sparsity, error_RD, context.coefficient * sparsity)
+    _observe(gradients, code, active, sparsity, error_RE, context.coefficient * sparsity)
+
+
+def _ends(sae: SAE, x_RD: Tensor, y_RE: Tensor) -> tuple[Tensor, Tensor]:
+    """(z, t)."""
+    z_RD = x_RD - sae.b_pre
+    if sae.tied:
+        return z_RD, z_RD
+    t_RE = y_RE - sae.b_dec
+    return z_RD, t_RE if sae.W_skip is None else t_RE.addmm_(z_RD, sae.W_skip, alpha=-1)
 
 
 def _positive(encoder: Encoder, dense: bool, gradients: Gradients) -> tuple[Code, Tensor]:
@@ -191,18 +210,23 @@ def _positive(encoder: Encoder, dense: bool, gradients: Gradients) -> tuple[Code
     return code, values
 
 
-def _encoder(sae: Any, code: Code, dh: Tensor, z_RD: Tensor, db_D: Tensor, gradients: Gradients) -> Tensor:
-    """Gradients of W_enc and of b_dec, which z reads too (`db`: through x̂); returns Σ_r dh `[F]`, that of a bias on h."""
+def _others(
+    sae: SAE, code: Code, dh: Tensor, z_RD: Tensor, error_RE: Tensor, weight: Tensor | float, gradients: Gradients
+) -> Tensor:
+    """Gradients of W_enc, b_dec and W_skip, where dLoss/dx̂ is `weight` times the error; returns Σ_r dh `[F]`, that of a bias on h."""
     sums_F = code.sum_latents(dh)
     gradients.add("W_enc", code.accumulate(dh, z_RD))
-    gradients.add("b_dec", db_D - sae.W_enc @ sums_F)
+    db_E = error_RE.sum(0) * weight
+    gradients.add("b_dec", db_E - sae.W_enc @ sums_F if sae.tied else db_E)  # z is less b_dec as well
+    if sae.W_skip is not None:
+        gradients.add("W_skip", (z_RD.T @ error_RE).mul_(weight))
     return sums_F
 
 
 def _observe(
-    gradients: Gradients, code: Code, active: Tensor, sparsity: Tensor, error_RD: Tensor, penalty: Tensor
+    gradients: Gradients, code: Code, active: Tensor, sparsity: Tensor, error_RE: Tensor, penalty: Tensor
 ) -> None:
-    squared_R = error_RD.norm(dim=1).square()
+    squared_R = error_RE.norm(dim=1).square()
     gradients.squared_errors.append(squared_R)
     gradients.count("fires_F", code.sum_latents(active.to(squared_R.dtype)))
     gradients.count("sparsity", sparsity)
@@ -212,43 +236,45 @@ def _observe(
 # ----------------------------------------------------------------- TopK and its kin: a fixed number
 
 
-def _topk_kin(kin: Kin, sae: ReLUSAE, x_BD: Tensor, context: Context, gradients: Gradients, guess: float) -> None:
+def _topk_kin(
+    kin: Kin, sae: ReLUSAE, x_BD: Tensor, y_BE: Tensor, context: Context, gradients: Gradients, guess: float
+) -> None:
     """The nested SAEs of Matryoshka are further rows of the code; TopK and BatchTopK have one per row."""
     assert context.k is not None
     sizes = prefixes(sae.d_sae) if kin.nested else [sae.d_sae]
     n_rows, n_nested = len(x_BD), len(sizes)
-    z_BD = x_BD - sae.b_dec
+    z_BD, t_BE = _ends(sae, x_BD, y_BE)
     encoder = Encoder(z_BD, sae.W_enc, sae.b_enc, gradients.bf16)
     code, h_N = encoder.topk(context.k) if kin.of_rows else encoder.batch_topk(context.k, guess)
     acts_N = torch.relu(h_N)
     weight = 2 / (n_rows * n_nested * gradients.variance)  # dLoss/dx̂ is this times the error
     if n_nested == 1:
-        nested, error_BD = code, code.decode(acts_N, sae.W_dec).sub_(z_BD)
-        later_RD = sum_BD = error_BD
-        total = squared_B = error_BD.norm(dim=1).square()
+        nested, error_BE = code, code.decode(acts_N, sae.W_dec).sub_(t_BE)
+        later_RE = sum_BE = error_BE
+        total = squared_B = error_BE.norm(dim=1).square()
     else:
         nested = code.split([0, *sizes[:-1]])
-        error_BSD = nested.decode(acts_N, sae.W_dec).view(n_rows, n_nested, -1).cumsum(1).sub_(z_BD[:, None])
-        later_BSD = error_BSD.flip(1).cumsum(1).flip(1)  # a latent is part of all nested SAEs from its own on
-        later_RD, sum_BD, error_BD = later_BSD.flatten(0, 1), later_BSD[:, 0], error_BSD[:, -1]
-        total = error_BSD.norm(dim=2).square()
+        error_BSE = nested.decode(acts_N, sae.W_dec).view(n_rows, n_nested, -1).cumsum(1).sub_(t_BE[:, None])
+        later_BSE = error_BSE.flip(1).cumsum(1).flip(1)  # a latent is part of all nested SAEs from its own on
+        later_RE, sum_BE, error_BE = later_BSE.flatten(0, 1), later_BSE[:, 0], error_BSE[:, -1]
+        total = error_BSE.norm(dim=2).square()
         squared_B = total[:, -1]
-    dh_N = nested.products(later_RD, sae.W_dec).mul_((acts_N > 0) * weight)
-    gradients.add("W_dec", nested.accumulate(acts_N * weight, later_RD))
+    dh_N = nested.products(later_RE, sae.W_dec).mul_((acts_N > 0) * weight)
+    gradients.add("W_dec", nested.accumulate(acts_N * weight, later_RE))
     gradients.along_F = code.sum_latents(acts_N * dh_N)
-    gradients.add("b_enc", _encoder(sae, code, dh_N, z_BD, sum_BD.sum(0) * weight, gradients))
+    gradients.add("b_enc", _others(sae, code, dh_N, z_BD, sum_BE, weight, gradients))
     gradients.squared_errors.append(squared_B)
     gradients.fires_F = code.sum_latents((acts_N > 0).to(acts_N.dtype))
     infinity = acts_N.new_full((1,), torch.inf)
     gradients.least_active = torch.cat([torch.where(acts_N > 0, acts_N, infinity), infinity]).min()
     gradients.auxiliary = torch.zeros_like(gradients.variance)
     if len(context.dead):
-        gradients.auxiliary = _auxiliary(sae, z_BD, error_BD, context.dead, AUX_WEIGHT / gradients.variance, gradients)
+        gradients.auxiliary = _auxiliary(sae, z_BD, error_BE, context.dead, AUX_WEIGHT / gradients.variance, gradients)
     gradients.total = (total.sum() / (n_rows * n_nested) + AUX_WEIGHT * gradients.auxiliary) / gradients.variance
 
 
 def _auxiliary(
-    sae: ReLUSAE, z_BD: Tensor, error_BD: Tensor, dead: Int[Tensor, " n_dead"], weight: Tensor, gradients: Gradients
+    sae: ReLUSAE, z_BD: Tensor, error_BE: Tensor, dead: Int[Tensor, " n_dead"], weight: Tensor, gradients: Gradients
 ) -> Tensor:
     """AuxK: the dead latents' own small SAE, asked for -error. Adds to the gradients; returns mean squared error."""
     W_enc, W_dec, b_enc = sae.W_enc[:, dead], sae.W_dec[dead], sae.b_enc[dead]
@@ -260,14 +286,15 @@ def _auxiliary(
     else:
         code, values = encoder.topk(k)
         acts = torch.relu(values)
-    aux_error_BD = code.decode(acts, W_dec) + error_BD
+    aux_error_BE = code.decode(acts, W_dec) + error_BE
     weight = 2 * weight / len(z_BD)
-    dh = code.products(aux_error_BD, W_dec).mul_((acts > 0) * weight)
+    dh = code.products(aux_error_BE, W_dec).mul_((acts > 0) * weight)
     sums = code.sum_latents(dh)
-    gradients.of["W_dec"].index_add_(0, dead, code.accumulate(acts * weight, aux_error_BD))
+    gradients.of["W_dec"].index_add_(0, dead, code.accumulate(acts * weight, aux_error_BE))
     assert gradients.along_F is not None
     gradients.along_F.index_add_(0, dead, code.sum_latents(acts * dh))
     gradients.of["W_enc"].index_add_(0, dead, code.accumulate(dh, z_BD))
     gradients.of["b_enc"].index_add_(0, dead, sums)
-    gradients.of["b_dec"] -= W_enc @ sums
-    return aux_error_BD.norm().square() / len(z_BD)
+    if sae.tied:
+        gradients.of["b_dec"] -= W_enc @ sums
+    return aux_error_BE.norm().square() / len(z_BD)

@@ -22,7 +22,7 @@ from saebench.store.norms import moments_within, rows_beyond
 from saebench.store.schema import MASSIVE
 from saebench.store.shuffle import ShardsOf, quality
 from saebench.train.checkpoint import begun_as
-from saebench.train.member import Member, Spec
+from saebench.train.member import Ends, Member, Spec
 from saebench.train.rolling import window_shards
 from saebench.train.settings import TrainConfig, grid
 
@@ -41,6 +41,8 @@ class Run:
     """shards of a window, where rows come in windows"""
     buffers: dict[str, int | float]
     """for each hook, the rows of a buffer that they are shuffled in"""
+    together: dict[str, tuple[str, ...]]
+    """for each hook, those that are read or written with it, itself among them"""
     multiples: dict[str, float | None]
     """for each hook, how many times the median norm is too long for a row; None where no row is left out"""
     identity: dict[str, dict[str, Any]]
@@ -49,18 +51,20 @@ class Run:
     @classmethod
     def of(cls, config: TrainConfig, store: Store) -> "Run":
         """What is not said is as the run was begun, whose folder this process holds."""
-        hooks = config.hook or (_only_hook(store),)
-        specs = grid(config, store.d_in(hooks[0]), hooks)
+        places = config.places(store.hooks)
+        first = places[0].reads if isinstance(places[0], Ends) else (places[0],)
+        specs = grid(config, sum(store.d_in(hook) for hook in first), places)
         window = None if config.rolling is None else window_shards(store, config.rolling, config.batch)
         begun = begun_as(config.out / "saes")
         # The controller's pace was 1 before it followed the learning rate.
         specs = [
             replace(spec, pace=begun[spec.name].get("pace", 1.0)) if spec.name in begun else spec for spec in specs
         ]
+        together = {hook: spec.ends.hooks for spec in specs for hook in spec.ends.hooks}
         multiples = {}
-        for hook in dict.fromkeys(spec.hook for spec in specs):
-            mine = [begun[spec.name] for spec in specs if spec.hook == hook and spec.name in begun]
-            multiples[hook] = _multiple(config, store, hook, mine, window)
+        for hook, group in together.items():
+            mine = [begun[spec.name] for spec in specs if hook in spec.ends.hooks and spec.name in begun]
+            multiples[hook] = _multiple(config, store, group, mine, window)
         mine = [begun[spec.name] for spec in specs if spec.name in begun]
         buffer, buffers = _buffers(config, store, list(multiples), mine)
         shared = {
@@ -76,11 +80,11 @@ class Run:
                 shared["left_out_at"] = sorted(multiples)
         identity = {}
         for spec in specs:
-            multiple = multiples[spec.hook]
+            multiple = multiples[spec.ends.reads[0]]
             left_out = {} if multiple is None else {"exclude_outliers": multiple}
             identity[spec.name] = {**spec.to_json(), **shared, **left_out}
         return cls(
-            config=config, specs=specs, store=store, window=window, buffers=buffers, multiples=multiples, identity=identity
+            config=config, specs=specs, store=store, window=window, buffers=buffers, together=together, multiples=multiples, identity=identity
         )  # fmt: skip
 
     @property
@@ -103,6 +107,9 @@ class Run:
                 f"{folder} holds an SAE trained with other settings: {'; '.join(changed)}. Choose another --out"
             )
         return True
+
+    def widths(self, hooks: tuple[str, ...]) -> tuple[int, ...]:
+        return tuple(self.store.d_in(hook) for hook in hooks)
 
     def inputs(self, hook: str) -> tuple[float, Float[Tensor, " D"]]:
         """(the factor that brings E‖x‖² to D, the mean of the rows times it), both of the rows trained on."""
@@ -140,8 +147,9 @@ class Run:
         self, hook: str, start: Cursor | None, shards: ShardsOf, device: str
     ) -> Iterator[tuple[Tensor, Cursor]]:
         """The rows to train on, on their device and without end, from a cursor on or from the first."""
-        # In a rolling run a row is left out at every hook if at one, so that no hook gets ahead of the others' windows.
-        apart = self.multiples if self.window else (hook,)
+        # A row is left out at all hooks of a dictionary if at one, so that they stay in step; in a rolling run at every
+        # hook, so that none gets ahead of the others' windows.
+        apart = self.multiples if self.window else self.together[hook]
         longest = {name: self._longest(name) for name in apart if self.multiples[name] is not None}
         return shuffled_batches(
             self.store, hook, self.config.batch,
@@ -151,12 +159,19 @@ class Run:
 
     def facts(self, member: Member, seconds: float, epochs: float) -> dict[str, Any]:
         """Metadata of a saved SAE: what SAELens' tools read, and under `saebench` how it came about."""
-        hook, made = member.spec.hook, self.store.manifest["identity"]
+        (hook, *_), writes = member.spec.ends
+        made = self.store.manifest["identity"]
+        others: dict[str, Any] = {}
+        if member.spec.reads:
+            others = {"reads": list(member.spec.reads), "writes": list(writes)}
+        if not member.spec.ends.tied:
+            others["hook_name_out"] = writes[0]
         return {
             # Vectors of one's own need not say what they are of.
             "model_name": model_path(made["model"]["id"]) if "model" in made else None,
             "model_class_name": "HookedTransformer",
             "hook_name": hook,
+            **others,
             "hook_head_index": None,
             "context_size": self.store.context,
             "prepend_bos": self.store.prepends_bos,
@@ -182,12 +197,6 @@ class Run:
         return (self.multiples[hook] or math.inf) * self.store.statistics(hook)["median_norm"]
 
 
-def _only_hook(store: Store) -> str:
-    if len(store.hooks) > 1:
-        raise ValueError(f"{store.folder} has several hooks; choose one with --hook: {', '.join(store.hooks)}")
-    return store.hooks[0]
-
-
 def _buffers(
     config: TrainConfig, store: Store, hooks: list[str], begun: list[dict[str, Any]]
 ) -> tuple[dict[str, Any], dict[str, int | float]]:
@@ -207,14 +216,15 @@ def _buffers(
 
 
 def _multiple(
-    config: TrainConfig, store: Store, hook: str, begun: list[dict[str, Any]], window: int | None
+    config: TrainConfig, store: Store, hooks: tuple[str, ...], begun: list[dict[str, Any]], window: int | None
 ) -> float | None:
-    """That of a hook, whose SAEs may have been begun before massive rows were left out."""
+    """That of hooks whose rows are left out together; their SAEs may have been begun before massive rows were."""
     before = begun[0].get("exclude_outliers") if begun else None
     if config.exclude_outliers is None and begun:
         return before
     asked = MASSIVE if config.exclude_outliers is None else config.exclude_outliers
     # Windows may have such rows where their head has none.
-    if asked == math.inf or asked == before or window or rows_beyond(store.norm_histogram(hook), asked):
+    beyond = any(rows_beyond(store.norm_histogram(hook), asked) for hook in hooks)
+    if asked == math.inf or asked == before or window or beyond:
         return None if asked == math.inf else asked
     return None

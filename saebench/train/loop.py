@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from saebench.files import locked
 from saebench.harvest.window import delete_windows
@@ -18,7 +19,7 @@ from saebench.sae.sparse import forget_scratch
 from saebench.store import open_store
 from saebench.train.checkpoint import Checkpoint, full_disk_is_a_value_error
 from saebench.train.identity import Run
-from saebench.train.member import LOOK_EVERY, Member
+from saebench.train.member import LOOK_EVERY, Member, Spec
 from saebench.train.memory import check_memory
 from saebench.train.rolling import Stopped, rows_offered, source_of
 from saebench.train.settings import TrainConfig
@@ -50,11 +51,11 @@ def train(
             _clear_away(run, checkpoint)
             return run.folders
 
-        check_memory(todo, [store.d_in(spec.hook) for spec in todo], config.batch, device, run.buffer_bytes)
+        widths = [sum(run.widths(spec.ends.reads + spec.ends.writes)) // 2 for spec in todo]
+        check_memory(todo, widths, config.batch, device, run.buffer_bytes)
         run.say_how_well_it_shuffles()
-        inputs = {hook: run.inputs(hook) for hook in dict.fromkeys(spec.hook for spec in todo)}
-        shared = (config.dead_steps, config.n_steps, device, config.dtype == "bfloat16")
-        members = [Member(spec, inputs[spec.hook][1], *shared) for spec in todo]
+        inputs = {hook: run.inputs(hook) for hook in dict.fromkeys(hook for spec in todo for hook in spec.ends.hooks)}
+        members = [_member(run, spec, inputs, device) for spec in todo]
         first, cursors, seconds = checkpoint.restore(members)
         logs = {spec.name: MetricsLog(run.folder / spec.name / "metrics.jsonl", first) for spec in todo}
         active = [member for member in members if member.diverged is None]
@@ -73,12 +74,16 @@ def train(
             except (Stopped, ValueError) as end:
                 checkpoint.save(members, step, cursors, clock.total)
                 return _stopped(step, config, end)
-            for hook, (rows, cursor) in drawn.items():
-                cursors[hook] = cursor
-                x_BD = rows.float() * inputs[hook][0]
+            cursors |= {hook: cursor for hook, (_, cursor) in drawn.items()}
+            for ends in dict.fromkeys(member.spec.ends for member in active):
+                x_BD, y_BE = (
+                    _joined([drawn[hook][0].float() * inputs[hook][0] for hook in hooks]) if hooks else None
+                    for hooks in (ends.reads, () if ends.tied else ends.writes)
+                )
+                assert x_BD is not None
                 for member in active:
-                    if member.spec.hook == hook:
-                        member.step(x_BD, step)
+                    if member.spec.ends == ends:
+                        member.step(x_BD, step, y_BE)
             bar.update(config.batch)
             last = step + 1 == config.n_steps
             if (step + 1) % LOG_EVERY == 0 or last:
@@ -94,12 +99,30 @@ def train(
         bar.close()
         epochs = total / rows_offered(store, run.window, cursors.values())
         for member in active:
-            _save(run, member, inputs[member.spec.hook][0], clock.total / len(members), epochs)
+            _save(run, member, inputs, clock.total / len(members), epochs)
         source.delete()
         _warn_of_missed_targets(active)
         _refuse_diverged(members, checkpoint)
         checkpoint.remove()
     return run.folders
+
+
+Inputs = dict[str, tuple[float, Tensor]]
+"""For each hook, what its vectors are multiplied by, and the mean of what that makes of them."""
+
+
+def _member(run: Run, spec: Spec, inputs: Inputs, device: str) -> Member:
+    config, (reads, writes) = run.config, spec.ends
+    means = [_joined([inputs[hook][1] for hook in hooks]) for hooks in (reads, writes)]
+    return Member(
+        spec, means[0], config.dead_steps, config.n_steps, device, config.dtype == "bfloat16",
+        mean_E=None if spec.ends.tied else means[1], parts=run.widths(writes),
+    )  # fmt: skip
+
+
+def _joined(vectors: list[Tensor]) -> Tensor:
+    """Those of several hooks one behind the other; those of one as they are."""
+    return vectors[0] if len(vectors) == 1 else torch.cat(vectors, dim=-1)
 
 
 @contextlib.contextmanager
@@ -161,13 +184,21 @@ def _stopped(steps: int, config: TrainConfig, end: Exception | None = None) -> N
     log.warning("stopped after step %d of %d; the same command continues", steps, config.n_steps)
 
 
-def _save(run: Run, member: Member, scale: float, seconds: float, epochs: float) -> None:
+def _save(run: Run, member: Member, inputs: Inputs, seconds: float, epochs: float) -> None:
     """The SAE as its own, of inputs as the model has them."""
     folder = run.folder / member.spec.name
     facts = run.facts(member, seconds, epochs)
-    fold(member.sae, scale)
+    scales = [_scale(run, inputs, hooks) for hooks in member.spec.ends]
+    fold(member.sae.cpu(), *scales)
     with full_disk_is_a_value_error(f"{folder} (its checkpoint is safe)"):
         save_sae(member.sae, folder, facts)
+
+
+def _scale(run: Run, inputs: Inputs, hooks: tuple[str, ...]) -> float | Tensor:
+    """What vectors of these hooks are multiplied by: a number, or one for each of their coordinates."""
+    if len(hooks) == 1:
+        return inputs[hooks[0]][0]
+    return torch.tensor([inputs[hook][0] for hook in hooks]).repeat_interleave(torch.tensor(run.widths(hooks)))
 
 
 def _refuse_diverged(members: list[Member], checkpoint: Checkpoint) -> None:

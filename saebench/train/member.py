@@ -4,14 +4,15 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saebench.metrics import DUPLICATE
-from saebench.sae import SAE, JumpReLUSAE, initialise, new_sae
+from saebench.sae import SAE, JumpReLUSAE, Writes, initialise, new_sae, reconstruct_sparse
+from saebench.sae.architectures import NOT_OF_LATENTS
 from saebench.train.gradients import Gradients, exact_gradients
 from saebench.train.objectives import Context, bandwidth
 from saebench.train.recipes import RECIPES
@@ -31,12 +32,33 @@ _SUMS = ("loss", "mse", "sparsity", "aux", "variance", "l0", "grad_norm", "coeff
 _OWN = ("sums", "silent_steps", "diverged_at", "pool", "pool_keys")
 
 
+class Ends(NamedTuple):
+    """The hooks that a dictionary reads and writes; vectors of several are one behind the other."""
+
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+    @property
+    def tied(self) -> bool:
+        """Whether it writes what it reads."""
+        return self.reads == self.writes
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """All of them."""
+        return tuple(dict.fromkeys(self.reads + self.writes))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Spec:
     """One point of a grid. Sparsity is set by exactly one of k, target_l0 and l1."""
 
     name: str
     hook: str = ""
+    """of an SAE; others have what follows"""
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    skip: bool = False
     architecture: str
     d_sae: int
     k: int | None = None
@@ -49,31 +71,42 @@ class Spec:
     """of the controller that meets target_l0"""
     seed: int
 
+    @property
+    def ends(self) -> Ends:
+        return Ends(self.reads or (self.hook,), self.writes or (self.hook,))
+
     def to_json(self) -> dict[str, Any]:
-        """The fields; `pace` where it is not 1, which it was for all once."""
+        """The fields; `pace` where it is not 1, which it was for all once, and of an SAE none that it had not then."""
         values = asdict(self)
         if self.pace == 1.0:
             del values["pace"]
-        return values
+        if not self.reads:
+            del values["reads"], values["writes"], values["skip"]
+            return values
+        del values["hook"]
+        return values | {"reads": list(self.reads), "writes": list(self.writes)}
 
 
 class Member:
     """Everything a step changes, so that saving and restoring `state` resumes bit for bit."""
 
     def __init__(
-        self, spec: Spec, mean_D: Float[Tensor, " D"], dead_steps: int, n_steps: int, device: str, bf16: bool = False
-    ) -> None:
+        self, spec: Spec, mean_D: Float[Tensor, " D"], dead_steps: int, n_steps: int, device: str, bf16: bool = False,
+        *, mean_E: Float[Tensor, " E"] | None = None, parts: tuple[int, ...] = (),
+    ) -> None:  # fmt: skip
+        """On rows of a mean; with `mean_E` it writes other vectors, of that mean, and with `parts` those of hooks of such widths."""
+        writes = Writes(d_out=None if mean_E is None else len(mean_E), skip=spec.skip, parts=parts)
         self.spec, self.dead_steps, self.n_steps, self.bf16 = spec, dead_steps, n_steps, bf16
         self.recipe = RECIPES[spec.architecture]
-        self.sae: SAE = new_sae(self.recipe.sae.architecture, len(mean_D), spec.d_sae, k=spec.k)
-        initialise(self.sae, mean_D, torch.Generator().manual_seed(spec.seed), self.recipe.gains)
+        self.sae: SAE = new_sae(self.recipe.sae.architecture, len(mean_D), spec.d_sae, k=spec.k, writes=writes)
+        initialise(self.sae, mean_D, torch.Generator().manual_seed(spec.seed), self.recipe.gains, mean_E)
         self.sae.to(device)
         if isinstance(self.sae, JumpReLUSAE):
             self.sae.threshold.requires_grad_(not self.recipe.takes_k)
             self.sae.threshold.data.fill_(0.0 if self.recipe.takes_k else bandwidth(self.sae.d_in))
         self.parameters = {name: value for name, value in self.sae.named_parameters() if value.requires_grad}
         # The same memory seen as `[F, D]`, contiguous: the optimizer copies anything else, and every
-        # parameter but b_dec is now a row for each latent.
+        # parameter but b_dec and W_skip is now a row for each latent.
         self.parameters["W_enc"] = torch.nn.Parameter(self.sae.W_enc.data.T)
         paces = {name: self._pace(name) for name in self.parameters}
         groups = [
@@ -87,18 +120,19 @@ class Member:
         self.fullest = torch.zeros((), dtype=torch.int32, device=device)  # since the host last looked
         self.left_out = torch.zeros((), dtype=torch.int32, device=device)  # steps, since the last line of the log
         self.diverged_at = torch.full((), -1, dtype=torch.int64, device=device)
-        # Rows that dead latents may be pointed at, those of the largest keys.
-        self.pool = torch.empty(0, len(mean_D), device=device)
+        # Rows that dead latents may be pointed at, those of the largest keys; behind them what is to be written there, if it is another.
+        self.pool = torch.empty(0, len(mean_D) + (0 if self.sae.tied else self.sae.d_out), device=device)
         self.pool_keys = torch.empty(0, dtype=torch.float64, device=device)
         self._look()
 
-    def step(self, x_BD: Float[Tensor, "B D"], step: int) -> None:
-        """One update of the weights on inputs scaled to E‖x‖² = D; none where the loss or its gradient is not finite."""
+    def step(self, x_BD: Float[Tensor, "B D"], step: int, y_BE: Float[Tensor, "B E"] | None = None) -> None:
+        """One update of the weights on inputs scaled to E‖x‖² = D, and what is to be written there (default: the same) to
+        E‖y‖² = E; none where the loss or its gradient is not finite."""
         if not x_BD.is_cuda or step % LOOK_EVERY == 0:
             self._look()
         context = Context(self.sparsity.coefficient(step, self.n_steps), self._dead, self.spec.k)
         gradients = exact_gradients(
-            self.recipe.gradients, self.sae, x_BD, context,
+            self.recipe.gradients, self.sae, x_BD, context, y_BE,
             dense=self._dense, guess=self._guess, bf16=self.bf16, most=self._most,
         )  # fmt: skip
         with torch.no_grad():
@@ -116,7 +150,8 @@ class Member:
             with self._kept_where(full):
                 self._observe(x_BD, gradients, norm, bad, context, step)
                 if self._steps_to_resampling(step) < _POOLED:
-                    self._pool(x_BD, gradients.error_B * ~full, step)
+                    rows = x_BD if y_BE is None else torch.cat([x_BD, y_BE], 1)
+                    self._pool(rows, gradients.error_B * ~full, step)
             if self._steps_to_resampling(step) == 0:
                 self._resample()
 
@@ -257,28 +292,32 @@ class Member:
     def _resample(self) -> None:
         """Point dead latents at badly reconstructed inputs (Bricken et al. 2023, "Neuron resampling"), each at another.
 
+        What they write is that input, or what is missing there where other vectors are written than read.
         Other than there, the bias lets them fire on what is at least half as far along as their input, and not on half of all.
         Where there are fewer inputs than dead latents, the rest stay dead until the next time.
         """
-        offsets = self.pool - self.sae.b_dec
+        x, y = self.pool[:, : self.sae.d_in], self.pool[:, self.sae.d_in :]
+        offsets = x - self.sae.b_pre
         self.pool, self.pool_keys = self.pool[:0], self.pool_keys[:0]
         dead = (self.silent_steps >= self.dead_steps).nonzero().flatten()
         if len(dead) == 0 or len(dead) == self.spec.d_sae or self.diverged is not None:
             return
         sae = self.sae
         alive = self.silent_steps < self.dead_steps
-        offsets = offsets[_apart(offsets)][: len(dead)]
-        dead = dead[: len(offsets)]
-        directions = torch.nn.functional.normalize(offsets, dim=1)
+        chosen = _apart(offsets).nonzero()[: len(dead), 0]
+        offsets, dead = offsets[chosen], dead[: len(chosen)]
+        directions = written = torch.nn.functional.normalize(offsets, dim=1)
+        if not sae.tied:
+            written = torch.nn.functional.normalize(y[chosen] - reconstruct_sparse(sae, x[chosen])[0], dim=1)
         encoder_norm = _ENCODER_SHARE * self.parameters["W_enc"][alive].norm(dim=1).mean()
         biases = () if "threshold" in self.parameters else ("b_enc", "b_gate", "b_mag")
         for name, parameter in self.parameters.items():
-            if name == "b_dec":
+            if name in NOT_OF_LATENTS:
                 continue
             if name == "W_enc":
                 parameter[dead] = directions * encoder_norm
             elif name == "W_dec":
-                parameter[dead] = directions * parameter[alive].norm(dim=1).mean()
+                parameter[dead] = written * parameter[alive].norm(dim=1).mean()
             elif name in biases:
                 parameter[dead] = -0.5 * encoder_norm * offsets.norm(dim=1)
             else:

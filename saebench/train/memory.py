@@ -44,10 +44,10 @@ class Need(NamedTuple):
 
 
 def need_of(spec: Spec, d_in: int, batch: int, device: torch.device) -> Need:
-    """An estimate from above of what training an SAE takes."""
+    """An estimate from above of what training an SAE takes; where other vectors are written than read, `d_in` is the mean of both widths."""
     rule = RECIPES[spec.architecture].gradients
     matrix = spec.d_sae * d_in * 4
-    weights = 2 * matrix + 5 * spec.d_sae * 4
+    weights = 2 * matrix + 5 * spec.d_sae * 4 + spec.skip * d_in**2 * 4
     rows = min(rows_of_a_block(spec.d_sae, device), batch)
     scratch = rows * spec.d_sae * 4 + matrix + _ROW_ARRAYS * batch * d_in * 4
     if device.type == "cuda":

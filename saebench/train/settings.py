@@ -1,6 +1,8 @@
 """What a training is told: a grid of SAEs, and how the rows come."""
 
 import math
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -8,12 +10,16 @@ from typing import Any, Literal
 
 from saebench.config import Count, Multiple
 from saebench.store.shuffle import BUFFER_ROWS
-from saebench.train.member import Spec
+from saebench.train.member import Ends, Spec
 from saebench.train.memory import total_memory
 from saebench.train.recipes import RECIPES, Architecture
 from saebench.train.schedules import DECAY, WARMUP, default_learning_rate, pace
 
 Precision = Literal["float32", "tf32", "bfloat16"]
+Kind = Literal["sae", "transcoder", "crosscoder"]
+Place = str | Ends
+"""The hook of an SAE, or what others read and write."""
+_MLP = "blocks.{}.mlp.hook_in", "blocks.{}.hook_mlp_out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +29,21 @@ class TrainConfig:
     store: Path
     """activation store to train on"""
     hook: tuple[str, ...] = ()
-    """hooks in the store, a set of SAEs for each (default: the only one)"""
+    """hooks in the store, a set of SAEs for each (default: the only one), or all of them of one crosscoder"""
+    kind: Kind = "sae"
+    """transcoder: reads the input of an MLP and writes its output; crosscoder: reads and writes several hooks at once"""
+    layers: tuple[int, ...] = ()
+    """layers whose MLPs get transcoders (default: all of which the store has input and output)"""
+    reads: tuple[str, ...] = ()
+    """hooks that are read, with --writes, instead of --kind and --hook"""
+    writes: tuple[str, ...] = ()
+    """hooks that are written"""
+    skip: bool = False
+    """a transcoder also writes a linear map of what it reads"""
     out: Path
     """run directory; SAEs go to OUT/saes/NAME"""
-    arch: tuple[Architecture, ...] = ("topk",)
-    """architectures, for instance topk,relu"""
+    arch: tuple[Architecture, ...] = ()
+    """architectures, for instance topk,relu (default: topk, or batchtopk where several hooks are written)"""
     k: tuple[int, ...] = ()
     """active latents per row, for topk, batchtopk and matryoshka"""
     target_l0: tuple[float, ...] = ()
@@ -87,10 +103,79 @@ class TrainConfig:
             raise ValueError(
                 f"exclude_outliers is {self.exclude_outliers}; expected more than 1: it is a multiple of the median norm"
             )
+        self._check_ends()
         if not self.k and not self.target_l0 and not self.l1:
             raise ValueError(
                 "no sparsity given; expected --k 16,32 for topk and its kin, --target-l0 32 or --l1 2 for the others"
             )
+
+    def _check_ends(self) -> None:
+        """Raises ValueError for what is no description of one kind of dictionary."""
+        reads, writes = ",".join(self.reads), ",".join(self.writes)
+        if bool(reads) != bool(writes):
+            raise ValueError(
+                f"reads is {reads!r} and writes is {writes!r}; expected both, or neither: --kind transcoder --layers 3 and --hook name them, too"
+            )
+        if reads and (self.hook or self.layers):
+            raise ValueError(
+                f"reads is {reads!r} beside hook or layers; expected one of them: all say where a dictionary is"
+            )
+        for name in ("reads", "writes", "hook"):
+            if twice := [hook for n, hook in enumerate(getattr(self, name)) if hook in getattr(self, name)[:n]]:
+                raise ValueError(f"{name} has {twice[0]} twice; expected each hook once")
+        if reads and self.kind != "sae" and (self.kind == "crosscoder") != (self.reads == self.writes):
+            raise ValueError(
+                f"kind is {self.kind} and reads is {reads!r}, writes {writes!r}; expected the same of a crosscoder, other hooks of a transcoder"
+            )
+        if self.kind == "transcoder" and self.hook:
+            raise ValueError(
+                f"hook is {','.join(self.hook)!r} of a transcoder; expected --layers, or --reads and --writes"
+            )
+        if self.kind == "crosscoder" and len(self.hook or self.reads) < 2:
+            raise ValueError(
+                f"hook is {','.join(self.hook)!r} of a crosscoder; expected two or more: of one it is an SAE"
+            )
+        if self.layers and self.kind != "transcoder":
+            raise ValueError(f"layers is {self.layers} of a {self.kind}; expected --hook, or --kind transcoder")
+        if self.skip and self.reads == self.writes and self.kind != "transcoder":
+            raise ValueError(
+                "skip is True of what writes what it reads, where a linear map is all: use it with --kind transcoder"
+            )
+        if self._writes_several and "topk" in self.arch:
+            raise ValueError(
+                "arch is topk where several hooks are written; expected batchtopk or another: its latents compete by their "
+                "activations, which change against each other as each hook's scale is folded into the weights"
+            )
+
+    @property
+    def _writes_several(self) -> bool:
+        return self.kind == "crosscoder" or len(self.writes) > 1
+
+    @property
+    def architectures(self) -> tuple[Architecture, ...]:
+        """As asked, or the default."""
+        return self.arch or (("batchtopk",) if self._writes_several else ("topk",))
+
+    def places(self, hooks: Sequence[str]) -> tuple[Place, ...]:
+        """Where the dictionaries are, in a store that has these hooks. Raises ValueError where it lacks one, or does not say which."""
+        if self.reads:
+            one = Ends(self.reads, self.writes)
+            places: tuple[Place, ...] = one.reads if one.tied and len(one.reads) == 1 else (one,)
+        elif self.kind == "crosscoder":
+            places = (Ends(self.hook, self.hook),)
+        elif self.kind == "transcoder":
+            layers = self.layers or _layers_of_mlps(hooks)
+            places = tuple(Ends(*((name.format(layer),) for name in _MLP)) for layer in layers)
+        elif self.hook or len(hooks) == 1:
+            places = self.hook or tuple(hooks)
+        else:
+            raise ValueError(f"{self.store} has several hooks; choose one with --hook: {', '.join(hooks)}")
+        for hook in (hook for place in places for hook in ((place,) if isinstance(place, str) else place.hooks)):
+            if hook not in hooks:
+                raise ValueError(f"hook {hook!r} is not in {self.store}; it has {', '.join(hooks)}: {_REMEDY}")
+        if not places:
+            raise ValueError(f"{self.store} has no MLP's input and output; it has {', '.join(hooks)}: {_REMEDY}")
+        return places
 
     @property
     def n_steps(self) -> int:
@@ -109,14 +194,25 @@ class TrainConfig:
         return math.ceil((self.dead_tokens or min(10_000_000, self.tokens / 20)) / self.batch)
 
 
-def grid(config: TrainConfig, d_in: int, hooks: tuple[str, ...] = ("",)) -> list[Spec]:
-    """The SAEs that a config describes: architectures × sparsities × widths × learning rates × seeds × hooks.
+_REMEDY = "harvest a store that has all of them (`saebench harvest --layers 3 --kinds mlp` takes what goes into an MLP and comes out of it)"
+
+
+def _layers_of_mlps(hooks: Iterable[str]) -> tuple[int, ...]:
+    """Those whose MLP's input and output are among these hooks."""
+    layers = {int(found[1]) for hook in hooks if (found := re.match(r"blocks\.(\d+)\.", hook))}
+    return tuple(layer for layer in sorted(layers) if all(name.format(layer) in hooks for name in _MLP))
+
+
+def grid(config: TrainConfig, d_in: int, places: Sequence[Place] = ("",)) -> list[Spec]:
+    """The SAEs that a config describes: architectures × sparsities × widths × learning rates × seeds × places.
 
     Names say what differs within the grid. Raises ValueError when an architecture gets no sparsity, or k > d_sae.
     """
     widths = config.d_sae or (config.expansion * d_in,)
     specs: list[Spec] = []
-    for hook, d_sae, lr, seed, arch in product(hooks, widths, config.lr or (None,), config.seed, config.arch):
+    for place, d_sae, lr, seed, arch in product(
+        places, widths, config.lr or (None,), config.seed, config.architectures
+    ):
         if RECIPES[arch].takes_k:
             levels: list[dict[str, Any]] = [{"k": k} for k in (*config.k, *(round(l0) for l0 in config.target_l0))]
         else:
@@ -133,10 +229,14 @@ def grid(config: TrainConfig, d_in: int, hooks: tuple[str, ...] = ("",)) -> list
             name += f"-f{d_sae}" if len(widths) > 1 else ""
             name += f"-lr{lr:g}" if len(config.lr) > 1 else ""
             name += f"-seed{seed}" if len(config.seed) > 1 else ""
-            name += f"-{hook}" if len(hooks) > 1 else ""
+            where: dict[str, Any] = {"hook": place}
+            if isinstance(place, Ends):
+                name += "-crosscoder" if place.tied else "-skip-transcoder" if config.skip else "-transcoder"
+                where = {"reads": place.reads, "writes": place.writes, "skip": config.skip}
+            name += f"-{'+'.join(where.get('writes', (place,)))}" if len(places) > 1 else ""
             rate = lr or default_learning_rate(d_in, config.n_steps)
             schedule = {"lr": rate, "warmup": config.warmup, "decay": config.decay}
             if kind == "target_l0":
                 schedule["pace"] = pace(rate, d_in)
-            specs.append(Spec(name=name, hook=hook, architecture=arch, d_sae=d_sae, seed=seed, **schedule, **level))
+            specs.append(Spec(name=name, architecture=arch, d_sae=d_sae, seed=seed, **where, **schedule, **level))
     return list({spec.name: spec for spec in specs}.values())
