@@ -1,5 +1,6 @@
 """What is open: an SAE with its index, notes and model, opened once for all who look, until one of its files is another."""
 
+import os
 import threading
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from where import root
 
 from saebench.browse.jobs import Jobs
 from saebench.browse.runs import Trained
+from saebench.browse.serve import EMBEDDER
 from saebench.browse.table import LatentTable
 from saebench.index import open_feature_index
 from saebench.index.explanations import explanations_path, read_explanations
@@ -73,7 +75,14 @@ class Opened:
             judged, problem = read_explanations(self.index), ""
         except ValueError as error:  # names are what they are without a judge
             judged, problem = {}, str(error)
-        return LatentTable(self.index, notes, read_scores(self.index), judged, problem)
+        return LatentTable(
+            self.index,
+            notes,
+            read_scores(self.index),
+            judged,
+            problem,
+            Path(given) if (given := os.environ.get(EMBEDDER)) else None,
+        )
 
     @property
     def shared(self) -> Shared:

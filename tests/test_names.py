@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import CONTEXT, HOOK, LATENTS, WIDTH, an_sae
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as tokenizer_models
 
 from saebench.browse.table import LatentTable, Query
 from saebench.index import FeatureIndex, IndexConfig, build_index, explain, open_feature_index
@@ -213,6 +215,43 @@ def test_sorting_by_scores_of_candidates(scored: FeatureIndex, tmp_path: Path) -
         values = table.columns[name][found]
         assert (np.diff(values[~np.isnan(values)]) <= 0).all()
         assert np.isnan(values[np.isnan(values).argmax() :]).all() or not np.isnan(values).any()
+
+
+@pytest.fixture
+def embedder(tmp_path: Path) -> Path:
+    """A static embedding model of three words and a word of no kin."""
+    model2vec = pytest.importorskip("model2vec", reason="model2vec is not installed")
+    vocabulary = {"[UNK]": 0, "cat": 1, "kitten": 2, "bank": 3, "of": 4}
+    tokenizer = Tokenizer(tokenizer_models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    vectors = np.array([[0, 0, 0], [1, 0.2, 0], [1, 0, 0], [0, 0, 1], [0, 1, 0]], np.float32)
+    model2vec.StaticModel(vectors, tokenizer).save_pretrained(str(tmp_path / "static"))
+    return tmp_path / "static"
+
+
+def test_names_are_found_by_meaning(index: FeatureIndex, embedder: Path, tmp_path: Path) -> None:
+    """Also of names that share no letter, and of those given meanwhile; what has no name is not found."""
+    notes = Notes(tmp_path / "n.notes.json", index.identity["sae"], LATENTS)
+    notes.write(7, Note("cat"))
+    notes.write(9, Note("bank of"))
+    table = LatentTable(index, notes, embedder=embedder)
+    assert table.order(Query(text="~kitten")).tolist()[0] == 7
+    notes.write(3, Note("kitten of cat"))
+    found = table.order(Query(text="~ kitten")).tolist()
+    assert found[0] == 7
+    assert 3 in found
+    assert set(found) <= set(np.flatnonzero(table.names.columns["explained"])) | {3, 7, 9}
+    assert table.order(Query(text="~kitten", descending=True)).tolist() == found[::-1]
+    assert table.order(Query(text="~kitten", having=("labelled",))).tolist()[0] == 7
+    with pytest.raises(
+        ValueError, match=r"searched by meaning, with a static embedding model: `saebench app --embedder DIR`"
+    ):
+        LatentTable(index, notes).order(Query(text="~kitten"))
+    with pytest.raises(ValueError, match="is no folder; expected a static embedding model"):
+        LatentTable(index, notes, embedder=tmp_path / "none").order(Query(text="~kitten"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="cannot be read as a static embedding model"):
+        LatentTable(index, notes, embedder=tmp_path / "empty").order(Query(text="~kitten"))
 
 
 def test_rules_of_other_labellers_are_words_that_are_not_applied(

@@ -63,7 +63,7 @@ def filters(table: LatentTable) -> None:
     lists = list(lists_of(table.index).all())
     columns = st.columns([3, 1.4, 1.4, 2, 2, 1, *[1.8] * bool(lists)], vertical_alignment="bottom")
     columns[0].text_input(
-        "Search", key="q", placeholder="name, token or number", live=True, persist_state="page", **bound
+        "Search", key="q", placeholder="name, token, number, or ~meaning", live=True, persist_state="page", **bound
     )
     columns[1].selectbox("Density", list(DENSITIES), key="density", persist_state="page", **bound)
     columns[2].number_input(

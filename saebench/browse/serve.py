@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import NoReturn
 
 START_SECONDS = 60.0
+EMBEDDER = "SAEBENCH_APP_EMBEDDER"
+"""the environment's name for it"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,8 @@ class AppConfig:
     """that it listens at; anyone who reaches it can read the runs and start commands in them"""
     browser: bool = True
     """open it in a browser"""
+    embedder: Path | None = None
+    """folder of a static embedding model (model2vec), by which names are searched by meaning"""
 
     def __post_init__(self) -> None:
         if not 0 < self.port < 65536:
@@ -56,7 +60,7 @@ def serve(config: AppConfig, root: Path) -> NoReturn:
     sys.stdout.write(f"{root}: http://{config.address}:{config.port} (Ctrl-C ends it)\n")
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(sys.executable, command(config), _environment(root))
+    os.execve(sys.executable, command(config), _environment(root, config.embedder))
 
 
 @contextmanager
@@ -90,5 +94,6 @@ def _answers(port: int) -> bool:
         return probe.connect_ex(("localhost", port)) == 0
 
 
-def _environment(root: Path) -> dict[str, str]:
-    return {**os.environ, "SAEBENCH_APP_ROOT": str(root), "STREAMLIT_BROWSER_GATHER_USAGE_STATS": "false"}
+def _environment(root: Path, embedder: Path | None = None) -> dict[str, str]:
+    own = {"SAEBENCH_APP_ROOT": str(root), "STREAMLIT_BROWSER_GATHER_USAGE_STATS": "false"}
+    return {**os.environ, **own} | ({} if embedder is None else {EMBEDDER: str(embedder.resolve())})

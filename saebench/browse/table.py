@@ -3,13 +3,15 @@
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from saebench.index import FeatureIndex
 from saebench.index.derive import FLAGS
 from saebench.index.explanations import Explanation
+from saebench.index.meaning import Meaning
 from saebench.index.names import Names
 from saebench.index.notes import Note, Notes
 from saebench.steer.scores import Scores
@@ -30,6 +32,7 @@ HEADINGS = {
 }  # fmt: skip
 """Columns that can be sorted by, with what they mean, in the order of every page."""
 MAX_SIZE = 1000
+BY_MEANING = "~"
 _SEARCHED_TOKENS = 10
 
 
@@ -39,7 +42,7 @@ class Query:
 
     text: str = ""
     """words that must all occur in name, tags, note, rule, list or top tokens; a number finds the latent itself, and those that have
-    it as a word of their name, tags, note, rule or list"""
+    it as a word of their name, tags, note, rule or list. After a `~`: names that mean something like it come first"""
     sort: str = "latent"
     """`latent`, or a name of HEADINGS"""
     descending: bool = False
@@ -81,9 +84,11 @@ class LatentTable:
         scores: Scores | None = None,
         judged: dict[int, Explanation] | None = None,
         problem: str = "",
+        embedder: Path | None = None,
     ) -> None:
-        """`problem` is what is wrong with what lies beside the index, and was left out."""
-        self.index, self.notes, self.problem = index, notes, problem
+        """`problem` is what is wrong with what lies beside the index, and was left out; `embedder` a folder with what gives names a meaning."""
+        self.index, self.notes, self.problem, self.embedder = index, notes, problem, embedder
+        self._meant: tuple[Any, Meaning] | None = None
         self.names = Names(index, notes, judged)
         """what each latent is called"""
         self.columns = index.columns | {name: self.names.columns[name] for name in ("name_f1", "name_detection")}
@@ -103,6 +108,12 @@ class LatentTable:
         Raises ValueError for a column or flag that is not there.
         """
         chosen = np.flatnonzero(self._matches(query))
+        if query.text.startswith(BY_MEANING):
+            likeness = self._likeness(query.text.removeprefix(BY_MEANING))[chosen]
+            best = np.argsort(-likeness, kind="stable")
+            chosen = chosen[best[~np.isnan(likeness[best])]]
+            if query.sort == "latent":
+                return chosen[::-1] if query.descending else chosen
         if query.sort == "latent":
             return chosen[::-1] if query.descending else chosen
         if query.sort not in self.sortable:
@@ -139,7 +150,7 @@ class LatentTable:
             chosen &= np.logical_or.reduce([self._flagged(flag) for flag in query.having])
         for flag in query.without:
             chosen &= ~self._flagged(flag)
-        if words := query.text.lower().split():
+        if not query.text.startswith(BY_MEANING) and (words := query.text.lower().split()):
             noted = {latent: _words(note) for latent, note in self.notes.items()}
             whole = {word: re.compile(rf"(?<![\w.]){word}(?!\w)") for word in words if word.isdecimal()}
             for latent in np.flatnonzero(chosen):
@@ -147,6 +158,18 @@ class LatentTable:
                 text, names = f"{self._texts[latent]} {note}", f"{latent} {self.names.searched(int(latent))} {note}"
                 chosen[latent] = all(whole[word].search(names) if word in whole else word in text for word in words)
         return chosen
+
+    def _likeness(self, text: str) -> np.ndarray:
+        """How near each name is to a text in meaning; names are read again where you have named some meanwhile."""
+        if self.embedder is None:
+            raise ValueError(
+                f"what comes after {BY_MEANING} is searched by meaning, with a static embedding model: `saebench app --embedder DIR`"
+            )
+        noted = tuple(self.notes.items())
+        if self._meant is None or self._meant[0] != noted:
+            names = (self.names[latent] for latent in range(self.index.d_sae))
+            self._meant = noted, Meaning(self.embedder, [name.text if name.explained else "" for name in names])
+        return self._meant[1].likeness(text)
 
     def _flagged(self, flag: str) -> np.ndarray:
         if flag == "labelled":
