@@ -19,7 +19,7 @@ def pages(sae: str, latent: int, text: str) -> dict[str, tuple[str, str]]:
     """For each picture the address, and what is on the page when it is whole."""
     return {
         "overview": ("/", ".js-plotly-plot .point"),
-        "features": (f"/features?sae={sae}&sort=detection.desc", "tr[data-pick]"),
+        "features": (f"/features?sae={sae}&sort=name_f1.desc", "tr[data-pick]"),
         "latent": (f"/features?sae={sae}&latent={latent}", ".example"),
         "prompt": (f"/prompt?sae={sae}&text={text}&rank=Quantile&density=at+most+1%25", "tr[data-pick]"),
         "steering": (
