@@ -9,6 +9,7 @@ from scipy import sparse
 from transformers import AutoTokenizer
 
 import saebench.demo
+from saebench.index.grow import fit_rules
 from saebench.index.rules import (
     EXCEPTIONS,
     LISTED,
@@ -17,7 +18,6 @@ from saebench.index.rules import (
     WINDOW,
     Rows,
     describe,
-    fit_rules,
     halves,
     holding,
     score_rules,

@@ -6,8 +6,9 @@ import numpy as np
 
 from saebench.index.derive import firing
 from saebench.index.evidence import Sample
+from saebench.index.grow import fit_rules
 from saebench.index.memory import give_back
-from saebench.index.rules import RULE, SCORE, Rows, describe, fit_rules, score_rules
+from saebench.index.rules import RULE, SCORE, Rows, describe, score_rules
 from saebench.labels import Labeller, Literals, Stream, Stretch, label
 from saebench.labels.tokens import is_token
 from saebench.pieces import TokenBytes
