@@ -13,10 +13,21 @@ from saebench.sae.architectures import (
     topk_relu,
 )
 from saebench.sae.encode import encode_sparse, latent_encoder, part, reconstruct_sparse
-from saebench.sae.io import check_autoencodes, fold, kind_of, load_sae, read_config, save_sae, update_metadata
+from saebench.sae.io import (
+    Ends,
+    check_autoencodes,
+    ends_of,
+    fold,
+    kind_of,
+    load_sae,
+    read_config,
+    save_sae,
+    update_metadata,
+)
 
 __all__ = [
     "SAE",
+    "Ends",
     "GatedSAE",
     "JumpReLUSAE",
     "ReLUSAE",
@@ -25,6 +36,7 @@ __all__ = [
     "Writes",
     "check_autoencodes",
     "encode_sparse",
+    "ends_of",
     "fold",
     "initialise",
     "kind_of",

@@ -6,7 +6,7 @@ there are several. Which hooks are read and written, provenance and evaluation s
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -34,6 +34,41 @@ def _name_on_disk(architecture: str, kind: str) -> str:
 _ON_DISK = {
     _name_on_disk(architecture, kind): (architecture, kind) for kind in _KINDS for architecture in ARCHITECTURES
 }
+
+
+class Ends(NamedTuple):
+    """The hooks that a dictionary reads and writes; vectors of several are one behind the other."""
+
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+
+    @property
+    def tied(self) -> bool:
+        """Whether it writes what it reads."""
+        return self.reads == self.writes
+
+    @property
+    def hooks(self) -> tuple[str, ...]:
+        """All of them."""
+        return tuple(dict.fromkeys(self.reads + self.writes))
+
+
+def ends_of(folder: Path, config: dict[str, Any]) -> Ends:
+    """The hooks that the `cfg.json` of a directory names. Raises ValueError where it names none, or not what is written."""
+    metadata = config.get("metadata", {})
+    if "reads" in metadata:
+        return Ends(tuple(metadata["reads"]), tuple(metadata["writes"]))
+    if not metadata.get("hook_name"):
+        raise ValueError(f"{folder} does not say which hook it reads: add metadata.hook_name to its {CONFIG}")
+    kind = _ON_DISK.get(config.get("architecture", ""), ("", ""))[1]
+    if kind.endswith("transcoder") and not metadata.get("hook_name_out"):
+        raise ValueError(f"{folder} does not say which hook it writes: add metadata.hook_name_out to its {CONFIG}")
+    if kind == "crosscoder":
+        raise ValueError(
+            f"{folder} does not say which hooks it reads and writes: add metadata.reads and metadata.writes to its {CONFIG}"
+        )
+    written = metadata["hook_name_out"] if kind else metadata["hook_name"]
+    return Ends((metadata["hook_name"],), (written,))
 
 
 def kind_of(sae: SAE) -> str:

@@ -15,14 +15,14 @@ from torch import Tensor
 from saebench.config import differences, to_json
 from saebench.models import model_path
 from saebench.runlog import provenance
-from saebench.sae import read_config
+from saebench.sae import Ends, read_config
 from saebench.store import Cursor, Store, shuffled_batches
 from saebench.store.coding import row_bytes
 from saebench.store.norms import moments_within, rows_beyond
 from saebench.store.schema import MASSIVE
 from saebench.store.shuffle import ShardsOf, quality
 from saebench.train.checkpoint import begun_as
-from saebench.train.member import Ends, Member, Spec
+from saebench.train.member import Member, Spec
 from saebench.train.rolling import window_shards
 from saebench.train.settings import TrainConfig, grid
 

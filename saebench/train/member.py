@@ -4,14 +4,14 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saebench.metrics import DUPLICATE
-from saebench.sae import SAE, JumpReLUSAE, Writes, initialise, new_sae, reconstruct_sparse
+from saebench.sae import SAE, Ends, JumpReLUSAE, Writes, initialise, new_sae, reconstruct_sparse
 from saebench.sae.architectures import NOT_OF_LATENTS
 from saebench.train.gradients import Gradients, exact_gradients
 from saebench.train.objectives import Context, bandwidth
@@ -30,23 +30,6 @@ _ENCODER_SHARE = 0.2  # of the living latents' mean encoder norm, for a resample
 _NONE = torch.empty(0, dtype=torch.int64)
 _SUMS = ("loss", "mse", "sparsity", "aux", "variance", "l0", "grad_norm", "coefficient", "steps")
 _OWN = ("sums", "silent_steps", "diverged_at", "pool", "pool_keys")
-
-
-class Ends(NamedTuple):
-    """The hooks that a dictionary reads and writes; vectors of several are one behind the other."""
-
-    reads: tuple[str, ...]
-    writes: tuple[str, ...]
-
-    @property
-    def tied(self) -> bool:
-        """Whether it writes what it reads."""
-        return self.reads == self.writes
-
-    @property
-    def hooks(self) -> tuple[str, ...]:
-        """All of them."""
-        return tuple(dict.fromkeys(self.reads + self.writes))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from saebench.config import Count, Multiple
+from saebench.sae import Ends
 from saebench.store.shuffle import BUFFER_ROWS
-from saebench.train.member import Ends, Spec
+from saebench.train.member import Spec
 from saebench.train.memory import total_memory
 from saebench.train.recipes import RECIPES, Architecture
 from saebench.train.schedules import DECAY, WARMUP, default_learning_rate, pace
