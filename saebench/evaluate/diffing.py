@@ -215,7 +215,7 @@ class LatentScaling:
     def __init__(self, sae: SAE, scale: Float[Tensor, " C"]) -> None:
         """`scale`: what each coordinate is multiplied by to bring both models' rows to one size."""
         self.sae, self.scale = sae, scale
-        self.base_FH, self.tuned_FH = (sae.W_dec * scale).chunk(2, dim=1)
+        self.base_FH, self.tuned_FH = (sae.W_dec.detach() * scale).chunk(2, dim=1)
         self.norms_2F = torch.stack([self.base_FH.norm(dim=1), self.tuned_FH.norm(dim=1)])
         self.tuned_is_longer_F = self.norms_2F[1] >= self.norms_2F[0]
         self.longer_FH = torch.where(self.tuned_is_longer_F[:, None], self.tuned_FH, self.base_FH)
