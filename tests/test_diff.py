@@ -1,6 +1,7 @@
 """Two models' stores read as one, and what a crosscoder of both says of each latent: on made-up rows."""
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from streamlit.testing.v1 import AppTest
 from test_gradients import one_thread
 from test_store import CONTEXT, provenance
 from test_transcoders import interrupted
 
+from saebench.browse.serve import app_script
 from saebench.cli import main
 from saebench.evaluate.diffing import Diff, DiffConfig, LatentScaling, diff, read_diff
 from saebench.files import hash_files, read_json, write_json
@@ -319,8 +322,8 @@ def test_what_each_model_has_alone_is_found(crosscoder: Path, capsys: pytest.Cap
     assert (again.kinds == found.kinds).all()
     assert main(["diff", "--sae", str(crosscoder)]) == 0
     printed = capsys.readouterr().out
-    assert f"tuned-only {1:>9}" in printed or "tuned-only" in printed
-    assert str(found.of("tuned-only")[0]) in printed
+    latent = found.of("tuned-only")[0]
+    assert f"tuned-only  {latent:>6}" in printed
 
 
 def test_a_diff_of_other_weights_is_refused(crosscoder: Path, tmp_path: Path) -> None:
@@ -359,3 +362,21 @@ def test_two_equal_models_have_no_exclusive_latents(stores: tuple[Store, Store],
     assert shared.sum() >= 15
     assert found.cosine[shared].mean() > 0.9
     assert isinstance(found, Diff)
+
+
+def test_the_page_shows_what_each_model_has_alone(crosscoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(app_script().parent))
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])  # Streamlit puts the app in its place
+    monkeypatch.setenv("SAEBENCH_APP_ROOT", str(crosscoder.parent.parent))
+    (crosscoder / "diff.json").unlink(missing_ok=True)
+    app = AppTest.from_file(str(app_script()), default_timeout=60)
+    app.switch_page("views/diff.py")
+    app.run()
+    assert not app.exception
+    assert any("saebench diff --sae" in part.value for part in app.caption)
+    diff(DiffConfig(sae=crosscoder, device="cpu"))
+    app.run()
+    assert not app.exception
+    assert not app.error
+    assert any("1 latents" in part.value for part in app.caption)
+    assert any("Figures of 640 held" in part.value.replace("\\", "") for part in app.caption)
