@@ -303,7 +303,10 @@ def test_each_kind_is_what_was_put_in() -> None:
 
 @pytest.fixture(scope="module")
 def crosscoder(stores: tuple[Store, Store], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # `one_thread` is of tests
     (folder,) = train(config(stores, tmp_path_factory.mktemp("diffed") / "tiny")) or []
+    torch.set_num_threads(before)
     return folder
 
 
