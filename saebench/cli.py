@@ -15,6 +15,7 @@ from saebench.browse.serve import AppConfig, serve
 from saebench.config import add_arguments, from_arguments
 from saebench.demo import demo
 from saebench.evaluate import EvalConfig, equal_l0_table, evaluate, massive_note, table, write_report
+from saebench.evaluate.diffing import MEANINGS, Diff, DiffConfig, diff
 from saebench.harvest import ExtendConfig, HarvestConfig, extend, harvest
 from saebench.harvest.extend import settings_of
 from saebench.harvest.run import open_model
@@ -94,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     command("train", _train, "train a grid of SAEs on a store", TrainConfig)
     command("eval", _eval, "evaluate the SAEs of a run on held-out documents, and report", EvalConfig)
+    about = "what each of two models has alone, by a crosscoder of both"
+    command("diff", _diff, about, DiffConfig)
     command("index", _index, "gather every latent's evidence in one pass over a store", IndexConfig)
     about = "have latents explained by a language model, and the explanations tried on held-out text"
     command("explain", _explain, about, ExplainConfig)
@@ -204,6 +207,32 @@ def _eval(arguments: argparse.Namespace) -> int:
     config = from_arguments(EvalConfig, arguments)
     _show(write_report(config.run, evaluate(config), config.store), config.run)
     return 0
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    found = diff(from_arguments(DiffConfig, arguments))
+    print(
+        format_table(
+            [
+                ["", "latents", "what that is"],
+                *([kind, f"{n:,}", MEANINGS[kind]] for kind, n in found.counts().items()),
+            ],
+            left=(0, 2),
+        )
+    )
+    print("\n" + format_table(exclusive_table(found), left=(0,)))
+    print(f"figures of {found.rows:,} held-out rows")
+    return 0
+
+
+def exclusive_table(found: Diff, first: int = 10) -> list[list[str]]:
+    """A heading, and the latents that one model alone has, the first of those active most often."""
+    rows = [["kind", "latent", "rows", "r", "cosine", "ν error", "ν reconstruction"]]
+    for kind in ("tuned-only", "base-only"):
+        for latent in found.of(kind)[:first].tolist():
+            figures = (column[latent] for column in (found.relative, found.cosine, found.error, found.reconstruction))
+            rows.append([kind, str(latent), f"{found.fires[latent]:,}", *(f"{figure:.3f}" for figure in figures)])
+    return rows
 
 
 def _index(arguments: argparse.Namespace) -> int:

@@ -5,12 +5,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from saebench.evaluate.diffing import is_of_two_models
 from saebench.evaluate.evaluate import EVALUATION
 from saebench.evaluate.report import summarise
 from saebench.index import IndexConfig
 from saebench.index.schema import open_index
 from saebench.runlog import read_metrics
-from saebench.sae import read_config
+from saebench.sae import ends_of, read_config
 from saebench.steer.scores import are_complete
 from saebench.store.source import recorded_store
 
@@ -42,6 +43,11 @@ class Trained:
     @property
     def hook(self) -> str:
         return self.metadata.get("hook_name", "")
+
+    @property
+    def of_two_models(self) -> bool:
+        """Whether it is a crosscoder of a base and a tuned model."""
+        return is_of_two_models(ends_of(self.folder, self.config))
 
     @property
     def store(self) -> Path | None:

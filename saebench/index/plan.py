@@ -13,9 +13,9 @@ from saebench.index.evidence import (
 from saebench.labels import LABELLERS, SPACY, WORDNET, Labeller, labeller_of
 from saebench.models import choose_device
 from saebench.sae import SAE, check_autoencodes, load_sae, read_config
-from saebench.store import Store, open_store
+from saebench.store import Store
 from saebench.store.shard import Shard
-from saebench.store.source import recorded_store
+from saebench.store.source import recorded_store, store_of
 
 UNIT_ROWS = 2048
 
@@ -102,7 +102,7 @@ def plan_of(config: IndexConfig) -> Plan:
         raise ValueError(f"{config.sae} does not say what it was trained on; give a store of its hook with --store")
     if hook is None:
         raise ValueError(f"{config.sae} does not say which hook it reads: add metadata.hook_name to its cfg.json")
-    store = open_store(folder)
+    store = store_of(config.sae, folder)
     if store.d_in(hook) != sae.d_in:
         raise ValueError(
             f"{config.sae} has d_in {sae.d_in}, but {hook} in {store.folder} has {store.d_in(hook)}; give its own --store"

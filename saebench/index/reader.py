@@ -22,9 +22,9 @@ from saebench.labels import Stream, Stretch, label, labeller_of
 from saebench.models import load_tokenizer
 from saebench.pieces import TokenBytes, show_bytes, show_text
 from saebench.sae import read_config
-from saebench.store import Store, open_store
+from saebench.store import Store
 from saebench.store.schema import MANIFEST
-from saebench.store.source import model_name
+from saebench.store.source import model_name, store_of
 
 COLUMNS = {
     "density": "latents/density",
@@ -454,7 +454,7 @@ def open_feature_index(
         folder = Path(store) if store else found_from(path, Path(file.attrs["store"]))
         identity = json.loads(file.attrs["identity"])
     sae = Path(sae or path.parent.parent / "saes" / path.stem)
-    opened = open_store(folder) if need_store or (folder / MANIFEST).exists() else None
+    opened = store_of(sae, folder) if need_store or (folder / MANIFEST).exists() else None
     expected = identity_of(sae, opened)
     if opened is not None and identity.get("store") in opened.grown_from:
         expected["store"] = identity["store"]  # its rows are still where they were

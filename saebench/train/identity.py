@@ -19,6 +19,7 @@ from saebench.sae import Ends, read_config
 from saebench.store import Cursor, Store, joint_batches
 from saebench.store.coding import row_bytes
 from saebench.store.norms import moments_within, rows_beyond
+from saebench.store.pair import PairedStore
 from saebench.store.schema import MASSIVE
 from saebench.store.shuffle import ShardsOf, quality
 from saebench.train.checkpoint import begun_as
@@ -74,6 +75,8 @@ class Run:
             "dead_steps": config.dead_steps,
             "store": store.hash,
         }
+        if isinstance(store, PairedStore):
+            shared["beside"] = store.beside.hash
         if window:
             shared["window_shards"] = window
             if len(multiples) > 1 and any(multiples.values()):
@@ -192,6 +195,7 @@ class Run:
             "saebench": {
                 "identity": self.identity[member.spec.name],
                 "store": str(self.config.store),
+                **({"beside": str(self.config.beside)} if self.config.beside else {}),
                 "longest_row": None if self.multiples[hook] is None else self._longest(hook),
                 "tokens_trained": self.config.n_steps * self.config.batch,
                 "epochs": epochs,

@@ -16,7 +16,7 @@ from saebench.models import choose_device
 from saebench.runlog import MetricsLog, interruptible, progress
 from saebench.sae import fold, save_sae
 from saebench.sae.sparse import forget_scratch
-from saebench.store import open_store
+from saebench.store.pair import open_pair
 from saebench.train.checkpoint import Checkpoint, full_disk_is_a_value_error
 from saebench.train.gradients import together, variance_of
 from saebench.train.identity import Run
@@ -42,7 +42,7 @@ def train(
     Raises ValueError for a store, hook or checkpoint that does not fit; and, once the others are
     trained and saved, for SAEs whose loss stopped being finite.
     """
-    store = open_store(config.store)
+    store = open_pair(config.store, config.beside)
     device = choose_device(config.device, float64=True)
     with locked(config.out), _products(config.dtype), contextlib.ExitStack() as held:
         run = Run.of(config, store)

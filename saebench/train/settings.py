@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from saebench.config import Count, Multiple
 from saebench.sae import Ends
+from saebench.store.pair import TUNED
 from saebench.store.shuffle import BUFFER_ROWS
 from saebench.train.member import Spec
 from saebench.train.memory import total_memory
@@ -29,6 +30,8 @@ class TrainConfig:
 
     store: Path
     """activation store to train on"""
+    beside: Path | None = None
+    """a second model's store of the same tokens, for a crosscoder of both: its hooks are named `tuned:HOOK`"""
     hook: tuple[str, ...] = ()
     """hooks in the store, a set of SAEs for each (default: the only one), or all of them of one crosscoder"""
     kind: Kind = "sae"
@@ -104,11 +107,27 @@ class TrainConfig:
             raise ValueError(
                 f"exclude_outliers is {self.exclude_outliers}; expected more than 1: it is a multiple of the median norm"
             )
+        self._check_beside()
         self._check_ends()
         if not self.k and not self.target_l0 and not self.l1:
             raise ValueError(
                 "no sparsity given; expected --k 16,32 for topk and its kin, --target-l0 32 or --l1 2 for the others"
             )
+
+    def _check_beside(self) -> None:
+        """Raises ValueError for hooks of a second store where there is none, and for what cannot be trained on two."""
+        if named := [hook for hook in (*self.hook, *self.reads, *self.writes) if hook.startswith(TUNED)]:
+            raise ValueError(
+                f"hook is {named[0]!r}, of a second model's store; expected {named[0].removeprefix(TUNED)!r}, "
+                "with --kind crosscoder and --beside STORE: both models are read and written"
+            )
+        if self.beside is not None and (self.kind != "crosscoder" or self.reads or not self.hook):
+            raise ValueError(
+                f"beside is {self.beside} of what does not read and write both models; expected --kind crosscoder and --hook alone: "
+                "its rows of the one are no input for those of the other"
+            )
+        if self.beside is not None and self.rolling is not None:
+            raise ValueError(f"beside is {self.beside} and rolling is {self.rolling}; expected two finished stores")
 
     def _check_ends(self) -> None:
         """Raises ValueError for what is no description of one kind of dictionary."""
@@ -135,7 +154,7 @@ class TrainConfig:
         if self.kind == "clt" and (reads or len(self.layers) == 1):
             named = f"reads is {reads!r}" if reads else f"layers is {self.layers}"
             raise ValueError(f"{named} of a clt; expected --layers, two or more of them: of one it is a transcoder")
-        if self.kind == "crosscoder" and len(self.hook or self.reads) < 2:
+        if self.kind == "crosscoder" and len(self.hook or self.reads) < 2 and self.beside is None:
             raise ValueError(
                 f"hook is {','.join(self.hook)!r} of a crosscoder; expected two or more: of one it is an SAE"
             )
@@ -166,7 +185,8 @@ class TrainConfig:
             one = Ends(self.reads, self.writes)
             places: tuple[Place, ...] = one.reads if one.tied and len(one.reads) == 1 else (one,)
         elif self.kind == "crosscoder":
-            places = (Ends(self.hook, self.hook),)
+            both = self.hook + (tuple(TUNED + hook for hook in self.hook) if self.beside else ())
+            places = (Ends(both, both),)
         elif self.kind in ("transcoder", "clt"):
             layers = sorted(set(self.layers or _layers_of_mlps(hooks)))
             if self.kind == "clt" and len(layers) == 1:
@@ -184,7 +204,8 @@ class TrainConfig:
             raise ValueError(f"{self.store} has several hooks; choose one with --hook: {', '.join(hooks)}")
         for hook in (hook for place in places for hook in ((place,) if isinstance(place, str) else place.hooks)):
             if hook not in hooks:
-                raise ValueError(f"hook {hook!r} is not in {self.store}; it has {', '.join(hooks)}: {_REMEDY}")
+                folder = self.beside if hook.startswith(TUNED) else self.store
+                raise ValueError(f"hook {hook!r} is not in {folder}; it has {', '.join(hooks)}: {_REMEDY}")
         if not places:
             raise ValueError(f"{self.store} has no MLP's input and output; it has {', '.join(hooks)}: {_REMEDY}")
         return places
