@@ -13,10 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import HOOK, an_sae
 from safetensors.torch import load_file, save_file
 
+from saebench.evaluate import EvalConfig, evaluate
+from saebench.files import read_json
+from saebench.index import IndexConfig, build_index, open_feature_index
 from saebench.sae import SAE, ends_of, load_sae, read_config, save_sae, take_in, update_metadata, written_here
 from saebench.sae.formats import FORMATS, found
+from saebench.steer import open_bench
+from saebench.store import Store
 
 FOREIGN = Path(__file__).parent / "fixtures" / "foreign"
 EXPECTED = load_file(FOREIGN / "expected.safetensors")
@@ -415,3 +421,80 @@ def test_those_in_anothers_format_are_taken_into_a_run_once(tmp_path: Path) -> N
     assert written_here(folder)
     assert written_here(FOREIGN / "saelens" / "topk")
     assert not written_here(FOREIGN / "saelens" / "before_6_topk")
+
+
+# Through the commands
+
+
+@pytest.fixture
+def nameless(store: Store, tmp_path: Path) -> tuple[Path, Path]:
+    """(an SAE of the store as saebench writes it, the same as dictionary_learning does, which does not say of which hook it is)."""
+    sae = an_sae("topk", store)
+    ours = tmp_path / "run" / "saes" / "ours"
+    save_sae(
+        sae, ours, {"model_name": "m", "hook_name": HOOK, "context_size": 16, "saebench": {"store": str(store.folder)}}
+    )
+    theirs = tmp_path / "elsewhere" / "trainer_0"
+    theirs.mkdir(parents=True)
+    names = {
+        "encoder.weight": sae.W_enc.T,
+        "encoder.bias": sae.b_enc,
+        "decoder.weight": sae.W_dec.T,
+        "b_dec": sae.b_dec,
+    }
+    held = {name: value.detach().contiguous() for name, value in names.items()}
+    torch.save(held | {"k": torch.tensor(6), "threshold": torch.tensor(-1.0)}, theirs / "ae.pt")
+    trainer = {"dict_class": "AutoEncoderTopK", "activation_dim": sae.d_in, "dict_size": sae.d_sae, "k": 6, "layer": 1}
+    (theirs / "config.json").write_text(json.dumps({"trainer": trainer}))
+    return ours, theirs
+
+
+def test_figures_of_one_in_anothers_format_are_those_of_the_same_in_ours(
+    nameless: tuple[Path, Path], store: Store
+) -> None:
+    ours, theirs = nameless
+    before = sorted(theirs.iterdir())
+    told: dict[str, Any] = {
+        "run": ours.parent.parent,
+        "sae": (theirs,),
+        "store": store.folder,
+        "tokens": 1000,
+        "resamples": 10,
+    }
+    with pytest.raises(ValueError, match="trainer_0 does not say which hook it reads: give it with --hook"):
+        evaluate(EvalConfig(**told))
+    folders = evaluate(EvalConfig(**told, hook=HOOK))
+    assert folders == [ours, ours.parent / "trainer_0"]
+    first, second = (read_json(folder / "evaluation.json")["metrics"] for folder in folders)
+    assert first == second
+    assert first["fvu"] > 0
+    assert evaluate(EvalConfig(**told, hook=HOOK)) == folders
+    assert sorted(theirs.iterdir()) == before
+
+
+def test_one_in_anothers_format_is_indexed_and_steered_with_as_it_lies(
+    nameless: tuple[Path, Path], store: Store, tmp_path: Path
+) -> None:
+    ours, theirs = nameless
+    told: dict[str, Any] = {"store": store.folder, "rules": False}
+    with pytest.raises(
+        ValueError,
+        match="trainer_0 is another's, beside which nothing is written; give the file of its index with --out",
+    ):
+        build_index(IndexConfig(sae=theirs, hook=HOOK, **told))
+    with pytest.raises(ValueError, match="trainer_0 does not say which hook it reads: give it with --hook"):
+        build_index(IndexConfig(sae=theirs, out=tmp_path / "theirs.h5", **told))
+    paths = [
+        build_index(IndexConfig(sae=ours, **told)),
+        build_index(IndexConfig(sae=theirs, hook=HOOK, out=tmp_path / "theirs.h5", **told)),
+    ]
+    first, second = (open_feature_index(path, sae=sae) for path, sae in zip(paths, nameless, strict=True) if path)
+    assert np.array_equal(first.top_rows, second.top_rows)
+    bench = open_bench(theirs, index=paths[1])
+    assert bench.hook == HOOK
+    with pytest.raises(
+        ValueError, match="trainer_0 does not say at which hook it reads; give it with --hook, or index it"
+    ):
+        open_bench(theirs)
+    alone = open_bench(theirs, hook=HOOK, model=bench.model.id)
+    assert alone.model.weights_hash == bench.model.weights_hash

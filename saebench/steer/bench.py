@@ -113,7 +113,7 @@ def bench_with(
     metadata = read_config(sae, hook=hook, model=model).get("metadata", {})
     hook = index.hook if index else metadata.get("hook_name")
     if hook is None:
-        raise ValueError(f"{sae} does not say at which hook it reads ; give it with --hook, or index it")
+        raise ValueError(f"{sae} does not say at which hook it reads; give it with --hook, or index it")
     store = index.store if index and index.has_store else None
     origin = origin_of(sae, store, index.identity.get("model") if index else None)
     if origin is None and model is not None:
