@@ -30,7 +30,11 @@ class SteerConfig:
     """Which latents to steer with, how far, and what to write."""
 
     sae: Path
-    """SAE directory"""
+    """SAE, made here or in any format that others release: its folder or file"""
+    hook: str | None = None
+    """hook that it reads, where neither its files nor an index say"""
+    model: str | None = None
+    """model that it is of, where neither its files nor an index say"""
     latent: tuple[Count, ...] = ()
     """numbers of latents, steered with together (for `rank`: among which; default: all)"""
     strength: tuple[str, ...] = ("0.5n",)
@@ -82,7 +86,9 @@ class SteerConfig:
             )
 
     def open(self) -> Bench:
-        return open_bench(self.sae, index=self.index, store=self.store, device=self.device)
+        return open_bench(
+            self.sae, index=self.index, store=self.store, device=self.device, hook=self.hook, model=self.model
+        )
 
 
 def steer(config: SteerConfig) -> Generation:
