@@ -27,6 +27,7 @@ from saebench.index.names import Names
 from saebench.judge import ExplainConfig, explain
 from saebench.pipeline import RunConfig, run, run_stages
 from saebench.runlog import progress
+from saebench.sae.hub import Source, local
 from saebench.steer import Generation
 from saebench.steer.run import SteerConfig, rank, steer, sweep
 from saebench.store import open_store
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
+        for name, value in vars(arguments).items():  # SAEs on the hub are fetched once there is a log to say so
+            setattr(arguments, name, _here(value))
         return arguments.command(arguments)
     except ValueError as error:
         if arguments.verbose:
@@ -69,6 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"saebench: error: {error}", file=sys.stderr)
         return 2
+
+
+def _here(value: Any) -> Any:
+    """The directories of SAEs that options name; anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(map(_here, value))
+    return local(value) if isinstance(value, Source) else value
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -118,7 +118,7 @@ def _parser_of(hint: Any) -> tuple[Any, str | None, list[Any] | None]:
     """(function from a string, metavar, choices) for a field's type."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return _argument(args[1]), _METAVARS[args[0]], None
+        return _argument(args[1]), _METAVARS.get(args[0], "TEXT"), None
     if origin in (typing.Union, types.UnionType):
         return _parser_of(next(arg for arg in args if arg is not type(None)))
     if origin is typing.Literal:

@@ -31,6 +31,7 @@ from saebench.metrics import (
 from saebench.models import ModelDtype, check_hook, choose_device
 from saebench.runlog import progress, provenance
 from saebench.sae import check_autoencodes, load_sae, read_config, update_metadata
+from saebench.sae.hub import SaePath
 from saebench.store import Store, open_store
 from saebench.store.norms import usual_moments
 from saebench.store.source import model_of, recorded_store
@@ -49,7 +50,7 @@ class EvalConfig:
 
     run: Path
     """run directory: evaluates RUN/saes/*, and writes RUN/summary.json and RUN/report.html"""
-    sae: tuple[Path, ...] = ()
+    sae: tuple[SaePath, ...] = ()
     """SAE directories elsewhere to evaluate as well, for instance ones made by SAELens"""
     store: Path | None = None
     """activation store (default: the one each SAE was trained on)"""

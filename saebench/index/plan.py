@@ -13,6 +13,7 @@ from saebench.index.evidence import (
 from saebench.labels import LABELLERS, SPACY, WORDNET, Labeller, labeller_of
 from saebench.models import choose_device
 from saebench.sae import SAE, check_autoencodes, load_sae, read_config
+from saebench.sae.hub import SaePath
 from saebench.store import Store, open_store
 from saebench.store.shard import Shard
 from saebench.store.source import recorded_store
@@ -24,7 +25,7 @@ UNIT_ROWS = 2048
 class IndexConfig:
     """Which SAE to index, on which rows."""
 
-    sae: Path
+    sae: SaePath
     """SAE directory, made here or by SAELens"""
     store: Path | None = None
     """activation store (default: the one the SAE was trained on)"""
