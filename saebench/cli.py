@@ -14,7 +14,16 @@ from saebench import __version__
 from saebench.browse.serve import AppConfig, serve
 from saebench.config import add_arguments, from_arguments
 from saebench.demo import demo
-from saebench.evaluate import EvalConfig, equal_l0_table, evaluate, massive_note, table, write_report
+from saebench.evaluate import (
+    CheckConfig,
+    EvalConfig,
+    check,
+    equal_l0_table,
+    evaluate,
+    massive_note,
+    table,
+    write_report,
+)
 from saebench.harvest import ExtendConfig, HarvestConfig, extend, harvest
 from saebench.harvest.extend import settings_of
 from saebench.harvest.run import open_model
@@ -104,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     command("train", _train, "train a grid of SAEs on a store", TrainConfig)
     command("eval", _eval, "evaluate the SAEs of a run on held-out documents, and report", EvalConfig)
+    about = "look at an SAE before it is trusted: does it do on a store's rows what it says of itself?"
+    add_arguments(command("check", _check, about), CheckConfig, "sae")
     command("index", _index, "gather every latent's evidence in one pass over a store", IndexConfig)
     about = "have latents explained by a language model, and the explanations tried on held-out text"
     command("explain", _explain, about, ExplainConfig)
@@ -213,6 +224,13 @@ def _head_of(config: TrainConfig, behind: list[str]) -> tuple[HarvestConfig, Tex
 def _eval(arguments: argparse.Namespace) -> int:
     config = from_arguments(EvalConfig, arguments)
     _show(write_report(config.run, evaluate(config), config.store), config.run)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    found = check(from_arguments(CheckConfig, arguments))
+    print("\n".join(found.lines()))
+    print("\n".join(f"warning: {warning}" for warning in found.warnings) or "nothing amiss")
     return 0
 
 

@@ -15,6 +15,7 @@ import torch
 
 from saebench.config import Count, to_json
 from saebench.evaluate.baselines import PCA, untrained_fvus
+from saebench.evaluate.check import look_at_others
 from saebench.evaluate.measure import Batch, Measurement, Subject, silent_latents, validation_batches
 from saebench.files import hash_files, read_json, write_json
 from saebench.metrics import (
@@ -51,7 +52,7 @@ class EvalConfig:
     run: Path
     """run directory: evaluates RUN/saes/*, and writes RUN/summary.json and RUN/report.html"""
     sae: tuple[SaePath, ...] = ()
-    """SAE directories elsewhere to evaluate as well, for instance ones made by SAELens"""
+    """SAEs elsewhere to evaluate as well: directories, also of others' formats, or hf:OWNER/REPO[@REVISION][/FOLDER]"""
     store: Path | None = None
     """activation store (default: the one each SAE was trained on)"""
     tokens: Count = 1_000_000
@@ -97,6 +98,8 @@ def evaluate(config: EvalConfig) -> list[Path]:
     for (path, hook), members in groups.items():
         store = open_store(path)
         todo = [folder for folder in members if config.force or not _is_current(config, folder, store)]
+        for folder in todo:
+            look_at_others(folder, store, config.device)
         if todo:
             _evaluate_hook(config, store, hook, todo)
     return folders

@@ -26,7 +26,7 @@ class IndexConfig:
     """Which SAE to index, on which rows."""
 
     sae: SaePath
-    """SAE directory, made here or by SAELens"""
+    """SAE directory, made here or by others, or hf:OWNER/REPO[@REVISION][/FOLDER], or a release by SAELens' name"""
     store: Path | None = None
     """activation store (default: the one the SAE was trained on)"""
     out: Path | None = None
