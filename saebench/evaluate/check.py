@@ -32,6 +32,7 @@ _MENDS = 0.7  # of the FVU: what is less than that mends it
 _FITS = 1.5  # times more or fewer active latents than stated, at most
 _SILENT = 0.9  # of the latents
 _POWERS = range(-8, 9)  # of two: factors tried
+_NEAR = 1.2  # times a factor with a name, at most, to be taken for it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +250,8 @@ class _Trial(NamedTuple):
     fvu: float
     l0: float
     why: str
+    writes: float
+    """what was written was multiplied by"""
 
 
 def _causes(sae: SAE, ends: Ends, store: Store, some: _Some, stated: float | None) -> Iterator[str]:
@@ -284,37 +287,36 @@ def _tried(
         writes = float((some.y_NE * y_hat_NE).sum() / y_hat_NE.square().sum())
     variance = _square(some.y_NE - some.y_NE.mean(0))
     fvu = _square(some.y_NE - writes * y_hat_NE) / variance if variance > 0 else math.nan
-    return _Trial(fvu, len(code.latents) / len(x_ND), why)
+    return _Trial(fvu, len(code.latents) / len(x_ND), why, writes)
 
 
 def _scales(sae: SAE, some: _Some) -> Iterator[_Trial]:
-    """The best of rows times a factor: those that others train with, powers of two, and the one that brings their mean to b_dec.
+    """Rows times the factor that is best: of powers of two and the one that brings their mean to b_dec, and between them.
 
     What is written goes back by the same; of what is no SAE, by the factor that is best.
     """
     norm = float(some.x_ND.square().sum(1).mean().sqrt())
     if not norm > 0:
         return
+
+    def tried(factor: float, why: str = "") -> tuple[_Trial, float]:
+        return _tried(sae, some, why, factor, 1 / factor if sae.tied else None), factor
+
     named = {
-        math.sqrt(sae.d_in) / norm: "scaled to a mean squared norm of d_in, as SAELens' expected_average_only_in",
-        1 / norm: "scaled to a mean squared norm of 1, as in dictionary_learning",
+        math.sqrt(sae.d_in) / norm: "a mean squared norm of d_in, as by SAELens' expected_average_only_in",
+        1 / norm: "a mean squared norm of 1, as by dictionary_learning",
     }
-    factors = {2.0**power: "of another scale" for power in _POWERS if power or not sae.tied}
-    if sae.tied:
+    start = [*named, *(2.0**power for power in _POWERS)]
+    if sae.tied:  # in closed form
         mean_D = some.x_ND.mean(0)
-        factors |= {float(sae.b_dec @ mean_D / mean_D.square().sum()): "multiplied so that b_dec is near their mean"}
-
-    def best(of: dict[float, str]) -> _Trial:
-        why = "wrong scale: it was trained on rows {}, these times {:.3g}"
-        trials = (
-            _tried(sae, some, why.format(how, factor), factor, 1 / factor if sae.tied else None)
-            for factor, how in of.items()
-            if factor > 0
-        )
-        return min(trials)
-
-    known, any_ = best(named), best(factors)
-    yield known if known.fvu < 1.1 * any_.fvu else any_
+        start.append(float(sae.b_dec @ mean_D / mean_D.square().sum()))
+    best = min(tried(factor) for factor in start if factor > 0)
+    for step in (2**0.5, 2**0.25, 2**0.125):
+        best = min(best, tried(best[1] * step), tried(best[1] / step))
+    trial, factor = best
+    why = f"wrong scale: it was trained on rows times {factor:.3g}"
+    why += next((f", which is {how}" for one, how in named.items() if 1 / _NEAR < factor / one < _NEAR), "")
+    yield trial._replace(why=why if sae.tied else f"{why}, and what it writes is to be taken times {trial.writes:.3g}")
 
 
 def _normalisations(sae: SAE, some: _Some) -> Iterator[_Trial]:
@@ -328,7 +330,7 @@ def _normalisations(sae: SAE, some: _Some) -> Iterator[_Trial]:
     mean_N1 = some.x_ND.mean(1, keepdim=True)
     centred = _Some(some.x_ND - mean_N1, some.y_NE - mean_N1)
     yield _tried(
-        sae, centred, "it was trained on rows without their mean over dimensions, as center_writing_weights makes them"
+        sae, centred, "it was trained on rows without their mean over dimensions, as by center_writing_weights"
     )
 
 
@@ -347,12 +349,12 @@ def _thresholds(sae: JumpReLUSAE, some: _Some, stated: float) -> Iterator[_Trial
     thresholds_F = sae.threshold.clone()
     units_NF = torch.where((pre_NF > 0) & (thresholds_F > 0), pre_NF / thresholds_F, 0.0)
     wanted = min(round(stated * len(pre_NF)), units_NF.numel() - 1)
-    factor = float(units_NF.flatten().topk(wanted + 1).values[-1])
+    factor = float(units_NF.flatten().topk(wanted + 1).values[-2:].mean())  # between the last to fire and the next
     if not factor > 0:
         return
     norm = float(some.x_ND.norm(dim=1).mean()) / math.sqrt(sae.d_in)
     why = f"thresholds off by a factor: these times {factor:.3g} give the L0 that it states"
-    if 1 / 1.25 < factor / norm < 1.25:
+    if 1 / _NEAR < factor / norm < _NEAR:
         why += (
             f". {norm:.3g} is the mean norm of rows over √d_in, by which SAELens before 6.54.9 left those of BatchTopK off "
             "where it trained with rescale_acts_by_decoder_norm"
