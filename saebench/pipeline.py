@@ -32,9 +32,9 @@ from saebench.models import (
     parse_hook,
     same_model,
 )
-from saebench.sae import SAE, encode_sparse, ends_of, load_sae, read_config
-from saebench.sae.hub import local, taken
-from saebench.sae.io import CONFIG
+from saebench.sae import SAE, encode_sparse, ends_of, load_sae, read_config, take_in
+from saebench.sae.formats import CONFIG
+from saebench.sae.hub import local
 from saebench.store.coding import row_bytes
 from saebench.text import Document, TextConfig, fingerprint, open_documents
 from saebench.train import TrainConfig, train
@@ -143,7 +143,7 @@ def run(config: RunConfig) -> dict[str, Any] | None:
 
 def _given(config: RunConfig) -> list[Path]:
     """The directories, in the run's own `saes/`, of the SAEs that exist already. Raises ValueError for one of another model."""
-    folders = [_given_one(Path(source) if _is_folder(source) else source, config) for source in config.sae]
+    folders = [_given_one(source, config.folder) for source in config.sae]
     for folder in folders:
         stated = read_config(folder)["metadata"].get("model_name")
         if stated is None or same_model(stated, config.model):
@@ -154,25 +154,11 @@ def _given(config: RunConfig) -> list[Path]:
     return folders
 
 
-def _is_folder(source: str) -> bool:
-    return not source.startswith("hf:") and Path(source).expanduser().is_dir()
-
-
-def _given_one(source: Path | str, config: RunConfig) -> Path:
-    """An SAE's directory in the run: fetched there, or taken there from where it lies."""
-    if not isinstance(source, Path):
-        return local(source, config.folder)
-    source = source.expanduser().resolve()
-    target = config.folder / "saes" / source.name
-    if source == target.resolve():
-        return target
-    if (target / CONFIG).exists():
-        if (of := read_config(target)["metadata"].get("source")) != str(source):
-            raise ValueError(
-                f"{target} holds {of or 'another SAE'}, not {source}: choose another --out, or rename one of them"
-            )
-        return target
-    return taken(source, target, str(source))
+def _given_one(source: str, run: Path) -> Path:
+    """An SAE's directory in the run: fetched there, or taken in from where it lies."""
+    folder = local(source, run)
+    inside = folder.exists() and folder.resolve().parent == (run / "saes").resolve()
+    return folder if inside else take_in(folder, run / "saes")
 
 
 def _places(config: RunConfig, given: list[Path]) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def seen(sae: SAE, store: Store, folder: Path, **told: object) -> Look:
 
 @pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
 def test_a_sound_sae_gets_no_word(known: Store, tmp_path: Path, architecture: str) -> None:
-    found = seen(sound(architecture), known, tmp_path / "sound", k=ACTIVE)
+    found = seen(sound(architecture), known, tmp_path / "sound", stated_l0=ACTIVE)
     assert found.warnings == ()
     assert (found.rows, found.stated, found.silent) == (ROWS, ACTIVE, 0.0)
     assert found.l0 == pytest.approx(ACTIVE, abs=0.01)
@@ -107,7 +107,7 @@ def test_a_wrong_scale_is_named_with_the_factor_that_mends_it(
     }[how]
     sae = sound(architecture)
     sae.rescale_input(1 / factor)
-    warning, *_ = seen(sae, known, tmp_path / "scaled", k=ACTIVE).warnings
+    warning, *_ = seen(sae, known, tmp_path / "scaled", stated_l0=ACTIVE).warnings
     found = re.match(r"wrong scale: it was trained on rows times ([\d.]+)(, which [^:]*)?: there its FVU", warning)
     assert found, warning
     assert float(found[1]) == pytest.approx(factor, rel=0.1)
@@ -123,14 +123,14 @@ def test_rows_normalised_one_by_one_are_named(known: Store, tmp_path: Path) -> N
 
 def test_a_wrong_layer_is_named_where_the_store_has_the_right_one(known: Store, tmp_path: Path) -> None:
     for n, architecture in ((0, "topk"), (2, "jumprelu")):
-        (warning,) = seen(sound(architecture, n), known, tmp_path / architecture, k=ACTIVE).warnings
+        (warning,) = seen(sound(architecture, n), known, tmp_path / architecture, stated_l0=ACTIVE).warnings
         assert warning.startswith(
             f"wrong layer or place: it says {HOOKS[1]}, and fits {HOOKS[n]}: there its FVU is 0.0"
         )
 
 
 def test_another_model_is_named(known: Store, tmp_path: Path) -> None:
-    name, fit = seen(sound("jumprelu", 7), known, tmp_path / "other", k=ACTIVE, model_name="gpt2").warnings
+    name, fit = seen(sound("jumprelu", 7), known, tmp_path / "other", stated_l0=ACTIVE, model_name="gpt2").warnings
     assert name.startswith("it states model 'gpt2', the store is of 'maker/tiny'")
     assert f"it is of another model, layer or place than {HOOKS[1]}" in fit
     wide = new_sae("topk", 2 * WIDTH, FEATURES, k=ACTIVE)
@@ -145,7 +145,7 @@ def test_thresholds_off_by_a_factor_are_named(known: Store, tmp_path: Path, fact
     sae = sound("jumprelu")
     with torch.no_grad():
         sae.threshold *= factor
-    (warning,) = seen(sae, known, tmp_path / "off", k=ACTIVE).warnings
+    (warning,) = seen(sae, known, tmp_path / "off", stated_l0=ACTIVE).warnings
     assert warning.startswith(f"thresholds off by a factor: these times {mends}"), warning
     assert "its L0 3.0 instead of" in warning
     assert "SAELens" not in warning
@@ -156,7 +156,7 @@ def test_thresholds_that_saelens_left_off_by_the_norm_are_named(known: Store, tm
     sae = sound("jumprelu")
     with torch.no_grad():
         sae.threshold.fill_(1.7 * math.sqrt(WIDTH) / 31)
-    (warning,) = seen(sae, known, tmp_path / "off", k=ACTIVE).warnings
+    (warning,) = seen(sae, known, tmp_path / "off", stated_l0=ACTIVE).warnings
     assert "by which SAELens before 6.54.9 left those of BatchTopK off" in warning
 
 

@@ -339,7 +339,7 @@ def test_bfloat16_weights_load_in_float32(tmp_path: Path) -> None:
         ({"architecture": "transcoder", "d_out": D}, "says apply_b_dec_to_input; expected false of a transcoder"),
         ({"architecture": "crosscoder"}, r"has parts \(\); expected those of two hooks or more of a crosscoder"),
         ({"parts": [2, 4]}, r"has parts \(2, 4\); expected those of two hooks or more of a crosscoder, and of no SAE"),
-        ({"reshape_activations": "hook_z"}, "reads reshaped activations"),
+        ({"reshape_activations": "hook_z"}, "says reshape_activations: .hook_z., and reads blocks.0.hook_resid_post"),
         ({"normalize_activations": "covariance_whitening"}, "normalises its inputs by 'covariance_whitening'"),
         ({"d_sae": F + 1}, "does not hold the weights of this SAE"),
         ({"architecture": "gated"}, "does not hold the weights of this SAE"),

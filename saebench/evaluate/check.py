@@ -41,6 +41,8 @@ class CheckConfig:
 
     sae: SaePath
     """SAE directory of any known format, hf:OWNER/REPO[@REVISION][/FOLDER] or a SAELens RELEASE//ID"""
+    hook: str | None = None
+    """hook that it reads, where its files do not say"""
     store: Path | None = None
     """activation store (default: the one the SAE was trained on)"""
     rows: Count = 20_000
@@ -87,16 +89,16 @@ def check(config: CheckConfig) -> Look:
     folder = config.store or recorded_store(config.sae)
     if folder is None:
         raise ValueError(f"{config.sae} does not say what it was trained on; give a store of its hook with --store")
-    return look(config.sae, open_store(folder), rows=config.rows, device=config.device)
+    return look(config.sae, open_store(folder), rows=config.rows, device=config.device, hook=config.hook)
 
 
-def look_at_others(folder: Path, store: Store, device: str | None = None) -> None:
+def look_at_others(folder: Path, store: Store, device: str | None = None, hook: str | None = None) -> None:
     """Log a look at an SAE that was not trained here, once in a process for each store."""
     metadata = read_config(folder).get("metadata", {})
     if ("saebench" in metadata and "source" not in metadata) or (folder, store.hash) in _looked:
         return
     _looked.add((folder, store.hash))
-    say(look(folder, store, device=device))
+    say(look(folder, store, device=device, hook=hook))
 
 
 _looked: set[tuple[Path, str]] = set()
@@ -110,9 +112,9 @@ def say(found: Look) -> None:
 
 
 @torch.inference_mode()
-def look(folder: Path, store: Store, *, rows: int = 20_000, device: str | None = None) -> Look:
-    """What an SAE does on about so many usual training rows of a store."""
-    config = read_config(folder)
+def look(folder: Path, store: Store, *, rows: int = 20_000, device: str | None = None, hook: str | None = None) -> Look:
+    """What an SAE does on about so many usual training rows of a store; `hook` of one that does not say which it reads."""
+    config = read_config(folder, hook=hook)
     ends = ends_of(folder, config)
     sae = load_sae(folder, device=choose_device(device, float64=True))
     for what, hooks, width in (("takes", ends.reads, sae.d_in), ("writes", ends.writes, sae.d_out)):
@@ -153,7 +155,7 @@ def stated_l0(sae: SAE, config: dict[str, Any]) -> float | None:
     if isinstance(sae, TopKSAE):
         return float(sae.k)
     metadata = config.get("metadata", {})
-    told = (config.get("k"), *(metadata.get(name) for name in ("k", "target_l0", "l0")))
+    told = (metadata.get(name) for name in ("stated_l0", "l0"))
     return next((float(value) for value in told if isinstance(value, int | float) and value > 0), None)
 
 

@@ -31,7 +31,7 @@ from saebench.metrics import (
 )
 from saebench.models import ModelDtype, check_hook, choose_device
 from saebench.runlog import progress, provenance
-from saebench.sae import check_autoencodes, load_sae, read_config, update_metadata
+from saebench.sae import check_autoencodes, load_sae, read_config, take_in, update_metadata, weights_of, written_here
 from saebench.sae.hub import SaePath
 from saebench.store import Store, open_store
 from saebench.store.norms import usual_moments
@@ -52,7 +52,11 @@ class EvalConfig:
     run: Path
     """run directory: evaluates RUN/saes/*, and writes RUN/summary.json and RUN/report.html"""
     sae: tuple[SaePath, ...] = ()
-    """SAEs elsewhere to evaluate as well: directories, also of others' formats, or hf:OWNER/REPO[@REVISION][/FOLDER]"""
+    """SAEs elsewhere to evaluate as well, folders, files or hf:OWNER/REPO[@REVISION][/FOLDER]: of SAELens as they lie, of any other format as a copy in RUN/saes"""
+    hook: str | None = None
+    """hook that those of --sae read, where their files do not say"""
+    model: str | None = None
+    """model that those of --sae are of, where their files do not say"""
     store: Path | None = None
     """activation store (default: the one each SAE was trained on)"""
     tokens: Count = 1_000_000
@@ -79,7 +83,8 @@ def evaluate(config: EvalConfig) -> list[Path]:
     Returns the SAE directories. Clean and ablated losses are computed once per store and hook.
     Raises ValueError when there is nothing to evaluate or SAE, store and model do not belong together.
     """
-    folders = [path.parent for path in sorted((config.run / "saes").glob("*/cfg.json"))] + list(config.sae)
+    own = [path.parent for path in sorted((config.run / "saes").glob("*/cfg.json"))]
+    folders = list(dict.fromkeys([*own, *(_in_reach(config, sae) for sae in config.sae)]))
     if not folders:
         raise ValueError(
             f"{config.run} has no SAEs in saes/; train some with `saebench train --out {config.run}`, or give --sae"
@@ -105,6 +110,13 @@ def evaluate(config: EvalConfig) -> list[Path]:
     return folders
 
 
+def _in_reach(config: EvalConfig, sae: Path) -> Path:
+    """Where the figures of an SAE can be written beside it: where it lies, or a copy."""
+    if written_here(sae):
+        return sae
+    return take_in(sae, config.run / "saes", hook=config.hook, model=config.model, store=config.store)
+
+
 def _identity(config: EvalConfig, folder: Path, store: Store) -> dict[str, Any]:
     settings = {name: to_json(config)[name] for name in ("tokens", "dead_rows", "resamples")}
     return {
@@ -112,7 +124,7 @@ def _identity(config: EvalConfig, folder: Path, store: Store) -> dict[str, Any]:
         "model_dtype": config.model_dtype or store.manifest["identity"]["model_dtype"],
         "version": _VERSION,
         "store": store.hash,
-        "weights": hash_files([folder / "sae_weights.safetensors"]),
+        "weights": hash_files([weights_of(folder)]),
     }
 
 

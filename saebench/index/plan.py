@@ -12,7 +12,7 @@ from saebench.index.evidence import (
 )
 from saebench.labels import LABELLERS, SPACY, WORDNET, Labeller, labeller_of
 from saebench.models import choose_device
-from saebench.sae import SAE, check_autoencodes, load_sae, read_config
+from saebench.sae import SAE, check_autoencodes, load_sae, read_config, written_here
 from saebench.sae.hub import SaePath
 from saebench.store import Store, open_store
 from saebench.store.shard import Shard
@@ -26,7 +26,9 @@ class IndexConfig:
     """Which SAE to index, on which rows."""
 
     sae: SaePath
-    """SAE directory, made here or by others, or hf:OWNER/REPO[@REVISION][/FOLDER], or a release by SAELens' name"""
+    """SAE, made here or in any format that others release: its folder or file, hf:OWNER/REPO[@REVISION][/FOLDER] or a release by SAELens' name"""
+    hook: str | None = None
+    """hook that it reads, where its files do not say"""
     store: Path | None = None
     """activation store (default: the one the SAE was trained on)"""
     out: Path | None = None
@@ -94,15 +96,19 @@ class Plan:
 
 def plan_of(config: IndexConfig) -> Plan:
     """Raises ValueError when SAE, store and hook do not belong together."""
+    if config.out is None and not written_here(config.sae):
+        raise ValueError(
+            f"{config.sae} is another's, beside which nothing is written; give the file of its index with --out"
+        )
     device = choose_device(config.device, float64=True)
     sae = load_sae(config.sae, device=device)
     check_autoencodes(sae, config.sae)
-    metadata = read_config(config.sae).get("metadata", {})
+    metadata = read_config(config.sae, hook=config.hook).get("metadata", {})
     folder, hook = config.store or recorded_store(config.sae), metadata.get("hook_name")
     if folder is None:
         raise ValueError(f"{config.sae} does not say what it was trained on; give a store of its hook with --store")
     if hook is None:
-        raise ValueError(f"{config.sae} does not say which hook it reads: add metadata.hook_name to its cfg.json")
+        raise ValueError(f"{config.sae} does not say which hook it reads: give it with --hook")
     store = open_store(folder)
     if store.d_in(hook) != sae.d_in:
         raise ValueError(

@@ -6,7 +6,7 @@ from typing import Any
 import h5py
 
 from saebench.files import hash_files
-from saebench.sae.io import WEIGHTS
+from saebench.sae import weights_of
 from saebench.store import Store
 
 INDEX_SCHEMA = "saebench-index"
@@ -16,7 +16,7 @@ INDEX_VERSIONS = (1, 2)
 
 def identity_of(sae: Path, store: Store | None) -> dict[str, str]:
     """Hashes of what an index is made from, as far as it is there."""
-    own = {"sae": hash_files([sae / WEIGHTS])}
+    own = {"sae": hash_files([weights_of(sae)])}
     if store is None:
         return own
     made = store.manifest["identity"]

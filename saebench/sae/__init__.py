@@ -17,12 +17,16 @@ from saebench.sae.io import (
     Ends,
     check_autoencodes,
     ends_of,
+    files_of,
     fold,
     kind_of,
     load_sae,
     read_config,
     save_sae,
+    take_in,
     update_metadata,
+    weights_of,
+    written_here,
 )
 
 __all__ = [
@@ -37,6 +41,7 @@ __all__ = [
     "check_autoencodes",
     "encode_sparse",
     "ends_of",
+    "files_of",
     "fold",
     "initialise",
     "kind_of",
@@ -47,6 +52,9 @@ __all__ = [
     "read_config",
     "reconstruct_sparse",
     "save_sae",
+    "take_in",
     "topk_relu",
     "update_metadata",
+    "weights_of",
+    "written_here",
 ]

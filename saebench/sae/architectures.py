@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Normalize = Literal["none", "constant_norm_rescale", "layer_norm"]
+Normalize = Literal["none", "constant_norm_rescale", "layer_norm", "center"]
 NOT_OF_LATENTS = ("b_dec", "W_skip")
 """The parameters that have nothing for each latent."""
 
@@ -46,7 +46,7 @@ class SAE(nn.Module):
     Those are no autoencoders: a transcoder writes other vectors than it reads, and a crosscoder vectors of several hooks.
 
     `normalize` exists for SAEs that others trained on rescaled inputs: `constant_norm_rescale`
-    brings each row to norm √D, `layer_norm` to mean 0 and standard deviation 1; both are undone
+    brings each row to norm √D, `layer_norm` to mean 0 and standard deviation 1, `center` to mean 0; all are undone
     after decoding. SAEs trained here have it folded into their weights (`none`).
     """
 
@@ -162,6 +162,8 @@ def normalized(x_BD: Tensor, how: Normalize) -> tuple[Tensor, Any, Any]:
         scale = x_BD.norm(dim=-1, keepdim=True) / math.sqrt(x_BD.shape[-1])
         return x_BD / scale, scale, 0.0
     mean = x_BD.mean(-1, keepdim=True)
+    if how == "center":
+        return x_BD - mean, 1.0, mean
     std = x_BD.std(-1, keepdim=True)
     return (x_BD - mean) / (std + 1e-5), std, mean
 

@@ -8,17 +8,16 @@ import difflib
 import importlib.util
 import logging
 import re
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, NamedTuple
 
-from saebench.files import first_line, read_json, write_json
-from saebench.sae.io import CONFIG, load_sae, read_config, save_sae
+from saebench.files import first_line, hash_files
+from saebench.sae.formats import CONFIG, with_said
+from saebench.sae.io import load_sae, read_config, save_sae, weights_of
 
 log = logging.getLogger(__name__)
-_WEIGHTS = (".safetensors", ".npz", ".pt")
+_WEIGHTS = (".safetensors", ".npz", ".pt", ".pth")
 _BESIDE = (".json", ".yaml", ".yml")
 _NO_SAE = ("sparsity.safetensors",)  # how often latents fire, beside SAELens' weights
 _FINAL = "checkpoints/final.safetensors"  # of Llama Scope, under the folder that is the SAE
@@ -47,10 +46,8 @@ class Remote(NamedTuple):
     """in the repository, or a file of weights there"""
     known: dict[str, Any] = {}  # noqa: RUF012 - never changed
     """what SAELens' list says of it, for metadata that has nothing else"""
-    overrides: dict[str, Any] = {}  # noqa: RUF012
+    said: dict[str, Any] = {}  # noqa: RUF012
     """entries of its configuration that the list corrects"""
-    scale: float | None = None
-    """what rows were multiplied with in training, where its files do not have it"""
 
     def __str__(self) -> str:
         return f"hf:{self.repo}{f'@{self.revision}' if self.revision else ''}{f'/{self.folder}' if self.folder else ''}"
@@ -58,7 +55,7 @@ class Remote(NamedTuple):
     @property
     def name(self) -> str:
         """Of its directory here."""
-        return re.sub(r"\.(safetensors|npz|pt)$", "", self.folder).replace("/", "-") or self.repo.split("/")[1]
+        return re.sub(r"\.(safetensors|npz|pth?)$", "", self.folder).replace("/", "-") or self.repo.split("/")[1]
 
 
 def local(source: Path | str, run: Path | None = None) -> Path:
@@ -86,41 +83,10 @@ def parse(text: str) -> Remote:
     return Remote(found[1], found[2], found[3] or "")
 
 
-def taken(folder: Path, target: Path, source: str, remote: Remote | None = None) -> Path:
-    """Write an SAE of any format into `target`, in our layout, with where it is from; returns `target`."""
-    remote = remote or Remote("")
-    labels = {name: value for name, value in remote.overrides.items() if name in _LABELS}
-    with _corrected(folder, {name: value for name, value in remote.overrides.items() if name not in labels}) as folder:
-        sae, config = load_sae(folder), read_config(folder)
-    if remote.scale is not None and config.get("normalize_activations") == "expected_average_only_in":
-        sae.rescale_input(remote.scale)
-    metadata = {name: value for name, value in config.get("metadata", {}).items() if value is not None}
-    save_sae(sae, target, remote.known | metadata | labels | {"source": source})
-    return target
-
-
-@contextmanager
-def _corrected(folder: Path, overrides: dict[str, Any]) -> Iterator[Path]:
-    """The folder with entries of its configuration replaced, for whoever reads it."""
-    if not overrides:
-        yield folder
-        return
-    config = read_json(folder / CONFIG)
-    within = config.get("metadata", {})
-    inner = {name: value for name, value in overrides.items() if name in within}
-    outer = {name: value for name, value in overrides.items() if name not in within}
-    with tempfile.TemporaryDirectory() as temporary:
-        for file in folder.iterdir():
-            if file.name != CONFIG:
-                (Path(temporary) / file.name).symlink_to(file.resolve())
-        write_json(Path(temporary) / CONFIG, config | outer | ({"metadata": within | inner} if within else {}))
-        yield Path(temporary)
-
-
 def _fetched(remote: Remote, run: Path) -> Path:
     """The SAE's directory in a run; what is there already is taken for it unless the name asks for another revision."""
     target = run / "saes" / remote.name
-    found = read_config(target)["metadata"].get("source") if (target / CONFIG).exists() else None
+    found = _source(target)
     if found is not None and remote.revision is None and _without_commit(found) == str(remote):
         log.info("%s is %s, fetched before", target, found)
         return target
@@ -128,12 +94,21 @@ def _fetched(remote: Remote, run: Path) -> Path:
     source = str(remote._replace(revision=commit, folder=of))
     target = run / "saes" / remote._replace(folder=of).name
     if (target / CONFIG).exists():
-        found = read_config(target).get("metadata", {}).get("source")
-        if found != source:
+        if (found := _source(target)) != source:
             raise ValueError(f"{target} holds {found or 'another SAE'}, not {source}: delete it, or move it elsewhere")
         return target
     log.info("%s → %s", source, target)
-    return taken(folder, target, source, remote)
+    metadata = with_said(read_config(folder), remote.said)["metadata"]
+    said = {"source": {"path": source, "weights": hash_files([weights_of(folder)])}}
+    save_sae(load_sae(folder, said=remote.said), target, remote.known | metadata | said)
+    return target
+
+
+def _source(folder: Path) -> str | None:
+    """What a directory was fetched from, as far as it is there."""
+    if not (folder / CONFIG).exists():
+        return None
+    return read_config(folder)["metadata"].get("source", {}).get("path")
 
 
 def _without_commit(source: str) -> str:
@@ -255,15 +230,11 @@ def released(text: str) -> Remote:
     saes = {str(sae["id"]): sae for sae in told["saes"]}
     if name not in saes:
         raise ValueError(f"release {release!r} has no SAE {name!r}{_near(name, saes)}")
-    overrides = dict(told.get("config_overrides") or {})
-    known = {"model_name": told["model"]} | {key: saes[name][key] for key in ("l0",) if saes[name].get(key)}
-    if told.get("conversion_func") is not None and (more := overrides.keys() - {*_LABELS}):  # no cfg.json has them
-        raise ValueError(
-            f"SAELens' list corrects {', '.join(sorted(more))} of release {release!r}, which is not known here: open it with SAELens"
-        )
-    return Remote(
-        told["repo_id"], None, str(saes[name]["path"]), known, overrides, saes[name].get("norm_scaling_factor")
-    )
+    one = saes[name]
+    said = dict(told.get("config_overrides") or {})
+    said |= {key: one[key] for key in ("norm_scaling_factor",) if key in one}
+    known = {"model_name": told["model"]} | ({"stated_l0": one["l0"]} if one.get("l0") else {})
+    return Remote(told["repo_id"], None, str(one["path"]), known, said)
 
 
 def _near(name: str, names: Any) -> str:

@@ -1,4 +1,4 @@
-"""SAEs and their kin on disk, in SAELens' layout: `cfg.json` and `sae_weights.safetensors`.
+"""SAEs and their kin on disk: written in SAELens' layout, `cfg.json` and `sae_weights.safetensors`, and read in that of anyone (`formats/`).
 
 SAEs, and transcoders of ReLU and JumpReLU between two hooks, open in SAELens 6 and the tools built on it. What it has no name
 for has one of the same form (`topk_skip_transcoder`, `jumprelu_crosscoder`), and `parts`, the widths of the hooks written, where
@@ -6,19 +6,17 @@ there are several. Which hooks are read and written, provenance and evaluation s
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from saebench.files import read_json, replacing, write_json
-from saebench.sae.architectures import ARCHITECTURES, SAE, Writes, new_sae
+from saebench.files import hash_files, read_json, replacing, write_json
+from saebench.sae.architectures import ARCHITECTURES, SAE, Normalize, Writes, new_sae
+from saebench.sae.formats import CONFIG, WEIGHTS, Config, check, found, normalize_of, with_said
 
-CONFIG = "cfg.json"
-WEIGHTS = "sae_weights.safetensors"
 SAELENS_VERSION = "6.0.0"  # the version of the layout, which SAELens reads to choose its loader
 
 _KINDS = ("", "transcoder", "skip_transcoder", "crosscoder")
@@ -53,13 +51,15 @@ class Ends(NamedTuple):
         return tuple(dict.fromkeys(self.reads + self.writes))
 
 
-def ends_of(folder: Path, config: dict[str, Any]) -> Ends:
+def ends_of(folder: Path, config: Config) -> Ends:
     """The hooks that the `cfg.json` of a directory names. Raises ValueError where it names none, or not what is written."""
     metadata = config.get("metadata", {})
     if "reads" in metadata:
         return Ends(tuple(metadata["reads"]), tuple(metadata["writes"]))
     if not metadata.get("hook_name"):
-        raise ValueError(f"{folder} does not say which hook it reads: add metadata.hook_name to its {CONFIG}")
+        raise ValueError(
+            f"{folder} does not say which hook it reads: give it with --hook, or add metadata.hook_name to its {CONFIG}"
+        )
     kind = _ON_DISK.get(config.get("architecture", ""), ("", ""))[1]
     if kind.endswith("transcoder") and not metadata.get("hook_name_out"):
         raise ValueError(f"{folder} does not say which hook it writes: add metadata.hook_name_out to its {CONFIG}")
@@ -136,12 +136,62 @@ def save_sae(sae: SAE, folder: Path, metadata: dict[str, Any]) -> None:
     write_json(folder / CONFIG, config)
 
 
-def read_config(folder: Path | str) -> dict[str, Any]:
-    """`cfg.json` of an SAE directory. Raises ValueError when there is none."""
-    path = Path(folder) / CONFIG
-    if not path.exists():
-        raise ValueError(f"{folder} holds no SAE (no {CONFIG}); expected a directory with {CONFIG} and {WEIGHTS}")
-    return read_json(path)
+def read_config(folder: Path | str, *, hook: str | None = None, model: str | None = None) -> Config:
+    """What `cfg.json` says of a dictionary, or would say of one in another's format, by its folder or file.
+
+    `hook` and `model` are given of one whose files do not say which it reads, and of which. Raises ValueError where there is none, and where
+    its files say another than is given.
+    """
+    format, weights = found(Path(folder))
+    config = format.read(weights).config
+    given = {name: value for name, value in (("hook_name", hook), ("model_name", model)) if value is not None}
+    for name, value in given.items():
+        there = (config.get("metadata") or {}).get(name)
+        if there not in (None, value):
+            raise ValueError(f"{folder} says {name} {there!r}, and {value!r} is given; leave out what its files say")
+    return with_said(config, given) if given else config
+
+
+def files_of(folder: Path | str) -> list[Path]:
+    """The files that a dictionary is in: its weights and, where there are any, what says what they are."""
+    _, weights = found(Path(folder))
+    beside = [weights.parent / name for name in (CONFIG, "config.json")] + [weights.parent.parent / "hyperparams.json"]
+    return [*(file for file in beside if file.exists()), weights]
+
+
+def weights_of(folder: Path | str) -> Path:
+    """The file that a dictionary's weights are in. Raises ValueError where there is no dictionary."""
+    return found(Path(folder))[1]
+
+
+def written_here(folder: Path | str) -> bool:
+    """Whether a folder is as `save_sae` writes it, so that evaluations and more can be written into it."""
+    _, weights = found(Path(folder))
+    return (
+        weights.name == WEIGHTS
+        and (weights.parent / CONFIG).exists()
+        and "metadata" in read_json(weights.parent / CONFIG)
+    )
+
+
+def take_in(
+    source: Path, saes: Path, *, hook: str | None = None, model: str | None = None, store: Path | None = None
+) -> Path:
+    """Write a dictionary in another's format into the folder `saes` of a run as ours, named after its path; returns its directory.
+
+    `store` is noted as what it is of. One that was taken in already is left as it is.
+    """
+    said = {"path": str(source.absolute()), "weights": hash_files([weights_of(source)])}
+    metadata = read_config(source, hook=hook, model=model)["metadata"] | {"source": said}
+    parts = [*source.absolute().parent.parts[1:], source.name if source.is_dir() else source.stem]
+    for length in range(1, len(parts) + 1):
+        folder = saes / "-".join(parts[-length:])
+        if not folder.exists():
+            save_sae(load_sae(source), folder, metadata | ({"saebench": {"store": str(store)}} if store else {}))
+        elif read_config(folder)["metadata"].get("source") != said:
+            continue  # of another folder of this name: one more of its path makes it another
+        return folder
+    raise ValueError(f"{saes} holds other SAEs under every name of {source}; choose another run")
 
 
 def update_metadata(folder: Path, **values: Any) -> None:
@@ -151,16 +201,18 @@ def update_metadata(folder: Path, **values: Any) -> None:
     write_json(folder / CONFIG, config)
 
 
-def load_sae(folder: Path | str, *, device: str = "cpu") -> SAE:
-    """Load an SAE, transcoder or crosscoder written here or by SAELens 6, in float32.
+def load_sae(folder: Path | str, *, device: str = "cpu", said: Config | None = None) -> SAE:
+    """Load an SAE, transcoder or crosscoder in float32, by its folder or file, in any of the formats that `formats/` reads.
 
-    What SAELens keeps as a flag is folded into the weights: no pre-bias, and activations rescaled by
-    decoder norms. The reconstruction is SAELens' own. Raises ValueError for a directory that is not
-    an SAE, an architecture or option this version cannot represent, and weights that do not fit.
+    What is a flag on disk is folded into the weights: no pre-bias, and activations rescaled by
+    decoder norms. The reconstruction is that of the package that wrote it. `said` are fields of its configuration that are
+    known from elsewhere, such as a list of releases, and take the place of its own. Raises ValueError for a path that holds
+    no SAE, an architecture or option this version cannot represent, and weights that do not fit.
     """
-    folder = Path(folder)
-    config = read_config(folder)
-    missing = [name for name in ("architecture", "d_in", "d_sae") if name not in config]
+    format, weights = found(Path(folder))
+    config, tensors = format.read(weights)
+    config, folder = with_said(config, said) if said else config, weights.parent
+    missing = [name for name in ("architecture", "d_in", "d_sae") if config.get(name) is None]
     if missing:
         raise ValueError(f"{folder / CONFIG} lacks {', '.join(missing)}; it is not the configuration of an SAE")
     if config["architecture"] not in _ON_DISK:
@@ -168,33 +220,32 @@ def load_sae(folder: Path | str, *, device: str = "cpu") -> SAE:
             f"{folder} has architecture {config['architecture']!r}; this version loads {', '.join(_ON_DISK)}"
         )
     architecture, kind = _ON_DISK[config["architecture"]]
-    if config.get("reshape_activations", "none") != "none":
-        raise ValueError(
-            f"{folder} reads reshaped activations ({config['reshape_activations']!r}); only residual-stream vectors are supported"
-        )
-    normalize = config.get("normalize_activations", "none")
-    if normalize not in ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm"):
+    normalize = normalize_of(folder / CONFIG, config)
+    if normalize not in get_args(Normalize):
         raise ValueError(f"{folder} normalises its inputs by {normalize!r}, which is not known here")
-    if ARCHITECTURES[architecture].takes_k and "k" not in config:
+    check(folder / CONFIG, config)
+    if ARCHITECTURES[architecture].takes_k and config.get("k") is None:
         raise ValueError(f"{folder / CONFIG} has no k; a {architecture} SAE cannot be used without it")
-    # SAELens does not apply `expected_average_only_in` at inference: it is folded at save.
-    normalize = "none" if normalize == "expected_average_only_in" else normalize
     sae = new_sae(
         architecture,
         config["d_in"],
         config["d_sae"],
         k=config.get("k"),
-        normalize=normalize,
+        normalize=cast(Normalize, normalize),
         writes=_writes(folder, config, kind),
     )
+    held = tensors()
+    if "W_skip" in held:
+        held["W_skip"] = held["W_skip"].T
     try:
-        tensors = load_file(folder / WEIGHTS)
-        if "W_skip" in tensors:
-            tensors["W_skip"] = tensors["W_skip"].T
-        sae.load_state_dict({name: value.float() for name, value in tensors.items()})
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder / WEIGHTS} does not hold the weights of this SAE: {error}") from error
+        sae.load_state_dict({name: value.float() for name, value in held.items()})
+    except RuntimeError as error:
+        raise ValueError(f"{weights} does not hold the weights of this SAE: {error}") from error
     _fold_flags(sae, config)
+    if config.get("norm_scaling_factor") and config.get("normalize_activations") == "expected_average_only_in":
+        sae.rescale_hooks(
+            config["norm_scaling_factor"], config["norm_scaling_factor"]
+        )  # its activations stay, as in SAELens
     return sae.to(device).eval().requires_grad_(False)
 
 

@@ -10,8 +10,8 @@ from saebench.files import hash_files
 from saebench.index import FeatureIndex, IndexConfig, open_feature_index
 from saebench.index.schema import identity_of
 from saebench.models import LanguageModel, choose_device, load_model
-from saebench.sae import SAE, check_autoencodes, load_sae, read_config
-from saebench.sae.io import CONFIG, WEIGHTS
+from saebench.sae import SAE, check_autoencodes, files_of, load_sae, read_config
+from saebench.sae.io import CONFIG
 from saebench.steer.interventions import Intervention, Mode, units_of
 from saebench.store.source import Origin, check_origin, longest_of, origin_of
 
@@ -102,18 +102,22 @@ def bench_with(
     device: str | None = None,
     load: Callable[..., LanguageModel] | None = None,
     open: Callable[[Path], Bench] | None = None,
+    *,
+    hook: str | None = None,
+    model: str | None = None,
 ) -> Bench:
     """The bench of an SAE directory and its index, on the first device at hand unless told; nothing is loaded yet.
 
-    `load` and `open` are for whoever shares models and benches. Raises ValueError for a directory that holds no SAE, and where nothing says at which hook.
+    `load` and `open` are for whoever shares models and benches; `hook` and `model` are given of an SAE whose files do not say. Raises ValueError for a directory that holds no SAE, and where nothing says at which hook.
     """
-    hook = index.hook if index else read_config(sae).get("metadata", {}).get("hook_name")
+    metadata = read_config(sae, hook=hook, model=model).get("metadata", {})
+    hook = index.hook if index else metadata.get("hook_name")
     if hook is None:
-        raise ValueError(
-            f"{sae} does not say at which hook it reads (metadata.hook_name in {CONFIG}); index it with --store"
-        )
+        raise ValueError(f"{sae} does not say at which hook it reads ; give it with --hook, or index it")
     store = index.store if index and index.has_store else None
     origin = origin_of(sae, store, index.identity.get("model") if index else None)
+    if origin is None and model is not None:
+        origin = Origin(model, None, None, "--model")
     belonging = identity_of(sae, None) if index is None else index.belonging
     load = load or functools.cache(load_model)
     open = open or functools.cache(lambda other: bench_with(other, _index_of(other), device, load))
@@ -127,17 +131,23 @@ def _index_of(sae: Path, index: Path | None = None, store: Path | None = None) -
 
 
 def _hash(sae: Path) -> str:
-    return hash_files([sae / CONFIG, sae / WEIGHTS])
+    return hash_files(files_of(sae))
 
 
 def open_bench(
-    sae: Path | str, *, index: Path | None = None, store: Path | None = None, device: str | None = None
+    sae: Path | str,
+    *,
+    index: Path | None = None,
+    store: Path | None = None,
+    device: str | None = None,
+    hook: str | None = None,
+    model: str | None = None,
 ) -> Bench:
     """Open an SAE directory with the model it was trained on and its index (default: index/NAME.h5 beside saes/).
 
     Raises ValueError where one of them cannot be loaded, or the model is not the one whose vectors were indexed.
     """
     sae = Path(sae)
-    bench = bench_with(sae, _index_of(sae, index, store), device)
+    bench = bench_with(sae, _index_of(sae, index, store), device, hook=hook, model=model)
     _ = bench.model
     return bench

@@ -31,7 +31,11 @@ class SteerConfig:
     """Which latents to steer with, how far, and what to write."""
 
     sae: SaePath
-    """SAE directory"""
+    """SAE, made here or in any format that others release: its folder or file, hf:OWNER/REPO[@REVISION][/FOLDER] or a release by SAELens' name"""
+    hook: str | None = None
+    """hook that it reads, where neither its files nor an index say"""
+    model: str | None = None
+    """model that it is of, where neither its files nor an index say"""
     latent: tuple[Count, ...] = ()
     """numbers of latents, steered with together (for `rank`: among which; default: all)"""
     strength: tuple[str, ...] = ("0.5n",)
@@ -83,7 +87,9 @@ class SteerConfig:
             )
 
     def open(self) -> Bench:
-        return open_bench(self.sae, index=self.index, store=self.store, device=self.device)
+        return open_bench(
+            self.sae, index=self.index, store=self.store, device=self.device, hook=self.hook, model=self.model
+        )
 
 
 def steer(config: SteerConfig) -> Generation:
