@@ -24,6 +24,7 @@ from saebench.evaluate import (
     table,
     write_report,
 )
+from saebench.evaluate.push import PushConfig, push
 from saebench.harvest import ExtendConfig, HarvestConfig, extend, harvest
 from saebench.harvest.extend import settings_of
 from saebench.harvest.run import open_model
@@ -115,6 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     command("eval", _eval, "evaluate the SAEs of a run on held-out documents, and report", EvalConfig)
     about = "look at an SAE before it is trusted: does it do on a store's rows what it says of itself?"
     add_arguments(command("check", _check, about), CheckConfig, "sae")
+    about = "publish an evaluated SAE on the Hugging Face hub, with a card of its figures"
+    add_arguments(command("push", _push, about), PushConfig, "sae", "to")
     command("index", _index, "gather every latent's evidence in one pass over a store", IndexConfig)
     about = "have latents explained by a language model, and the explanations tried on held-out text"
     command("explain", _explain, about, ExplainConfig)
@@ -231,6 +234,11 @@ def _check(arguments: argparse.Namespace) -> int:
     found = check(from_arguments(CheckConfig, arguments))
     print("\n".join(found.lines()))
     print("\n".join(f"warning: {warning}" for warning in found.warnings) or "nothing amiss")
+    return 0
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    print(push(from_arguments(PushConfig, arguments)))
     return 0
 
 

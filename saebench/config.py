@@ -44,8 +44,8 @@ Count = Annotated[int, parse_count]
 Multiple = Annotated[float, parse_multiple]
 
 
-def add_arguments(parser: argparse.ArgumentParser, config: type, positional: str | None = None) -> None:
-    """One option per field of `config`; a field without a default is required, and one may be `positional`."""
+def add_arguments(parser: argparse.ArgumentParser, config: type, *positional: str) -> None:
+    """One option per field of `config`; a field without a default is required, and some may be `positional`."""
     helps = _field_docs(config)
     for field in dataclasses.fields(config):
         hint = typing.get_type_hints(config, include_extras=True)[field.name]
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser, config: type, positional: str
                 "metavar": metavar,
                 "choices": choices,
             }
-        if field.name == positional:
+        if field.name in positional:
             parser.add_argument(field.name, type=options["type"], metavar=field.name.upper(), help=helps[field.name])
         else:
             parser.add_argument("--" + field.name.replace("_", "-"), **options)
