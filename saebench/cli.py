@@ -14,8 +14,18 @@ from saebench import __version__
 from saebench.browse.serve import AppConfig, serve
 from saebench.config import add_arguments, from_arguments
 from saebench.demo import demo
-from saebench.evaluate import EvalConfig, equal_l0_table, evaluate, massive_note, table, write_report
+from saebench.evaluate import (
+    CheckConfig,
+    EvalConfig,
+    check,
+    equal_l0_table,
+    evaluate,
+    massive_note,
+    table,
+    write_report,
+)
 from saebench.evaluate.diffing import MEANINGS, Diff, DiffConfig, diff
+from saebench.evaluate.push import PushConfig, push
 from saebench.harvest import ExtendConfig, HarvestConfig, extend, harvest
 from saebench.harvest.extend import settings_of
 from saebench.harvest.run import open_model
@@ -28,6 +38,7 @@ from saebench.index.names import Names
 from saebench.judge import ExplainConfig, explain
 from saebench.pipeline import RunConfig, run, run_stages
 from saebench.runlog import progress
+from saebench.sae.hub import Source, local
 from saebench.steer import Generation
 from saebench.steer.run import SteerConfig, rank, steer, sweep
 from saebench.store import open_store
@@ -55,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
+        for name, value in vars(arguments).items():  # SAEs on the hub are fetched once there is a log to say so
+            setattr(arguments, name, _here(value))
         return arguments.command(arguments)
     except ValueError as error:
         if arguments.verbose:
@@ -70,6 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"saebench: error: {error}", file=sys.stderr)
         return 2
+
+
+def _here(value: Any) -> Any:
+    """The directories of SAEs that options name; anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(map(_here, value))
+    return local(value) if isinstance(value, Source) else value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,6 +117,10 @@ def _parser() -> argparse.ArgumentParser:
     command("eval", _eval, "evaluate the SAEs of a run on held-out documents, and report", EvalConfig)
     about = "what each of two models has alone, by a crosscoder of both"
     command("diff", _diff, about, DiffConfig)
+    about = "look at an SAE before it is trusted: does it do on a store's rows what it says of itself?"
+    add_arguments(command("check", _check, about), CheckConfig, "sae")
+    about = "publish an evaluated SAE on the Hugging Face hub, with a card of its figures"
+    add_arguments(command("push", _push, about), PushConfig, "sae", "to")
     command("index", _index, "gather every latent's evidence in one pass over a store", IndexConfig)
     about = "have latents explained by a language model, and the explanations tried on held-out text"
     command("explain", _explain, about, ExplainConfig)
@@ -233,6 +257,18 @@ def exclusive_table(found: Diff, first: int = 10) -> list[list[str]]:
             figures = (column[latent] for column in (found.relative, found.cosine, found.error, found.reconstruction))
             rows.append([kind, str(latent), f"{found.fires[latent]:,}", *(f"{figure:.3f}" for figure in figures)])
     return rows
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    found = check(from_arguments(CheckConfig, arguments))
+    print("\n".join(found.lines()))
+    print("\n".join(f"warning: {warning}" for warning in found.warnings) or "nothing amiss")
+    return 0
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    print(push(from_arguments(PushConfig, arguments)))
+    return 0
 
 
 def _index(arguments: argparse.Namespace) -> int:

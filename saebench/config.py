@@ -44,8 +44,8 @@ Count = Annotated[int, parse_count]
 Multiple = Annotated[float, parse_multiple]
 
 
-def add_arguments(parser: argparse.ArgumentParser, config: type, positional: str | None = None) -> None:
-    """One option per field of `config`; a field without a default is required, and one may be `positional`."""
+def add_arguments(parser: argparse.ArgumentParser, config: type, *positional: str) -> None:
+    """One option per field of `config`; a field without a default is required, and some may be `positional`."""
     helps = _field_docs(config)
     for field in dataclasses.fields(config):
         hint = typing.get_type_hints(config, include_extras=True)[field.name]
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser, config: type, positional: str
                 "metavar": metavar,
                 "choices": choices,
             }
-        if field.name == positional:
+        if field.name in positional:
             parser.add_argument(field.name, type=options["type"], metavar=field.name.upper(), help=helps[field.name])
         else:
             parser.add_argument("--" + field.name.replace("_", "-"), **options)
@@ -118,7 +118,7 @@ def _parser_of(hint: Any) -> tuple[Any, str | None, list[Any] | None]:
     """(function from a string, metavar, choices) for a field's type."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return _argument(args[1]), _METAVARS[args[0]], None
+        return _argument(args[1]), _METAVARS.get(args[0], "TEXT"), None
     if origin in (typing.Union, types.UnionType):
         return _parser_of(next(arg for arg in args if arg is not type(None)))
     if origin is typing.Literal:

@@ -19,10 +19,22 @@ from saebench.evaluate import EvalConfig, evaluate, write_report
 from saebench.files import read_json, write_json
 from saebench.harvest import HarvestConfig, harvest
 from saebench.harvest.run import open_model
-from saebench.harvest.settings import as_made, begun_store, settled, text_of
+from saebench.harvest.settings import Kind, as_made, begun_store, settled, text_of
 from saebench.index import IndexConfig, build_index
-from saebench.models import EMBEDDED_MODEL, LanguageModel, capturer, choose_device, head, last_states
-from saebench.sae import encode_sparse
+from saebench.models import (
+    EMBEDDED_MODEL,
+    LanguageModel,
+    capturer,
+    choose_device,
+    head,
+    last_states,
+    model_path,
+    parse_hook,
+    same_model,
+)
+from saebench.sae import SAE, encode_sparse, ends_of, load_sae, read_config, take_in
+from saebench.sae.formats import CONFIG
+from saebench.sae.hub import local
 from saebench.store.coding import row_bytes
 from saebench.text import Document, TextConfig, fingerprint, open_documents
 from saebench.train import TrainConfig, train
@@ -49,8 +61,12 @@ class RunConfig:
     """a directory made by save_pretrained, a hub id, or `embedded`"""
     dataset: str | None = None
     """a file or folder (txt, md, py, jsonl, parquet, jsonl.gz), or a data set on the hub"""
+    sae: tuple[str, ...] = ()
+    """SAEs that exist already, to be checked, evaluated and indexed on this text instead of training: directories of any known format, hf:OWNER/REPO[@REVISION][/FOLDER], or releases by SAELens' names"""
     layers: tuple[int, ...] = ()
-    """layers behind which the residual stream is kept and SAEs are trained (default: the middle one)"""
+    """layers behind which the residual stream is kept and SAEs are trained (default: the middle one, or those of --sae)"""
+    kinds: tuple[Kind, ...] = ()
+    """positions in each layer: resid_pre, resid_post, mlp_in, mlp_out, attn_out (default: resid_post, or those of --sae)"""
     tokens: Count = 1_000_000
     """training tokens to harvest; each SAE sees them four times"""
     arch: tuple[Architecture, ...] = ("topk",)
@@ -68,6 +84,13 @@ class RunConfig:
     device: str | None = None
     """cuda or cpu (default: the first of these at hand)"""
 
+    def __post_init__(self) -> None:
+        for name in ("k", "target_l0", "d_sae"):
+            if self.sae and getattr(self, name):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)} beside --sae, which trains nothing: leave one of them out"
+                )
+
     @property
     def folder(self) -> Path:
         local = Path(self.model).expanduser()
@@ -79,14 +102,15 @@ class Stages(NamedTuple):
 
     harvest: HarvestConfig
     text: TextConfig
-    train: TrainConfig
+    train: TrainConfig | None
+    """None for SAEs that exist already"""
     evaluate: EvalConfig
     indexed: tuple[str, ...] | None
     """names of the SAEs to index; None for all of them"""
 
     @property
     def out(self) -> Path:
-        return self.train.out
+        return self.evaluate.run
 
 
 def run(config: RunConfig) -> dict[str, Any] | None:
@@ -94,23 +118,65 @@ def run(config: RunConfig) -> dict[str, Any] | None:
 
     Before it starts, the plan is logged. Raises ValueError as the stages do.
     """
+    given = _given(config)
+    if given:
+        config = dataclasses.replace(config, **_places(config, given))
     store = Path("activations") / config.folder.resolve().name
     if manifest := begun_store(store):
         return run_stages(stages_of(config, *_as_made(config, store, manifest["identity"])))
-    first = HarvestConfig(model=config.model, layers=config.layers or (0,), context=2, out=store)
+    kinds = config.kinds or ("resid_post",)
+    first = HarvestConfig(model=config.model, layers=config.layers or (0,), kinds=kinds, context=2, out=store)
     text, _ = text_of(first, TextConfig(dataset=config.dataset))
     row = _first_document(text, store).input_ids  # before a model is loaded that there is no text for
     model = open_model(first, config.device)
+    context = min(_CONTEXT, model.max_context, *map(_context_of, given)) if row is None else len(row)
     told = HarvestConfig(
-        model=config.model, layers=config.layers or (model.n_layers // 2,), tokens=config.tokens,
-        validation_tokens=max(config.tokens // 10, 1), context=min(_CONTEXT, model.max_context) if row is None else len(row),
-        device=config.device, out=store,
+        model=config.model, layers=config.layers or (model.n_layers // 2,), kinds=kinds, tokens=config.tokens,
+        validation_tokens=max(config.tokens // 10, 1), context=context, device=config.device, out=store,
     )  # fmt: skip
     stages = stages_of(config, told, text)
     log.info("%s", "\n".join(plan(model, stages)))
     del model
     gc.collect()
     return run_stages(stages)
+
+
+def _given(config: RunConfig) -> list[Path]:
+    """The directories, in the run's own `saes/`, of the SAEs that exist already. Raises ValueError for one of another model."""
+    folders = [_given_one(source, config.folder) for source in config.sae]
+    for folder in folders:
+        stated = read_config(folder)["metadata"].get("model_name")
+        if stated is None or same_model(stated, config.model):
+            continue
+        if not Path(model_path(config.model)).is_dir():
+            raise ValueError(f"{folder} is of model {stated!r}, not of {config.model!r}: give its own model")
+        log.warning("%s states model %r: that %s is the same one, its name does not say", folder, stated, config.model)
+    return folders
+
+
+def _given_one(source: str, run: Path) -> Path:
+    """An SAE's directory in the run: fetched there, or taken in from where it lies."""
+    folder = local(source, run)
+    inside = folder.exists() and folder.resolve().parent == (run / "saes").resolve()
+    return folder if inside else take_in(folder, run / "saes")
+
+
+def _places(config: RunConfig, given: list[Path]) -> dict[str, Any]:
+    """Layers and kinds, from the hooks of SAEs that exist already. Raises ValueError where others are asked for."""
+    if config.layers or config.kinds:
+        raise ValueError(
+            f"layers is {config.layers} and kinds {config.kinds} beside --sae; expected neither: they follow from the SAEs"
+        )
+    hooks = [parse_hook(hook) for folder in given for hook in ends_of(folder, read_config(folder)).hooks]
+    return {
+        "layers": tuple(sorted({layer for layer, _ in hooks})),
+        "kinds": tuple(dict.fromkeys(kind for _, kind in hooks)),
+    }
+
+
+def _context_of(sae: Path) -> int:
+    """The length of context that an SAE was trained on, or the usual one where it does not say."""
+    return int(read_config(sae)["metadata"].get("context_size") or _CONTEXT)
 
 
 def _first_document(text: TextConfig, store: Path) -> Document:
@@ -128,13 +194,20 @@ def _as_made(config: RunConfig, store: Path, identity: dict[str, Any]) -> tuple[
     """The settings of a store that is there, but for what the run says otherwise, which the harvest will refuse."""
     told, text = as_made(store, identity)
     told = dataclasses.replace(
-        told, model=config.model, layers=config.layers or told.layers, tokens=config.tokens, device=config.device
-    )
+        told, model=config.model, layers=config.layers or told.layers, kinds=config.kinds or told.kinds,
+        tokens=config.tokens, device=config.device,
+    )  # fmt: skip
     return told, text if config.dataset in (None, text.dataset) else dataclasses.replace(text, dataset=config.dataset)
 
 
 def stages_of(config: RunConfig, told: HarvestConfig, text: TextConfig) -> Stages:
     """The settings of each stage."""
+    evaluated = EvalConfig(
+        run=config.folder, store=told.out if config.sae else None, tokens=min(max(config.tokens // 20, 1), _HELD_OUT),
+        device=config.device,
+    )  # fmt: skip
+    if config.sae:
+        return Stages(told, text, None, evaluated, None)
     sparsity = config.k or (() if config.target_l0 else (_DEFAULT_K,))
     rows = EPOCHS * config.tokens
     return Stages(
@@ -145,7 +218,7 @@ def stages_of(config: RunConfig, told: HarvestConfig, text: TextConfig) -> Stage
             target_l0=config.target_l0 or tuple(map(float, sparsity)), d_sae=config.d_sae, expansion=config.expansion,
             tokens=rows, batch=min(max(rows // _STEPS, 256), 4096), device=config.device,
         ),
-        EvalConfig(run=config.folder, tokens=min(max(config.tokens // 20, 1), _HELD_OUT), device=config.device),
+        evaluated,
         None,
     )  # fmt: skip
 
@@ -157,19 +230,20 @@ def run_stages(stages: Stages) -> dict[str, Any] | None:
         store = harvest(stages.harvest, stages.text)
     if store is None:
         return None
-    with _clock(out, "train"):
-        folders = train(stages.train)
-    if folders is None:
-        return None
+    if stages.train is not None:
+        with _clock(out, "train"):
+            trained = train(stages.train)
+        if trained is None:
+            return None
     with _clock(out, "evaluate"):
         folders = evaluate(stages.evaluate)
     with _clock(out, "index"):
         for folder in folders:
             if stages.indexed is not None and folder.name not in stages.indexed:
                 continue
-            if build_index(IndexConfig(sae=folder, device=stages.train.device)) is None:
+            if build_index(IndexConfig(sae=folder, store=stages.evaluate.store, device=stages.evaluate.device)) is None:
                 return None
-    return write_report(out, folders, seconds=_seconds(out))
+    return write_report(out, folders, stages.evaluate.store, seconds=_seconds(out))
 
 
 @contextmanager
@@ -197,13 +271,22 @@ def plan(model: LanguageModel, stages: Stages) -> list[str]:
     """What a run comes to, in lines of text: rows, disk, memory, and the time by a few passes and steps tried here and now."""
     told, trained = stages.harvest, stages.train
     held_out = min(told.validation_tokens, int(told.tokens / 9))
-    specs = grid(trained, model.d_model, tuple(told.hooks))
     stored = len(told.hooks) * row_bytes(settled(told, model).stored_as, model.d_model)
     disk = (told.tokens + held_out) * stored
-    buffers = 2 * min(trained.rows_of_a_buffer(stored), told.tokens) * stored
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.module.parameters())
-    saes = sum(8 * spec.d_sae * model.d_model * 4 for spec in specs)  # encoder and decoder, their gradients and moments
-    memory = max(weights + 2**29, saes + buffers)
+    if trained is None:
+        names = {folder.name: read_config(folder) for folder in _saes_of(stages.out)}
+        widths, rows = [config["d_sae"] for config in names.values()], "there already"
+        memory = weights + 2**29 + max(2 * width * model.d_model * 4 for width in widths)
+    else:
+        specs = grid(trained, model.d_model, tuple(told.hooks))
+        names, widths = [spec.name for spec in specs], [spec.d_sae for spec in specs]
+        rows = f"{trained.tokens:,} rows each, into {trained.out}"
+        buffers = 2 * min(trained.rows_of_a_buffer(stored), told.tokens) * stored
+        saes = sum(
+            8 * width * model.d_model * 4 for width in widths
+        )  # encoder and decoder, their gradients and moments
+        memory = max(weights + 2**29, saes + buffers)
     seconds = _estimate(model, stages)
     each = ", ".join(f"{stage} {_duration(value)}" for stage, value in seconds.items())
     layers = ", ".join(map(str, told.layers))
@@ -211,18 +294,21 @@ def plan(model: LanguageModel, stages: Stages) -> list[str]:
     return [
         f"{model.id}: layer {layers} of {model.n_layers}, {model.d_model} dimensions, in {model.dtype} on {model.device}",
         f"  rows    {told.tokens:,} for training and about {held_out:,} held out, into {told.out}",
-        f"  SAEs    {len(specs)} of {', '.join(f'{n:,}' for n in dict.fromkeys(spec.d_sae for spec in specs))} latents "
-        f"({', '.join(spec.name for spec in specs[:6])}{', …' if len(specs) > 6 else ''}), {trained.tokens:,} rows each, into {trained.out}",
+        f"  SAEs    {len(widths)} of {', '.join(f'{n:,}' for n in dict.fromkeys(widths))} latents "
+        f"({', '.join([*names][:6])}{', …' if len(names) > 6 else ''}), {rows}",
         f"  disk    about {disk / 1e9:.1f} GB; {free / 1e9:,.0f} GB are free",
         f"  memory  about {memory / 1e9:.1f} GB",
         f"  time    about {_duration(sum(seconds.values()))}: {each} (by a short trial on this machine)",
     ]
 
 
+def _saes_of(run: Path) -> list[Path]:
+    return [path.parent for path in sorted((run / "saes").glob(f"*/{CONFIG}"))]
+
+
 def _estimate(model: LanguageModel, stages: Stages) -> dict[str, float]:
     """Seconds of each stage."""
     told, trained = stages.harvest, stages.train
-    specs = grid(trained, model.d_model, tuple(told.hooks))
     tokens = torch.randint(model.n_vocab // 2, (_TRIED, told.context), device=model.device)
     forward = capturer(model, told.hooks)
     cut = _timed(lambda: forward(tokens, lambda name, value: None)) / tokens.numel()
@@ -230,25 +316,32 @@ def _estimate(model: LanguageModel, stages: Stages) -> dict[str, float]:
     states = last_states(model, tokens[:1])[0]
     unembed = _timed(lambda: head(model, states)) / len(states)
     behind = whole * (1 - min(told.layers) / model.n_layers)
+    device = choose_device(stages.evaluate.device, float64=True)
+    n_saes, training, indexing = 0, 0.0, 0.0
+    for sae, steps in _tried(stages, model, device):
+        x = torch.randn(1024, sae.d_in, generator=torch.Generator().manual_seed(0)).to(device)
+        n_saes, training = n_saes + 1, training + steps
+        indexing += told.tokens * 3 * _timed(lambda sae=sae, x=x: encode_sparse(sae, x)) / len(x)
     # Each layer's SAEs are evaluated by passes of their own: one whole, and one from the hook on for each SAE and two ablations.
-    arms = len(specs) + 2 * len(told.layers)
+    arms = n_saes + 2 * len(told.layers)
     per_token = len(told.layers) * (whole + unembed) + arms * (behind + unembed)
-    device = choose_device(trained.device, float64=True)
+    seconds = {"harvest": (told.tokens + told.validation_tokens) * cut, "train": training}
+    seconds |= {"evaluate": stages.evaluate.tokens * per_token, "index": indexing}
+    return seconds if trained is not None else {name: value for name, value in seconds.items() if name != "train"}
+
+
+def _tried(stages: Stages, model: LanguageModel, device: str) -> Iterator[tuple[SAE, float]]:
+    """(an SAE, the seconds that its training takes) of each that there will be."""
+    trained = stages.train
+    if trained is None:
+        yield from ((load_sae(folder, device=device), 0.0) for folder in _saes_of(stages.out))
+        return
     x = torch.randn(trained.batch, model.d_model, generator=torch.Generator().manual_seed(0)).to(device)
-    training = indexing = 0.0
-    for spec in specs:
+    for spec in grid(trained, model.d_model, tuple(stages.harvest.hooks)):
         member = Member(spec, torch.zeros(model.d_model), 10**6, trained.n_steps, device)
         for _ in range(2):  # the first step of those that begin dense is none to go by
             member.step(x, 0)
-        training += trained.n_steps * _timed(lambda member=member: member.step(x, 1))
-        indexing += told.tokens * 3 * _timed(lambda member=member: encode_sparse(member.sae, x[:1024])) / len(x[:1024])
-        del member
-    return {
-        "harvest": (told.tokens + told.validation_tokens) * cut,
-        "train": training,
-        "evaluate": stages.evaluate.tokens * per_token,
-        "index": indexing,
-    }
+        yield member.sae, trained.n_steps * _timed(lambda member=member: member.step(x, 1))
 
 
 def _timed(action: Any) -> float:

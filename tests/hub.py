@@ -1,5 +1,6 @@
-"""A small hub on this machine: enough of the real one's addresses for a model and a data set to be loaded from it."""
+"""A small hub on this machine: enough of the real one's addresses for models, data sets and SAEs to be loaded from it and pushed to it."""
 
+import base64
 import contextlib
 import hashlib
 import http.server
@@ -12,11 +13,14 @@ from typing import Any
 
 
 class Hub:
-    """Folders served as repositories, each at one commit. `asked` holds the paths of all requests."""
+    """Folders served as repositories, each at one commit. `asked` holds the paths of all requests, `gated` names of models that give
+    no files; what is pushed is written into `pushed`."""
 
     def __init__(self) -> None:
         self.folders: dict[tuple[str, str], tuple[Path, str]] = {}
         self.asked: list[str] = []
+        self.gated: set[str] = set()
+        self.pushed: Path | None = None
         self.address = ""
 
     def add(self, kind: str, name: str, folder: Path) -> str:
@@ -26,11 +30,21 @@ class Hub:
         self.folders[kind, name] = folder, commit
         return commit
 
-    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        """(status, headers, body) of a request."""
+    def answer(self, path: str, sent: bytes = b"") -> tuple[int, dict[str, str], bytes]:
+        """(status, headers, body) of a request that sent something."""
         path = path.split("?")[0]
+        if path == "/api/repos/create" and self.pushed:
+            told = json.loads(sent)
+            name = "/".join(filter(None, (told.get("organization"), told["name"])))
+            return 200, {}, json.dumps({"url": f"{self.address}/{name}"}).encode()
+        if path == "/api/validate-yaml":
+            return 200, {}, b'{"errors": [], "warnings": []}'
+        if (match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", path)) and self.pushed:
+            return 200, {}, json.dumps(self._take(self.pushed / match[1], match[1], match[2], sent)).encode()
         if match := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             folder, commit = self.folders.get(("datasets" if match[1] else "models", match[2]), (None, ""))
+            if match[2] in self.gated:
+                return 403, {"X-Error-Code": "GatedRepo"}, b""
             if folder is None or not (folder / match[3]).is_file():
                 missing = "EntryNotFound" if folder else "RepoNotFound"
                 return 404, {"X-Error-Code": missing, "X-Repo-Commit": commit}, b""
@@ -40,10 +54,12 @@ class Hub:
                 {"ETag": f'"{_hash(folder / match[3])}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"},
                 body,
             )
-        if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/[^/]+)?", path):
+        if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+?)(?:/revision/([^/]+))?", path):
             folder, commit = self.folders.get((match[1], match[2]), (None, ""))
             if folder is None:
                 return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
+            if match[3] not in (None, "main", commit):
+                return 404, {"X-Error-Code": "RevisionNotFound"}, b"{}"
             siblings = [{"rfilename": str(file.relative_to(folder))} for file in _files(folder)]
             return 200, {}, json.dumps({"id": match[2], "sha": commit, "siblings": siblings, "tags": []}).encode()
         if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/(tree|paths-info)/[^/]+/?(.*)", path):
@@ -56,6 +72,19 @@ class Hub:
             ]
             return 200, {}, json.dumps(entries).encode()
         return 404, {}, b"{}"
+
+    def _take(self, folder: Path, name: str, step: str, sent: bytes) -> dict[str, Any]:
+        """What a client is told that asks how to send files, or sends them."""
+        if step == "preupload":
+            files = [file["path"] for file in json.loads(sent)["files"]]
+            return {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in files]}
+        for line in map(json.loads, sent.splitlines()):
+            if line["key"] == "file":
+                path = folder / line["value"]["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(base64.b64decode(line["value"]["content"]))
+        commit = self.add("models", name, folder)
+        return {"commitUrl": f"{self.address}/{name}/commit/{commit}", "commitOid": commit}
 
 
 def _files(folder: Path) -> list[Path]:
@@ -76,9 +105,9 @@ def hub() -> Iterator[Hub]:
 
         def respond(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
-            self.rfile.read(length)
+            sent = self.rfile.read(length)
             served.asked.append(f"{self.command} {self.path}")
-            status, headers, body = served.answer(self.path)
+            status, headers, body = served.answer(self.path, sent)
             if status == 200 and (wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))):
                 end = min(int(wanted[2] or len(body) - 1), len(body) - 1)
                 headers |= {"Content-Range": f"bytes {wanted[1]}-{end}/{len(body)}"}

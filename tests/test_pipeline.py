@@ -9,7 +9,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-from conftest import CONTEXT, sentences
+from conftest import CONTEXT, WIDTH, sentences
 from datasets import Dataset
 
 from saebench.cli import main
@@ -18,7 +18,8 @@ from saebench.files import read_json
 from saebench.harvest import HarvestConfig, harvest
 from saebench.index import IndexConfig, build_index, open_feature_index
 from saebench.pipeline import RunConfig, run
-from saebench.sae import read_config
+from saebench.sae import initialise, new_sae, read_config, save_sae
+from saebench.store import open_store
 from saebench.text import TextConfig
 from saebench.train import TrainConfig, train
 
@@ -181,3 +182,56 @@ def test_token_ids_without_a_tokenizer_go_through_all_stages(checkpoints: dict[s
         assert latent.rule is None
         assert index.top_logits is not None
     assert main(["store", "info", str(store.folder)]) == 0
+
+
+def test_saes_that_exist_already_go_from_text_to_the_browser(
+    checkpoints: dict[str, Path], lines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Of another place than the stream behind a layer; layer and place follow from them, and each is looked at first."""
+    monkeypatch.chdir(tmp_path)
+    sae = new_sae("topk", WIDTH, 64, k=4)
+    initialise(sae, torch.zeros(WIDTH), torch.Generator().manual_seed(0))
+    told = {"hook_name": "blocks.2.hook_mlp_out", "context_size": 32}
+    save_sae(sae, Path("elsewhere/one"), told | {"model_name": "llama"})
+    command = ["run", str(checkpoints["llama"]), "--dataset", str(lines), "--tokens", "3k", "--sae", "elsewhere/one"]
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    assert "SAEs    1 of 64 latents (one), there already" in err
+    assert "one on 3,0" in err
+    assert "(it states 4)" in err
+    assert out.splitlines()[-1] == "next: saebench app runs/llama"
+    assert read_json(Path("activations/llama/manifest.json"))["identity"]["context"] == 32
+    assert open_store("activations/llama").hooks == ["blocks.2.hook_mlp_out"]
+    with open_feature_index("runs/llama/index/one.h5") as index:
+        assert index.hook == "blocks.2.hook_mlp_out"
+    assert main(command) == 0
+    assert "is complete already" in capsys.readouterr().err
+    for options, message in (
+        (["--layers", "1"], r"layers is \(1,\) and kinds \(\) beside --sae; expected neither"),
+        (["--k", "4"], r"k is \(4,\) beside --sae, which trains nothing"),
+        (["--sae", "elsewhere/none"], "elsewhere/none is not there"),
+    ):
+        assert main([*command, *options]) == 2
+        assert re.search(f"saebench: error: {message}", capsys.readouterr().err)
+    save_sae(sae, Path("elsewhere/two"), told | {"model_name": "gpt2"})
+    assert main(["run", "maker/other", "--sae", "elsewhere/two"]) == 2
+    assert "is of model 'gpt2', not of 'maker/other'" in capsys.readouterr().err
+
+
+def test_saes_are_trained_where_kinds_say(
+    lines: Path, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = RunConfig(
+        model=str(checkpoints["llama"]),
+        dataset=str(lines),
+        layers=(1,),
+        kinds=("mlp_out",),
+        tokens=2_000,
+        k=(4,),
+        d_sae=(64,),
+    )
+    summary = run(told)
+    assert summary
+    assert [sae["hook"] for sae in summary["saes"]] == ["blocks.1.hook_mlp_out"]

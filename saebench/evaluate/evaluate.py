@@ -15,6 +15,7 @@ import torch
 
 from saebench.config import Count, to_json
 from saebench.evaluate.baselines import PCA, untrained_fvus
+from saebench.evaluate.check import look_at_others
 from saebench.evaluate.measure import Batch, Measurement, Subject, silent_latents, validation_batches
 from saebench.files import hash_files, read_json, write_json
 from saebench.metrics import (
@@ -31,6 +32,7 @@ from saebench.metrics import (
 from saebench.models import ModelDtype, check_hook, choose_device
 from saebench.runlog import progress, provenance
 from saebench.sae import check_autoencodes, load_sae, read_config, take_in, update_metadata, weights_of, written_here
+from saebench.sae.hub import SaePath
 from saebench.store import Store, open_store
 from saebench.store.norms import usual_moments
 from saebench.store.source import model_of, recorded_store
@@ -49,8 +51,8 @@ class EvalConfig:
 
     run: Path
     """run directory: evaluates RUN/saes/*, and writes RUN/summary.json and RUN/report.html"""
-    sae: tuple[Path, ...] = ()
-    """SAEs elsewhere to evaluate as well, folders or files: of SAELens as they lie, of any other format as a copy in RUN/saes"""
+    sae: tuple[SaePath, ...] = ()
+    """SAEs elsewhere to evaluate as well, folders, files or hf:OWNER/REPO[@REVISION][/FOLDER]: of SAELens as they lie, of any other format as a copy in RUN/saes"""
     hook: str | None = None
     """hook that those of --sae read, where their files do not say"""
     model: str | None = None
@@ -101,6 +103,8 @@ def evaluate(config: EvalConfig) -> list[Path]:
     for (path, hook), members in groups.items():
         store = open_store(path)
         todo = [folder for folder in members if config.force or not _is_current(config, folder, store)]
+        for folder in todo:
+            look_at_others(folder, store, config.device)
         if todo:
             _evaluate_hook(config, store, hook, todo)
     return folders

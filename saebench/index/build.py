@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from saebench.evaluate import look_at_others
 from saebench.files import writing
 from saebench.index.decoder import geometry, logit_effects
 from saebench.index.evidence import (
@@ -58,6 +59,8 @@ def build_index(config: IndexConfig) -> Path | None:
         if before == "complete":
             log.info("%s is complete already", path)
             return path
+        if before is None:
+            look_at_others(config.sae, plan.store, config.device, plan.hook)
         gathered, static = before or (nothing_yet(plan), _static(config, plan))
         publish = Publisher(config, plan, static, identity, settings)
         total = sum(piece.n_rows for piece in plan.pieces)

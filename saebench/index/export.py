@@ -21,6 +21,7 @@ from saebench.index.plan import IndexConfig
 from saebench.index.reader import Example, FeatureIndex, Latent, open_feature_index
 from saebench.runlog import progress
 from saebench.sae import SAE, load_sae
+from saebench.sae.hub import SaePath
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ Format = Literal["html", "neuronpedia", "saedashboard"]
 class ExportConfig:
     """Which latents of an indexed SAE to write, and as what."""
 
-    sae: Path
+    sae: SaePath
     """SAE directory, indexed"""
     format: Format
     """html: one page to share; neuronpedia: upload bodies; saedashboard: batch-N.json"""

@@ -18,6 +18,7 @@ from saebench.index.reader import FeatureIndex, open_feature_index
 from saebench.index.schema import check_identity
 from saebench.runlog import interruptible, progress
 from saebench.sae import load_sae
+from saebench.sae.hub import SaePath
 from saebench.sae.sparse import rows_of_a_block
 
 _SCHEMA, _VERSION = "saebench-map", 1
@@ -29,7 +30,7 @@ _REMEDY = "make it again with `saebench map`"
 class MapConfig:
     """Which SAE to lay out."""
 
-    sae: Path
+    sae: SaePath
     """SAE directory"""
     index: Path | None = None
     """index file (default: index/NAME.h5 beside the folder saes/ that holds the SAE)"""

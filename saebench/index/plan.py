@@ -13,6 +13,7 @@ from saebench.index.evidence import (
 from saebench.labels import LABELLERS, SPACY, WORDNET, Labeller, labeller_of
 from saebench.models import choose_device
 from saebench.sae import SAE, check_autoencodes, load_sae, read_config, written_here
+from saebench.sae.hub import SaePath
 from saebench.store import Store
 from saebench.store.shard import Shard
 from saebench.store.source import recorded_store, store_of
@@ -24,8 +25,8 @@ UNIT_ROWS = 2048
 class IndexConfig:
     """Which SAE to index, on which rows."""
 
-    sae: Path
-    """SAE, made here or in any format that others release: its folder or file"""
+    sae: SaePath
+    """SAE, made here or in any format that others release: its folder or file, hf:OWNER/REPO[@REVISION][/FOLDER] or a release by SAELens' name"""
     hook: str | None = None
     """hook that it reads, where its files do not say"""
     store: Path | None = None

@@ -35,6 +35,7 @@ from saebench.judge.trials import Subject, answered, circle, claimed, trials
 from saebench.judge.windows import HeldOut, examples
 from saebench.runlog import interruptible, progress
 from saebench.sae import load_sae
+from saebench.sae.hub import SaePath
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ _NOT_YET = "an explanation of the usual length, which there is not yet, of laten
 class ExplainConfig:
     """Which latents of an indexed SAE to have explained, by whom."""
 
-    sae: Path
+    sae: SaePath
     """SAE directory, indexed"""
     judge: str | None = None
     """MODEL@URL of an OpenAI-compatible server, to which texts of the store are sent (key: OPENAI_API_KEY), or the directory of a chat model"""

@@ -16,6 +16,7 @@ from saebench.models.load import (
     load_tokenizer,
     model_path,
 )
+from saebench.models.names import same_model
 from saebench.models.passes import (
     MLP,
     Edit,
@@ -71,6 +72,7 @@ __all__ = [
     "repeated",
     "resumed_states",
     "resumes",
+    "same_model",
     "spliced_logits",
     "spliced_states",
     "unembedding",

@@ -2,7 +2,7 @@
 
 Hook names are TransformerLens' own. What goes into a block and comes out of it is found in any model; where attention and
 MLP write to the stream, and which module an MLP is, is what TransformerLens knows of a family: `transformer_lens_paths`, the
-only place that imports it.
+only place that imports more of it than names.
 """
 
 import inspect

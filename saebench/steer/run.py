@@ -12,6 +12,7 @@ from saebench.config import Count
 from saebench.files import read_json, write_json, writing
 from saebench.index import FeatureIndex
 from saebench.index.schema import check_identity
+from saebench.sae.hub import SaePath
 from saebench.steer.bench import Bench, open_bench
 from saebench.steer.dose import FACTORS, STRENGTHS, DoseConfig, DoseResponse, dose_response
 from saebench.steer.generate import Generation, Sampling, arms_of, generate
@@ -29,8 +30,8 @@ _SWEEP_VERSION = (
 class SteerConfig:
     """Which latents to steer with, how far, and what to write."""
 
-    sae: Path
-    """SAE, made here or in any format that others release: its folder or file"""
+    sae: SaePath
+    """SAE, made here or in any format that others release: its folder or file, hf:OWNER/REPO[@REVISION][/FOLDER] or a release by SAELens' name"""
     hook: str | None = None
     """hook that it reads, where neither its files nor an index say"""
     model: str | None = None
