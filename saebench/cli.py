@@ -14,7 +14,7 @@ from saebench import __version__
 from saebench.browse.serve import AppConfig, serve
 from saebench.config import add_arguments, from_arguments
 from saebench.demo import demo
-from saebench.evaluate import EvalConfig, equal_l0_table, evaluate, massive_note, table, write_report
+from saebench.evaluate import EvalConfig, equal_l0_table, evaluate, massive_note, set_table, table, write_report
 from saebench.harvest import ExtendConfig, HarvestConfig, extend, harvest
 from saebench.harvest.extend import settings_of
 from saebench.harvest.run import open_model
@@ -335,6 +335,8 @@ def _print_sweep(config: SteerConfig) -> None:
 
 def _show(summary: dict[str, Any], run: Path) -> None:
     print(format_table(table(summary["saes"])))
+    if "sets" in summary:
+        print("\n" + format_table(set_table(summary["sets"])))
     if note := massive_note(summary["saes"]):
         print(note)
     if summary["equal_l0"]:
