@@ -123,8 +123,9 @@ def test_what_a_joint_set_writes_is_a_sum(linear: tuple[Store, GPT2LMHeadModel],
     with torch.no_grad():  # what the first writes to the second layer, the second takes off
         first.b_dec[WIDTH:] = other
         second.b_dec -= other
-    save(first, tmp_path, "a", store, IN[:1], OUT, set="both", joint=True)
-    folder = save(second, tmp_path, "b", store, IN[1:], OUT[1:], set="both", joint=True)
+    of_set: dict[str, Any] = {"set": "both", "joint": True, "set_reads": IN}
+    save(first, tmp_path, "a", store, IN[:1], OUT, **of_set)
+    folder = save(second, tmp_path, "b", store, IN[1:], OUT[1:], **of_set)
     folders = evaluate(EvalConfig(run=tmp_path, resamples=50))
     assert not list((tmp_path / "saes").glob("*/evaluation.json"))  # a part of a sum has no figures
     found = read_json(tmp_path / "sets" / "both" / "evaluation.json")
@@ -132,11 +133,11 @@ def test_what_a_joint_set_writes_is_a_sum(linear: tuple[Store, GPT2LMHeadModel],
     assert found["metrics"]["delta_ce"] == pytest.approx(0, abs=1e-6)
     summary = write_report(tmp_path, folders)
     assert (summary["saes"], summary["sets"][0]["joint"]) == ([], True)
-    shutil.rmtree(folder)
-    with pytest.raises(
-        ValueError, match=rf"set 'both' is joint and writes {OUT[1]}, but the member that reads {IN[1]}"
-    ):
-        evaluate(EvalConfig(run=tmp_path))
+    for missing, hook in ((tmp_path / "saes" / "a", IN[0]), (folder, IN[1])):
+        shutil.move(missing, tmp_path / "kept")
+        with pytest.raises(ValueError, match=rf"set 'both' is joint, and its member that reads {hook} is missing"):
+            evaluate(EvalConfig(run=tmp_path))
+        shutil.move(tmp_path / "kept", missing)
 
 
 def test_a_crosscoder_has_figures_by_hook_and_their_mean(linear: tuple[Store, GPT2LMHeadModel], tmp_path: Path) -> None:

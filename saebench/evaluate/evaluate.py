@@ -131,8 +131,10 @@ def _plan(config: EvalConfig, folders: list[Path]) -> list[_Planned]:
         if len(stores := sorted({str(member.store) for member in members})) > 1:
             raise ValueError(f"set {name!r} has members of stores {', '.join(stores)}; expected one: give --store")
         ends = {member.folder: member.ends for member in members}
-        joint = any(set_of(folder, read_config(folder))[1] for folder in ends)
-        whole = ends_of_set(name, ends, joint)
+        settings = [read_config(folder) for folder in ends]
+        joint = any(set_of(member.folder, of)[1] for member, of in zip(members, settings, strict=True))
+        known = {hook for of in settings for hook in of["metadata"].get("set_reads", ())}
+        whole = ends_of_set(name, ends, joint, known)
         found.append(_Planned(config.run / SETS / name, ends, members[0].store, whole, is_set=True))
     return found
 
@@ -302,7 +304,7 @@ def _figures(
         "baselines": {name: float(np.mean(values)) for name, values in baselines.items()},
         "small_denominators": small,
         "mask": MASK,
-        "sums": counts if len(hooks) > 1 else saved[hooks[0]] | counts,
+        "sums": counts if len(hooks) > 1 else next(iter(saved.values())) | counts,
         "provenance": provenance(),
     }
     if len(hooks) > 1 or measured.baseline is None:

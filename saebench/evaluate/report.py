@@ -45,7 +45,7 @@ COLUMNS = {
 # of sets
 SET_COLUMNS = {
     "name": ("Set", ""),
-    "n_members": ("members", "d"),
+    "members": ("members", "d"),
     "l0": ("L0 of all", ".1f"),
     "ce_clean": ("CE clean", ".4f"),
     "ce_spliced": ("CE replaced", ".4f"),
@@ -207,7 +207,7 @@ def table(saes: list[dict[str, Any]]) -> list[list[str]]:
 
 def set_table(sets: list[dict[str, Any]]) -> list[list[str]]:
     """The same of sets."""
-    return _formatted(SET_COLUMNS, sets)
+    return _formatted(SET_COLUMNS, [{**entry, "members": len(entry["members"])} for entry in sets])
 
 
 def _formatted(columns: dict[str, tuple[str, str]], rows: list[dict[str, Any]]) -> list[list[str]]:

@@ -4,7 +4,7 @@ Each reads the stream that the earlier ones have changed. What is written at a l
 joint set (cross-layer transcoders), the sum of what all of those up to the layer write there.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def set_of(folder: Path, config: dict[str, Any]) -> tuple[str, bool]:
     """
     metadata = config.get("metadata", {})
     name, joint = str(metadata.get("set") or ""), bool(metadata.get("joint"))
-    if name != Path(name).name:
+    if name != Path(name).name or name == "..":
         raise ValueError(f"{folder} belongs to set {name!r}; expected a name without slashes in metadata.set")
     if joint and not name:
         raise ValueError(
@@ -38,10 +38,11 @@ def set_of(folder: Path, config: dict[str, Any]) -> tuple[str, bool]:
     return name, joint
 
 
-def ends_of_set(name: str, members: Mapping[Path, Ends], joint: bool) -> Ends:
+def ends_of_set(name: str, members: Mapping[Path, Ends], joint: bool, known: Iterable[str] = ()) -> Ends:
     """All that the members of a set read and write, in the order of layers.
 
-    Raises ValueError for members that cannot stand in for MLPs together.
+    Raises ValueError for members that cannot stand in for MLPs together, and for a joint set that lacks one: of those that read the
+    hooks `known`, or the MLPs that are written.
     """
     for folder, ends in members.items():
         read, written = [parse_hook(hook) for hook in ends.reads], [parse_hook(hook) for hook in ends.writes]
@@ -61,12 +62,12 @@ def ends_of_set(name: str, members: Mapping[Path, Ends], joint: bool) -> Ends:
             raise ValueError(
                 f"set {name!r}: {both[0]} and {both[1]} both write {hook}; expected one, or metadata.joint of members whose sum is meant"
             )
-    for hook in writes if joint else ():
-        if (needed := hook_name(parse_hook(hook)[0], "mlp_in")) not in reads:
-            raise ValueError(
-                f"set {name!r} is joint and writes {hook}, but the member that reads {needed} is missing: what the others write there "
-                f"is part of a sum. Restore its directory beside {next(iter(members))}"
-            )
+    needed = {*known, *(hook_name(parse_hook(hook)[0], "mlp_in") for hook in writes)} if joint else set()
+    if missing := sorted(needed - set(reads), key=parse_hook):
+        raise ValueError(
+            f"set {name!r} is joint, and its member that reads {missing[0]} is missing: what the others write is part of a sum. "
+            f"Restore its directory beside {next(iter(members))}"
+        )
     return Ends(tuple(reads), tuple(writes))
 
 
