@@ -42,9 +42,9 @@ def linear(
     model.save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
     (root / "text").mkdir()
-    for number in range(16):
-        (root / "text" / f"{number}.txt").write_text(sentences(number, 300))
-    settings = harvest_config(root / "model", root / "store", tokens=4000, layers=LINEAR_LAYERS, kinds=("mlp",))
+    for number in range(60):
+        (root / "text" / f"{number}.txt").write_text(sentences(number, 40))
+    settings = harvest_config(root / "model", root / "store", tokens=2000, layers=LINEAR_LAYERS, kinds=("mlp",))
     store = harvest(settings, text(root / "text"))
     assert store is not None
     return store, model

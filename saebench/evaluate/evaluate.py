@@ -31,7 +31,7 @@ from saebench.metrics import (
     total,
     total_variance,
 )
-from saebench.models import ModelDtype, check_hook, choose_device
+from saebench.models import LanguageModel, ModelDtype, check_hook, choose_device
 from saebench.runlog import progress, provenance
 from saebench.sae import Ends, ends_of, load_sae, read_config, update_metadata
 from saebench.store import Store, open_store
@@ -101,12 +101,17 @@ def evaluate(config: EvalConfig) -> list[Path]:
     groups: dict[tuple[Path, Ends, bool], list[_Planned]] = {}
     for planned in _plan(config, folders):
         groups.setdefault((planned.store, planned.ends, planned.is_set), []).append(planned)
+    device = choose_device(config.device, float64=True)
+    models: dict[Path, LanguageModel] = {}
     for (path, ends, _), group in groups.items():
         store = open_store(path)
         for hook in ends.hooks:
             store.d_in(hook)  # says how to have one that it lacks
         if todo := [planned for planned in group if config.force or not _is_current(config, planned, store)]:
-            _evaluate_group(config, store, todo)
+            if path not in models:  # one at a time
+                models.clear()
+                models[path] = model_of(store, device, config.model_dtype, trust_remote_code=config.trust_remote_code)
+            _evaluate_group(config, store, models[path], todo)
     return folders
 
 
@@ -158,11 +163,9 @@ def _is_current(config: EvalConfig, planned: _Planned, store: Store) -> bool:
 
 
 @torch.inference_mode()
-def _evaluate_group(config: EvalConfig, store: Store, group: list[_Planned]) -> None:
+def _evaluate_group(config: EvalConfig, store: Store, model: LanguageModel, group: list[_Planned]) -> None:
     """All that read and write the same hooks of a store, and are sets or not."""
-    ends, is_set = group[0].ends, group[0].is_set
-    device = choose_device(config.device, float64=True)
-    model = model_of(store, device, config.model_dtype, trust_remote_code=config.trust_remote_code)
+    ends, is_set, device = group[0].ends, group[0].is_set, str(model.device)
     for hook in ends.hooks:
         check_hook(model, hook)
     subjects = [Subject(planned.folder, _loaded(planned, store, device), ends) for planned in group]
