@@ -239,6 +239,9 @@ def test_sets_that_cannot_stand_in_for_mlps_are_named(linear: tuple[Store, GPT2L
         ValueError, match=rf"set 's': .*one and .*two both write {OUT[1]}; expected one, or metadata.joint"
     ):
         evaluate(EvalConfig(run=tmp_path))
+    save(stand_in(model, 0), tmp_path, "two", store, IN[:1], OUT[:1], set="s", joint=True)
+    with pytest.raises(ValueError, match=r"set 's' has members with and without metadata\.joint; expected all"):
+        evaluate(EvalConfig(run=tmp_path))
     shutil.rmtree(tmp_path / "saes" / "two")
     for facts, message in (
         ({"reads": OUT[:1]}, f"one of set 's' reads {OUT[0]} and writes {OUT[1]}; expected what a set replaces"),
