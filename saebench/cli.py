@@ -21,6 +21,7 @@ from saebench.evaluate import (
     equal_l0_table,
     evaluate,
     massive_note,
+    set_table,
     table,
     write_report,
 )
@@ -400,6 +401,8 @@ def _print_sweep(config: SteerConfig) -> None:
 
 def _show(summary: dict[str, Any], run: Path) -> None:
     print(format_table(table(summary["saes"])))
+    if "sets" in summary:
+        print("\n" + format_table(set_table(summary["sets"])))
     if note := massive_note(summary["saes"]):
         print(note)
     if summary["equal_l0"]:

@@ -42,7 +42,7 @@ def pareto(
     `saes` are entries of `summary.json`; `baselines` maps names in their `baselines` to labels.
     """
     figure = go.Figure()
-    several = len({(sae["hook"], sae["d_sae"]) for sae in saes}) > 1
+    several = len({_kind(sae)[1:] for sae in saes}) > 1
     for kind in dict.fromkeys(map(_kind, saes)):
         points = sorted((s for s in saes if _kind(s) == kind and s[metric] is not None), key=lambda s: s["l0"])
         architecture = kind[0]
@@ -64,7 +64,9 @@ def pareto(
             text=[_hover(s) for s in points], customdata=[s["name"] for s in points], hovertemplate="%{text}<extra></extra>",
         )  # fmt: skip
     for (name, description), dash in zip((baselines or {}).items(), ("dot", "dash", "dashdot"), strict=False):
-        points = sorted(saes, key=lambda s: s["l0"])
+        points = sorted((s for s in saes if name in s["baselines"]), key=lambda s: s["l0"])
+        if not points:
+            continue
         figure.add_scatter(
             x=[s["l0"] for s in points], y=[s["baselines"][name] for s in points], mode="lines+markers", name=description,
             line={"color": CONTROL, "dash": dash}, marker={"color": CONTROL, "symbol": "line-ew-open"},
@@ -74,7 +76,8 @@ def pareto(
 
 
 def _kind(sae: Mapping[str, Any]) -> tuple[str, str, int]:
-    return sae["architecture"], sae["hook"], sae["d_sae"]
+    skip = ", skip" if sae.get("kind") == "skip transcoder" else ""
+    return sae["architecture"], sae["hook"] + skip, sae["d_sae"]
 
 
 def _hover(sae: Mapping[str, Any]) -> str:
