@@ -50,7 +50,7 @@ def latents_page(name: str, index: FeatureIndex, found: Iterable[Evidence]) -> s
         sections.append(_section(evidence, index))
     identity = index.store.manifest["identity"]
     about = (
-        f"{html.escape(identity['model']['id'])}, {html.escape(index.hook)}, {index.d_sae:,} latents, over {index.n_rows:,} tokens "
+        f"{html.escape(identity['model']['id'])}, {html.escape(str(index.ends))}, {index.d_sae:,} latents, over {index.n_rows:,} tokens "
         f"of {html.escape(str(identity['text']['dataset']))}. Activations are in the model's own units; logit effects are those "
         "of a unit of activation on the direct path, at the final norm's scale of 1."
     )
