@@ -129,6 +129,25 @@ def activations_svg(latent: Latent, edges: np.ndarray, marked: Sequence[float] =
     return svg.bars(heights, labels, "firings by strength", marks=marks, axis=ends)
 
 
+def hooks_html(index: FeatureIndex, latent: Latent) -> str:
+    """What is read and written, where that is not one hook, and how long the latent's decoder row is at each that is written."""
+    if not len(latent.lengths):
+        return (
+            ""
+            if index.ends.tied
+            else f'<p class="rule"><small>reads and writes {html.escape(str(index.ends))}</small></p>'
+        )
+    short = [hook.removeprefix("blocks.").replace("hook_", "") for hook in index.ends.writes]
+    labels = [
+        f"{hook}: {number(length)}" for hook, length in zip(index.ends.writes, latent.lengths.tolist(), strict=True)
+    ]
+    shown = svg.bars(
+        latent.lengths.tolist(), labels, "norm at each hook", axis=short if len(short) < 4 else (short[0], short[-1])
+    )
+    what = "reads and writes" if index.ends.tied else f"reads {' + '.join(index.ends.reads)}, writes"
+    return f'<h3>Norm at each hook</h3>{shown}<p class="rule"><small>{html.escape(what)} {html.escape(" + ".join(index.ends.writes))}</small></p>'
+
+
 def logits_svg(latent: Latent) -> str:
     """The histogram of the latent's direct effects on all tokens' logits."""
     counts, low, high = latent.logit_histogram
@@ -216,7 +235,7 @@ def _section(evidence: Evidence, index: FeatureIndex) -> str:
     note = f"<p>{html.escape(evidence.note.text)}</p>" if evidence.note.text else ""
     return f"""<section id="latent-{latent.latent}"><h2>Latent {latent.latent}</h2>{named_html(evidence.name)}{note}{candidates_html(latent)}{figures_html(latent)}
 <div class="columns"><div><h3>Firings by strength</h3>{activations_svg(latent, index.bin_edges)}
-<h3>Effects on logits</h3>{logits_svg(latent)}</div>
+<h3>Effects on logits</h3>{logits_svg(latent)}{hooks_html(index, latent)}</div>
 <div><h3>Fires on</h3>{ranked_html(index, latent.tokens)}</div>{logits}</div>
 <h3>Strongest firings, one of a context</h3>{examples_html(index, evidence.top, maximum)}
 <h3>Firings by interval of strength</h3>{groups}</section>"""
