@@ -30,6 +30,7 @@ from saebench.index.page import (
     name_html,
     named_html,
     ranked_html,
+    short_hook,
 )
 from saebench.index.reader import Latent, Ranked
 from saebench.sae.io import WEIGHTS
@@ -159,13 +160,15 @@ def connected_latents(sae: Trained, latent: int) -> None:
     parts = []
     with said():
         found = connections_of(str(sae.folder), latent, files)
-        for heading, some in (("Fed by", found.fed_by), ("Feeds", found.feeds)):
+        for heading, some, side in (("Fed by", found.fed_by, 1), ("Feeds", found.feeds, 0)):
             meaning = "decoder row · encoder column; norms and layers between are ignored"
-            parts.append(f'<h3 title="{meaning}">{heading}</h3>{connections_html(sae, some)}')
+            hooks = {name: " + ".join(map(short_hook, ends[side])) for name, ends in others.items()}
+            parts.append(f'<h3 title="{meaning}">{heading}</h3>{connections_html(sae, some, hooks)}')
     clickable(f'<div class="sb-side">{"".join(parts)}</div>', "connections")
 
 
-def connections_html(sae: Trained, found: list[Connection]) -> str:
+def connections_html(sae: Trained, found: list[Connection], hooks: dict[str, str]) -> str:
+    """A table; `hooks` are those by which each other dictionary is connected."""
     if not found:
         return "<small>none</small>"
     rows = []
@@ -173,10 +176,11 @@ def connections_html(sae: Trained, found: list[Connection]) -> str:
         there, name = Trained(sae.run, sae.folder.parent / other), ""
         if there.share_indexed > 0:
             with contextlib.suppress(ValueError):  # what is wrong with its index is said on its own page
-                name = f"{name_html(table_of(there).names[latent])}<br>"
+                name = name_html(table_of(there).names[latent])
         pick = f"connected:{other}:{latent}"
         link = grid.link(str(latent), pick, link_to("features", sae=other, latent=latent))
-        rows.append(grid.Row([link, f"{name}<small>{html.escape(other)}</small>", number(weight)], pick))
+        where = f'<small title="{html.escape(other, quote=True)}">{html.escape(hooks[other])}</small>'
+        rows.append(grid.Row([link, f"{name}{where}", number(weight)], pick))
     columns = [grid.Column("", "latent"), grid.Column("", "name", text=True), grid.Column("", "")]
     return grid.grid_html(columns, rows, "connected latents")
 

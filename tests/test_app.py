@@ -1,5 +1,6 @@
 """The app's pages, run without a browser: their logic, and what they say of what is missing."""
 
+import json
 import os
 import re
 import shutil

@@ -1,5 +1,6 @@
 """Dictionaries that read here and write there, by hand: indexed, steered with, ablated, attributed to, and how they feed each other."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from saebench.index import FeatureIndex, IndexConfig, build_index, open_feature_
 from saebench.index.connections import connected, connections
 from saebench.index.decoder import to_stream
 from saebench.index.examples import show
+from saebench.index.page import hooks_html
 from saebench.index.search import features_for_text
 from saebench.models import LanguageModel, capture, depth, edits, load_model, logits
 from saebench.sae import SAE, Ends, Writes, load_sae, new_sae, save_sae
@@ -24,6 +26,7 @@ from saebench.steer.dose import held_out, top_tokens
 from saebench.steer.scores import ScoreConfig, score
 from saebench.store import Store
 from saebench.text import TextConfig
+from saebench.view.tokens import number
 
 LATENTS, LATENT = 24, 5
 IN, OUT = "blocks.{}.mlp.hook_in", "blocks.{}.hook_mlp_out"
@@ -133,6 +136,11 @@ def test_an_index_of_what_reads_and_writes_elsewhere_has_its_own_activations(
         assert ("encoder_cosine" in index.columns) == ends.tied
         lengths = sae.lengths_FH[LATENT].detach().numpy() if len(ends.writes) > 1 else np.zeros(0)
         assert np.allclose(latent.lengths, lengths)
+        bars = re.findall(r"<title>(blocks[^<]*): ([\d.]+)", hooks_html(index, latent))
+        assert bars == [(hook, number(length)) for hook, length in zip(ends.writes, lengths.tolist(), strict=False)]
+    assert "reads blocks.1.mlp.hook_in, writes blocks.1.hook_mlp_out" in hooks_html(
+        indexes["transcoder"], indexes["transcoder"][0]
+    )
 
 
 def test_a_row_massive_at_one_of_the_hooks_read_is_left_out(

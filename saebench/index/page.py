@@ -129,23 +129,25 @@ def activations_svg(latent: Latent, edges: np.ndarray, marked: Sequence[float] =
     return svg.bars(heights, labels, "firings by strength", marks=marks, axis=ends)
 
 
+def short_hook(hook: str) -> str:
+    """`12.mlp_out`."""
+    return hook.removeprefix("blocks.").replace("hook_", "")
+
+
 def hooks_html(index: FeatureIndex, latent: Latent) -> str:
     """What is read and written, where that is not one hook, and how long the latent's decoder row is at each that is written."""
-    if not len(latent.lengths):
-        return (
-            ""
-            if index.ends.tied
-            else f'<p class="rule"><small>reads and writes {html.escape(str(index.ends))}</small></p>'
-        )
-    short = [hook.removeprefix("blocks.").replace("hook_", "") for hook in index.ends.writes]
-    labels = [
-        f"{hook}: {number(length)}" for hook, length in zip(index.ends.writes, latent.lengths.tolist(), strict=True)
-    ]
-    shown = svg.bars(
-        latent.lengths.tolist(), labels, "norm at each hook", axis=short if len(short) < 4 else (short[0], short[-1])
-    )
-    what = "reads and writes" if index.ends.tied else f"reads {' + '.join(index.ends.reads)}, writes"
-    return f'<h3>Norm at each hook</h3>{shown}<p class="rule"><small>{html.escape(what)} {html.escape(" + ".join(index.ends.writes))}</small></p>'
+    read, written = (" + ".join(hooks) for hooks in index.ends)
+    if read == written and not len(latent.lengths):
+        return ""
+    told = f"reads and writes {read}" if read == written else f"reads {read}, writes {written}"
+    shown = ""
+    if len(latent.lengths):
+        lengths = latent.lengths.tolist()
+        labels = [f"{hook}: {number(length)}" for hook, length in zip(index.ends.writes, lengths, strict=True)]
+        axis = [short_hook(hook) for hook in index.ends.writes]
+        axis = axis if len(axis) < 4 else [axis[0], axis[-1]]
+        shown = f"<h3>Norm at each hook</h3>{svg.bars(lengths, labels, 'norm at each hook', axis=axis)}"
+    return f'{shown}<p class="rule"><small>{html.escape(told)}</small></p>'
 
 
 def logits_svg(latent: Latent) -> str:
