@@ -20,7 +20,7 @@ from saebench.index.examples import show
 from saebench.index.page import hooks_html
 from saebench.index.search import features_for_text
 from saebench.models import LanguageModel, capture, depth, edits, load_model, logits
-from saebench.sae import SAE, Ends, Writes, load_sae, new_sae, save_sae
+from saebench.sae import SAE, Ends, ReLUSAE, Writes, load_sae, new_sae, save_sae
 from saebench.steer import Intervention, Where, open_bench, steered
 from saebench.steer.dose import held_out, top_tokens
 from saebench.steer.scores import ScoreConfig, score
@@ -68,6 +68,7 @@ def made(ends: Ends, store: Store, seed: int = 0) -> SAE:
         parameter.copy_(torch.randn(parameter.shape, generator=generator) / 6)
     rows = next(iter(store.joint_rows(ends.reads, "train")))
     x = torch.cat([rows[hook] for hook in ends.reads], 1)
+    assert isinstance(sae, ReLUSAE)
     sae.b_enc.copy_(-sae.project(x).quantile(0.8, dim=0))
     return sae
 
@@ -273,7 +274,8 @@ def test_a_crosscoder_has_its_part_at_each_hook_and_no_activation_before_all_is_
     for hook, other in control.directions().items():
         assert float(other.norm()) == pytest.approx(float(parts[hook].norm()), rel=1e-4)
         assert not torch.allclose(other, parts[hook])
-    for wrong in ({"mode": "ablate"}, {"where": Where(3)}):
+    wrongs: list[dict[str, Any]] = [{"mode": "ablate"}, {"where": Where(3)}]
+    for wrong in wrongs:
         with (
             pytest.raises(
                 ValueError, match=r"which writes blocks.0.hook_resid_post before it has read blocks.2.hook_resid_post"
