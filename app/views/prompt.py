@@ -250,7 +250,8 @@ def results(sae: Trained, table: LatentTable) -> None:
             st.caption(f"{only}: pick it again for the whole text.")
         if found.target is not None and found.parts is not None:
             (target,) = table.index.pieces(np.array([found.target]))
-            names = ("latents", "the SAE's error", "BOS and massive activations, which are left alone")
+            error = "the SAE's error" if table.index.ends.tied else "the transcoder's error"
+            names = ("latents", error, "BOS and massive activations, which are left alone")
             parts = ", ".join(
                 f"{name} {value:+.3f} ({share:.0%})"
                 for name, value, share in zip(names, found.parts, found.parts.shares(), strict=True)
