@@ -1,5 +1,6 @@
 """The app's pages, run without a browser: their logic, and what they say of what is missing."""
 
+import json
 import os
 import re
 import shutil
@@ -229,7 +230,7 @@ def test_an_sae_is_compared_with_one_of_another_run_and_one_of_another_hook_is_n
     assert "48 latents, the first 48 of them" in said(app)  # each is its own counterpart
     other = Path(shutil.copytree(run, tmp_path / "runs" / "three"))
     with h5py.File(other / "index" / f"{SAE}.h5", "r+") as file:
-        file.attrs["hook"] = "blocks.0.hook_resid_post"
+        file.attrs["ends"] = json.dumps([["blocks.0.hook_resid_post"]] * 2)
     config = read_json(other / "saes" / "topk-k2" / "cfg.json")
     config["metadata"]["hook_name"] = "blocks.0.hook_resid_post"
     write_json(other / "saes" / "topk-k2" / "cfg.json", config)

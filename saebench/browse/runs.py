@@ -11,7 +11,7 @@ from saebench.evaluate.report import summarise
 from saebench.index import IndexConfig
 from saebench.index.schema import open_index
 from saebench.runlog import read_metrics
-from saebench.sae import ends_of, read_config
+from saebench.sae import Ends, ends_of, read_config
 from saebench.steer.scores import are_complete
 from saebench.store.source import recorded_store
 
@@ -40,9 +40,10 @@ class Trained:
     def metadata(self) -> dict[str, Any]:
         return self.config.get("metadata", {})
 
-    @property
-    def hook(self) -> str:
-        return self.metadata.get("hook_name", "")
+    @cached_property
+    def ends(self) -> Ends:
+        """The hooks that it reads and writes. Raises ValueError where `cfg.json` does not say."""
+        return ends_of(self.folder, self.config)
 
     @property
     def of_two_models(self) -> bool:
@@ -60,7 +61,7 @@ class Trained:
         if (self.folder / EVALUATION).exists():
             return summarise([self.folder])[0]
         config = self.config
-        known = {"name": self.name, "architecture": config["architecture"], "hook": self.hook}
+        known = {"name": self.name, "architecture": config["architecture"], "hook": str(self.ends)}
         return known | {"d_in": config["d_in"], "d_sae": config["d_sae"]}
 
     @property
@@ -141,7 +142,7 @@ def saes_of(run: Path) -> tuple[dict[str, Trained], dict[str, str]]:
             continue
         sae = Trained(run, folder)
         try:
-            _ = sae.figures["architecture"], sae.hook, sae.share_indexed
+            _ = sae.figures["architecture"], sae.ends, sae.share_indexed
             found[folder.name] = sae
         except (ValueError, OSError) as error:
             broken[folder.name] = str(error)

@@ -50,7 +50,7 @@ def latents_page(name: str, index: FeatureIndex, found: Iterable[Evidence]) -> s
         sections.append(_section(evidence, index))
     identity = index.store.manifest["identity"]
     about = (
-        f"{html.escape(identity['model']['id'])}, {html.escape(index.hook)}, {index.d_sae:,} latents, over {index.n_rows:,} tokens "
+        f"{html.escape(identity['model']['id'])}, {html.escape(str(index.ends))}, {index.d_sae:,} latents, over {index.n_rows:,} tokens "
         f"of {html.escape(str(identity['text']['dataset']))}. Activations are in the model's own units; logit effects are those "
         "of a unit of activation on the direct path, at the final norm's scale of 1."
     )
@@ -127,6 +127,27 @@ def activations_svg(latent: Latent, edges: np.ndarray, marked: Sequence[float] =
     heights = [float(latent.histogram[place]) for place in places]
     ends = number(float(edges[places[0]])), "log scale", number(float(edges[places[-1] + 1]))
     return svg.bars(heights, labels, "firings by strength", marks=marks, axis=ends)
+
+
+def short_hook(hook: str) -> str:
+    """`12.mlp_out`."""
+    return hook.removeprefix("blocks.").replace("hook_", "")
+
+
+def hooks_html(index: FeatureIndex, latent: Latent) -> str:
+    """What is read and written, where that is not one hook, and how long the latent's decoder row is at each that is written."""
+    read, written = (" + ".join(hooks) for hooks in index.ends)
+    if read == written and not len(latent.lengths):
+        return ""
+    told = f"reads and writes {read}" if read == written else f"reads {read}, writes {written}"
+    shown = ""
+    if len(latent.lengths):
+        lengths = latent.lengths.tolist()
+        labels = [f"{hook}: {number(length)}" for hook, length in zip(index.ends.writes, lengths, strict=True)]
+        axis = [short_hook(hook) for hook in index.ends.writes]
+        axis = axis if len(axis) < 4 else [axis[0], axis[-1]]
+        shown = f"<h3>Norm at each hook</h3>{svg.bars(lengths, labels, 'norm at each hook', axis=axis)}"
+    return f'{shown}<p class="rule"><small>{html.escape(told)}</small></p>'
 
 
 def logits_svg(latent: Latent) -> str:
@@ -216,7 +237,7 @@ def _section(evidence: Evidence, index: FeatureIndex) -> str:
     note = f"<p>{html.escape(evidence.note.text)}</p>" if evidence.note.text else ""
     return f"""<section id="latent-{latent.latent}"><h2>Latent {latent.latent}</h2>{named_html(evidence.name)}{note}{candidates_html(latent)}{figures_html(latent)}
 <div class="columns"><div><h3>Firings by strength</h3>{activations_svg(latent, index.bin_edges)}
-<h3>Effects on logits</h3>{logits_svg(latent)}</div>
+<h3>Effects on logits</h3>{logits_svg(latent)}{hooks_html(index, latent)}</div>
 <div><h3>Fires on</h3>{ranked_html(index, latent.tokens)}</div>{logits}</div>
 <h3>Strongest firings, one of a context</h3>{examples_html(index, evidence.top, maximum)}
 <h3>Firings by interval of strength</h3>{groups}</section>"""

@@ -50,6 +50,10 @@ class Ends(NamedTuple):
         """All of them."""
         return tuple(dict.fromkeys(self.reads + self.writes))
 
+    def __str__(self) -> str:
+        read, written = (" + ".join(hooks) for hooks in self)
+        return read if self.tied else f"{read} → {written}"
+
 
 def ends_of(folder: Path, config: Config) -> Ends:
     """The hooks that the `cfg.json` of a directory names. Raises ValueError where it names none, or not what is written."""
