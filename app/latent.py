@@ -45,7 +45,7 @@ GROUPS = ("Strongest", "Intervals", "Random")
 def show_latent(sae: Trained, table: LatentTable, number_: int, query: Query, title: Any) -> None:
     """The page of a latent; `title` is the place for its heading."""
     index = table.index
-    latent = index[number_]
+    latent, called = index[number_], table.names[number_]
     note = table.notes[number_]
     with title:
         st.title(f"Latent {number_}" + (f": {plain(note.label)}" if note.label else ""))
@@ -59,7 +59,7 @@ def show_latent(sae: Trained, table: LatentTable, number_: int, query: Query, ti
         else ""
     )
     clickable(
-        f"""{named_html(table.names[number_])}{candidates_html(latent)}{figures_html(latent, scores)}
+        f"""{named_html(called)}{candidates_html(latent, called)}{figures_html(latent, scores)}
 <div class="columns"><div><h3>Firings by strength</h3>{activations_svg(latent, index.bin_edges)}
 <h3>Direct effects on logits</h3>{logits_svg(latent)}{hooks_html(index, latent)}</div>
 <div><h3>Fires on</h3>{ranked_html(index, latent.tokens)}</div>{tops}</div>""",

@@ -459,7 +459,7 @@ def test_a_latent_is_listed_on_its_page_and_the_list_is_a_filter(opened: Any, co
     next(button for button in table.button if button.label == "Delete").click()
     assert "48 of 48 latents" in said(table.run())
     (copy / "index" / f"{SAE}.lists.json").write_text("{}")
-    assert "holds no lists of latents" in said(opened("features", root=copy, sae=SAE))
+    assert "is not a file of lists of latents" in said(opened("features", root=copy, sae=SAE))
 
 
 def test_what_is_not_saved_stays_while_one_looks_around(opened: Any, copy: Path) -> None:

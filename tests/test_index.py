@@ -378,7 +378,10 @@ def test_logit_effects_are_those_of_the_model_where_a_store_has_no_unembedding(
         for name in ours["logits"]:
             np.testing.assert_array_equal(ours[f"logits/{name}"][:], theirs[f"logits/{name}"][:])
     with open_feature_index(path, sae=saved) as opened:
-        assert candidates_html(opened[0]) == '<p class="rule">No rule: the index was made with --no-rules.</p>'
+        assert (
+            candidates_html(opened[0], Names(opened)[0])
+            == '<p class="rule">No rule: the index was made with --no-rules.</p>'
+        )
 
 
 def test_a_sample_joined_early_takes_in_what_lies_between_its_parts() -> None:

@@ -87,16 +87,16 @@ def named_html(name: Name) -> str:
     return f'<p class="rule"><b>{name_html(name)}</b><br><small>{SOURCES[name.source]}, {scored}</small></p>'
 
 
-def candidates_html(latent: Latent) -> str:
-    """The rule and the list of tokens, each with all of its held-out scores; or why there is none."""
+def candidates_html(latent: Latent, name: Name) -> str:
+    """The rule and the list of tokens, each with all of its held-out scores; or why there is none. The one that is the name is not said again."""
     if latent.rule is None:
         return f'<p class="rule">No rule: {html.escape(latent.no_rule)}.</p>'
-    return _candidate_html("Rule", latent.rule) + (
-        "" if latent.tokens_rule is None else _candidate_html("Tokens", latent.tokens_rule)
+    return _candidate_html("Rule", latent.rule, name.source == "rule") + (
+        "" if latent.tokens_rule is None else _candidate_html("Tokens", latent.tokens_rule, name.source == "tokens")
     )
 
 
-def _candidate_html(what: str, rule: Rule) -> str:
+def _candidate_html(what: str, rule: Rule, is_name: bool) -> str:
     scores = {
         "F1": rule.f1, "precision": rule.precision, "recall": rule.recall, "detection": rule.detection, "null": rule.null,
         "hard negatives": rule.hard_negative,
@@ -105,7 +105,7 @@ def _candidate_html(what: str, rule: Rule) -> str:
         ", ".join(f"{name} {value:.2f}" for name, value in scores.items() if not np.isnan(value)) or "too few firings"
     )
     return (
-        f'<details class="rule"><summary>{what}: {html.escape(visible(rule.text))}</summary>'
+        f'<details class="rule"><summary>{what}: {"the name" if is_name else html.escape(visible(rule.text))}</summary>'
         f"<small>on {rule.score_rows:,} held-out tokens: {shown}</small></details>"
     )
 
@@ -235,7 +235,7 @@ def _section(evidence: Evidence, index: FeatureIndex) -> str:
         else ""
     )
     note = f"<p>{html.escape(evidence.note.text)}</p>" if evidence.note.text else ""
-    return f"""<section id="latent-{latent.latent}"><h2>Latent {latent.latent}</h2>{named_html(evidence.name)}{note}{candidates_html(latent)}{figures_html(latent)}
+    return f"""<section id="latent-{latent.latent}"><h2>Latent {latent.latent}</h2>{named_html(evidence.name)}{note}{candidates_html(latent, evidence.name)}{figures_html(latent)}
 <div class="columns"><div><h3>Firings by strength</h3>{activations_svg(latent, index.bin_edges)}
 <h3>Effects on logits</h3>{logits_svg(latent)}{hooks_html(index, latent)}</div>
 <div><h3>Fires on</h3>{ranked_html(index, latent.tokens)}</div>{logits}</div>
