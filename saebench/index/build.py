@@ -58,7 +58,7 @@ def build_index(config: IndexConfig) -> Path | None:
             log.info("%s is complete already", path)
             return path
         if before is None:
-            look_at_others(config.sae, plan.store, config.device, plan.hook)
+            look_at_others(config.sae, plan.store, config.device, config.hook)
         gathered, static = before or (nothing_yet(plan), _static(config, plan))
         publish = Publisher(config, plan, static, identity, settings)
         total = sum(piece.n_rows for piece in plan.pieces)
