@@ -20,7 +20,7 @@ _LISTED = ("norm_scaling_factor",)  # what a list of releases says of some
 _KNOWN = ("dtype", "device")
 _METADATA_USED = (
     "model_name", "model_revision", "hook_name", "hook_name_out", "hook_head_index", "hook_head_index_out", "reads", "writes", "set",
-    "joint", "context_size", "model_from_pretrained_kwargs", "saebench", "evaluation", "l0", "stated_l0", "training_architecture",
+    "joint", "set_reads", "context_size", "model_from_pretrained_kwargs", "saebench", "evaluation", "l0", "stated_l0", "training_architecture",
     "source", "training_architecture_details",
 )  # fmt: skip
 # What it was trained on and with, and where pages of it are: an SAE is the same whatever they say.
