@@ -492,10 +492,8 @@ def test_one_in_anothers_format_is_indexed_and_steered_with_as_it_lies(
     first, second = (open_feature_index(path, sae=sae) for path, sae in zip(paths, nameless, strict=True) if path)
     assert np.array_equal(first.top_rows, second.top_rows)
     bench = open_bench(theirs, index=paths[1])
-    assert bench.hook == HOOK
-    with pytest.raises(
-        ValueError, match="trainer_0 does not say at which hook it reads; give it with --hook, or index it"
-    ):
+    assert bench.ends.reads == bench.ends.writes == (HOOK,)
+    with pytest.raises(ValueError, match="trainer_0 does not say which hook it reads: give it with --hook"):
         open_bench(theirs)
     alone = open_bench(theirs, hook=HOOK, model=bench.model.id)
     assert alone.model.weights_hash == bench.model.weights_hash
