@@ -1,11 +1,14 @@
 """One latent: its figures, its evidence, its neighbours, and your note."""
 
+import contextlib
+import html
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import streamlit as st
 from lists import latent_lists
-from opened import weights_of
+from opened import Files, files_of, table_of, weights_of
 from shell import clickable, fragment, said
 from trials import ablation, own_text
 from turns import usual_strength
@@ -13,6 +16,7 @@ from where import go, link_to
 
 from saebench.browse.runs import Trained
 from saebench.browse.table import LatentTable, Query
+from saebench.index.connections import Connection, Connections, connected, connections
 from saebench.index.examples import show, show_all
 from saebench.index.notes import Note
 from saebench.index.page import (
@@ -20,13 +24,16 @@ from saebench.index.page import (
     candidates_html,
     examples_html,
     figures_html,
+    hooks_html,
     interval_title,
     logits_svg,
     name_html,
     named_html,
     ranked_html,
+    short_hook,
 )
 from saebench.index.reader import Latent, Ranked
+from saebench.sae.io import WEIGHTS
 from saebench.view import grid
 from saebench.view.markdown import plain
 from saebench.view.tokens import number
@@ -38,7 +45,7 @@ GROUPS = ("Strongest", "Intervals", "Random")
 def show_latent(sae: Trained, table: LatentTable, number_: int, query: Query, title: Any) -> None:
     """The page of a latent; `title` is the place for its heading."""
     index = table.index
-    latent = index[number_]
+    latent, called = index[number_], table.names[number_]
     note = table.notes[number_]
     with title:
         st.title(f"Latent {number_}" + (f": {plain(note.label)}" if note.label else ""))
@@ -52,9 +59,9 @@ def show_latent(sae: Trained, table: LatentTable, number_: int, query: Query, ti
         else ""
     )
     clickable(
-        f"""{named_html(table.names[number_])}{candidates_html(latent)}{figures_html(latent, scores)}
+        f"""{named_html(called)}{candidates_html(latent, called)}{figures_html(latent, scores)}
 <div class="columns"><div><h3>Firings by strength</h3>{activations_svg(latent, index.bin_edges)}
-<h3>Direct effects on logits</h3>{logits_svg(latent)}</div>
+<h3>Direct effects on logits</h3>{logits_svg(latent)}{hooks_html(index, latent)}</div>
 <div><h3>Fires on</h3>{ranked_html(index, latent.tokens)}</div>{tops}</div>""",
         "figures",
     )
@@ -69,6 +76,7 @@ def show_latent(sae: Trained, table: LatentTable, number_: int, query: Query, ti
         examples(sae, table, latent)
     with right:
         neighbours(table, latent)
+        connected_latents(sae, number_)
         note_form(table, number_, note)
         with said():
             latent_lists(table, number_)
@@ -136,6 +144,45 @@ def neighbours(table: LatentTable, latent: Latent) -> None:
     ):
         parts.append(f'<h3 title="{meaning}">{heading}</h3>{links(table, ranked)}')
     clickable(f'<div class="sb-side">{"".join(parts)}</div>', "neighbours")
+
+
+@st.cache_data(show_spinner="Following weights", max_entries=256)
+def connections_of(folder: str, latent: int, files: Files) -> Connections:
+    return connections(Path(folder), latent)
+
+
+def connected_latents(sae: Trained, latent: int) -> None:
+    """Of dictionaries that lie before and behind: those that feed it, and those that it feeds."""
+    others = connected(sae.folder)
+    if not others:
+        return
+    files = files_of(*(sae.folder.parent / name / WEIGHTS for name in [sae.name, *others]))
+    parts = []
+    with said():
+        found = connections_of(str(sae.folder), latent, files)
+        for heading, some, side in (("Fed by", found.fed_by, 1), ("Feeds", found.feeds, 0)):
+            meaning = "decoder row · encoder column; norms and layers between are ignored"
+            hooks = {name: " + ".join(map(short_hook, ends[side])) for name, ends in others.items()}
+            parts.append(f'<h3 title="{meaning}">{heading}</h3>{connections_html(sae, some, hooks)}')
+    clickable(f'<div class="sb-side">{"".join(parts)}</div>', "connections")
+
+
+def connections_html(sae: Trained, found: list[Connection], hooks: dict[str, str]) -> str:
+    """A table; `hooks` are those by which each other dictionary is connected."""
+    if not found:
+        return "<small>none</small>"
+    rows = []
+    for other, latent, weight in found:
+        there, name = Trained(sae.run, sae.folder.parent / other), ""
+        if there.share_indexed > 0:
+            with contextlib.suppress(ValueError):  # what is wrong with its index is said on its own page
+                name = name_html(table_of(there).names[latent])
+        pick = f"connected:{other}:{latent}"
+        link = grid.link(str(latent), pick, link_to("features", sae=other, latent=latent))
+        where = f'<small title="{html.escape(other, quote=True)}">{html.escape(hooks[other])}</small>'
+        rows.append(grid.Row([link, f"{name}{where}", number(weight)], pick))
+    columns = [grid.Column("", "latent"), grid.Column("", "name", text=True), grid.Column("", "")]
+    return grid.grid_html(columns, rows, "connected latents")
 
 
 def links(table: LatentTable, ranked: Ranked, size: int = 8) -> str:

@@ -35,6 +35,7 @@ PAGES = [
     st.Page("views/prompt.py", title="Prompt"),
     st.Page("views/steering.py", title="Steering"),
     st.Page("views/compare.py", title="Compare"),
+    st.Page("views/diff.py", title="Diff"),
 ]
 page = st.navigation(PAGES, position="hidden")
 st.session_state.page = page.url_path or "overview"

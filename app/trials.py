@@ -52,6 +52,6 @@ def ablation(sae: Trained, table: LatentTable, latent: Latent) -> None:
         context = table.index.context_of(latent.top[0].row)
         with shared.lock:
             logits, loss = ablation_effects(
-                shared.model, weights_of(sae), sae.hook, context.tokens, latent.latent, longest=table.index.longest
+                shared.model, weights_of(sae), sae.ends, context.tokens, latent.latent, longest=table.index.longest
             )
         clickable(effects_html(table.index, context, logits.numpy(), loss.numpy()), "ablation")

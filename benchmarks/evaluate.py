@@ -24,10 +24,18 @@ from index import measured, synthetic
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from saebench.evaluate.baselines import PCA, untrained_fvus
-from saebench.evaluate.measure import Batch, Measurement, Subject, silent_latents, splice, validation_batches
+from saebench.evaluate.measure import (
+    Batch,
+    Dictionary,
+    Measurement,
+    Subject,
+    silent_latents,
+    splice,
+    validation_batches,
+)
 from saebench.harvest import HarvestConfig, harvest
 from saebench.models import LanguageModel, clean_pass, head, resumed_states
-from saebench.sae import load_sae, read_config
+from saebench.sae import Ends, load_sae, read_config
 from saebench.store import open_store
 from saebench.store.norms import usual_moments
 from saebench.store.source import model_of, recorded_store
@@ -69,10 +77,12 @@ def speed(sae: Path, tokens: int, batch: int, dead_rows: int) -> dict[str, Any]:
     assert folder is not None
     store, hook = open_store(folder), read_config(sae)["metadata"]["hook_name"]
     model = timed("load", lambda: model_of(store, "cpu", None))
-    subject = Subject(sae, load_sae(sae))
-    pca = timed("pca", lambda: PCA.fit(store, hook, "cpu"))
-    mean_D = torch.from_numpy(usual_moments(store, hook)[0]).float()
-    measurement = Measurement(model, hook, mean_D, pca, [subject], store.norms(hook).bound)
+    ends = Ends((hook,), (hook,))
+    dictionary = Dictionary(sae, load_sae(sae), ends)
+    pca = timed("pca", lambda: PCA.fit(store, (hook,), "cpu"))
+    means = {hook: torch.from_numpy(usual_moments(store, hook)[0]).float()}
+    subject, bounds = Subject(sae, [dictionary], ends), {hook: store.norms(hook).bound}
+    measurement = Measurement(model, ends, means, pca, [subject], bounds)
     batches = list(validation_batches(store, tokens, batch))
     values = (
         torch.randn(*batches[0].tokens.shape, store.d_in(hook)) * store.norms(hook).median / store.d_in(hook) ** 0.5
@@ -82,10 +92,10 @@ def speed(sae: Path, tokens: int, batch: int, dead_rows: int) -> dict[str, Any]:
         timed("passes", lambda each=each: needed(model, hook, each, values[: len(each.tokens)]))
         timed("evaluation", lambda each=each: measurement.add(each))
     rows = int(sum(int(each.keep.sum()) for each in batches))
-    timed("dead_latents", lambda: silent_latents(store, hook, [subject], dead_rows))
-    timed("untrained", lambda: untrained_fvus(store, hook, subject.sae.d_sae, [32.0], 0, rows))
+    timed("dead_latents", lambda: silent_latents(store, ends, [dictionary], dead_rows))
+    timed("untrained", lambda: untrained_fvus(store, ends, dictionary.sae.d_sae, [32.0], 0, rows))
     return {
-        "tokens": sum(each.tokens.numel() for each in batches), "latents": subject.sae.d_sae,
+        "tokens": sum(each.tokens.numel() for each in batches), "latents": dictionary.sae.d_sae,
         "ratio": round(spent["evaluation"] / spent["passes"], 3), **{f"{name}_s": round(s, 1) for name, s in spent.items()},
     }  # fmt: skip
 

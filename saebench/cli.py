@@ -21,9 +21,11 @@ from saebench.evaluate import (
     equal_l0_table,
     evaluate,
     massive_note,
+    set_table,
     table,
     write_report,
 )
+from saebench.evaluate.diffing import MEANINGS, Diff, DiffConfig, diff
 from saebench.evaluate.push import PushConfig, push
 from saebench.harvest import ExtendConfig, HarvestConfig, extend, harvest
 from saebench.harvest.extend import settings_of
@@ -114,6 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     command("train", _train, "train a grid of SAEs on a store", TrainConfig)
     command("eval", _eval, "evaluate the SAEs of a run on held-out documents, and report", EvalConfig)
+    about = "what each of two models has alone, by a crosscoder of both"
+    command("diff", _diff, about, DiffConfig)
     about = "look at an SAE before it is trusted: does it do on a store's rows what it says of itself?"
     add_arguments(command("check", _check, about), CheckConfig, "sae")
     about = "publish an evaluated SAE on the Hugging Face hub, with a card of its figures"
@@ -228,6 +232,32 @@ def _eval(arguments: argparse.Namespace) -> int:
     config = from_arguments(EvalConfig, arguments)
     _show(write_report(config.run, evaluate(config), config.store), config.run)
     return 0
+
+
+def _diff(arguments: argparse.Namespace) -> int:
+    found = diff(from_arguments(DiffConfig, arguments))
+    print(
+        format_table(
+            [
+                ["", "latents", "what that is"],
+                *([kind, f"{n:,}", MEANINGS[kind]] for kind, n in found.counts().items()),
+            ],
+            left=(0, 2),
+        )
+    )
+    print("\n" + format_table(exclusive_table(found), left=(0,)))
+    print(f"figures of {found.rows:,} held-out rows")
+    return 0
+
+
+def exclusive_table(found: Diff, first: int = 10) -> list[list[str]]:
+    """A heading, and the latents that one model alone has, the first of those active most often."""
+    rows = [["kind", "latent", "rows", "r", "cosine", "ν error", "ν reconstruction"]]
+    for kind in ("tuned-only", "base-only"):
+        for latent in found.of(kind)[:first].tolist():
+            figures = (column[latent] for column in (found.relative, found.cosine, found.error, found.reconstruction))
+            rows.append([kind, str(latent), f"{found.fires[latent]:,}", *(f"{figure:.3f}" for figure in figures)])
+    return rows
 
 
 def _check(arguments: argparse.Namespace) -> int:
@@ -371,6 +401,8 @@ def _print_sweep(config: SteerConfig) -> None:
 
 def _show(summary: dict[str, Any], run: Path) -> None:
     print(format_table(table(summary["saes"])))
+    if "sets" in summary:
+        print("\n" + format_table(set_table(summary["sets"])))
     if note := massive_note(summary["saes"]):
         print(note)
     if summary["equal_l0"]:

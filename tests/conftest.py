@@ -5,6 +5,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"  # also of servers and jobs: to models this small a second thread is a burden
 
 import pytest
 import torch
@@ -27,8 +28,6 @@ from saebench.sae import SAE, GatedSAE, JumpReLUSAE, initialise, new_sae
 from saebench.store import Store
 from saebench.text import TextConfig
 from saebench.train.recipes import RECIPES
-
-torch.set_num_threads(2)
 
 VOCABULARY, LAYERS, WIDTH, CONTEXT = 512, 3, 32, 16
 LATENTS = 48  # of `an_sae`

@@ -1,5 +1,6 @@
 """The app's pages, run without a browser: their logic, and what they say of what is missing."""
 
+import json
 import os
 import re
 import shutil
@@ -60,7 +61,7 @@ def bare(markdown: str) -> str:
     return re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", markdown)
 
 
-@pytest.mark.parametrize("page", ["overview", "features", "texts", "map", "prompt", "steering", "compare"])
+@pytest.mark.parametrize("page", ["overview", "features", "texts", "map", "prompt", "steering", "compare", "diff"])
 def test_every_page_opens_without_an_error(opened: Any, page: str) -> None:
     app = opened(page)
     assert not app.exception
@@ -82,7 +83,7 @@ def test_without_a_run_the_overview_says_how_to_make_one(opened: Any, tmp_path: 
     app = opened("overview", root=tmp_path / "nothing")
     assert app.title[0].value == "No run yet"
     assert "saebench demo --out" in said(app)
-    for page in ("features", "texts", "map", "prompt", "steering", "compare"):
+    for page in ("features", "texts", "map", "prompt", "steering", "compare", "diff"):
         other = opened(page, root=tmp_path / "nothing")
         assert not other.exception
         assert other.info or other.warning
@@ -229,7 +230,7 @@ def test_an_sae_is_compared_with_one_of_another_run_and_one_of_another_hook_is_n
     assert "48 latents, the first 48 of them" in said(app)  # each is its own counterpart
     other = Path(shutil.copytree(run, tmp_path / "runs" / "three"))
     with h5py.File(other / "index" / f"{SAE}.h5", "r+") as file:
-        file.attrs["hook"] = "blocks.0.hook_resid_post"
+        file.attrs["ends"] = json.dumps([["blocks.0.hook_resid_post"]] * 2)
     config = read_json(other / "saes" / "topk-k2" / "cfg.json")
     config["metadata"]["hook_name"] = "blocks.0.hook_resid_post"
     write_json(other / "saes" / "topk-k2" / "cfg.json", config)
@@ -458,7 +459,7 @@ def test_a_latent_is_listed_on_its_page_and_the_list_is_a_filter(opened: Any, co
     next(button for button in table.button if button.label == "Delete").click()
     assert "48 of 48 latents" in said(table.run())
     (copy / "index" / f"{SAE}.lists.json").write_text("{}")
-    assert "holds no lists of latents" in said(opened("features", root=copy, sae=SAE))
+    assert "is not a file of lists of latents" in said(opened("features", root=copy, sae=SAE))
 
 
 def test_what_is_not_saved_stays_while_one_looks_around(opened: Any, copy: Path) -> None:

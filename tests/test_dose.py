@@ -271,7 +271,7 @@ def test_the_control_latent_fires_about_as_often_in_another_direction(bench: Ben
         alike.W_dec[:] = alike.W_dec[PLANTED]
     assert control_of(index, alike, PLANTED, 0) is None
     one = dataclasses.replace(bench.intervention(PLANTED, "1n"), instead=3)
-    assert torch.allclose(one.direction() / bench.sae.W_dec[PLANTED].norm(), rows[3], atol=1e-6)
+    assert torch.allclose(one.directions()[HOOK] / bench.sae.W_dec[PLANTED].norm(), rows[3], atol=1e-6)
     with pytest.raises(ValueError, match="instead is latent 24; the SAE has 0 to 23"):
         dataclasses.replace(one, instead=24)
 

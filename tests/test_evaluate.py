@@ -19,16 +19,26 @@ from transformers import AutoModelForCausalLM
 
 from saebench.evaluate import EvalConfig, equal_l0_table, evaluate, table, write_report
 from saebench.evaluate.baselines import PCA, untrained_fvus
-from saebench.evaluate.measure import Batch, Measurement, Subject, silent_latents, splice, validation_batches
+from saebench.evaluate.measure import (
+    Batch,
+    Dictionary,
+    Measurement,
+    Subject,
+    silent_latents,
+    splice,
+    validation_batches,
+)
 from saebench.evaluate.report import compare_at_equal_l0
 from saebench.files import read_json, write_json
 from saebench.harvest import harvest
 from saebench.metrics import total
 from saebench.models import load_model
-from saebench.sae import SAE, GatedSAE, ReLUSAE, initialise, new_sae, save_sae
+from saebench.sae import SAE, Ends, GatedSAE, ReLUSAE, initialise, new_sae, save_sae
 from saebench.store import Store, open_store
 from saebench.train import TrainConfig, train
 from saebench.train.recipes import RECIPES
+
+ENDS = Ends((HOOK,), (HOOK,))
 
 
 def save(sae: SAE, run: Path, name: str, store: Store) -> Path:
@@ -196,15 +206,15 @@ def test_reported_figures_follow_from_the_weights_and_hugging_face_alone(
 
 
 def test_pca_fvu_is_that_of_the_projection(store: Store) -> None:
-    pca = PCA.fit(store, HOOK, "cpu")
+    pca = PCA.fit(store, (HOOK,), "cpu")
     rows = torch.cat(list(store.usual_rows(HOOK, "validation")))
-    pca.observe(rows)
+    pca.observe(rows, rows)
     variance = float((rows - rows.mean(0)).double().pow(2).sum())
     basis = pca.components_DD[:, :5]
     projected = (rows - pca.mean_D) @ basis @ basis.T + pca.mean_D
-    assert pca.fvu(5.0, variance) == pytest.approx(float((rows - projected).double().pow(2).sum()) / variance, rel=1e-4)
-    assert pca.fvu(4.5, variance) == pytest.approx((pca.fvu(4.0, variance) + pca.fvu(5.0, variance)) / 2)
-    assert pca.fvu(float(WIDTH), variance) == pytest.approx(0, abs=1e-6)
+    assert pca.errors(5.0) == pytest.approx([float((rows - projected).double().pow(2).sum())], rel=1e-4)
+    assert pca.errors(4.5)[0] == pytest.approx((pca.errors(4.0)[0] + pca.errors(5.0)[0]) / 2)
+    assert pca.errors(float(WIDTH)) == pytest.approx([0], abs=1e-6 * variance)
 
 
 def test_a_target_l0_is_met_on_held_out_documents(trained: Path) -> None:
@@ -219,9 +229,10 @@ def test_training_beats_no_training(trained: Path) -> None:
 
 
 def test_an_untrained_sae_improves_with_more_latents_active(store: Store) -> None:
-    one, three, four, same, twenty = untrained_fvus(store, HOOK, 64, [1.0, 3.4, 4.4, 3.6, 20.0], 0, 10**6)
+    found = untrained_fvus(store, ENDS, 64, [1.0, 3.4, 4.4, 3.6, 20.0], 0, 10**6)
+    one, three, four, same, twenty = (fvu for (fvu,) in found)
     assert 1 > one > three > four == same > twenty
-    assert untrained_fvus(store, HOOK, 64, [4.0], 0, 10**6) == [pytest.approx(four, rel=1e-6)]
+    assert untrained_fvus(store, ENDS, 64, [4.0], 0, 10**6) == [[pytest.approx(four, rel=1e-6)]]
 
 
 def test_the_untrained_sae_is_a_topk_one_with_the_best_factor(store: Store) -> None:
@@ -236,7 +247,7 @@ def test_the_untrained_sae_is_a_topk_one_with_the_best_factor(store: Store) -> N
         factor = (decoded * target).sum() / decoded.pow(2).sum()
         error = rows - sae.b_dec - factor * (sae(rows).x_hat - sae.b_dec)
     want = float(error.pow(2).sum() / (rows - rows.mean(0)).pow(2).sum())
-    assert untrained_fvus(store, HOOK, 64, [9.0, 5.0], 3, 300)[1] == pytest.approx(want, rel=1e-5)
+    assert untrained_fvus(store, ENDS, 64, [9.0, 5.0], 3, 300)[1] == pytest.approx([want], rel=1e-5)
 
 
 def test_intervals_contain_the_figures_and_sums_give_them_back(trained: Path) -> None:
@@ -267,15 +278,15 @@ def test_dead_latents_are_those_silent_on_every_row_looked_at(store: Store, tmp_
 def test_a_batch_in_which_nothing_is_scored_adds_nothing(store: Store, tmp_path: Path) -> None:
     """A context that holds one token, filled up with BOS: nothing that follows is a fair thing to predict."""
     model = load_model(store.manifest["identity"]["model"]["id"], device="cpu")
-    subject = Subject(tmp_path, scaled_identity(1.0))
-    measurement = Measurement(model, HOOK, torch.zeros(WIDTH), PCA.fit(store, HOOK, "cpu"), [subject])
+    subject = Subject(tmp_path, [Dictionary(tmp_path, scaled_identity(1.0), ENDS)], ENDS)
+    measurement = Measurement(model, ENDS, {HOOK: torch.zeros(WIDTH)}, None, [subject], {HOOK: math.inf})
     whole = next(validation_batches(store, 4 * CONTEXT, 4))
     measurement.add(whole)
-    positions = float(total(measurement.shared.table())["positions"])
+    positions = float(total(measurement.shared[HOOK].table())["positions"])
     keep = torch.zeros_like(whole.keep)
     keep[:, 1] = True
     measurement.add(Batch(whole.tokens, whole.doc_id, keep))
-    totals = total(measurement.shared.table())
+    totals = total(measurement.shared[HOOK].table())
     assert positions > 0
     assert float(totals["positions"]) == positions
     assert float(totals["rows"]) == int(whole.keep.sum()) + 4
@@ -299,9 +310,9 @@ def test_latents_watched_alone_are_found_silent_like_all_together(store: Store, 
         rare[:24] = (rows - sae.b_dec).norm(dim=1).mean() * torch.linspace(4, 0.1, 24)
         (sae.b_gate if isinstance(sae, GatedSAE) else sae.b_enc).sub_(rare)
         fires = (sae.encode(rows) != 0).sum(0)
-    subject = Subject(store.folder, sae)
-    subject.fires_F += torch.where(rare > 0, 0, 5)
-    (silent,), seen = silent_latents(store, HOOK, [subject], 10**9)
+    dictionary = Dictionary(store.folder, sae, ENDS)
+    dictionary.fires_F += torch.where(rare > 0, 0, 5)
+    (silent,), seen = silent_latents(store, ENDS, [dictionary], 10**9)
     assert seen == len(rows)
     assert torch.equal(silent, (fires == 0) & (rare > 0))
     assert 0 < int(silent.sum()) < 24
@@ -341,7 +352,7 @@ def test_summary_and_report(trained: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_architectures_are_compared_where_their_l0s_overlap() -> None:
     def sae(architecture: str, l0: float, fvu: float, pca: float = 0.5) -> dict[str, Any]:
-        return {"architecture": architecture, "hook": "a", "d_sae": 8, "l0": l0, "fvu": fvu,
+        return {"architecture": architecture, "kind": "SAE", "writes": ["a"], "d_sae": 8, "l0": l0, "fvu": fvu,
                 "baselines": {"pca_fvu": pca, "untrained_fvu": 0.9}}  # fmt: skip
 
     saes = [sae("relu", 10.0, 0.4), sae("relu", 1000.0, 0.2), sae("topk", 100.0, 0.1), sae("topk", 1.0, 0.3)]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from saebench.sae import JumpReLUSAE, Writes, new_sae, topk_relu
 from saebench.sae.sparse import BLOCK_VALUES, Encoder, SparseCode, rowwise_topk
 from saebench.train import Member, Spec
-from saebench.train.gradients import exact_gradients
+from saebench.train.gradients import exact_gradients, shared_gradients, together, variance_of
 from saebench.train.objectives import AUX_WEIGHT, Context, bandwidth, prefixes
 from saebench.train.recipes import RECIPES
 
@@ -214,19 +214,82 @@ def reference_step(member: Member, x: torch.Tensor, step: int) -> None:
     """`Member.step` with the gradients replaced by autograd's."""
     import saebench.train.member as module
 
-    exact = module.exact_gradients
+    exact = module.shared_gradients
 
     def dense(rule: Any, sae: Any, x: torch.Tensor, context: Context, y: Any, **how: Any) -> Any:
-        have = exact(rule, sae, x, context, y, **how)
+        have = yield from exact(rule, sae, x, context, y, **how)
         with torch.enable_grad():
             _, have.of = by_autograd(member.spec.architecture, sae, x, context, y)
         return have
 
-    module.exact_gradients = dense
+    module.shared_gradients = dense
     try:
         member.step(x, step)
     finally:
-        module.exact_gradients = exact
+        module.shared_gradients = exact
+
+
+@pytest.mark.parametrize("architecture", list(RECIPES))
+@settings(max_examples=8, deadline=None)
+@given(n_rows=st.integers(2, 40), d_sae=st.integers(1, 70), share_k=st.floats(0, 1), seed=st.integers(0, 10_000))
+def test_gradients_of_those_that_write_to_the_same_hooks_equal_dense_autograd(
+    architecture: str, n_rows: int, d_sae: int, share_k: float, seed: int
+) -> None:
+    """Of the dense objective of each, asked for what the others do not write."""
+    recipe, k, widths = RECIPES[architecture], max(1, round(share_k * d_sae)), {"a": 5, "b": 3, "c": 4}
+    if architecture == "topk":
+        k = min(k, d_sae)
+    writes = [("a", "b", "c"), ("b", "c"), ("c",)]
+    generator = torch.Generator().manual_seed(seed)
+    target = {hook: torch.randn(n_rows, width, generator=generator).double() for hook, width in widths.items()}
+    saes, given_, context = [], [], Context(torch.tensor(0.3, dtype=torch.float64), NOTHING_DEAD, k)
+    for n, hooks in enumerate(writes):
+        sizes = tuple(widths[hook] for hook in hooks)
+        saes.append(random_sae(architecture, 6, d_sae, k, seed + n, d_out=sum(sizes), parts=sizes, skip=n == 1))
+        x = torch.randn(n_rows, 6, generator=generator).double()
+        y = torch.cat([target[hook] if hook == hooks[0] else torch.zeros_like(target[hook]) for hook in hooks], 1)
+        given_.append((x, y))
+    n_hooks = range(len(writes))
+    variances = [sum(variance_of(target[hook]) for hook in hooks) for hooks in writes]
+    found: dict[int, Any] = {}
+
+    def run(n: int) -> Any:
+        x, y = given_[n]
+        found[n] = yield from shared_gradients(recipe.gradients, saes[n], x, context, y, variance=variances[n])
+
+    with torch.no_grad():
+        together([run(n) for n in n_hooks], writes, widths)
+
+    def written(values: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        sums = {hook: torch.zeros_like(rows) for hook, rows in target.items()}
+        for hooks, value in zip(writes, values, strict=True):
+            for hook, part in zip(hooks, value.split([widths[hook] for hook in hooks], 1), strict=True):
+                sums[hook] = sums[hook] + part
+        return sums
+
+    if architecture in ("topk", "batchtopk"):  # the sum itself, by autograd
+        for n in n_hooks:
+            for sae in saes:
+                sae.zero_grad()
+            outputs = []
+            for sae, (x, _) in zip(saes, given_, strict=True):
+                pre = sae.project(x) + sae.b_enc
+                acts = (
+                    topk_relu(pre, k)
+                    if architecture == "topk"
+                    else topk_relu(pre.flatten()[None], k * n_rows).view(pre.shape)
+                )
+                outputs.append(acts @ sae.W_dec + sae.base(x))
+            sums = written(outputs)
+            error = sum((sums[hook] - target[hook]).pow(2).sum() for hook in writes[n])
+            (error / n_rows / variances[n]).backward()
+            for name, want in saes[n].named_parameters():
+                if name == "threshold":
+                    continue
+                want = want.grad.T if name == "W_enc" else want.grad
+                assert torch.allclose(found[n].of[name], want, rtol=1e-6, atol=1e-9 * float(want.abs().max() + 1)), name
+    for n in n_hooks:
+        assert found[n].error_B.shape == (n_rows,)
 
 
 # -------------------------------------------------------------------------------------- selection

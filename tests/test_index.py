@@ -49,7 +49,7 @@ from saebench.index.plan import plan_of
 from saebench.index.search import differences, features_for_text, token_of
 from saebench.index.texts import AROUND, ExampleTexts
 from saebench.models import capture, edits, load_model, logits, spliced_logits, unembedding
-from saebench.sae import SAE, GatedSAE, encode_sparse, initialise, new_sae, save_sae
+from saebench.sae import SAE, Ends, GatedSAE, encode_sparse, initialise, new_sae, save_sae
 from saebench.sae.sparse import BLOCK_VALUES
 from saebench.steer import open_bench
 from saebench.store import Store, open_store
@@ -326,7 +326,9 @@ def test_what_an_mlp_reads_has_no_direct_effect_on_the_logits(saved: Path) -> No
     config = IndexConfig(sae=saved)
     plan = plan_of(config)
     assert "logits" in _static(config, plan)
-    assert "logits" not in _static(config, dataclasses.replace(plan, hook="blocks.1.mlp.hook_in"))
+    assert "logits" not in _static(
+        config, dataclasses.replace(plan, ends=Ends((read := "blocks.1.mlp.hook_in",), (read,)))
+    )
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "neox", "llama", "gemma2"])
@@ -376,7 +378,10 @@ def test_logit_effects_are_those_of_the_model_where_a_store_has_no_unembedding(
         for name in ours["logits"]:
             np.testing.assert_array_equal(ours[f"logits/{name}"][:], theirs[f"logits/{name}"][:])
     with open_feature_index(path, sae=saved) as opened:
-        assert candidates_html(opened[0]) == '<p class="rule">No rule: the index was made with --no-rules.</p>'
+        assert (
+            candidates_html(opened[0], Names(opened)[0])
+            == '<p class="rule">No rule: the index was made with --no-rules.</p>'
+        )
 
 
 def test_a_sample_joined_early_takes_in_what_lies_between_its_parts() -> None:
@@ -721,7 +726,7 @@ def test_an_index_of_the_first_version_opens_and_goes_on(saved: Path, index: Fea
     shutil.copy(index.path, old)
     with h5py.File(old, "a") as file:
         file.attrs["schema_version"] = 1
-        del file.attrs["longest"], file["latents/massive"], file["lists"], file["literals"]
+        del file.attrs["longest"], file.attrs["ends"], file["latents/massive"], file["lists"], file["literals"]
         for name in ("any", "only", "but", "first_f1"):
             del file[f"rules/{name}"]
         text = file["rules/text"].asstr()[:]
@@ -729,7 +734,7 @@ def test_an_index_of_the_first_version_opens_and_goes_on(saved: Path, index: Fea
         file["rules/text"] = np.array([line.encode() for line in text])
     with open_feature_index(old, sae=saved) as opened:
         assert "massive" not in opened.columns
-        assert opened.longest == index.longest
+        assert (opened.longest, opened.ends) == (index.longest, Ends((HOOK,), (HOOK,)))
         assert opened.described("rules") == index.described("rules")
         assert opened.described("lists") == [""] * LATENTS
         latent = int(np.nanargmax(opened.columns["rule_f1"]))

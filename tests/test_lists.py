@@ -37,7 +37,8 @@ def test_a_list_is_taken_to_another_copy_of_the_sae_and_added(lists: Lists, tmp_
     assert there.all() == {"mine": (5, 7, 2)}
     elsewhere = Lists(tmp_path / "elsewhere.lists.json", "another", 10)
     with pytest.raises(
-        ValueError, match=r"what was given has lists of another SAE \(abc\), not of this one \(another\)"
+        ValueError,
+        match="what was given was made from another sae: it says abc, this one is another; its latents are others",
     ):
         elsewhere.add(json.loads(lists.export("mine")))
     assert not elsewhere.path.exists()
@@ -48,7 +49,7 @@ def test_a_list_is_taken_to_another_copy_of_the_sae_and_added(lists: Lists, tmp_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": "other"}, "holds no lists of latents"),
+        ({"schema": "other"}, "is not a file of lists of latents"),
         ({"schema_version": 2}, "has version 2, this saebench reads 1"),
         ({"lists": [1]}, r"lists is \[1\]; expected latents by the name of their list"),
         ({"lists": {"a": [10]}}, "latent is 10; expected 0 to 9"),

@@ -20,7 +20,7 @@ from saebench.index.explanations import Explanation, Tally
 from saebench.index.export import ExportConfig, export
 from saebench.index.names import LEAST_DETECTION, LEAST_F1, Name, Names
 from saebench.index.notes import Note, Notes
-from saebench.index.page import name_html
+from saebench.index.page import candidates_html, name_html
 from saebench.labels import LABELLERS
 from saebench.sae import save_sae
 from saebench.store import Store
@@ -145,6 +145,16 @@ def test_a_name_is_chosen_on_one_half_and_shown_with_the_score_of_the_other(scor
     np.testing.assert_allclose(names.columns["name_f1"][1:5], [0.4, 0.5, LEAST_F1 - 0.01, 0.9], rtol=1e-6)
 
 
+def test_a_candidate_that_is_the_name_is_not_said_again(scored: FeatureIndex) -> None:
+    names = Names(scored)
+    for latent, what in ((1, "Rule"), (2, "Tokens")):
+        shown = candidates_html(scored[latent], names[latent])
+        assert f"<summary>{what}: the name</summary>" in shown
+        assert shown.count("the name</summary>") == 1
+    assert "the name</summary>" not in candidates_html(scored[3], names[3])
+    assert "the name</summary>" not in candidates_html(scored[1], Name("mine", "yours", 0.4, 0.7))
+
+
 def test_what_is_unexplained_shows_its_tokens(scored: FeatureIndex) -> None:
     name = Names(scored)[3]
     assert name.text == " ".join(piece.strip() or "␣" for piece in scored.pieces(scored.top_tokens[3, :5]))
@@ -176,6 +186,21 @@ def test_a_judge_names_what_it_tells_better_on_the_same_windows(scored: FeatureI
     assert names.columns["explained"][1:5].tolist() == [True, True, False, True]
     assert names.columns["name_detection"][4] == pytest.approx(0.9)
     assert "says a judge" in names.searched(2)
+
+
+def test_the_search_is_for_what_rules_name_and_not_for_how(scored: FeatureIndex, saved: Path, tmp_path: Path) -> None:
+    """All rules share words of grammar: a search for `token` found nearly every latent."""
+    path = tmp_path / "worded.h5"
+    shutil.copy(scored.path, path)
+    with h5py.File(path, "a") as file:
+        for what in ("rules", "lists"):
+            file[f"{what}/text"][:] = 'token " cat" or "; dog" in any case; only class: number'
+            file[f"{what}/text"][4] = 'after token " token"; inside comment'
+            file[f"{what}/fit_f1"][:] = 0.5
+    with open_feature_index(path, sae=saved) as opened:
+        names = Names(opened)
+        assert names.searched(1).split() == ['"', 'cat"', '";', 'dog"', "number"] * 2
+        assert names.searched(4).split() == ['"', 'token"', "inside", "comment"] * 2
 
 
 def test_one_name_everywhere(index: FeatureIndex, saved: Path, tmp_path: Path) -> None:

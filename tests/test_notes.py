@@ -57,9 +57,9 @@ def test_of_two_who_edit_one_note_the_second_is_told(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{", "is not valid JSON"),
-        ("[]", "is not a file of notes; move it away"),
+        ("[]", "is not a file of notes: its schema is None, expected 'saebench-notes'; move it away"),
         ({"schema_version": 9}, "has version 9, this saebench reads 1"),
-        ({"sae": "xyz"}, r"has notes on another SAE \(xyz\), not on this one \(abc\)"),
+        ({"sae": "xyz"}, "was made from another sae: it says xyz, this one is abc; move it away"),
         ({"latents": ["a"]}, "expected notes by number"),
         ({"latents": {"ten": {}}}, "'ten' is not a latent; expected a number from 0 to 9"),
         ({"latents": {"10": {}}}, "'10' is not a latent"),

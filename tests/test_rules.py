@@ -1,5 +1,6 @@
 """Rules of literals: planted latents are found again, and what is random stays at chance."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,22 @@ def test_planted_rules_are_recovered_and_hold_on_other_documents() -> None:
     assert describe(rules[1], NAMES) == "inside docstring"
     assert describe(rules[5], NAMES) == 'token "("'
     assert scores["score_rows"][1] == score.firing[halves(score.doc_id)][:, [1]].nnz
+
+
+def test_an_alternative_gives_way_to_one_that_is_better_beside_those_that_came_later() -> None:
+    """`wide` is the best alone; beside two others `rest`, which adds nothing to it, is better in its place."""
+    where: dict[str, Sequence[int]] = {"one": range(60), "two": range(60, 120), "rest": range(120, 140)}
+    where["wide"] = [*range(55), *range(60, 115), *range(120, 140), *range(400, 430)]
+    holds = np.zeros((1000, 4), bool)
+    for number, rows in enumerate(where.values()):
+        holds[list(rows), number] = True
+    fires = np.zeros((1000, 1), bool)
+    fires[:140] = True
+    places = np.arange(1000)
+    fit = Rows(sparse.csc_array(fires), sparse.csc_array(holds), places, places, places)
+    (rule,), _ = fit_rules(fit, np.zeros(4, bool))
+    assert sorted(describe(rule, list(where)).split("; ")) == ["one", "rest", "two"]
+    assert rule["fit_f1"] == 1
 
 
 def test_random_activations_score_at_chance() -> None:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from saebench.models import LanguageModel, capture, edits, load_model, logits
-from saebench.sae import SAE, initialise, latent_encoder, new_sae
+from saebench.sae import SAE, Ends, initialise, latent_encoder, new_sae
 from saebench.steer import Intervention, Sampling, Units, Where, arms_of, generate, mask_of, steered, stream, units_of
 from saebench.steer.generate import _nucleus
 from saebench.text import encoder_of
 from saebench.train.recipes import RECIPES
 
 HOOK = "blocks.1.hook_resid_post"
+ENDS = Ends((HOOK,), (HOOK,))
 PROMPTS = ["the red cat runs under", "def house then return value over a blue dog and"]
 LATENT = 7
 
@@ -74,7 +75,7 @@ def test_modes_equal_the_arithmetic_on_captured_vectors(model: LanguageModel, ar
         edited = by_hand(sae, mode, 2.5, value[0])
         return torch.cat([value[:, :1], edited[None, 1:]], 1)  # BOS as it was
 
-    with steered(model, [Intervention(sae=sae, hook=HOOK, latent=LATENT, mode=mode, strength=2.5)]):
+    with steered(model, [Intervention(sae=sae, ends=ENDS, latent=LATENT, mode=mode, strength=2.5)]):
         logits_with(model, ids_of(model, PROMPTS[0]))  # two passes in one block do not mix
         got = logits_with(model, ids)
     near(got, logits_with(model, ids, change))
@@ -92,7 +93,7 @@ def test_an_sae_that_normalises_steers_in_its_own_units(model: LanguageModel) ->
         times_L[0] = 0
         return value + torch.outer(times_L, sae.W_dec[LATENT].detach())
 
-    with steered(model, [Intervention(sae=sae, hook=HOOK, latent=LATENT, mode="clamp", strength=2.0)]):
+    with steered(model, [Intervention(sae=sae, ends=ENDS, latent=LATENT, mode="clamp", strength=2.0)]):
         got = logits_with(model, ids)
     near(got, logits_with(model, ids, change))
 
@@ -102,7 +103,7 @@ def test_clamping_to_its_own_value_changes_nothing_and_ablation_is_clamping_to_z
     acts_L = latent_encoder(sae, [LATENT])(residual(model, ids))[:, 0]
     place = int(acts_L[1:].argmax()) + 1
     assert acts_L[place] > 0
-    common: dict[str, Any] = {"sae": sae, "hook": HOOK, "latent": LATENT, "positions": mask_of([place], len(ids))}
+    common: dict[str, Any] = {"sae": sae, "ends": ENDS, "latent": LATENT, "positions": mask_of([place], len(ids))}
     with steered(model, [Intervention(**common, mode="clamp", strength=float(acts_L[place]))]):
         got = logits_with(model, ids)
     near(got, logits_with(model, ids), 1e-5)
@@ -115,7 +116,7 @@ def test_clamping_to_its_own_value_changes_nothing_and_ablation_is_clamping_to_z
 @pytest.mark.parametrize(("mode", "strength"), [("add", 0.0), ("scale", 1.0)])
 def test_no_change_is_none_bit_for_bit(model: LanguageModel, mode: Any, strength: float) -> None:
     sae = sae_for(model)
-    one = Intervention(sae=sae, hook=HOOK, latent=LATENT, mode=mode, strength=strength)
+    one = Intervention(sae=sae, ends=ENDS, latent=LATENT, mode=mode, strength=strength)
     clean = logits_with(model, ids_of(model, PROMPTS[0]))
     with steered(model, [one]):
         assert torch.equal(logits_with(model, ids_of(model, PROMPTS[0])), clean)
@@ -133,9 +134,9 @@ def test_several_read_what_was_there_before_any_of_them(model: LanguageModel) ->
         return torch.cat([value[:, :1], edited[None, 1:]], 1)
 
     interventions = [
-        Intervention(sae=sae, hook=HOOK, latent=9, mode="orthogonal", strength=0.0),
-        Intervention(sae=sae, hook=HOOK, latent=LATENT, mode="clamp", strength=3.0),
-        Intervention(sae=sae, hook=HOOK, latent=8, mode="ablate"),
+        Intervention(sae=sae, ends=ENDS, latent=9, mode="orthogonal", strength=0.0),
+        Intervention(sae=sae, ends=ENDS, latent=LATENT, mode="clamp", strength=3.0),
+        Intervention(sae=sae, ends=ENDS, latent=8, mode="ablate"),
     ]
     with steered(model, interventions):
         got = logits_with(model, ids)
@@ -148,7 +149,7 @@ def test_vectors_too_long_are_left_alone(model: LanguageModel) -> None:
     longest = float(norms_L[1:].median())
     short_L = (norms_L <= longest) & (torch.arange(len(ids)) > 0)
     assert 0 < int(short_L.sum()) < len(ids) - 1
-    one = Intervention(sae=sae, hook=HOOK, latent=LATENT, strength=4.0, longest=longest)
+    one = Intervention(sae=sae, ends=ENDS, latent=LATENT, strength=4.0, longest=longest)
     with steered(model, [one]):
         got = logits_with(model, ids)
     near(got, logits_with(model, ids, lambda x: x + short_L[None, :, None] * 4.0 * sae.W_dec[LATENT].detach()))
@@ -158,7 +159,7 @@ def test_the_first_position_is_left_alone_whatever_stands_there(model: LanguageM
     sae, ids = sae_for(model), ids_of(model, PROMPTS[1])[1:]
     d_D = 4.0 * sae.W_dec[LATENT].detach()
     for bos in (False, True):
-        with steered(model, [Intervention(sae=sae, hook=HOOK, latent=LATENT, strength=4.0, bos=bos)]):
+        with steered(model, [Intervention(sae=sae, ends=ENDS, latent=LATENT, strength=4.0, bos=bos)]):
             got = logits_with(model, ids)
         there_L = (torch.arange(len(ids)) > 0) | bos
         near(got, logits_with(model, ids, lambda x, there_L=there_L: x + there_L[None, :, None] * d_D))
@@ -171,8 +172,10 @@ def test_layers_and_conditions(model: LanguageModel) -> None:
     threshold = float(acts_L[1:].sort().values[3:5].mean())  # between two, so that rounding does not decide
     chosen_L = (acts_L > threshold) & (torch.arange(len(ids)) > 0)
     assert 0 < int(chosen_L.sum()) < len(ids) - 1
-    first = Intervention(sae=sae, hook="blocks.0.hook_resid_post", latent=3, strength=2.0)
-    second = Intervention(sae=sae, hook=HOOK, latent=LATENT, strength=4.0, where=Where(8, threshold))
+    first = Intervention(
+        sae=sae, ends=Ends(("blocks.0.hook_resid_post",), ("blocks.0.hook_resid_post",)), latent=3, strength=2.0
+    )
+    second = Intervention(sae=sae, ends=ENDS, latent=LATENT, strength=4.0, where=Where(8, threshold))
     with steered(model, [second]):
         got = logits_with(model, ids)
     near(got, logits_with(model, ids, lambda x: x + chosen_L[None, :, None] * 4.0 * sae.W_dec[LATENT].detach()))
@@ -194,7 +197,7 @@ def test_generation_with_a_cache_and_padding_equals_whole_passes(
     prompts = PROMPTS[:1] if positions == "mask" else PROMPTS
     if positions == "mask":
         positions = mask_of([1, -1], len(ids_of(model, prompts[0])))
-    one = Intervention(sae=sae, hook=HOOK, latent=LATENT, mode="clamp", strength=6.0, positions=positions, where=where)
+    one = Intervention(sae=sae, ends=ENDS, latent=LATENT, mode="clamp", strength=6.0, positions=positions, where=where)
     made = generate(model, prompts, [one], Sampling(max_new_tokens=12, temperature=0.0))
     assert len(made.texts) == 2 * len(prompts)
     for text in made.texts:
@@ -222,8 +225,8 @@ def llama(checkpoints: dict[str, Path]) -> LanguageModel:
 def test_arms_share_their_noise(llama: LanguageModel) -> None:
     """An arm that changes nothing writes the unsteered text; batches and other arms do not matter; seeds and samples do."""
     sae = sae_for(llama)
-    nothing = Intervention(sae=sae, hook=HOOK, latent=LATENT, strength=0.0)
-    strong = Intervention(sae=sae, hook=HOOK, latent=LATENT, strength=40.0)
+    nothing = Intervention(sae=sae, ends=ENDS, latent=LATENT, strength=0.0)
+    strong = Intervention(sae=sae, ends=ENDS, latent=LATENT, strength=40.0)
     settings = Sampling(max_new_tokens=10, n_samples=3, seed=5, top_p=0.95, repetition_penalty=1.1)
     made = generate(llama, PROMPTS, {"nothing": [nothing], "strong": [strong]}, settings)
     plain, same, strong_texts = made.of("unsteered"), made.of("nothing"), made.of("strong")
@@ -275,21 +278,21 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits(llam
 
 def test_controls_have_the_same_size(llama: LanguageModel) -> None:
     sae = sae_for(llama)
-    one = Intervention(sae=sae, hook=HOOK, latent=LATENT, strength=3.0)
+    one = Intervention(sae=sae, ends=ENDS, latent=LATENT, strength=3.0)
     arms = arms_of([one], seed=4)
     assert list(arms) == ["unsteered", "steered", "random", "negative"]
-    random = arms["random"][0].direction()
+    random = arms["random"][0].directions()[HOOK]
     assert float(random.norm()) == pytest.approx(float(sae.W_dec[LATENT].detach().norm()), rel=1e-5)
     assert abs(float(torch.nn.functional.cosine_similarity(random, sae.W_dec[LATENT].detach(), dim=0))) < 0.7
     assert arms["negative"][0].strength == -3.0
-    ablate = Intervention(sae=sae, hook=HOOK, latent=LATENT, mode="ablate").negative()
+    ablate = Intervention(sae=sae, ends=ENDS, latent=LATENT, mode="ablate").negative()
     assert (ablate.mode, ablate.strength) == ("scale", 2.0)
 
 
 def test_streaming_stops_and_leaves_the_model_clean(llama: LanguageModel) -> None:
     sae, ids = sae_for(llama), ids_of(llama, PROMPTS[0])
     clean = logits_with(llama, ids)
-    strong = Intervention(sae=sae, hook=HOOK, latent=LATENT, strength=40.0)
+    strong = Intervention(sae=sae, ends=ENDS, latent=LATENT, strength=40.0)
     settings = Sampling(max_new_tokens=10, n_samples=2)
     steps = stream(llama, PROMPTS[0], arms_of([strong]), settings)
     first = next(steps)
@@ -312,7 +315,7 @@ def test_an_interruption_in_the_middle_of_a_pass_leaves_the_model_clean(llama: L
             raise KeyboardInterrupt
 
     handle = llama.blocks[2].register_forward_pre_hook(interrupt)
-    strong = Intervention(sae=sae, hook=HOOK, latent=LATENT, strength=40.0)
+    strong = Intervention(sae=sae, ends=ENDS, latent=LATENT, strength=40.0)
     with pytest.raises(KeyboardInterrupt):
         generate(llama, PROMPTS[0], [strong], Sampling(max_new_tokens=10))
     handle.remove()
@@ -339,20 +342,22 @@ def test_units_convert_into_each_other() -> None:
 def test_bad_input_says_what_is_wrong(llama: LanguageModel) -> None:
     sae, short = sae_for(llama), Sampling(max_new_tokens=4)
     with pytest.raises(ValueError, match="latent is 64; the SAE has 0 to 63"):
-        Intervention(sae=sae, hook=HOOK, latent=64)
+        Intervention(sae=sae, ends=ENDS, latent=64)
     with pytest.raises(ValueError, match="latent is -1; the SAE has 0 to 63"):
         units_of(sae, -1)
     with pytest.raises(ValueError, match="strength is nan; expected a finite number"):
-        Intervention(sae=sae, hook=HOOK, latent=0, strength=float("nan"))
+        Intervention(sae=sae, ends=ENDS, latent=0, strength=float("nan"))
     with pytest.raises(ValueError, match="where names latent 99"):
-        Intervention(sae=sae, hook=HOOK, latent=0, where=Where(99))
-    foreign = Intervention(sae=new_sae("relu", 16, 32), hook=HOOK, latent=0, strength=1.0)
+        Intervention(sae=sae, ends=ENDS, latent=0, where=Where(99))
+    foreign = Intervention(sae=new_sae("relu", 16, 32), ends=ENDS, latent=0, strength=1.0)
     with pytest.raises(ValueError, match=r"d_in 16, but model .* has 32; it is of another model"):
         generate(llama, PROMPTS[0], [foreign], short)
-    beyond = Intervention(sae=sae, hook="blocks.9.hook_resid_post", latent=0, strength=1.0)
+    beyond = Intervention(
+        sae=sae, ends=Ends(("blocks.9.hook_resid_post",), ("blocks.9.hook_resid_post",)), latent=0, strength=1.0
+    )
     with pytest.raises(ValueError, match="layers are 0 to 2"):
         generate(llama, PROMPTS[0], [beyond], short)
-    masked = Intervention(sae=sae, hook=HOOK, latent=0, strength=1.0, positions=(True, False))
+    masked = Intervention(sae=sae, ends=ENDS, latent=0, strength=1.0, positions=(True, False))
     with pytest.raises(ValueError, match="mask of positions has 2 values; the prompt has"):
         generate(llama, PROMPTS[0], [masked], short)
     with pytest.raises(ValueError, match="position is 9; the prompt has tokens 0 to 3"):

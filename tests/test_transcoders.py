@@ -14,13 +14,14 @@ from saebench.files import hash_files, read_json
 from saebench.sae import kind_of, load_sae, read_config
 from saebench.store import Store, open_store
 from saebench.store.writer import StoreWriter
-from saebench.train import Member, Spec, TrainConfig, train
+from saebench.train import Member, Spec, TrainConfig, loop, train
 from saebench.train.checkpoint import Checkpoint, begun_as
 from saebench.train.recipes import RECIPES
 
 __all__ = ["one_thread"]  # for all tests here: they are small
 
 IN, OUT, PRE = "blocks.0.mlp.hook_in", "blocks.0.hook_mlp_out", "blocks.0.hook_resid_pre"
+IN_1, OUT_1 = IN.replace("0", "1"), OUT.replace("0", "1")
 
 
 def make(folder: Path, rows: dict[str, torch.Tensor]) -> Store:
@@ -49,9 +50,26 @@ def rows_of_a_layer(n: int = 3200, seed: int = 0) -> dict[str, torch.Tensor]:
     return {IN: x, OUT: torch.relu(x @ up - 4) @ down * 0.1 + 2, PRE: x + 0.1 * torch.randn(n, 8, generator=generator)}
 
 
+def rows_of_two_layers(n: int = 3200) -> dict[str, torch.Tensor]:
+    """The layer, and one above it, half of whose output comes from the input of the first."""
+    first, second = rows_of_a_layer(n), rows_of_a_layer(n, 1)
+    again = rows_of_a_layer(n)[OUT] @ torch.randn(6, 6, generator=torch.Generator().manual_seed(2))
+    return {
+        IN: first[IN],
+        OUT: first[OUT],
+        IN_1: second[IN],
+        OUT_1: second[OUT] + again * (second[OUT].std() / again.std()),
+    }
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return make(tmp_path_factory.mktemp("layer") / "store", rows_of_a_layer())
+
+
+@pytest.fixture(scope="module")
+def two_layers(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return make(tmp_path_factory.mktemp("layers") / "store", rows_of_two_layers())
 
 
 def config(store: Store, out: Path, **options: Any) -> TrainConfig:
@@ -125,13 +143,21 @@ def interrupted(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> N
     [
         {"arch": ("jumprelu", "batchtopk"), "target_l0": (4.0,), "k": (), "skip": True, "dead_tokens": 640},
         {"kind": "crosscoder", "hook": (IN, OUT), "arch": ("relu", "matryoshka"), "target_l0": (4.0,), "k": ()},
+        {
+            "kind": "clt",
+            "layers": (0, 1),
+            "arch": ("relu", "batchtopk"),
+            "target_l0": (4.0,),
+            "k": (),
+            "dead_tokens": 640,
+        },
     ],
 )
 def test_resumed_equals_uninterrupted(
-    options: dict[str, Any], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], store: Store, two_layers: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    options |= {"tokens": 3_200}
+    options, store = options | {"tokens": 3_200}, two_layers if options.get("kind") == "clt" else store
     train(config(store, whole, **options))
     interrupted(lambda: train(config(store, cut, **options)), monkeypatch)
     assert 0 < read_json(cut / "saes" / "checkpoint.json")["step"] < 50
@@ -176,6 +202,71 @@ def test_a_crosscoder_weighs_each_hook_alike_and_knows_its_rows_there(store: Sto
     shares = sae.lengths_FH * torch.tensor([1.0, 100.0])
     used = sae.encode(x).sum(0) > 0
     assert 0.2 < float((shares[used, 1] / shares[used].sum(1)).mean()) < 0.8
+
+
+def test_a_cross_layer_transcoder_writes_at_each_hook_what_its_members_add_up_to(
+    two_layers: Store, tmp_path: Path
+) -> None:
+    """Better than the members of its own layer alone could; a set whose files say what belongs to it."""
+    folders = (
+        train(
+            config(two_layers, tmp_path, kind="clt", arch=("batchtopk", "gated"), target_l0=(4.0,), k=(), tokens=16_000)
+        )
+        or []
+    )
+    assert [folder.name for folder in folders] == [
+        f"{name}-clt-{hook}" for hook in (IN, IN_1) for name in ("batchtopk-k4", "gated-l0-4")
+    ]
+    rows = rows_of_two_layers()
+    for first, second in (folders[::2], folders[1::2]):
+        facts = [read_config(folder)["metadata"] for folder in (first, second)]
+        assert [known["writes"] for known in facts] == [[OUT, OUT_1], [OUT_1]]
+        assert [known["set_reads"] for known in facts] == [[IN, IN_1]] * 2
+        assert {(known["set"], known["joint"]) for known in facts} == {(first.name.removesuffix(f"-{IN}"), True)}
+        below, above = load_sae(first), load_sae(second)
+        assert (below.parts, above.parts) == ((6, 6), (6,))
+        assert torch.allclose(below.W_dec.norm(dim=1), torch.ones(48), atol=1e-5)
+        assert below.b_dec[6:].abs().max() == 0 < below.b_dec[:6].abs().min()
+        near, far = below(rows[IN]).x_hat.split(6, 1)
+        written = {OUT: near, OUT_1: far + above(rows[IN_1]).x_hat}
+        fvus = [
+            float((rows[h] - w).square().sum() / (rows[h] - rows[h].mean(0)).square().sum()) for h, w in written.items()
+        ]
+        assert max(fvus) < 0.3
+        without = (rows[OUT_1] - above(rows[IN_1]).x_hat).square().sum()  # of the lower layer's
+        assert without > 0.3 * (rows[OUT_1] - rows[OUT_1].mean(0)).square().sum()
+
+
+def test_of_a_joint_set_all_are_trained_or_none(
+    two_layers: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run killed between the saving of two members: the last steps are taken again, and the same bytes written."""
+    options = {"kind": "clt", "arch": ("batchtopk",), "tokens": 1_280}
+    whole = train(config(two_layers, tmp_path / "whole", **options)) or []
+
+    def save_one(run: Any, member: Member, *rest: Any) -> None:
+        if member is not member.company[0]:
+            raise InterruptedError("cut")
+        save(run, member, *rest)
+
+    save = loop._save
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_save", save_one)
+        with pytest.raises(InterruptedError, match="cut"):
+            train(config(two_layers, tmp_path / "cut", **options))
+    assert (tmp_path / "cut/saes" / whole[0].name / "cfg.json").exists()
+    again = train(config(two_layers, tmp_path / "cut", **options)) or []
+    for one, other in zip(again, whole, strict=True):
+        assert (one / "sae_weights.safetensors").read_bytes() == (other / "sae_weights.safetensors").read_bytes()
+
+
+def test_where_one_of_a_joint_set_diverges_all_stop(two_layers: Store, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"clt-blocks.0.mlp.hook_in stopped at step"):
+        train(
+            config(two_layers, tmp_path / "run", kind="clt", arch=("relu",), k=(), l1=(1e-3,), lr=(1e30,), tokens=3_200)
+        )
+    log = (tmp_path / "run/saes").glob("*/metrics.jsonl")
+    assert all(not path.read_text() for path in log)
 
 
 def test_a_row_that_is_massive_at_one_hook_is_left_out_at_all(tmp_path: Path) -> None:
@@ -224,6 +315,10 @@ def test_what_is_read_and_written_is_part_of_the_identity_and_of_no_saes(store: 
         ({"kind": "crosscoder", "hook": (IN, IN)}, f"hook has {IN} twice; expected each hook once"),
         ({"kind": "crosscoder", "hook": (IN, OUT), "arch": ("topk",)}, "arch is topk where several hooks are written; exp"),
         ({"kind": "crosscoder", "hook": (IN, OUT), "skip": True}, "skip is True of what writes what it reads"),
+        ({"kind": "clt", "layers": (1,)}, r"layers is \(1,\) of a clt; expected --layers, two or more of them: of one it is"),
+        ({"kind": "clt", "reads": (IN,), "writes": (OUT,)}, "reads is '.*' of a clt; expected --layers"),
+        ({"kind": "clt", "hook": (IN,)}, f"hook is '{IN}' of a clt; expected --layers"),
+        ({"kind": "clt", "arch": ("topk",)}, "arch is topk where several hooks are written"),
         ({"kind": "sae", "hook": (IN,), "layers": (0,)}, r"layers is \(0,\) of a sae; expected --hook, or --kind transc"),
         (
             {"layers": (0, 5)},

@@ -60,19 +60,19 @@ def choose(found: dict[str, Trained]) -> Pair | None:
     here = chosen_sae()
     elsewhere = [sae for run in runs().values() if run != chosen_run() for sae in saes_of(run)[0].values()]
     indexed = {label(sae): sae for sae in (*found.values(), *elsewhere) if sae.share_indexed == 1}
-    others = [name for name, sae in indexed.items() if here and name != here.name and sae.hook == here.hook]
+    others = [name for name, sae in indexed.items() if here and name != here.name and sae.ends == here.ends]
     if here is None or here.name not in indexed or not others:
         st.info("Two indexed SAEs of one hook are needed, the first of them chosen in the sidebar.")
         for sae in found.values():
-            if here and sae.hook == here.hook and sae.share_indexed < 1:
+            if here and sae.ends == here.ends and sae.share_indexed < 1:
                 offer(f"Index {sae.name}", sae.index_command, sae.run)
         return None
     keep_in_address("other", others, others[0])
     name = (
         st.selectbox(f"{plain(here.name)} against", others, index=None, key="other", bind="query-params") or others[0]
     )
-    if apart := [f"{name} ({sae.hook})" for name, sae in indexed.items() if sae.hook != here.hook]:
-        st.caption(plain(f"Of another hook than {here.hook}, and so not compared: {', '.join(apart)}."))
+    if apart := [f"{name} ({sae.ends})" for name, sae in indexed.items() if sae.ends != here.ends]:
+        st.caption(plain(f"Of another hook than {here.ends}, and so not compared: {', '.join(apart)}."))
     return Pair(here, indexed[name], table_of(here), table_of(indexed[name]))
 
 
@@ -156,7 +156,7 @@ found = saes_of(run)[0] if run else {}
 with said():
     if pair := choose(found):
         both = (pair.table.index, pair.other_table.index)
-        here, other = ((*index.belonging.items(), ("hook", index.hook)) for index in both)
+        here, other = ((*index.belonging.items(), ("hook", str(index.ends))) for index in both)
         sides = compared(pair, (here, other))
         left, right = st.container(key="halves").columns(2, gap="large")
         with left:

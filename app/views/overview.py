@@ -153,7 +153,7 @@ def stores(saes: dict[str, Trained]) -> None:
     for folder in sorted({str(sae.store) for sae in saes.values() if sae.store}):
         with said():
             st.code(describe(open_store(Path(folder))), language=None)
-            for hook in sorted({sae.hook for sae in saes.values() if str(sae.store) == folder}):
+            for hook in sorted({hook for sae in saes.values() if str(sae.store) == folder for hook in sae.ends.hooks}):
                 report = norms(folder, hook, files_of(Path(folder) / MANIFEST))
                 clickable(norms_html(hook, report), f"norms {folder} {hook}")
 

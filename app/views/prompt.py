@@ -141,11 +141,11 @@ def expectations(sae: Trained, found: TextFeatures, position: int | None) -> Non
             help="what the stream says at each layer, through the final norm and the unembedding",
         )  # fmt: skip
         with said():
-            clickable(expected_html(*expected(depends, tokens, layers, shared), sae.hook), "expected")
+            clickable(expected_html(*expected(depends, tokens, layers, shared), sae.ends.hooks), "expected")
 
 
-def expected_html(found: dict[str, Predictions], pieces: dict[int, str], hook: str) -> str:
-    """A line of tokens with their probabilities for each layer; that of the SAE stands out."""
+def expected_html(found: dict[str, Predictions], pieces: dict[int, str], hooks: tuple[str, ...]) -> str:
+    """A line of tokens with their probabilities for each layer; those of the SAE stand out."""
     rows = []
     for name, one in found.items():
         cells = [
@@ -154,7 +154,7 @@ def expected_html(found: dict[str, Predictions], pieces: dict[int, str], hook: s
         ]
         layer = name.removeprefix("blocks.").partition(".")[0]
         shown = [] if not name else ["embedding" if name.endswith("resid_pre") else f"layer {layer}"]
-        rows.append(grid.Row([*shown, *cells], chosen=bool(name) and name == hook))
+        rows.append(grid.Row([*shown, *cells], chosen=name in hooks))
     width = len(next(iter(found.values())).ids)
     columns = [*([grid.Column("", "stream after")] if "" not in found else [])]
     columns += [grid.Column("", f"{place + 1}.", text=True) for place in range(width)]
@@ -250,7 +250,8 @@ def results(sae: Trained, table: LatentTable) -> None:
             st.caption(f"{only}: pick it again for the whole text.")
         if found.target is not None and found.parts is not None:
             (target,) = table.index.pieces(np.array([found.target]))
-            names = ("latents", "the SAE's error", "BOS and massive activations, which are left alone")
+            error = "the SAE's error" if table.index.ends.tied else "the transcoder's error"
+            names = ("latents", error, "BOS and massive activations, which are left alone")
             parts = ", ".join(
                 f"{name} {value:+.3f} ({share:.0%})"
                 for name, value, share in zip(names, found.parts, found.parts.shares(), strict=True)

@@ -5,12 +5,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from saebench.evaluate.diffing import is_of_two_models
 from saebench.evaluate.evaluate import EVALUATION
 from saebench.evaluate.report import summarise
 from saebench.index import IndexConfig
 from saebench.index.schema import open_index
 from saebench.runlog import read_metrics
-from saebench.sae import read_config
+from saebench.sae import Ends, ends_of, read_config
 from saebench.steer.scores import are_complete
 from saebench.store.source import recorded_store
 
@@ -39,9 +40,15 @@ class Trained:
     def metadata(self) -> dict[str, Any]:
         return self.config.get("metadata", {})
 
+    @cached_property
+    def ends(self) -> Ends:
+        """The hooks that it reads and writes. Raises ValueError where `cfg.json` does not say."""
+        return ends_of(self.folder, self.config)
+
     @property
-    def hook(self) -> str:
-        return self.metadata.get("hook_name", "")
+    def of_two_models(self) -> bool:
+        """Whether it is a crosscoder of a base and a tuned model."""
+        return is_of_two_models(ends_of(self.folder, self.config))
 
     @property
     def store(self) -> Path | None:
@@ -54,7 +61,7 @@ class Trained:
         if (self.folder / EVALUATION).exists():
             return summarise([self.folder])[0]
         config = self.config
-        known = {"name": self.name, "architecture": config["architecture"], "hook": self.hook}
+        known = {"name": self.name, "architecture": config["architecture"], "hook": str(self.ends)}
         return known | {"d_in": config["d_in"], "d_sae": config["d_sae"]}
 
     @property
@@ -135,7 +142,7 @@ def saes_of(run: Path) -> tuple[dict[str, Trained], dict[str, str]]:
             continue
         sae = Trained(run, folder)
         try:
-            _ = sae.figures["architecture"], sae.hook, sae.share_indexed
+            _ = sae.figures["architecture"], sae.ends, sae.share_indexed
             found[folder.name] = sae
         except (ValueError, OSError) as error:
             broken[folder.name] = str(error)

@@ -41,7 +41,7 @@ class Query:
     """Which latents, in which order."""
 
     text: str = ""
-    """words that must all occur in name, tags, note, rule, list or top tokens; a number finds the latent itself, and those that have
+    """words that must all occur in name, tags, note, what rule and list name (`token` and `after` are how they do), or top tokens; a number finds the latent itself, and those that have
     it as a word of their name, tags, note, rule or list. After a `~`: names that mean something like it come first"""
     sort: str = "latent"
     """`latent`, or a name of HEADINGS"""

@@ -2,7 +2,7 @@
 
 from saebench.evaluate.check import CheckConfig, check, look_at_others
 from saebench.evaluate.evaluate import EvalConfig, evaluate
-from saebench.evaluate.report import equal_l0_table, massive_note, table, write_report
+from saebench.evaluate.report import equal_l0_table, massive_note, set_table, table, write_report
 
 __all__ = [
     "CheckConfig",
@@ -12,6 +12,7 @@ __all__ = [
     "evaluate",
     "look_at_others",
     "massive_note",
+    "set_table",
     "table",
     "write_report",
 ]

@@ -1,4 +1,4 @@
-"""Evaluate SAEs on held-out documents: reconstruction, fidelity of the spliced model, baselines.
+"""Evaluate dictionaries on held-out documents: reconstruction, fidelity of the spliced model, baselines.
 
 Everything is measured on the same tokens: kept positions of the store's validation contexts, whose
 vectors come from the model's own clean forward pass. At special tokens and in massive rows the vectors are
@@ -6,17 +6,20 @@ left alone in every arm, ablations included; positions that start at one of them
 follows, are not scored.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from saebench.config import Count, to_json
-from saebench.evaluate.baselines import PCA, untrained_fvus
+from saebench.evaluate.baselines import PCA, Baseline, LinearMap, untrained_fvus, widths
 from saebench.evaluate.check import look_at_others
-from saebench.evaluate.measure import Batch, Measurement, Subject, silent_latents, validation_batches
+from saebench.evaluate.measure import Batch, Dictionary, Measurement, Subject, silent_latents, validation_batches
+from saebench.evaluate.sets import SETS, SetMeasurement, ends_of_set, error_shares, set_of
 from saebench.files import hash_files, read_json, write_json
 from saebench.metrics import (
     SMALL_DENOMINATOR,
@@ -29,9 +32,9 @@ from saebench.metrics import (
     total,
     total_variance,
 )
-from saebench.models import ModelDtype, check_hook, choose_device
+from saebench.models import LanguageModel, ModelDtype, check_hook, choose_device
 from saebench.runlog import progress, provenance
-from saebench.sae import check_autoencodes, load_sae, read_config, take_in, update_metadata, weights_of, written_here
+from saebench.sae import Ends, ends_of, load_sae, read_config, take_in, update_metadata, weights_of, written_here
 from saebench.sae.hub import SaePath
 from saebench.store import Store, open_store
 from saebench.store.norms import usual_moments
@@ -77,11 +80,24 @@ class EvalConfig:
     """evaluate again what was evaluated with the same settings already"""
 
 
-def evaluate(config: EvalConfig) -> list[Path]:
-    """Evaluate every SAE of a run; results go into each SAE's `evaluation.json` and metadata.
+class _Planned(NamedTuple):
+    """What is to have figures: a dictionary, or a set of them that stand in together."""
 
-    Returns the SAE directories. Clean and ablated losses are computed once per store and hook.
-    Raises ValueError when there is nothing to evaluate or SAE, store and model do not belong together.
+    folder: Path
+    """where they go"""
+    members: dict[Path, Ends]
+    """the directories of the dictionaries"""
+    store: Path
+    ends: Ends
+    """of all"""
+    is_set: bool = False
+
+
+def evaluate(config: EvalConfig) -> list[Path]:
+    """Evaluate every dictionary of a run; results go into each one's `evaluation.json` and metadata, those of sets into RUN/sets/NAME.
+
+    Returns the dictionaries' directories. Clean and ablated losses are computed once for all that read and write the same hooks of a
+    store. Raises ValueError when there is nothing to evaluate or dictionary, store and model do not belong together.
     """
     own = [path.parent for path in sorted((config.run / "saes").glob("*/cfg.json"))]
     folders = list(dict.fromkeys([*own, *(_in_reach(config, sae) for sae in config.sae)]))
@@ -89,25 +105,55 @@ def evaluate(config: EvalConfig) -> list[Path]:
         raise ValueError(
             f"{config.run} has no SAEs in saes/; train some with `saebench train --out {config.run}`, or give --sae"
         )
-    groups: dict[tuple[Path, str], list[Path]] = {}
+    groups: dict[tuple[Path, Ends, bool], list[_Planned]] = {}
+    for planned in _plan(config, folders):
+        groups.setdefault((planned.store, planned.ends, planned.is_set), []).append(planned)
+    device = choose_device(config.device, float64=True)
+    models: dict[Path, LanguageModel] = {}
+    for (path, ends, _), group in groups.items():
+        store = open_store(path)
+        for hook in ends.hooks:
+            store.d_in(hook)  # says how to have one that it lacks
+        if todo := [planned for planned in group if config.force or not _is_current(config, planned, store)]:
+            for planned in todo:
+                if not planned.is_set:
+                    look_at_others(planned.folder, store, config.device)
+            if path not in models:  # one at a time
+                models.clear()
+                models[path] = model_of(store, device, config.model_dtype, trust_remote_code=config.trust_remote_code)
+            _evaluate_group(config, store, models[path], todo)
+    return folders
+
+
+def _plan(config: EvalConfig, folders: list[Path]) -> list[_Planned]:
+    """Each dictionary that has figures of its own, and each set."""
+    found: list[_Planned] = []
+    sets: dict[str, list[_Planned]] = {}
     for folder in folders:
-        metadata = read_config(folder).get("metadata", {})
-        store = config.store or recorded_store(folder)
-        if "hook_name" not in metadata:
-            raise ValueError(f"{folder} does not say which hook it reads: add metadata.hook_name to its cfg.json")
+        settings = read_config(folder)
+        ends, store = ends_of(folder, settings), config.store or recorded_store(folder)
         if store is None:
             raise ValueError(
                 f"{folder} does not say what it was trained on; give the store to evaluate it on with --store"
             )
-        groups.setdefault((Path(store), metadata["hook_name"]), []).append(folder)
-    for (path, hook), members in groups.items():
-        store = open_store(path)
-        todo = [folder for folder in members if config.force or not _is_current(config, folder, store)]
-        for folder in todo:
-            look_at_others(folder, store, config.device)
-        if todo:
-            _evaluate_hook(config, store, hook, todo)
-    return folders
+        planned = _Planned(folder, {folder: ends}, Path(store), ends)
+        name, joint = set_of(folder, settings)
+        if name:
+            sets.setdefault(name, []).append(planned)
+        if not joint:
+            found.append(planned)
+    for name, members in sets.items():
+        if len(stores := sorted({str(member.store) for member in members})) > 1:
+            raise ValueError(f"set {name!r} has members of stores {', '.join(stores)}; expected one: give --store")
+        ends = {member.folder: member.ends for member in members}
+        settings = [read_config(folder) for folder in ends]
+        joint = {set_of(member.folder, of)[1] for member, of in zip(members, settings, strict=True)}
+        if len(joint) > 1:
+            raise ValueError(f"set {name!r} has members with and without metadata.joint; expected all of them or none")
+        known = {hook for of in settings for hook in of["metadata"].get("set_reads", ())}
+        whole = ends_of_set(name, ends, joint == {True}, known)
+        found.append(_Planned(config.run / SETS / name, ends, members[0].store, whole, is_set=True))
+    return found
 
 
 def _in_reach(config: EvalConfig, sae: Path) -> Path:
@@ -117,126 +163,182 @@ def _in_reach(config: EvalConfig, sae: Path) -> Path:
     return take_in(sae, config.run / "saes", hook=config.hook, model=config.model, store=config.store)
 
 
-def _identity(config: EvalConfig, folder: Path, store: Store) -> dict[str, Any]:
+def _identity(config: EvalConfig, planned: _Planned, store: Store) -> dict[str, Any]:
     settings = {name: to_json(config)[name] for name in ("tokens", "dead_rows", "resamples")}
+    members = {"members": [folder.name for folder in planned.members]} if planned.is_set else {}
     return {
         **settings,
         "model_dtype": config.model_dtype or store.manifest["identity"]["model_dtype"],
         "version": _VERSION,
         "store": store.hash,
-        "weights": hash_files([weights_of(folder)]),
+        "weights": hash_files([weights_of(folder) for folder in planned.members]),
+        **members,
     }
 
 
-def _is_current(config: EvalConfig, folder: Path, store: Store) -> bool:
-    path = folder / EVALUATION
-    return path.exists() and read_json(path)["identity"] == _identity(config, folder, store)
+def _is_current(config: EvalConfig, planned: _Planned, store: Store) -> bool:
+    path = planned.folder / EVALUATION
+    return path.exists() and read_json(path)["identity"] == _identity(config, planned, store)
 
 
 @torch.inference_mode()
-def _evaluate_hook(config: EvalConfig, store: Store, hook: str, folders: list[Path]) -> None:
-    device = choose_device(config.device, float64=True)
-    model = model_of(store, device, config.model_dtype, trust_remote_code=config.trust_remote_code)
-    check_hook(model, hook)
-    subjects = [Subject(folder, load_sae(folder, device=device)) for folder in folders]
-    for subject in subjects:
-        check_autoencodes(subject.sae, subject.folder)
-        if subject.sae.d_in != store.d_in(hook):
-            raise ValueError(
-                f"{subject.folder} takes vectors of {subject.sae.d_in}, {hook} in {store.folder} has {store.d_in(hook)}"
-            )
-    mean_D = torch.from_numpy(usual_moments(store, hook)[0]).float().to(device)
-    pca = PCA.fit(store, hook, device)
-    measured = Measurement(model, hook, mean_D, pca, subjects, store.norms(hook).bound)
+def _evaluate_group(config: EvalConfig, store: Store, model: LanguageModel, group: list[_Planned]) -> None:
+    """All that read and write the same hooks of a store, and are sets or not."""
+    ends, is_set, device = group[0].ends, group[0].is_set, str(model.device)
+    for hook in ends.hooks:
+        check_hook(model, hook)
+    subjects = [Subject(planned.folder, _loaded(planned, store, device), ends) for planned in group]
+    means = {hook: torch.from_numpy(usual_moments(store, hook)[0]).float().to(device) for hook in ends.writes}
+    bounds = {hook: store.norms(hook).bound for hook in ends.hooks}
+    baseline: Baseline | None = None
+    if not is_set:
+        baseline = PCA.fit(store, ends.reads, device) if ends.tied else LinearMap.fit(store, ends, device)
+    kind = SetMeasurement if is_set else Measurement
+    measured = kind(model, ends, means, baseline, subjects, bounds)
     tokens = min(config.tokens, store.rows("validation"))
-    with progress(tokens, f"evaluate {hook}") as bar:
+    with progress(tokens, f"evaluate {' → '.join(map('+'.join, dict.fromkeys(ends)))}") as bar:
         for batch in validation_batches(store, config.tokens, config.batch):
             measured.add(Batch(*(column.to(device) for column in batch)))
             bar.update(batch.tokens.numel())
-    rows = int(total(measured.shared.table())["rows"])
-    silent, seen = silent_latents(store, hook, subjects, max(0, config.dead_rows - rows))
-    untrained = _untrained(store, hook, subjects, rows, device)
-    shared, *own = resampled(
-        [sums.table() for sums in (measured.shared, *(s.sums for s in subjects))], config.resamples, 0
-    )
-    for subject, samples, silent_F, fvu in zip(subjects, own, silent, untrained, strict=True):
-        dead = {"silent": silent_F, "window": rows + seen}
-        _write(config, store, subject, measured, shared | samples, dead, fvu)
+    rows = int(total(measured.shared[ends.writes[0]].table())["rows"])
+    silent, seen = _silent(store, subjects, max(0, config.dead_rows - rows))
+    untrained = [{} for _ in subjects] if is_set else _untrained(store, ends, subjects, rows, device)
+    tables = [sums.table() for sums in (*measured.shared.values(), *(s for one in subjects for s in one.sums.values()))]
+    drawn = iter(resampled(tables, config.resamples, 0))
+    shared = {hook: next(drawn) for hook in ends.writes}
+    for planned, subject, fvus in zip(group, subjects, untrained, strict=True):
+        samples = {hook: shared[hook] | next(drawn) for hook in ends.writes}
+        dead = torch.cat([silent[member.folder] for member in subject.members])
+        found = _figures(config, subject, measured, samples, dead, rows + seen, fvus)
+        if is_set:
+            found["members"] = [str(folder) for folder in planned.members]
+            found["metrics"]["error_share"], shares = error_shares(subject)
+            for hook, share in shares.items():
+                found["hooks"][hook]["metrics"]["error_share"] = share
+        write_json(subject.folder / EVALUATION, {"identity": _identity(config, planned, store), **found})
+        if not is_set:
+            metrics, baselines = found["metrics"], found["baselines"]
+            update_metadata(subject.folder, l0=metrics["l0"], evaluation={**metrics, "baselines": baselines})
 
 
-def _untrained(store: Store, hook: str, subjects: list[Subject], rows: int, device: str) -> list[float]:
-    """FVU of an untrained SAE of each one's width, seed and L0."""
+def _loaded(planned: _Planned, store: Store, device: str) -> list[Dictionary]:
+    """The dictionaries. Raises ValueError for one whose widths are not those of its hooks."""
+    found = []
+    for folder, ends in planned.members.items():
+        sae = load_sae(folder, device=device)
+        read, written = widths(store, ends.reads), widths(store, ends.writes)
+        if sae.d_in != sum(read):
+            raise ValueError(
+                f"{folder} takes vectors of {sae.d_in}, {', '.join(ends.reads)} in {store.folder} has {sum(read)}"
+            )
+        if sae.parts != written or (sae.tied and not ends.tied):
+            raise ValueError(
+                f"{folder} writes {'what it reads' if sae.tied else 'vectors'}, {' and '.join(map(str, sae.parts))} wide; "
+                f"{', '.join(ends.writes)} in {store.folder} has {' and '.join(map(str, written))}"
+            )
+        found.append(Dictionary(folder, sae, ends))
+    return found
+
+
+def _silent(store: Store, subjects: list[Subject], rows: int) -> tuple[dict[Path, Tensor], int]:
+    """(latents of each dictionary that never fired, training rows looked at)."""
+    groups: dict[Ends, list[Dictionary]] = {}
+    for member in (member for subject in subjects for member in subject.members):
+        groups.setdefault(member.ends, []).append(member)
+    found, seen = {}, 0
+    for ends, members in groups.items():
+        silent, seen = silent_latents(store, ends, members, rows)
+        found |= {member.folder: silent_F for member, silent_F in zip(members, silent, strict=True)}
+    return found, seen
+
+
+def _untrained(
+    store: Store, ends: Ends, subjects: list[Subject], rows: int, device: str
+) -> list[dict[str, list[float]]]:
+    """FVUs at each hook of an untrained dictionary of each one's width, seed and L0."""
     groups: dict[tuple[int, int], list[int]] = {}
     for place, subject in enumerate(subjects):
         seed = read_config(subject.folder)["metadata"].get("saebench", {}).get("identity", {}).get("seed", 0)
-        groups.setdefault((subject.sae.d_sae, seed), []).append(place)
-    fvus = [0.0] * len(subjects)
+        groups.setdefault((subject.members[0].sae.d_sae, seed), []).append(place)
+    fvus: list[dict[str, list[float]]] = [{} for _ in subjects]
     for (d_sae, seed), places in groups.items():
-        l0s = [float(total(subjects[place].sums.table())["l0"]) / rows for place in places]
-        for place, fvu in zip(places, untrained_fvus(store, hook, d_sae, l0s, seed, rows, device), strict=True):
-            fvus[place] = fvu
+        l0s = [float(total(subjects[place].sums[ends.writes[0]].table())["l0"]) / rows for place in places]
+        for place, fvu in zip(places, untrained_fvus(store, ends, d_sae, l0s, seed, rows, device), strict=True):
+            fvus[place] = {"untrained_fvu": fvu}
     return fvus
 
 
-def _write(
+def _figures(
     config: EvalConfig,
-    store: Store,
     subject: Subject,
     measured: Measurement,
-    resampled_sums: dict[str, np.ndarray],
-    dead: dict[str, Any],
-    untrained: float,
-) -> None:
-    """Turn the sums, and those of resampled documents, into metrics with intervals, and save them beside the SAE."""
-    shared = measured.shared
-    table = {**shared.table(), **subject.sums.table()}
-    sums = total(table)
-    metrics = {name: _number(value) for name, value in _metrics(sums).items()}
-    intervals = {
-        # One document says nothing of how documents differ.
-        name: [_number(q) for q in np.quantile(values, (0.025, 0.975))] if len(shared.index) > 1 else [None, None]
-        for name, values in _metrics(resampled_sums).items()
-    }
-    rows, l0 = int(sums["rows"]), float(sums["l0"] / sums["rows"])
-    massive = int(sums.get("massive_rows", 0))
-    metrics |= density_metrics(subject.fires_F.cpu(), rows)
+    resampled_sums: dict[str, dict[str, np.ndarray]],
+    silent_F: Tensor,
+    window: int,
+    untrained: dict[str, list[float]],
+) -> dict[str, Any]:
+    """Turn the sums of each hook, and those of resampled documents, into metrics with intervals: those of several hooks are means over them."""
+    hooks = subject.ends.writes
+    sums = {hook: total({**measured.shared[hook].table(), **subject.sums[hook].table()}) for hook in hooks}
+    variances = {hook: float(total_variance(of)) for hook, of in sums.items()}
+    first, documents = sums[hooks[0]], len(measured.shared[hooks[0]].index)
+    rows, l0, massive = int(first["rows"]), float(first["l0"] / first["rows"]), int(first.get("massive_rows", 0))
+    own = {hook: _metrics(of) for hook, of in sums.items()}
+    fires_F = torch.cat([member.fires_F for member in subject.members]).cpu()
+    duplicates = sum(near_duplicates(member.sae.W_dec) for member in subject.members)
+    metrics = _numbers(_mean(own.values())) | density_metrics(fires_F, rows)
     metrics |= {
-        "dead_fraction": float(dead["silent"].double().mean()),
-        "dead_window": dead["window"],
-        "duplicate_fraction": near_duplicates(subject.sae.W_dec) / subject.sae.d_sae,
+        "dead_fraction": float(silent_F.double().mean()),
+        "dead_window": window,
+        "duplicate_fraction": duplicates / len(fires_F),
         "n_tokens_eval": rows,
         "massive_rows": massive,
     }
+    intervals = {
+        # One document says nothing of how documents differ.
+        name: [_number(q) for q in np.quantile(values, (0.025, 0.975))] if documents > 1 else [None, None]
+        for name, values in _mean(_metrics(of) for of in resampled_sums.values()).items()
+    }
+    baselines = dict(untrained)
+    if (fitted := measured.baseline) is not None:
+        errors = zip(fitted.errors(l0), variances.values(), strict=True)
+        baselines = {fitted.name: [error / variance for error, variance in errors], **untrained}
     small = [
         arm
         for arm in ("zero", "mean")
-        if (sums[f"ce_{arm}"] - sums["ce_clean"]) / sums["positions"] < SMALL_DENOMINATOR
+        if any((of[f"ce_{arm}"] - of["ce_clean"]) / of["positions"] < SMALL_DENOMINATOR for of in sums.values())
     ]
-    variance = float(total_variance(sums))
-    baselines = {"pca_fvu": measured.pca.fvu(l0, variance), "untrained_fvu": untrained}
-    write_json(
-        subject.folder / EVALUATION,
-        {
-            "identity": _identity(config, subject.folder, store),
-            "metrics": metrics,
-            "intervals": intervals,
-            "interval_method": f"95%, {config.resamples} bootstrap samples of {len(shared.index)} documents",
-            "baselines": baselines,
-            "small_denominators": small,
-            "mask": MASK,
-            "sums": {name: float(value) for name, value in sums.items() if not name.endswith("vector")}
-            | {
-                "massive_rows": massive,
-                "total_variance": variance,
-                "latents": subject.sae.d_sae,
-                "dead_latents": int(dead["silent"].sum()),
-                "dense_latents": int((subject.fires_F > 0.01 * rows).sum()),
-                "fires": int(subject.fires_F.sum()),
-            },
-            "provenance": provenance(),
-        },
-    )
-    update_metadata(subject.folder, l0=l0, evaluation={**metrics, "baselines": baselines})
+    saved = {
+        hook: {name: float(value) for name, value in of.items() if not name.endswith("vector")}
+        | {"massive_rows": massive, "total_variance": variances[hook]}
+        for hook, of in sums.items()
+    }
+    counts = {
+        "latents": len(fires_F),
+        "dead_latents": int(silent_F.sum()),
+        "dense_latents": int((fires_F > 0.01 * rows).sum()),
+        "fires": int(fires_F.sum()),
+    }
+    found = {
+        "metrics": metrics,
+        "intervals": intervals,
+        "interval_method": f"95%, {config.resamples} bootstrap samples of {documents} documents",
+        "baselines": {name: float(np.mean(values)) for name, values in baselines.items()},
+        "small_denominators": small,
+        "mask": MASK,
+        "sums": counts if len(hooks) > 1 else next(iter(saved.values())) | counts,
+        "provenance": provenance(),
+    }
+    if len(hooks) > 1 or measured.baseline is None:
+        found["hooks"] = {
+            hook: {
+                "metrics": _numbers(own[hook]),
+                "baselines": {name: values[place] for name, values in baselines.items()},
+                "sums": saved[hook],
+            }
+            for place, hook in enumerate(hooks)
+        }
+    return found
 
 
 def _metrics(sums: dict[str, Any]) -> dict[str, Any]:
@@ -246,3 +348,13 @@ def _metrics(sums: dict[str, Any]) -> dict[str, Any]:
 def _number(value: Any) -> float | None:
     """A JSON number; None where a ratio has no value."""
     return float(value) if np.isfinite(value) else None
+
+
+def _mean(of_hooks: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Of the same metrics of several hooks."""
+    every = list(of_hooks)
+    return {name: np.mean([metrics[name] for metrics in every], axis=0) for name in every[0]}
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float | None]:
+    return {name: _number(value) for name, value in metrics.items()}

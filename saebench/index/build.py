@@ -11,7 +11,7 @@ import torch
 
 from saebench.evaluate import look_at_others
 from saebench.files import writing
-from saebench.index.decoder import geometry, logit_effects
+from saebench.index.decoder import geometry, logit_effects, to_stream
 from saebench.index.evidence import (
     Evidence,
     Sample,
@@ -41,7 +41,7 @@ def build_index(config: IndexConfig) -> Path | None:
 
     The same call continues a build that was interrupted or killed; the result is the same, whatever
     the number of workers. Until it is complete the file holds what is known so far.
-    Raises ValueError when SAE, store and hook do not belong together.
+    Raises ValueError when SAE, store and hooks do not belong together.
     """
     path = config.path
     with writing(path):
@@ -51,10 +51,8 @@ def build_index(config: IndexConfig) -> Path | None:
         labellers = config.labellers() if config.rules else []
         if labellers:
             settings["labellers"] = [f"{labeller.name} {labeller.version}" for labeller in labellers]
-        if plan.store.norms(
-            plan.hook
-        ).massive:  # where there are none, an index of before they were left out is the same
-            settings["massive"] = MASSIVE
+        if any(plan.store.norms(hook).massive for hook in plan.ends.reads):
+            settings["massive"] = MASSIVE  # where there are none, an index of before they were left out is the same
         before = left_before(path, {"identity": identity, "settings": settings})
         if before == "complete":
             log.info("%s is complete already", path)
@@ -120,10 +118,12 @@ def _read(plan: Plan, piece: Piece) -> Unit:
     )
     texts = passages(tokens, positions, docs, keep)
     kept = np.flatnonzero(keep)
-    x_RD = piece.shard.rows(plan.hook, piece.start, stop)[torch.from_numpy(kept)].to(
-        plan.sae.W_dec.device, torch.float32
-    )
-    usual = x_RD.norm(dim=1) <= plan.bound
+    read = [
+        piece.shard.rows(hook, piece.start, stop)[torch.from_numpy(kept)].to(plan.sae.W_dec.device, torch.float32)
+        for hook in plan.ends.reads
+    ]
+    usual = torch.stack([x.norm(dim=1) <= bound for x, bound in zip(read, plan.bounds, strict=True)]).all(0)
+    x_RD = torch.cat(read, 1)
     code, values = encode_sparse(plan.sae, x_RD[usual])
     massive = code.latents[:0] if bool(usual.all()) else encode_sparse(plan.sae, x_RD[~usual])[0].latents
     usual = usual.cpu().numpy()
@@ -139,11 +139,12 @@ def _read(plan: Plan, piece: Piece) -> Unit:
 def _static(config: IndexConfig, plan: Plan) -> Groups:
     """What does not depend on the store's rows."""
     groups: Groups = {"decoder": geometry(plan.sae)}
-    if config.logits and plan.hook.endswith(".mlp.hook_in"):  # not in the stream: there is no direct path from there
+    written = to_stream(plan.sae, plan.ends.writes) if config.logits else None
+    if written is None and config.logits:
         log.info("what an MLP reads has no direct effect on the logits: %s is indexed without", config.sae.name)
-    elif config.logits:
+    elif written is not None:
         known = TokenBytes(plan.store.tokenizer()).known
-        groups["logits"] = logit_effects(plan.sae.W_dec, _unembedding(plan), known)
+        groups["logits"] = logit_effects(written, _unembedding(plan), known)
         give_back()
     return groups
 

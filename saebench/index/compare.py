@@ -40,7 +40,7 @@ def compare(left: FeatureIndex, left_sae: SAE, right: FeatureIndex, right_sae: S
     Raises ValueError when the two were not indexed on the same rows of the same hook.
     """
     for what, mine, theirs in (
-        ("hook", left.hook, right.hook),
+        ("hook", left.ends, right.ends),
         ("store", left.identity["store"], right.identity["store"]),
     ):
         if mine != theirs:

@@ -3,14 +3,14 @@
 Legend: F latents, D d_in, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saebench.models import Unembedding
+from saebench.models import Unembedding, depth, parse_hook
 from saebench.runlog import progress
 from saebench.sae import SAE
 from saebench.sae.sparse import rows_of_a_block, rowwise_topk
@@ -23,10 +23,10 @@ _VALUES = 2**22  # effects held at once, with as many of their bins
 
 @torch.no_grad()
 def geometry(sae: SAE) -> dict[str, np.ndarray]:
-    """`norm`, `encoder_cosine` `[F]`; `ids`, `cosines` `[F, 20]` of the nearest other decoder rows, -1 where F is smaller."""
+    """`norm [F]`; `ids`, `cosines` `[F, 20]` of the nearest other decoder rows, -1 where F is smaller; of what writes what it reads
+    `encoder_cosine [F]`, and where several hooks are written `lengths [F, H]`, the norms of a row's part at each."""
     norm_F = sae.W_dec.norm(dim=1)
     rows_FD = torch.nn.functional.normalize(sae.W_dec, dim=1)
-    cosine_F = torch.nn.functional.cosine_similarity(sae.W_enc.T, sae.W_dec, dim=1)
     size = min(NEIGHBOURS, sae.d_sae - 1)
     ids_FN = np.full((sae.d_sae, NEIGHBOURS), -1, np.int32)
     cosines_FN = np.zeros((sae.d_sae, NEIGHBOURS), np.float32)
@@ -40,12 +40,29 @@ def geometry(sae: SAE) -> dict[str, np.ndarray]:
             ids_FN[first : first + len(block_BD), :size] = ids_BN.gather(1, best.indices).cpu().numpy()
             cosines_FN[first : first + len(block_BD), :size] = best.values.cpu().numpy()
             bar.update(len(block_BD))
-    return {
-        "norm": norm_F.cpu().numpy(),
-        "encoder_cosine": cosine_F.cpu().numpy(),
-        "ids": ids_FN,
-        "cosines": cosines_FN,
-    }
+    found = {"norm": norm_F.cpu().numpy(), "ids": ids_FN, "cosines": cosines_FN}
+    if sae.tied:
+        cosine_F = torch.nn.functional.cosine_similarity(sae.W_enc.T, sae.W_dec, dim=1)
+        found["encoder_cosine"] = cosine_F.cpu().numpy()
+    if len(sae.parts) > 1:
+        found["lengths"] = sae.lengths_FH.cpu().numpy()
+    return found
+
+
+def to_stream(sae: SAE, writes: Sequence[str], before: str | None = None) -> Float[Tensor, "F D"] | None:
+    """What a unit of each latent's activation adds to the residual stream, of all that is written; or `before` a hook.
+
+    What MLP and attention write adds up; what is written to the stream itself has been told at the deepest hook. None where
+    nothing of it goes into the stream: what an MLP reads does not.
+    """
+    parts = [
+        (depth(hook), parse_hook(hook)[1], part)
+        for hook, part in zip(writes, sae.W_dec.split(sae.parts, dim=1), strict=True)
+        if before is None or depth(hook) < depth(before)
+    ]
+    stream = max((at for at, kind, _ in parts if kind.startswith("resid")), default=(-1, 0))
+    counted = [part for at, kind, part in parts if at >= stream and kind != "mlp_in"]
+    return sum(counted[1:], counted[0]) if counted else None
 
 
 @torch.no_grad()

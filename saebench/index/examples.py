@@ -52,10 +52,9 @@ def _activations(index: FeatureIndex, sae: SAE, rows_N: np.ndarray, latents_N: n
         mine = order[slice(*np.searchsorted(sorted_N, [first, first + len(block)]))]
         ends = np.flatnonzero((np.diff(block) != 1) | (np.diff(block // index.context) != 0)) + 1
         runs = [range(int(run[0]), int(run[-1]) + 1) for run in np.split(block, ends)]
-        rows, keep = zip(*(index.vectors(run) for run in runs), strict=True)
-        x_ND = torch.cat(rows).to(sae.W_dec.device, torch.float32)
-        counted = np.concatenate(keep) & index.counted(x_ND).cpu().numpy()
-        code, values = encode_sparse(sae, x_ND)
+        rows, counts = zip(*(index.vectors(run) for run in runs), strict=True)
+        counted = np.concatenate(counts)
+        code, values = encode_sparse(sae, torch.cat(rows).to(sae.W_dec.device))
         keys = code.rows.cpu().numpy().astype(np.int64) * sae.d_sae + code.latents.cpu().numpy()
         by_key = np.argsort(keys)
         wanted = (place_N[mine] - first) * sae.d_sae + latents_N[mine]

@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 from saebench.files import read_json, write_json
 from saebench.index.reader import FeatureIndex
-from saebench.index.schema import check_identity
+from saebench.index.schema import check_header, check_identity
 
-_SCHEMA = "saebench-explanations"
-_VERSION = 1
+_HEADER = {"schema": "saebench-explanations", "schema_version": 1}
 JUDGE = "saebench-judge"
 FEWEST = 5
 """usable answers of either kind below which there is no score"""
@@ -95,10 +94,7 @@ def read_explained(index: FeatureIndex) -> Explained | None:
     if not path.exists():
         return None
     content = read_json(path)
-    if not isinstance(content, dict) or content.get("schema") != _SCHEMA:
-        raise ValueError(f"{path} is not a file of explanations; move it away")
-    if content.get("schema_version") != _VERSION:
-        raise ValueError(f"{path} has version {content.get('schema_version')}, this saebench reads {_VERSION}")
+    check_header(content, path, _HEADER, "explanations")
     check_identity(path, content.get("of") or {}, index.belonging, "move it away, and explain again")
     try:
         latents = {int(key): _explanation(value) for key, value in content["latents"].items()}
@@ -110,8 +106,7 @@ def read_explained(index: FeatureIndex) -> Explained | None:
 def write_explained(index: FeatureIndex, found: Explained) -> None:
     """Write the file beside the index, whole."""
     latents = {str(latent): _plain(explanation) for latent, explanation in sorted(found.latents.items())}
-    header = {"schema": _SCHEMA, "schema_version": _VERSION, "of": index.belonging}
-    content = header | {"judge": found.judge, "settings": found.settings, "latents": latents}
+    content = _HEADER | {"of": index.belonging, "judge": found.judge, "settings": found.settings, "latents": latents}
     write_json(explanations_path(index.path), content)
 
 

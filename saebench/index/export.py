@@ -19,6 +19,7 @@ from saebench.index.notes import Notes
 from saebench.index.page import Evidence, latents_page
 from saebench.index.plan import IndexConfig
 from saebench.index.reader import Example, FeatureIndex, Latent, open_feature_index
+from saebench.models import parse_hook
 from saebench.runlog import progress
 from saebench.sae import SAE, load_sae
 from saebench.sae.hub import SaePath
@@ -165,7 +166,8 @@ def names_there(index: FeatureIndex, sae: Path) -> tuple[str, str]:
 
 
 def _layer(index: FeatureIndex) -> int:
-    return int(index.hook.split(".")[1])
+    """That of what is written, of several hooks the first."""
+    return parse_hook(index.ends.writes[0])[0]
 
 
 # --------------------------------------------------------------------------------------- Neuronpedia

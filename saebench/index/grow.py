@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float, Int
 
 from saebench.index.rules import ALTERNATIVES, EXCEPTIONS, LISTED, MINIMUM, RULE, Matrix, Rows, each_latent, rows_in
 
-GAIN = 0.005
+GAIN = 0.003
 """of F1 on training rows, for which a rule takes another literal"""
-_SHORTLIST = 64  # alternatives that are tried
+_SHORTLIST = 128  # alternatives that are tried
 _LEAST_HITS = 2  # of an alternative
 _LOOKED_AT = 2**14  # rows by which it is told what holds on some, evenly among them where they are more
 
@@ -94,7 +94,7 @@ class _Grower:
         if not len(short):
             return
         state = _Growing(self, short, fires)
-        while state.widen() or state.narrow():
+        while state.widen() or state.narrow() or state.swap():
             pass
         state.prune()
         rule["any"][0, : len(state.any)] = state.any
@@ -195,16 +195,34 @@ class _Growing:
             self.allowed[self._rows_of(literal)] = False
         return True
 
+    def swap(self) -> bool:
+        """Take another alternative in the place of the one that later literals have made worth least, where that is better by a third of GAIN."""
+        if len(self.any) < 2:
+            return False
+        before = list(self.any), self.times.copy(), self.f1, self.true, self.claimed
+        self._drop(max(self.any, key=lambda literal: self._f1(*self._without(literal))))
+        if self.widen() and self.f1 > before[2] + GAIN / 3:
+            return True
+        self.any, self.times, self.f1, self.true, self.claimed = before
+        return False
+
     def prune(self) -> None:
         """Drop alternatives that later ones have made useless."""
         for literal in list(self.any):
-            rows = self._rows_of(literal)
-            lost = rows[(self.times[rows] == 1) & self.allowed[rows]]
-            true, claimed = self.true - int(self.fires[lost].sum()), self.claimed - len(lost)
-            if len(self.any) > 1 and self._f1(true, claimed) >= self.f1:
-                self.any.remove(literal)
-                self.times[rows] -= 1
-                self.true, self.claimed, self.f1 = true, claimed, float(self._f1(true, claimed))
+            if len(self.any) > 1 and self._f1(*self._without(literal)) >= self.f1:
+                self._drop(literal)
+
+    def _without(self, literal: int) -> tuple[int, int]:
+        """`true` and `claimed` of the rule without one of its alternatives."""
+        rows = self._rows_of(literal)
+        lost = rows[(self.times[rows] == 1) & self.allowed[rows]]
+        return self.true - int(self.fires[lost].sum()), self.claimed - len(lost)
+
+    def _drop(self, literal: int) -> None:
+        self.true, self.claimed = self._without(literal)
+        self.f1 = float(self._f1(self.true, self.claimed))
+        self.times[self._rows_of(literal)] -= 1
+        self.any.remove(literal)
 
 
 def _some(rows: Int[np.ndarray, " n"]) -> Int[np.ndarray, " m"]:

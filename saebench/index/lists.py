@@ -5,9 +5,9 @@ from typing import Any
 
 from saebench.files import json_text, read_json, write_json, writing
 from saebench.index.reader import FeatureIndex
+from saebench.index.schema import check_header, check_identity
 
-_SCHEMA = "saebench-lists"
-_VERSION = 1
+_HEADER = {"schema": "saebench-lists", "schema_version": 1}
 _LONGEST = 60  # characters of a name
 
 
@@ -71,18 +71,11 @@ class Lists:
             write_json(self.path, self._file({name: latents for name, latents in sorted(lists.items()) if latents}))
 
     def _file(self, lists: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-        return {"schema": _SCHEMA, "schema_version": _VERSION, "sae": self.sae_hash, "lists": lists}
+        return _HEADER | {"sae": self.sae_hash, "lists": lists}
 
     def _checked(self, content: Any, where: Path | str) -> dict[str, tuple[int, ...]]:
-        if not isinstance(content, dict) or content.get("schema") != _SCHEMA:
-            raise ValueError(f"{where} holds no lists of latents; expected what `Lists.export` writes")
-        if content.get("schema_version") != _VERSION:
-            raise ValueError(f"{where} has version {content.get('schema_version')}, this saebench reads {_VERSION}")
-        if content.get("sae") != self.sae_hash:
-            raise ValueError(
-                f"{where} has lists of another SAE ({content.get('sae')}), not of this one ({self.sae_hash}): "
-                "its latents are others"
-            )
+        check_header(content, where, _HEADER, "lists of latents")
+        check_identity(where, content, {"sae": self.sae_hash}, "its latents are others")
         lists = content.get("lists")
         if not isinstance(lists, dict) or not all(isinstance(latents, list) for latents in lists.values()):
             raise ValueError(f"{where}: lists is {lists!r}; expected latents by the name of their list")

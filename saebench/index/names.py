@@ -11,6 +11,7 @@ import numpy as np
 from saebench.index.explanations import Explanation
 from saebench.index.notes import Note, Notes
 from saebench.index.reader import FeatureIndex
+from saebench.index.rules import named_by
 
 LEAST_F1, LEAST_DETECTION = 0.3, 0.6
 """held-out scores below either of which a candidate names nothing (decision 32)"""
@@ -102,15 +103,19 @@ class Names:
     def _texts(self) -> dict[str, list[str]]:
         return {"rule": self.index.described("rules"), "tokens": self.index.described("lists")}
 
+    @cached_property
+    def _named(self) -> list[str]:
+        return [" ".join(map(named_by, texts)) for texts in zip(*self._texts.values(), strict=True)]
+
     def _tokens(self, latent: int) -> str:
         """The tokens that a latent without a name fires on most."""
         ids = self.index.top_tokens[latent, :_SHOWN_TOKENS]
         return " ".join(piece.strip() or "␣" for piece in self.index.pieces(ids[ids >= 0]))
 
     def searched(self, latent: int) -> str:
-        """All that was said of a latent, for the search: candidates that lost, too."""
+        """All that was said of a latent, for the search: what rules name, without the grammar that all share; candidates that lost, too."""
         judged = self.judged.get(latent)
-        return " ".join([*(texts[latent] for texts in self._texts.values()), "" if judged is None else judged.text])
+        return f"{self._named[latent]} {'' if judged is None else judged.text}"
 
 
 _CANDIDATES = ("rule", "tokens")

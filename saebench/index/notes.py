@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from saebench.files import read_json, write_json, writing
+from saebench.index.schema import check_header, check_identity
 
-_SCHEMA = "saebench-notes"
-_VERSION = 1
+_HEADER = {"schema": "saebench-notes", "schema_version": 1}
 
 
 class Note(NamedTuple):
@@ -50,8 +50,7 @@ class Notes:
                 )
             found[latent] = note
             latents = {str(key): value._asdict() for key, value in sorted(found.items()) if value != Note()}
-            header = {"schema": _SCHEMA, "schema_version": _VERSION, "sae": self.sae_hash}
-            write_json(self.path, header | {"latents": latents})
+            write_json(self.path, _HEADER | {"sae": self.sae_hash, "latents": latents})
 
     def _now(self) -> dict[int, Note]:
         """What the file holds, read again where it has changed."""
@@ -66,15 +65,8 @@ class Notes:
         if not self.path.exists():
             return {}
         content = read_json(self.path)
-        if not isinstance(content, dict) or content.get("schema") != _SCHEMA:
-            raise ValueError(f"{self.path} is not a file of notes; move it away, and new notes will be written")
-        if content.get("schema_version") != _VERSION:
-            raise ValueError(f"{self.path} has version {content.get('schema_version')}, this saebench reads {_VERSION}")
-        if content.get("sae") != self.sae_hash:
-            raise ValueError(
-                f"{self.path} has notes on another SAE ({content.get('sae')}), not on this one ({self.sae_hash}); "
-                "move it away to begin anew"
-            )
+        check_header(content, self.path, _HEADER, "notes")
+        check_identity(self.path, content, {"sae": self.sae_hash}, "move it away to begin anew")
         latents = content.get("latents")
         if not isinstance(latents, dict):
             raise ValueError(f"{self.path}: latents is {latents!r}; expected notes by number of the latent")

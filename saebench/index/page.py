@@ -50,7 +50,7 @@ def latents_page(name: str, index: FeatureIndex, found: Iterable[Evidence]) -> s
         sections.append(_section(evidence, index))
     identity = index.store.manifest["identity"]
     about = (
-        f"{html.escape(identity['model']['id'])}, {html.escape(index.hook)}, {index.d_sae:,} latents, over {index.n_rows:,} tokens "
+        f"{html.escape(identity['model']['id'])}, {html.escape(str(index.ends))}, {index.d_sae:,} latents, over {index.n_rows:,} tokens "
         f"of {html.escape(str(identity['text']['dataset']))}. Activations are in the model's own units; logit effects are those "
         "of a unit of activation on the direct path, at the final norm's scale of 1."
     )
@@ -87,16 +87,16 @@ def named_html(name: Name) -> str:
     return f'<p class="rule"><b>{name_html(name)}</b><br><small>{SOURCES[name.source]}, {scored}</small></p>'
 
 
-def candidates_html(latent: Latent) -> str:
-    """The rule and the list of tokens, each with all of its held-out scores; or why there is none."""
+def candidates_html(latent: Latent, name: Name) -> str:
+    """The rule and the list of tokens, each with all of its held-out scores; or why there is none. The one that is the name is not said again."""
     if latent.rule is None:
         return f'<p class="rule">No rule: {html.escape(latent.no_rule)}.</p>'
-    return _candidate_html("Rule", latent.rule) + (
-        "" if latent.tokens_rule is None else _candidate_html("Tokens", latent.tokens_rule)
+    return _candidate_html("Rule", latent.rule, name.source == "rule") + (
+        "" if latent.tokens_rule is None else _candidate_html("Tokens", latent.tokens_rule, name.source == "tokens")
     )
 
 
-def _candidate_html(what: str, rule: Rule) -> str:
+def _candidate_html(what: str, rule: Rule, is_name: bool) -> str:
     scores = {
         "F1": rule.f1, "precision": rule.precision, "recall": rule.recall, "detection": rule.detection, "null": rule.null,
         "hard negatives": rule.hard_negative,
@@ -105,7 +105,7 @@ def _candidate_html(what: str, rule: Rule) -> str:
         ", ".join(f"{name} {value:.2f}" for name, value in scores.items() if not np.isnan(value)) or "too few firings"
     )
     return (
-        f'<details class="rule"><summary>{what}: {html.escape(visible(rule.text))}</summary>'
+        f'<details class="rule"><summary>{what}: {"the name" if is_name else html.escape(visible(rule.text))}</summary>'
         f"<small>on {rule.score_rows:,} held-out tokens: {shown}</small></details>"
     )
 
@@ -127,6 +127,27 @@ def activations_svg(latent: Latent, edges: np.ndarray, marked: Sequence[float] =
     heights = [float(latent.histogram[place]) for place in places]
     ends = number(float(edges[places[0]])), "log scale", number(float(edges[places[-1] + 1]))
     return svg.bars(heights, labels, "firings by strength", marks=marks, axis=ends)
+
+
+def short_hook(hook: str) -> str:
+    """`12.mlp_out`."""
+    return hook.removeprefix("blocks.").replace("hook_", "")
+
+
+def hooks_html(index: FeatureIndex, latent: Latent) -> str:
+    """What is read and written, where that is not one hook, and how long the latent's decoder row is at each that is written."""
+    read, written = (" + ".join(hooks) for hooks in index.ends)
+    if read == written and not len(latent.lengths):
+        return ""
+    told = f"reads and writes {read}" if read == written else f"reads {read}, writes {written}"
+    shown = ""
+    if len(latent.lengths):
+        lengths = latent.lengths.tolist()
+        labels = [f"{hook}: {number(length)}" for hook, length in zip(index.ends.writes, lengths, strict=True)]
+        axis = [short_hook(hook) for hook in index.ends.writes]
+        axis = axis if len(axis) < 4 else [axis[0], axis[-1]]
+        shown = f"<h3>Norm at each hook</h3>{svg.bars(lengths, labels, 'norm at each hook', axis=axis)}"
+    return f'{shown}<p class="rule"><small>{html.escape(told)}</small></p>'
 
 
 def logits_svg(latent: Latent) -> str:
@@ -214,9 +235,9 @@ def _section(evidence: Evidence, index: FeatureIndex) -> str:
         else ""
     )
     note = f"<p>{html.escape(evidence.note.text)}</p>" if evidence.note.text else ""
-    return f"""<section id="latent-{latent.latent}"><h2>Latent {latent.latent}</h2>{named_html(evidence.name)}{note}{candidates_html(latent)}{figures_html(latent)}
+    return f"""<section id="latent-{latent.latent}"><h2>Latent {latent.latent}</h2>{named_html(evidence.name)}{note}{candidates_html(latent, evidence.name)}{figures_html(latent)}
 <div class="columns"><div><h3>Firings by strength</h3>{activations_svg(latent, index.bin_edges)}
-<h3>Effects on logits</h3>{logits_svg(latent)}</div>
+<h3>Effects on logits</h3>{logits_svg(latent)}{hooks_html(index, latent)}</div>
 <div><h3>Fires on</h3>{ranked_html(index, latent.tokens)}</div>{logits}</div>
 <h3>Strongest firings, one of a context</h3>{examples_html(index, evidence.top, maximum)}
 <h3>Firings by interval of strength</h3>{groups}</section>"""

@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from saebench.config import Count
-from saebench.index.evidence import (
-    MAX_ROWS,
-)
+from saebench.index.evidence import MAX_ROWS
 from saebench.labels import LABELLERS, SPACY, WORDNET, Labeller, labeller_of
 from saebench.models import choose_device
-from saebench.sae import SAE, check_autoencodes, load_sae, read_config, written_here
+from saebench.sae import SAE, Ends, ends_of, load_sae, read_config, written_here
 from saebench.sae.hub import SaePath
-from saebench.store import Store, open_store
+from saebench.store import Store
 from saebench.store.shard import Shard
-from saebench.store.source import recorded_store
+from saebench.store.source import recorded_store, store_of
 
 UNIT_ROWS = 2048
 
@@ -84,36 +82,38 @@ class Plan:
 
     sae: SAE
     store: Store
-    hook: str
-    bound: float
-    """rows of a greater norm are massive"""
+    ends: Ends
+    bounds: tuple[float, ...]
+    """rows of a greater norm are massive, at each hook read"""
     scale: float
-    """a power of two near the median norm, from which bins of strength are counted"""
+    """a power of two near the median norm of what is written, from which bins of strength are counted"""
     pieces: list[Piece]
     below: dict[str, int]
     """hashes of the rows in the sample, by split"""
 
 
 def plan_of(config: IndexConfig) -> Plan:
-    """Raises ValueError when SAE, store and hook do not belong together."""
+    """Raises ValueError when SAE, store and hooks do not belong together."""
     if config.out is None and not written_here(config.sae):
         raise ValueError(
             f"{config.sae} is another's, beside which nothing is written; give the file of its index with --out"
         )
     device = choose_device(config.device, float64=True)
     sae = load_sae(config.sae, device=device)
-    check_autoencodes(sae, config.sae)
-    metadata = read_config(config.sae, hook=config.hook).get("metadata", {})
-    folder, hook = config.store or recorded_store(config.sae), metadata.get("hook_name")
+    folder, ends = (
+        config.store or recorded_store(config.sae),
+        ends_of(config.sae, read_config(config.sae, hook=config.hook)),
+    )
     if folder is None:
         raise ValueError(f"{config.sae} does not say what it was trained on; give a store of its hook with --store")
-    if hook is None:
-        raise ValueError(f"{config.sae} does not say which hook it reads: give it with --hook")
-    store = open_store(folder)
-    if store.d_in(hook) != sae.d_in:
-        raise ValueError(
-            f"{config.sae} has d_in {sae.d_in}, but {hook} in {store.folder} has {store.d_in(hook)}; give its own --store"
-        )
+    store = store_of(config.sae, folder)
+    for what, width, hooks in (("d_in", sae.d_in, ends.reads), ("d_out", sae.d_out, ends.writes)):
+        widths = [store.d_in(hook) for hook in hooks]
+        if sum(widths) != width or (what == "d_out" and tuple(widths) != sae.parts):
+            parts = f" in parts of {', '.join(map(str, sae.parts))}" if what == "d_out" and len(sae.parts) > 1 else ""
+            raise ValueError(
+                f"{config.sae} has {what} {width}{parts}, but {' + '.join(hooks)} in {store.folder} has {' + '.join(map(str, widths))}; give its own --store"
+            )
     pieces = list(_pieces(store, {"train": config.tokens, "validation": config.sample}))
     rows = {split: sum(p.n_rows for p in pieces if p.shard.split == split) for split in ("train", "validation")}
     if not rows["train"]:
@@ -121,8 +121,8 @@ def plan_of(config: IndexConfig) -> Plan:
     if sum(shard.n_rows for shard in store.shards) >= MAX_ROWS:
         raise ValueError(f"{store.folder} has more than {MAX_ROWS} rows; an index holds no more")
     below = {"train": min(2**64 - 1, config.sample * 2**64 // rows["train"]), "validation": 2**64 - 1}
-    norms = store.norms(hook)
-    return Plan(sae, store, hook, norms.bound, 2.0 ** round(math.log2(norms.median)), pieces, below)
+    scale = 2.0 ** round(math.log2(store.median_norm(ends.writes)))
+    return Plan(sae, store, ends, tuple(store.norms(hook).bound for hook in ends.reads), scale, pieces, below)
 
 
 def _pieces(store: Store, limits: dict[str, int]) -> Iterator[Piece]:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import xxhash
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from saebench.evaluate.attribution import Longest, longest_at
 from saebench.files import found_from
 from saebench.index.derive import FLAGS
 from saebench.index.evidence import Sample
@@ -21,10 +23,10 @@ from saebench.index.schema import check_identity, identity_of, open_index
 from saebench.labels import Stream, Stretch, label, labeller_of
 from saebench.models import load_tokenizer
 from saebench.pieces import TokenBytes, show_bytes, show_text
-from saebench.sae import read_config
-from saebench.store import Store, open_store
+from saebench.sae import Ends, read_config
+from saebench.store import Store
 from saebench.store.schema import MANIFEST
-from saebench.store.source import model_name
+from saebench.store.source import model_name, store_of
 
 COLUMNS = {
     "density": "latents/density",
@@ -114,6 +116,8 @@ class Latent:
     tokens: Ranked
     positions: np.ndarray  # [P] share of the rows of each bucket of positions on which it fires
     neighbours: Ranked
+    lengths: np.ndarray
+    """of its decoder row at each of the hooks written; none where there is but one"""
     pmi: Ranked
     jaccard: Ranked
     top_logits: Ranked
@@ -135,7 +139,8 @@ class FeatureIndex:
         self._file = open_index(path)
         attributes = self._file.attrs
         self.d_sae, self.n_rows = int(attributes["d_sae"]), int(attributes["n_rows"])
-        self.hook: str = attributes["hook"]
+        ends = json.loads(attributes["ends"]) if "ends" in attributes else [[attributes["hook"]]] * 2  # of before
+        self.ends = Ends(*map(tuple, ends))
         self.complete = bool(attributes["complete"])
         self.context: int = int(attributes["context"])
         self.share_done = float(attributes["share_done"])
@@ -144,22 +149,17 @@ class FeatureIndex:
         self.identity: dict[str, str] = json.loads(attributes["identity"])
 
     @cached_property
-    def longest(self) -> float:
-        """The norm above which a vector at the hook is massive: left out here, and left alone by whatever edits the stream."""
+    def longest(self) -> Longest:
+        """The norm above which a vector at the hook read is massive: left out here, and left alone by whatever edits the stream."""
         if "longest" in self._file.attrs:
-            return float(self._file.attrs["longest"])
-        return self.store.norms(self.hook).bound if self.has_store else math.inf
+            return longest_at(np.ravel(self._file.attrs["longest"]).tolist())
+        return longest_at([self.store.norms(hook).bound if self.has_store else math.inf for hook in self.ends.reads])
 
     @cached_property
     def belonging(self) -> dict[str, str]:
         """Hashes of what a figure taken with this index depends on: those of `identity`, and how the index was made and how far."""
         own = [str(self._file.attrs.get(name)) for name in ("schema_version", "settings", "n_rows")]
         return self.identity | {"index": xxhash.xxh3_128_hexdigest("\n".join(own).encode())}
-
-    def counted(self, x_ND: Float[Tensor, "N D"]) -> Bool[Tensor, " N"]:
-        """Which vectors are no massive ones, as this index was made: one of the first version counted all."""
-        longest = float(self._file.attrs.get("longest", math.inf))
-        return x_ND.norm(dim=1) <= longest
 
     @property
     def store(self) -> Store:
@@ -231,6 +231,7 @@ class FeatureIndex:
             tokens=_ranked(get("tokens/ids"), get("tokens/counts")),
             positions=get("positions/counts") / np.maximum(self._data["positions/rows"][:], 1),
             neighbours=_ranked(get("decoder/ids"), get("decoder/cosines")),
+            lengths=get("decoder/lengths"),
             pmi=_ranked(get("companions/pmi_ids"), get("companions/pmi")),
             jaccard=_ranked(get("companions/jaccard_ids"), get("companions/jaccard")),
             top_logits=_ranked(get("logits/top_ids"), get("logits/top")),
@@ -406,12 +407,15 @@ class FeatureIndex:
         rows = range(int(self._first_rows[number]) + start, int(self._first_rows[number]) + stop)
         return Context(rows, tokens, self.running(tokens), local - start, doc_id)
 
-    def vectors(self, rows: range) -> tuple[Tensor, np.ndarray]:
-        """Vectors `[n, d_in]` in the store's dtype, and whether each is kept, of rows that lie in one shard."""
+    def vectors(self, rows: range) -> tuple[Float[Tensor, "n D"], Bool[np.ndarray, " n"]]:
+        """What is read at rows that lie in one shard, and whether each counts: an index of the first version counted massive ones."""
         number = int(np.searchsorted(self._first_rows, rows[0], "right")) - 1
         start, stop = (row - int(self._first_rows[number]) for row in (rows.start, rows.stop))
         shard = self.store.shards[number]
-        return shard.rows(self.hook, start, stop), shard.column("keep", start, stop)
+        longest = np.ravel(self._file.attrs.get("longest", [math.inf] * len(self.ends.reads))).tolist()
+        read = [shard.rows(hook, start, stop).float() for hook in self.ends.reads]
+        usual = [(x.norm(dim=1) <= bound).numpy() for x, bound in zip(read, longest, strict=True)]
+        return torch.cat(read, 1), np.logical_and.reduce([shard.column("keep", start, stop), *usual])
 
     def pieces(self, tokens: np.ndarray) -> list[str]:
         """The text of each token alone; bytes that are no whole character as `\\xNN`."""
@@ -454,7 +458,7 @@ def open_feature_index(
         folder = Path(store) if store else found_from(path, Path(file.attrs["store"]))
         identity = json.loads(file.attrs["identity"])
     sae = Path(sae or path.parent.parent / "saes" / path.stem)
-    opened = open_store(folder) if need_store or (folder / MANIFEST).exists() else None
+    opened = store_of(sae, folder) if need_store or (folder / MANIFEST).exists() else None
     expected = identity_of(sae, opened)
     if opened is not None and identity.get("store") in opened.grown_from:
         expected["store"] = identity["store"]  # its rows are still where they were

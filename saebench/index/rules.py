@@ -119,6 +119,19 @@ def describe(rule: np.void, names: Sequence[str]) -> str:
     return "; ".join(parts)
 
 
+_STRING = r"b'(?:[^'\\]|\\.)*'|b?\"(?:[^\"\\]|\\.)*\""
+_STRINGS, _LITERALS = re.compile(_STRING, re.DOTALL), re.compile(rf"(?:{_STRING}|[^;])+", re.DOTALL)
+
+
+def named_by(text: str) -> str:
+    """What a rule in words names, without the words that it names it with: `" bad" " worse" number "the" position < 4` of the example of `describe`."""
+    found: list[str] = []
+    for literal in _LITERALS.findall(text):
+        bare = re.sub(r"^ ?(?:only |not )?(?:[^:]*: )?", "", literal)
+        found += _STRINGS.findall(literal) or [bare]
+    return " ".join(found)
+
+
 # ---------------------------------------------------------------------------------------- scoring
 
 

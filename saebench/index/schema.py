@@ -42,8 +42,20 @@ def open_index(path: Path) -> Any:
     return file
 
 
+def check_header(content: Any, where: Path | str, header: dict[str, Any], what: str) -> None:
+    """Raises ValueError unless what was read as JSON has the `schema` and `schema_version` of a header; `what` such a file holds."""
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema != header["schema"]:
+        raise ValueError(
+            f"{where} is not a file of {what}: its schema is {schema!r}, expected {header['schema']!r}; move it away, or take another"
+        )
+    version, read = content.get("schema_version"), header["schema_version"]
+    if version != read:
+        raise ValueError(f"{where} has version {version}, this saebench reads {read}; move it away, or take another")
+
+
 def check_identity(
-    path: Path, found: dict[str, str], expected: dict[str, str], remedy: str = "index again with `saebench index`"
+    path: Path | str, found: dict[str, Any], expected: dict[str, str], remedy: str = "index again with `saebench index`"
 ) -> None:
     """Raises ValueError naming what differs, with both hashes."""
     for what, value in expected.items():

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from saebench.evaluate.attribution import attribute, left_alone, logit_of
+from saebench.evaluate.attribution import attribute, left_alone, logit_of, massive, read
 from saebench.index.reader import FeatureIndex
-from saebench.models import LanguageModel, capture, next_logits
+from saebench.models import LanguageModel, next_logits
 from saebench.pieces import show_bytes
 from saebench.sae import SAE, encode_sparse, latent_encoder
 
@@ -105,8 +105,8 @@ def features_for_text(
     if position is not None and not 0 <= position < len(tokens):
         raise ValueError(f"position is {position}; the text has tokens 0 to {len(tokens) - 1}")
     effects, parts = None, None
-    x_LD = _vectors(model, index.hook, tokens)
-    massive = (x_LD.norm(dim=1) > index.longest).cpu().numpy()
+    x_LD = _vectors(model, index, tokens)
+    too_long = massive(x_LD, index.longest).cpu().numpy()
     if rank == "attribution":
         target = _target(model, tokens, position, target)
         if against is not None and (against == target or not 0 <= against < model.n_vocab):
@@ -114,7 +114,7 @@ def features_for_text(
                 f"against is {against}; expected 0 to {model.n_vocab - 1}, and another than target {target}"
             )
         metric = logit_of(target, -1 if position is None else position, against)
-        found = attribute(model, sae, index.hook, tokens, metric, longest=index.longest)
+        found = attribute(model, sae, index.ends, tokens, metric, longest=index.longest)
         rows, latents, acts, effects = found.positions, found.latents, found.activations, found.effects
         parts = Parts(*(float(part.sum()) for part in (effects, found.errors, found.alone)))
     else:
@@ -138,7 +138,7 @@ def features_for_text(
         for latent, group, quantile in zip(ids, groups, quantiles, strict=True)
     ]  # fmt: skip
     firings.sort(key=_KEYS[rank])
-    return TextFeatures(tokens, index.running(tokens), firings[:limit], massive, target, parts)
+    return TextFeatures(tokens, index.running(tokens), firings[:limit], too_long, target, parts)
 
 
 class Difference(NamedTuple):
@@ -187,7 +187,7 @@ def activations_on(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(tokens of a text, BOS first, and one latent's activation on each, 0 on special ones and massive vectors). Raises ValueError as `features_for_text`."""
     tokens = np.array(model.tokens_of(text))
-    x_LD = _vectors(model, index.hook, tokens)
+    x_LD = _vectors(model, index, tokens)
     with torch.no_grad():
         values = latent_encoder(sae, [latent])(x_LD.to(sae.W_dec.device))[:, 0].cpu().numpy()
     return tokens, np.where(_left_out(model, index, tokens, x_LD), 0.0, values)
@@ -200,8 +200,9 @@ _KEYS = {
 }
 
 
-def _vectors(model: LanguageModel, hook: str, tokens: np.ndarray) -> Float[Tensor, "L D"]:
-    return capture(model, torch.tensor(tokens, device=model.device)[None], [hook])[hook][0].float()
+def _vectors(model: LanguageModel, index: FeatureIndex, tokens: np.ndarray) -> Float[Tensor, "L D"]:
+    """What is read of a text."""
+    return read(model, torch.tensor(tokens, device=model.device)[None], index.ends)[0][0]
 
 
 def _left_out(model: LanguageModel, index: FeatureIndex, tokens: np.ndarray, x_LD: Float[Tensor, "L D"]) -> np.ndarray:

@@ -32,7 +32,7 @@ from saebench.models.passes import (
     spliced_logits,
     usual_positions,
 )
-from saebench.models.places import HOOK, HookKind, hook_name, parse_hook
+from saebench.models.places import HOOK, HookKind, depth, hook_name, parse_hook
 from saebench.models.resume import CleanPass, clean_pass, resumed_states, resumes, spliced_states
 from saebench.models.unembedding import Unembedding, unembedding
 
@@ -55,6 +55,7 @@ __all__ = [
     "choose_device",
     "clean_pass",
     "default_dtype",
+    "depth",
     "edits",
     "has_place",
     "head",

@@ -19,6 +19,7 @@ HookKind = Literal["resid_pre", "resid_post", "mlp_in", "mlp_out", "attn_out"]
 KINDS: tuple[HookKind, ...] = get_args(HookKind)
 HOOK = re.compile(r"blocks\.(\d+)\.(?:hook_(resid_pre|resid_post|mlp_out|attn_out)|mlp\.hook_(in))")
 """The hooks that can be harvested and trained on: layer and kind, or layer and the `in` of the MLP."""
+_PASSED = ("resid_pre", "attn_out", "mlp_in", "mlp_out", "resid_post")  # in a layer, in this order
 
 
 _known: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
@@ -47,6 +48,12 @@ def parse_hook(hook: str) -> tuple[int, HookKind]:
             "or blocks.LAYER.mlp.hook_in"
         )
     return int(match[1]), match[2] or "mlp_in"  # type: ignore[return-value]
+
+
+def depth(hook: str) -> tuple[int, int]:
+    """Where on the way through a model a hook is: of two, a pass comes first to that of the lesser depth."""
+    layer, kind = parse_hook(hook)
+    return layer, _PASSED.index(kind)
 
 
 def place_of(model: LanguageModel, hook: str) -> Place:

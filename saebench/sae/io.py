@@ -50,6 +50,10 @@ class Ends(NamedTuple):
         """All of them."""
         return tuple(dict.fromkeys(self.reads + self.writes))
 
+    def __str__(self) -> str:
+        read, written = (" + ".join(hooks) for hooks in self)
+        return read if self.tied else f"{read} → {written}"
+
 
 def ends_of(folder: Path, config: Config) -> Ends:
     """The hooks that the `cfg.json` of a directory names. Raises ValueError where it names none, or not what is written."""
@@ -179,10 +183,13 @@ def take_in(
 ) -> Path:
     """Write a dictionary in another's format into the folder `saes` of a run as ours, named after its path; returns its directory.
 
-    `store` is noted as what it is of. One that was taken in already is left as it is.
+    `store` is noted as what it is of. One that was taken in already is left as it is. Raises ValueError where neither
+    its files nor `hook` say what it reads.
     """
     said = {"path": str(source.absolute()), "weights": hash_files([weights_of(source)])}
-    metadata = read_config(source, hook=hook, model=model)["metadata"] | {"source": said}
+    config = read_config(source, hook=hook, model=model)
+    ends_of(source, config)
+    metadata = config["metadata"] | {"source": said}
     parts = [*source.absolute().parent.parts[1:], source.name if source.is_dir() else source.stem]
     for length in range(1, len(parts) + 1):
         folder = saes / "-".join(parts[-length:])

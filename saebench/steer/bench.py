@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from saebench.evaluate.attribution import Longest, longest_at
 from saebench.files import hash_files
 from saebench.index import FeatureIndex, IndexConfig, open_feature_index
 from saebench.index.schema import identity_of
 from saebench.models import LanguageModel, choose_device, load_model
-from saebench.sae import SAE, check_autoencodes, files_of, load_sae, read_config
+from saebench.sae import SAE, Ends, ends_of, files_of, load_sae, read_config
 from saebench.sae.io import CONFIG
-from saebench.steer.interventions import Intervention, Mode, units_of
+from saebench.steer.interventions import Intervention, Mode, check_widths, units_of
 from saebench.store.source import Origin, check_origin, longest_of, origin_of
 
 
@@ -24,7 +25,7 @@ class Bench:
     """SAE directory"""
     index: FeatureIndex | None
     device: str
-    hook: str
+    ends: Ends
     origin: Origin | None
     """the model, as it was recorded; None where nothing says"""
     weights_hash: str
@@ -40,7 +41,6 @@ class Bench:
     def sae(self) -> SAE:
         """Raises ValueError where it cannot be loaded, or is no longer the one that was opened."""
         sae = load_sae(self.folder, device=self.device)
-        check_autoencodes(sae, self.folder)
         if _hash(self.folder) != self.weights_hash:
             raise ValueError(f"{self.folder} was written again since it was opened: open it again")
         return sae
@@ -52,10 +52,7 @@ class Bench:
             raise ValueError(f"{self.folder} does not say of which model it is (metadata.model_name in {CONFIG})")
         model = self.load(self.origin.name, revision=self.origin.revision, device=self.device)
         check_origin(model, self.origin)
-        if model.d_model != self.sae.d_in:
-            raise ValueError(
-                f"{self.folder} is of d_in {self.sae.d_in}, but model {model.id!r} has {model.d_model}; it is of another model"
-            )
+        check_widths(model, self.sae, self.ends, str(self.folder))
         return model
 
     @property
@@ -64,9 +61,11 @@ class Bench:
         return self.weights_hash, self.belonging.get("index", "none"), self.model.weights_hash, self.device
 
     @cached_property
-    def longest(self) -> float:
+    def longest(self) -> Longest:
         """Longer vectors are massive, and left alone: by the index, or else by what the SAE was trained on."""
-        return longest_of(self.folder, self.hook) if self.index is None else self.index.longest
+        if self.index is not None:
+            return self.index.longest
+        return longest_at([longest_of(self.folder, hook) for hook in self.ends.reads])
 
     def beside(self, name: str) -> "Bench":
         """The bench of an SAE that lies in the same folder, by its name; this one for no name.
@@ -93,7 +92,7 @@ class Bench:
     def intervention(self, latent: int, strength: str | int | float = "0.5n", mode: Mode = "add") -> Intervention:
         """An intervention at a strength written `12`, `6x` or `0.5n` (see `Units`); for `scale` a plain factor."""
         raw = 0.0 if mode == "ablate" else units_of(self.sae, latent, self.index).raw(strength, mode)
-        return Intervention(sae=self.sae, hook=self.hook, latent=latent, mode=mode, strength=raw, longest=self.longest)
+        return Intervention(sae=self.sae, ends=self.ends, latent=latent, mode=mode, strength=raw, longest=self.longest)
 
 
 def bench_with(
@@ -108,12 +107,9 @@ def bench_with(
 ) -> Bench:
     """The bench of an SAE directory and its index, on the first device at hand unless told; nothing is loaded yet.
 
-    `load` and `open` are for whoever shares models and benches; `hook` and `model` are given of an SAE whose files do not say. Raises ValueError for a directory that holds no SAE, and where nothing says at which hook.
+    `load` and `open` are for whoever shares models and benches; `hook` and `model` are given of an SAE whose files do not say. Raises ValueError for a directory that holds no SAE, and where nothing says at which hooks.
     """
-    metadata = read_config(sae, hook=hook, model=model).get("metadata", {})
-    hook = index.hook if index else metadata.get("hook_name")
-    if hook is None:
-        raise ValueError(f"{sae} does not say at which hook it reads ; give it with --hook, or index it")
+    ends = index.ends if index else ends_of(sae, read_config(sae, hook=hook, model=model))
     store = index.store if index and index.has_store else None
     origin = origin_of(sae, store, index.identity.get("model") if index else None)
     if origin is None and model is not None:
@@ -121,7 +117,7 @@ def bench_with(
     belonging = identity_of(sae, None) if index is None else index.belonging
     load = load or functools.cache(load_model)
     open = open or functools.cache(lambda other: bench_with(other, _index_of(other), device, load))
-    return Bench(sae, index, choose_device(device), hook, origin, _hash(sae), belonging, load, open)
+    return Bench(sae, index, choose_device(device), ends, origin, _hash(sae), belonging, load, open)
 
 
 def _index_of(sae: Path, index: Path | None = None, store: Path | None = None) -> FeatureIndex | None:

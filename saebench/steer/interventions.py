@@ -1,17 +1,18 @@
-"""Interventions on the residual stream: one latent's direction turned up, down or off.
+"""Interventions on what a dictionary writes: one latent's direction turned up, down or off.
 
-For a latent of activation a(x) and decoder row d, at strength c:
+For a latent of activation a(x) and decoder row d, where x is read and y written, at strength c:
 
-    add         x + c d
-    clamp       x + (c − a(x)) d
-    scale       x + (c − 1) a(x) d
-    ablate      x − a(x) d
-    orthogonal  x − (x·d̂) d̂ + c d
+    add         y + c d
+    clamp       y + (c − a(x)) d
+    scale       y + (c − 1) a(x) d
+    ablate      y − a(x) d
+    orthogonal  y − (y·d̂) d̂ + c d
 
-so that the SAE's error and everything else in x survive. An SAE that normalises its input has d multiplied by what undoes it at
+so that the error and everything else in y survive. An SAE writes what it reads. Where several hooks are written, each has its part of d;
+of hooks of the stream the later ones see what was added before, too. An SAE that normalises its input has d multiplied by what undoes it at
 each position. Several at one hook all read the x before any of them; their changes are summed, orthogonal ones come last.
 
-Legend: B rows of a batch, L columns of a pass, D d_in, n edited vectors.
+Legend: B rows of a batch, L columns of a pass, D what is read, E what is written (at one hook), n edited vectors.
 """
 
 import contextlib
@@ -28,14 +29,17 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from saebench.evaluate.attribution import Longest, massive
 from saebench.index import FeatureIndex
-from saebench.models import Edit, LanguageModel, check_hook, edits
-from saebench.sae import SAE, latent_encoder
+from saebench.models import Edit, LanguageModel, check_hook, depth, edits
+from saebench.sae import SAE, Ends, latent_encoder
 from saebench.sae.architectures import normalized
 
 Mode = Literal["add", "clamp", "scale", "ablate", "orthogonal"]
 Positions = Literal["all", "prompt", "generated"]
 MOST = 1e9
+_Reader = tuple[SAE, tuple[str, ...]]
+"""An SAE and the hooks that it reads."""
 _STRENGTH = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)([xn]?)", re.IGNORECASE)
 
 
@@ -51,8 +55,8 @@ class Intervention:
     """One latent, one way to change it, and where."""
 
     sae: SAE
-    hook: str
-    """`blocks.LAYER.hook_KIND`, where the SAE reads"""
+    ends: Ends
+    """the hooks that the SAE reads and writes"""
     latent: int
     mode: Mode = "add"
     strength: float = 0.0
@@ -63,8 +67,8 @@ class Intervention:
     """of these positions only those"""
     bos: bool = False
     """whether BOS tokens and whatever else a text begins with are edited too: attention sinks, whose vectors are like no other"""
-    longest: float = math.inf
-    """vectors of a greater norm are left alone: sinks that are not BOS (`FeatureIndex.longest` says where they begin)"""
+    longest: Longest = math.inf
+    """where what is read is longer nothing is done: sinks that are not BOS (`FeatureIndex.longest` says where they begin)"""
     random: int | None = None
     """a seed: a random direction as long as the latent's in its stead, everything else the same; a control"""
     instead: int | None = None
@@ -90,6 +94,19 @@ class Intervention:
         """Whether the latent's own activation is part of the arithmetic."""
         return self.mode in ("clamp", "scale", "ablate")
 
+    @property
+    def needs_x(self) -> bool:
+        """Whether nothing can be done before all is read."""
+        return self.reads or self.where is not None or self.sae.normalize != "none"
+
+    def longest_at(self, hook: str) -> float:
+        """`longest` at a hook that is read."""
+        return self.longest[self.ends.reads.index(hook)] if isinstance(self.longest, tuple) else self.longest
+
+    def read_by(self, hook: str) -> tuple[str, ...]:
+        """The hooks that are read by the time a pass comes to one."""
+        return tuple(read for read in self.ends.reads if depth(read) <= depth(hook))
+
     def negative(self) -> "Intervention":
         """The same with −c; for scale 2 − c and for ablate scale 2, which change x as much the other way."""
         if self.mode in ("scale", "ablate"):
@@ -97,17 +114,21 @@ class Intervention:
             return dataclasses.replace(self, mode="scale", strength=2.0 - factor)
         return dataclasses.replace(self, strength=-self.strength)
 
-    def direction(self) -> Float[Tensor, " D"]:
-        """d, or what is taken in its stead."""
-        d_D = self.sae.W_dec[self.latent].detach().float()
+    def directions(self) -> dict[str, Float[Tensor, " E"]]:
+        """d, or what is taken in its stead, as long at each hook written."""
+        d_E = self.sae.W_dec[self.latent].detach().float()
+        other_E = d_E
         if self.instead is not None:
-            other_D = self.sae.W_dec[self.instead].detach().float()
-            return other_D * (d_D.norm() / other_D.norm())
-        if self.random is None:
-            return d_D
-        generator = torch.Generator().manual_seed(self.random * 1_000_003 + self.latent)
-        other_D = torch.randn(len(d_D), generator=generator).to(d_D.device)
-        return other_D * (d_D.norm() / other_D.norm())
+            other_E = self.sae.W_dec[self.instead].detach().float()
+        elif self.random is not None:
+            generator = torch.Generator().manual_seed(self.random * 1_000_003 + self.latent)
+            other_E = torch.randn(len(d_E), generator=generator).to(d_E.device)
+        found: dict[str, Tensor] = {}
+        for hook, part, other in zip(
+            self.ends.writes, d_E.split(self.sae.parts), other_E.split(self.sae.parts), strict=True
+        ):
+            found[hook] = part if other_E is d_E else other * (part.norm() / other.norm().clamp(min=1e-30))
+        return found
 
 
 # ------------------------------------------------------------------------------------------ units
@@ -121,7 +142,7 @@ class Units:
     maximum: float | None = None
     """the latent's highest activation in the index"""
     median_norm: float | None = None
-    """of the vectors at the hook"""
+    """of the vectors at the hook that is written; of several, of their vectors one behind the other"""
 
     def raw(self, strength: str | int | float, mode: Mode = "add") -> float:
         """The strength that is written `12`, `6x` (times the maximum) or `0.5n` (a vector of so many median norms).
@@ -172,7 +193,7 @@ def units_of(sae: SAE, latent: int, index: FeatureIndex | None = None) -> Units:
     norm = float(sae.W_dec[latent].norm())
     if index is None:
         return Units(norm)
-    median = index.store.norms(index.hook).median if index.has_store else None
+    median = index.store.median_norm(index.ends.writes) if index.has_store else None
     return Units(norm, float(index.columns["max"][latent]), median)
 
 
@@ -198,7 +219,8 @@ class Editor:
     """Interventions on a model, which may differ from row to row of a batch.
 
     `first_column`, `prompt_columns` and `padding` say where a pass stands in its texts; whoever runs passes sets them. Raises
-    ValueError for an SAE that does not fit the model, a hook that it does not have, and an SAE on another device.
+    ValueError for an SAE that does not fit the model, a hook that it does not have, an SAE on another device, and an activation that is asked
+    for where it is not known yet: that of what writes before it has read all.
     """
 
     def __init__(
@@ -215,14 +237,14 @@ class Editor:
         groups: dict[str, list[_Group]] = {}
         for number, arm in enumerate(arms):
             rows = None if arm_of_row is None else [row for row, its in enumerate(arm_of_row) if its == number]
-            hooks = list(dict.fromkeys(one.hook for one in arm))
-            for hook in hooks:
-                mine = [one for one in arm if one.hook == hook and not one.changes_nothing]
-                for one in mine:
-                    _check(model, one)
-                if mine and rows != []:
-                    groups.setdefault(hook, []).append(_Group(mine, rows, model.device))
-        functions: dict[str, Edit] = {hook: functools.partial(self._edit, its) for hook, its in groups.items()}
+            mine = [one for one in arm if not one.changes_nothing]
+            for one in mine:
+                _check(model, one)
+            if mine and rows != []:
+                group = _Group(mine, rows, model.device)
+                for hook in dict.fromkeys(hook for one in mine for hook in one.ends.hooks):
+                    groups.setdefault(hook, []).append(group)
+        functions: dict[str, Edit] = {hook: functools.partial(self._edit, hook, its) for hook, its in groups.items()}
         self._attached = edits(model, functions)
 
     @contextlib.contextmanager
@@ -232,16 +254,21 @@ class Editor:
             yield
 
     @torch.no_grad()
-    def _edit(self, groups: "list[_Group]", value: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
-        value = value.clone()
+    def _edit(self, hook: str, groups: "list[_Group]", value: Float[Tensor, "B L E"]) -> Float[Tensor, "B L E"]:
+        if any(hook in group.writes for group in groups):
+            value = value.clone()
         for group in groups:
             masks = [self._mask(one, group, value.shape[0], value.shape[1]) for one in group.interventions]
             places = torch.stack(masks).any(0).nonzero(as_tuple=True)
             if len(places[0]) == 0:
                 continue
             rows = places[0] if group.rows is None else group.rows[places[0]]
-            x_nD = value[rows, places[1]]
-            value[rows, places[1]] = group.edited(x_nD.float(), [mask[places] for mask in masks]).to(value.dtype)
+            here_nE = value[rows, places[1]].float()
+            if hook in group.read:
+                group.read[hook] = here_nE
+            if hook in group.writes:
+                edited = group.edited(hook, here_nE, [mask[places] for mask in masks])
+                value[rows, places[1]] = edited.to(value.dtype)
         return value
 
     def _mask(self, one: Intervention, group: "_Group", n_rows: int, n_columns: int) -> Bool[Tensor, "b L"]:
@@ -273,53 +300,84 @@ class Editor:
 
 
 class _Group:
-    """The interventions at one hook on some rows (None: on all)."""
+    """The interventions on some rows (None: on all)."""
 
     def __init__(self, interventions: list[Intervention], rows: list[int] | None, device: torch.device) -> None:
         self.interventions = interventions
         self.rows = None if rows is None else torch.tensor(rows, device=device)
-        self.directions = [one.direction() for one in interventions]
-        wanted: dict[SAE, list[int]] = {}
+        self.read: dict[str, Tensor] = {hook: torch.empty(0) for one in interventions for hook in one.ends.reads}
+        """what is read at each hook, since a pass last came to it"""
+        self.directions = [one.directions() for one in interventions]
+        self.writes = {hook for parts in self.directions for hook in parts}
+        wanted: dict[_Reader, list[int]] = {}
         for one in interventions:
-            latents = wanted.setdefault(one.sae, [])
+            latents = wanted.setdefault((one.sae, one.ends.reads), [])
             latents += [one.latent] * one.reads + ([one.where.latent] if one.where else [])
         self._encoders = {
-            sae: (latent_encoder(sae, ids), {latent: column for column, latent in enumerate(ids)})
-            for sae, latents in wanted.items()
+            reader: (latent_encoder(reader[0], ids), {latent: column for column, latent in enumerate(ids)})
+            for reader, latents in wanted.items()
             if (ids := sorted(set(latents)))
         }
 
-    def edited(self, x_nD: Float[Tensor, "n D"], masks: list[Bool[Tensor, " n"]]) -> Float[Tensor, "n D"]:
-        acts = {sae: (encode(x_nD), columns) for sae, (encode, columns) in self._encoders.items()}
-        change_nD, last, norm_n = torch.zeros_like(x_nD), [], x_nD.norm(dim=1)
-        for one, d_D, mask_n in zip(self.interventions, self.directions, masks, strict=True):
-            mask_n = mask_n & (norm_n <= one.longest)
+    def edited(self, hook: str, y_nE: Float[Tensor, "n E"], masks: list[Bool[Tensor, " n"]]) -> Float[Tensor, "n E"]:
+        """What is written at a hook, changed; `masks` are those of the interventions."""
+        acts: dict[_Reader, Tensor] = {}
+
+        def act_of(one: Intervention, latent: int) -> Float[Tensor, " n"]:
+            reader = one.sae, one.ends.reads
+            encode, columns = self._encoders[reader]
+            if reader not in acts:
+                acts[reader] = encode(self._x(one.ends.reads))
+            return acts[reader][:, columns[latent]]
+
+        change_nE, last = torch.zeros_like(y_nE), []
+        for one, parts, mask_n in zip(self.interventions, self.directions, masks, strict=True):
+            if hook not in parts:
+                continue
+            d_E = parts[hook]
+            for read in one.read_by(hook):
+                mask_n = mask_n & ~massive(self.read[read], one.longest_at(read))
             if one.where is not None:
-                acts_nG, columns = acts[one.sae]
-                mask_n = mask_n & (acts_nG[:, columns[one.where.latent]] > one.where.above)
-            scale = normalized(x_nD, one.sae.normalize)[1]
+                mask_n = mask_n & (act_of(one, one.where.latent) > one.where.above)
+            scale = normalized(self._x(one.ends.reads), one.sae.normalize)[1] if one.sae.normalize != "none" else 1.0
             c_n: Any = one.strength
             if one.reads:
-                acts_nG, columns = acts[one.sae]
-                act_n = acts_nG[:, columns[one.latent]]
+                act_n = act_of(one, one.latent)
                 c_n = {"clamp": one.strength - act_n, "scale": (one.strength - 1) * act_n, "ablate": -act_n}[one.mode]
-            coefficient_n = torch.as_tensor(c_n, device=x_nD.device) * mask_n
-            change = coefficient_n[:, None] * scale * d_D
+            coefficient_n = torch.as_tensor(c_n, device=y_nE.device) * mask_n
+            change = coefficient_n[:, None] * scale * d_E
             if one.mode == "orthogonal":
-                last.append((mask_n, torch.nn.functional.normalize(d_D, dim=0), change))
+                last.append((mask_n, torch.nn.functional.normalize(d_E, dim=0), change))
             else:
-                change_nD += change
-        x_nD = x_nD + change_nD
-        for mask_n, unit_D, change in last:
-            x_nD = x_nD - (mask_n * (x_nD @ unit_D))[:, None] * unit_D + change
-        return x_nD
+                change_nE += change
+        y_nE = y_nE + change_nE
+        for mask_n, unit_E, change in last:
+            y_nE = y_nE - (mask_n * (y_nE @ unit_E))[:, None] * unit_E + change
+        return y_nE
+
+    def _x(self, reads: tuple[str, ...]) -> Float[Tensor, "n D"]:
+        return torch.cat([self.read[hook] for hook in reads], 1)
+
+
+def check_widths(model: LanguageModel, sae: SAE, ends: Ends, name: str) -> None:
+    """Raises ValueError where an SAE, called `name`, does not read and write as many numbers as a model has at its hooks."""
+    for what, width, hooks in (("d_in", sae.d_in, ends.reads), ("d_out", sae.d_out, ends.writes)):
+        if width != model.d_model * len(hooks):
+            at = f" at each of {len(hooks)} hooks" * (len(hooks) > 1)
+            raise ValueError(
+                f"{name} is of {what} {width}, but model {model.id!r} has {model.d_model}{at}; it is of another model"
+            )
 
 
 def _check(model: LanguageModel, one: Intervention) -> None:
-    check_hook(model, one.hook)
-    if one.sae.d_in != model.d_model:
+    for hook in one.ends.hooks:
+        check_hook(model, hook)
+    check_widths(model, one.sae, one.ends, "the SAE")
+    first = min(one.ends.writes, key=depth)
+    if one.needs_x and (late := [hook for hook in one.ends.reads if hook not in one.read_by(first)]):
         raise ValueError(
-            f"the SAE is of d_in {one.sae.d_in}, but model {model.id!r} has {model.d_model}; it is of another model"
+            f"mode is {one.mode} of latent {one.latent}, which writes {first} before it has read {late[-1]}, so that its activation is not known there; "
+            "expected add or orthogonal, and no `where`"
         )
     if one.sae.W_dec.device != model.device:
         raise ValueError(

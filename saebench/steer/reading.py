@@ -4,16 +4,18 @@ Legend: P prompts, S texts of each, B choices of prompts (all of them, a half, o
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from torch import Tensor
 
 from saebench.evaluate.attribution import left_alone
 from saebench.index import FeatureIndex
 from saebench.labels import syntax
-from saebench.models import LanguageModel, clean_pass, head
+from saebench.models import LanguageModel, edits, head, last_states
 from saebench.sae import SAE, latent_encoder
 from saebench.steer.generate import Text
 
@@ -50,7 +52,7 @@ def read(
 ) -> Reading:
     """Read the texts of one arm, those of the first prompt first, in one pass without interventions.
 
-    Activations are those at the index's hook; special tokens and massive vectors are left out of them, as in the index.
+    Activations are those at the hooks that the index reads; special tokens and massive vectors are left out of them, as in the index.
     """
     whole = [np.concatenate([prompts[text.prompt], text.tokens]) for text in texts]
     starts = [len(prompts[text.prompt]) for text in texts]
@@ -86,11 +88,10 @@ def _passed(
     encode, found = latent_encoder(sae, [latent]), {"firing": [], "activation": [], "cross_entropy": []}
     size = max(1, _LOGITS // (ids_RL.shape[1] * model.n_vocab))
     for ids, new in zip(ids_RL.to(model.device).split(size), new_RL.to(model.device).split(size), strict=True):
-        clean = clean_pass(model, ids, index.hook)
+        x, states = _read(model, ids, index.ends.reads)
         before = new[:, 1:]  # the places whose logits are of a generated token
-        log_p_nV = head(model, clean.states[:, :-1][before]).float().log_softmax(-1)
+        log_p_nV = head(model, states[:, :-1][before]).float().log_softmax(-1)
         logp_n = log_p_nV.gather(-1, ids[:, 1:][before][:, None])[:, 0].cpu().numpy()
-        x = clean.value.float()
         counted = new & ~left_alone(model, ids, x, index.longest)
         acts_n = encode(x[counted].to(sae.W_dec.device))[:, 0].float().cpu().numpy()
         above_n = index.quantiles(np.full(len(acts_n), latent), acts_n) > 0.5
@@ -99,6 +100,20 @@ def _passed(
         ):  # fmt: skip
             found[name] += [_mean(part) for part in np.split(values_n, there.sum(1).cumsum(0)[:-1].tolist())]
     return found
+
+
+def _read(
+    model: LanguageModel, ids: Int[Tensor, "R L"], hooks: Sequence[str]
+) -> tuple[Float[Tensor, "R L D"], Float[Tensor, "R L M"]]:
+    """(vectors at the hooks, one behind the other, those behind the final norm)."""
+    seen: dict[str, Tensor] = {}
+
+    def see(hook: str, value: Tensor) -> None:
+        seen[hook] = value.clone()  # later layers may add to it in place
+
+    with edits(model, {hook: partial(see, hook) for hook in hooks})():
+        states = last_states(model, ids)
+    return torch.cat([seen[hook].float() for hook in hooks], -1), states
 
 
 def _mean(values: np.ndarray) -> float:

@@ -133,7 +133,7 @@ def sweep(config: SteerConfig) -> DoseResponse:
         raise ValueError("--sweep is of one latent of an indexed SAE; run `saebench index` first, or name one latent")
     start = Intervention(
         sae=bench.sae,
-        hook=bench.hook,
+        ends=bench.ends,
         latent=latent,
         mode=config.mode,
         positions=config.positions,

@@ -9,6 +9,7 @@ Legend: P prompts, L positions, D d_in, F latents, f latents of one batch, V voc
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +20,12 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from saebench.evaluate.attribution import left_alone
+from saebench.evaluate.attribution import left_alone, read
 from saebench.files import replacing
 from saebench.index import FeatureIndex
 from saebench.index.names import Names
 from saebench.index.schema import open_index
-from saebench.models import LanguageModel, clean_pass, head, resumed_states, resumes
+from saebench.models import LanguageModel, clean_pass, depth, edits, head, resumed_states, resumes
 from saebench.runlog import interruptible, progress
 from saebench.sae import SAE, encode_sparse
 from saebench.sae.architectures import normalized
@@ -40,7 +41,7 @@ class ScoreConfig:
     """What output scores are measured with."""
 
     strength: float = 0.5
-    """of each latent's vector, as a share of the median norm at the hook"""
+    """of each latent's vector, as a share of the median norm at the hook written"""
     prompts: int = 8
     """beginnings of held-out contexts"""
     prompt_tokens: int = 12
@@ -130,7 +131,7 @@ def _take(scores: Scores, latents: Int[np.ndarray, " f"], gains_fP: Float[np.nda
 
 
 class _Trial:
-    """Latents clamped on some prompts: passes that begin at the hook."""
+    """Latents clamped on some prompts: passes that begin at the first hook written."""
 
     def __init__(
         self, model: LanguageModel, sae: SAE, index: FeatureIndex, prompts: Int[np.ndarray, "P L"], config: ScoreConfig,
@@ -140,17 +141,16 @@ class _Trial:
         self.size = min(most, max(1, _HELD // max(len(prompts) * model.n_vocab, prompts.size * model.d_model * 4)))
         """latents at once, at most `most`"""
         self._picked = torch.as_tensor(top_tokens(index), device=model.device).long()
-        norms = index.store.norms(index.hook)
-        self._raw_F = config.strength * norms.median / sae.W_dec.norm(dim=1)
+        median = index.store.median_norm(index.ends.writes)
+        self._raw_F = config.strength * median / sae.W_dec.norm(dim=1)
         tokens = torch.as_tensor(prompts, device=model.device).long()
-        if not resumes(model, index.hook):
-            raise ValueError(
-                f"model {model.id!r} cannot be scored: layers after {index.hook} read more than its output"
-            )
-        once = clean_pass(model, tokens, index.hook)
-        self._clean = clean_pass(model, repeat(tokens, "p l -> (f p) l", f=self.size), index.hook)
-        self._x_PLD = once.value.float()
-        self._left_alone_PL = left_alone(model, tokens, self._x_PLD, norms.bound)
+        self._writes, hook = index.ends.writes, min(index.ends.writes, key=depth)
+        if not resumes(model, hook):
+            raise ValueError(f"model {model.id!r} cannot be scored: layers after {hook} read more than its output")
+        once = clean_pass(model, tokens, hook)
+        self._clean = clean_pass(model, repeat(tokens, "p l -> (f p) l", f=self.size), hook)
+        self._x_PLD = read(model, tokens, index.ends)[0]
+        self._left_alone_PL = left_alone(model, tokens, self._x_PLD, index.longest)
         with torch.no_grad():
             self._scale = normalized(self._x_PLD, sae.normalize)[1]
             self._before_PV = head(model, once.states[:, -1]).float().softmax(-1)
@@ -165,12 +165,19 @@ class _Trial:
         acts_fPL = rearrange(acts_fR, "f (p l) -> f p l", p=len(self._x_PLD))
         change_fPL = self._raw_F[picked_f, None, None] - acts_fPL
         change_fPL[:, self._left_alone_PL] = 0
-        edited = self._x_PLD + (change_fPL[..., None] * self._scale) * self.sae.W_dec[picked_f, None, None]
-        rows = rearrange(edited, "f p l d -> (f p) l d").to(self._clean.value.dtype)
+        change = (change_fPL[..., None] * self._scale) * self.sae.W_dec[picked_f, None, None]
+        parts = rearrange(change, "f p l e -> (f p) l e").chunk(len(self._writes), -1)
+        changes = dict(zip(self._writes, parts, strict=True))
         clean = self._clean
         if n < self.size:  # the last of them
-            clean = clean_pass(self.model, self._clean.tokens[: len(rows)], self._clean.hook)
-        states = resumed_states(self.model, clean, rows)[:, -1]
+            clean = clean_pass(self.model, self._clean.tokens[: n * len(self._x_PLD)], self._clean.hook)
+
+        def changed(hook: str, value: Tensor) -> Tensor:
+            return (value.float() + changes[hook]).to(value.dtype)
+
+        first = changed(clean.hook, clean.value)
+        with edits(self.model, {hook: partial(changed, hook) for hook in changes if hook != clean.hook})():
+            states = resumed_states(self.model, clean, first)[:, -1]
         after_fPV = rearrange(head(self.model, states).float().softmax(-1), "(f p) v -> f p v", f=n)
         return _gain(after_fPV, self._before_PV, self._picked[picked_f]).cpu().numpy()
 
@@ -243,7 +250,7 @@ def read_scores(index: FeatureIndex) -> Scores | None:
         if version not in (1, _VERSION) or json.loads(columns.attrs["identity"]) != index.identity:
             return None
         known = {name: columns[name][:] for name in Scores._fields if name in columns}
-    if version == 1 and index.has_store and index.store.norms(index.hook).massive:
+    if version == 1 and index.has_store and any(index.store.norms(hook).massive for hook in index.ends.reads):
         return None
     known["input"] = _nothing(index).input  # the index may have been made anew with other rules
     if version == 1:  # measured all

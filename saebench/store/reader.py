@@ -1,6 +1,7 @@
 """Read a store: its rows by split and hook, its statistics, and what lies beside its shards."""
 
 import functools
+import math
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -76,6 +77,10 @@ class Store:
         if hook not in self._norms:
             self._norms[hook] = Norms.of(self.norm_histogram(hook))
         return self._norms[hook]
+
+    def median_norm(self, hooks: Sequence[str]) -> float:
+        """Of the rows that are not massive; of several hooks that of their vectors one behind the other, about."""
+        return math.hypot(*(self.norms(hook).median for hook in hooks))
 
     def _hook(self, hook: str) -> dict[str, Any]:
         if hook not in self.manifest["hooks"]:

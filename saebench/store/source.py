@@ -2,19 +2,25 @@
 
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from saebench.files import found_from
 from saebench.models import LanguageModel, ModelDtype, load_model, model_path
 from saebench.sae import read_config
+from saebench.store.pair import open_pair
 from saebench.store.reader import Store, open_store
 from saebench.store.schema import MANIFEST
 
 
-def recorded_store(sae: Path) -> Path | None:
-    """Where the store is that an SAE was trained on, as its cfg.json says; None where it does not say."""
-    recorded = read_config(sae).get("metadata", {}).get("saebench", {}).get("store")
+def recorded_store(sae: Path, which: Literal["store", "beside"] = "store") -> Path | None:
+    """Where the store is that an SAE was trained on, as its cfg.json says, or the one beside it; None where it does not say."""
+    recorded = read_config(sae).get("metadata", {}).get("saebench", {}).get(which)
     return None if recorded is None else found_from(sae, Path(recorded))
+
+
+def store_of(sae: Path, folder: Path) -> Store:
+    """A store as an SAE reads it: with the one beside it that it was trained on, where there were two."""
+    return open_pair(folder, recorded_store(sae, "beside"))
 
 
 def longest_of(sae: Path, hook: str) -> float:

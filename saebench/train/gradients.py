@@ -3,12 +3,14 @@
 The same figures as `objectives.py` (whose docstrings hold the formulas), to rounding. A function per
 architecture; what is elementwise is written once for sparse and dense codes, since ReLU, Gated and
 JumpReLU start with most latents active. z is what the encoder reads, and t what the latents are to add up to: one tensor of an
-SAE. Legend: B rows of the batch, R rows of a block of it, D d_in, E d_out, F latents, N entries of the code.
+SAE. A rule is a generator: it gives the errors of what its dictionary writes, and goes on with those that it is sent back, which
+are the same unless others write to the same hooks. Legend: B rows of the batch, R rows of a block of it, D d_in, E d_out, F latents, N entries of the code.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +20,7 @@ from saebench.sae import SAE, GatedSAE, JumpReLUSAE, ReLUSAE, topk_relu
 from saebench.sae.sparse import Code, DenseCode, Encoder, rows_of_a_block
 from saebench.train.objectives import AUX_WEIGHT, Context, Loss, bandwidth, prefixes
 
+Result = TypeVar("Result")
 _DENSE_SHARE = {
     "cpu": 0.25,
     "cuda": 0.5,
@@ -45,10 +48,14 @@ class Gradients:
     variance: Float[Tensor, ""]
     """Σ_e var_e of what is written"""
     bf16: bool = False
+    keeps_errors: bool = False
+    """whether `errors` is wanted"""
     most: int | None = None
     """room for active pairs in each block of rows; None: as many as there are"""
     of: dict[str, Tensor] = field(default_factory=dict)
     squared_errors: list[Float[Tensor, " R"]] = field(default_factory=list)
+    errors: list[Float[Tensor, "R E"]] = field(default_factory=list)
+    """what is written, by all that write there, less what is to be written"""
     along_F: Tensor | None = None
     """W_dec[f] · dLoss/dW_dec[f], which the entries give without a pass over the weights (where decoder rows stay at norm 1)"""
     fires_F: Tensor | None = None
@@ -85,39 +92,95 @@ class Gradients:
         )
 
 
-Penalised = Callable[[Any, Tensor, Tensor, Context, Gradients, bool], None]
+Errors = Generator[Tensor, Tensor, None]
+"""Of what one dictionary writes, `[..., E]`; sent back are those of all that is written there."""
+Penalised = Callable[[Any, Tensor, Tensor, Context, Gradients, bool], Errors]
 """Adds to the gradients those of a block of rows, read and written; the last of its arguments is `dense` of `exact_gradients`."""
 
 
-@torch.no_grad()
 def exact_gradients(
     rule: Penalised | Kin,
     sae: Any,
     x_BD: Float[Tensor, "B D"],
     context: Context,
     y_BE: Float[Tensor, "B E"] | None = None,
+    **how: Any,
+) -> Gradients:
+    """Gradients of an architecture's objective, by the rule in its recipe, and what a step observes; `y` is written, or x itself.
+
+    `how` is as `shared_gradients` has it, whose dictionary is here the only one that writes.
+    """
+    return alone(shared_gradients(rule, sae, x_BD, context, y_BE, **how))
+
+
+def shared_gradients(
+    rule: Penalised | Kin,
+    sae: Any,
+    x_BD: Float[Tensor, "B D"],
+    context: Context,
+    y_BE: Float[Tensor, "B E"] | None = None,
     *,
+    variance: Float[Tensor, ""] | None = None,
     dense: bool = False,
     guess: float = 0.0,
     bf16: bool = False,
     most: int | None = None,
-) -> Gradients:
-    """Gradients of an architecture's objective, by the rule in its recipe, and what a step observes; `y` is written, or x itself.
+    keeps_errors: bool = False,
+) -> Generator[Tensor, Tensor, Gradients]:
+    """As `exact_gradients`, of a dictionary beside which others may write; it gives errors and is sent those of all.
 
-    `dense` takes all latents of a row as active, for ReLU, Gated and JumpReLU early in training; the
+    Of several, `y` is at each hook what is to be written there for one of them, and 0 for the others, and `variance` Σ_e var_e of what is to be
+    written at this one's hooks in all. `dense` takes all latents of a row as active, for ReLU, Gated and JumpReLU early in training; the
     result is the same. `guess` is what BatchTopK's least activation may be expected to exceed. `bf16`
     rounds what the encoder multiplies to bfloat16 (sums in float32), and nothing else. With `most`, room for the
     active pairs of a block of rows, no such search waits for a GPU; `fullest` says whether it was enough.
     """
     y_BE = x_BD if y_BE is None else y_BE
-    gradients = Gradients(len(x_BD), (y_BE - y_BE.mean(0)).norm().square() / len(x_BD), bf16, most)
+    variance = variance_of(y_BE) if variance is None else variance
+    gradients = Gradients(len(x_BD), variance, bf16, keeps_errors, most)
     if isinstance(rule, Kin):
-        _topk_kin(rule, sae, x_BD, y_BE, context, gradients, guess)
+        yield from _topk_kin(rule, sae, x_BD, y_BE, context, gradients, guess)
         return gradients
     at_once = rows_at_once(sae.d_sae, len(x_BD), x_BD.device, dense)
     for x_RD, y_RE in zip(x_BD.split(at_once), y_BE.split(at_once), strict=True):
-        rule(sae, x_RD, y_RE, context, gradients, dense)
+        yield from rule(sae, x_RD, y_RE, context, gradients, dense)
     return gradients
+
+
+def variance_of(y_BE: Float[Tensor, "B E"]) -> Float[Tensor, ""]:
+    """Σ_e var_e."""
+    return (y_BE - y_BE.mean(0)).norm().square() / len(y_BE)
+
+
+@torch.no_grad()
+def alone(running: Generator[Tensor, Tensor, Result]) -> Result:
+    """What a generator of errors comes to that is sent its own."""
+    sent = None
+    while True:
+        try:
+            sent = running.send(sent)  # type: ignore[arg-type]
+        except StopIteration as end:
+            return end.value
+
+
+@torch.no_grad()
+def together(
+    running: Sequence[Generator[Tensor, Tensor, Any]], writes: Sequence[Sequence[str]], widths: dict[str, int]
+) -> None:
+    """Run generators of errors in step; each is sent, of each hook that it writes, the sum of what all give there."""
+    given = [next(errors) for errors in running]
+    while True:
+        sums: dict[str, Tensor] = {}
+        for errors, hooks in zip(given, writes, strict=True):
+            for hook, part in zip(hooks, errors.split([widths[hook] for hook in hooks], -1), strict=True):
+                sums[hook] = sums[hook] + part if hook in sums else part
+        given = []
+        for errors, hooks in zip(running, writes, strict=True):
+            with contextlib.suppress(StopIteration):  # all of them end at once, the rule being one
+                given.append(errors.send(torch.cat([sums[hook] for hook in hooks], -1)))
+        if not given:
+            return
+        assert len(given) == len(running)
 
 
 def rows_at_once(d_sae: int, n_rows: int, device: torch.device, dense: bool) -> int:
@@ -130,11 +193,11 @@ def rows_at_once(d_sae: int, n_rows: int, device: torch.device, dense: bool) -> 
 # ------------------------------------------------------------- with a penalty: any number is active
 
 
-def add_relu(sae: ReLUSAE, x_RD: Tensor, y_RE: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
+def add_relu(sae: ReLUSAE, x_RD: Tensor, y_RE: Tensor, context: Context, gradients: Gradients, dense: bool) -> Errors:
     z_RD, t_RE = _ends(sae, x_RD, y_RE)
     code, h = _positive(Encoder(z_RD, sae.W_enc, sae.b_enc, gradients.bf16), dense, gradients)
     acts = torch.relu(h)
-    error_RE = code.decode(acts, sae.W_dec).sub_(t_RE)
+    error_RE = yield code.decode(acts, sae.W_dec).sub_(t_RE)
     lengths_FH, weight, share = sae.lengths_FH, 2 / gradients.n_rows, context.coefficient / gradients.n_rows
     norms_F, sums_F = lengths_FH.sum(1), code.sum_latents(acts)
     dh = (code.products(error_RE, sae.W_dec).mul_(weight) + share * code.at(norms_F)).mul_(acts > 0)
@@ -150,13 +213,14 @@ def add_relu(sae: ReLUSAE, x_RD: Tensor, y_RE: Tensor, context: Context, gradien
     _observe(gradients, code, acts > 0, sparsity, error_RE, context.coefficient * sparsity)
 
 
-def add_gated(sae: GatedSAE, x_RD: Tensor, y_RE: Tensor, context: Context, gradients: Gradients, dense: bool) -> None:
+def add_gated(sae: GatedSAE, x_RD: Tensor, y_RE: Tensor, context: Context, gradients: Gradients, dense: bool) -> Errors:
     z_RD, t_RE = _ends(sae, x_RD, y_RE)
     code, gate = _positive(Encoder(z_RD, sae.W_enc, sae.b_gate, gradients.bf16), dense, gradients)
     h, scale_F = gate - code.at(sae.b_gate), sae.r_mag.exp()
     opens, gate = gate > 0, torch.relu(gate)
     acts = torch.relu(h * code.at(scale_F) + code.at(sae.b_mag)) * opens
-    error_RE, frozen_RE = (code.decode(values, sae.W_dec).sub_(t_RE) for values in (acts, gate))
+    error_RE = yield code.decode(acts, sae.W_dec).sub_(t_RE)
+    frozen_RE = yield code.decode(gate, sae.W_dec).sub_(t_RE)
     weight, share = 2 / gradients.n_rows, context.coefficient / gradients.n_rows
     dmag = code.products(error_RE, sae.W_dec).mul_(weight).mul_(acts > 0)
     dgate = (code.products(frozen_RE, sae.W_dec).mul_(weight) + share).mul_(opens)
@@ -174,7 +238,7 @@ def add_gated(sae: GatedSAE, x_RD: Tensor, y_RE: Tensor, context: Context, gradi
 
 def add_jumprelu(
     sae: JumpReLUSAE, x_RD: Tensor, y_RE: Tensor, context: Context, gradients: Gradients, dense: bool
-) -> None:
+) -> Errors:
     epsilon = bandwidth(sae.d_in)
     z_RD, t_RE = _ends(sae, x_RD, y_RE)
     floor_F = sae.threshold - epsilon / 2  # entries below θ are needed to learn it
@@ -182,7 +246,7 @@ def add_jumprelu(
     pre, threshold = above + code.at(floor_F), code.at(sae.threshold)
     active, near = pre > threshold, (pre - threshold).abs() < epsilon / 2
     acts = pre * active
-    error_RE = code.decode(acts, sae.W_dec).sub_(t_RE)
+    error_RE = yield code.decode(acts, sae.W_dec).sub_(t_RE)
     weight, share = 2 / gradients.n_rows, context.coefficient / gradients.n_rows
     dacts = code.products(error_RE, sae.W_dec).mul_(weight)
     gradients.add("W_dec", code.accumulate(acts * weight, error_RE))
@@ -227,6 +291,8 @@ def _observe(
     gradients: Gradients, code: Code, active: Tensor, sparsity: Tensor, error_RE: Tensor, penalty: Tensor
 ) -> None:
     squared_R = error_RE.norm(dim=1).square()
+    if gradients.keeps_errors:
+        gradients.errors.append(error_RE)
     gradients.squared_errors.append(squared_R)
     gradients.count("fires_F", code.sum_latents(active.to(squared_R.dtype)))
     gradients.count("sparsity", sparsity)
@@ -238,7 +304,7 @@ def _observe(
 
 def _topk_kin(
     kin: Kin, sae: ReLUSAE, x_BD: Tensor, y_BE: Tensor, context: Context, gradients: Gradients, guess: float
-) -> None:
+) -> Errors:
     """The nested SAEs of Matryoshka are further rows of the code; TopK and BatchTopK have one per row."""
     assert context.k is not None
     sizes = prefixes(sae.d_sae) if kin.nested else [sae.d_sae]
@@ -249,12 +315,12 @@ def _topk_kin(
     acts_N = torch.relu(h_N)
     weight = 2 / (n_rows * n_nested * gradients.variance)  # dLoss/dx̂ is this times the error
     if n_nested == 1:
-        nested, error_BE = code, code.decode(acts_N, sae.W_dec).sub_(t_BE)
+        nested, error_BE = code, (yield code.decode(acts_N, sae.W_dec).sub_(t_BE))
         later_RE = sum_BE = error_BE
         total = squared_B = error_BE.norm(dim=1).square()
     else:
         nested = code.split([0, *sizes[:-1]])
-        error_BSE = nested.decode(acts_N, sae.W_dec).view(n_rows, n_nested, -1).cumsum(1).sub_(t_BE[:, None])
+        error_BSE = yield nested.decode(acts_N, sae.W_dec).view(n_rows, n_nested, -1).cumsum(1).sub_(t_BE[:, None])
         later_BSE = error_BSE.flip(1).cumsum(1).flip(1)  # a latent is part of all nested SAEs from its own on
         later_RE, sum_BE, error_BE = later_BSE.flatten(0, 1), later_BSE[:, 0], error_BSE[:, -1]
         total = error_BSE.norm(dim=2).square()

@@ -16,9 +16,10 @@ from saebench.config import differences, to_json
 from saebench.models import model_path
 from saebench.runlog import provenance
 from saebench.sae import Ends, read_config
-from saebench.store import Cursor, Store, shuffled_batches
+from saebench.store import Cursor, Store, joint_batches
 from saebench.store.coding import row_bytes
 from saebench.store.norms import moments_within, rows_beyond
+from saebench.store.pair import PairedStore
 from saebench.store.schema import MASSIVE
 from saebench.store.shuffle import ShardsOf, quality
 from saebench.train.checkpoint import begun_as
@@ -41,8 +42,8 @@ class Run:
     """shards of a window, where rows come in windows"""
     buffers: dict[str, int | float]
     """for each hook, the rows of a buffer that they are shuffled in"""
-    together: dict[str, tuple[str, ...]]
-    """for each hook, those that are read or written with it, itself among them"""
+    streams: list[tuple[str, ...]]
+    """hooks whose rows are drawn together: those of one dictionary, or of several that share some"""
     multiples: dict[str, float | None]
     """for each hook, how many times the median norm is too long for a row; None where no row is left out"""
     identity: dict[str, dict[str, Any]]
@@ -60,11 +61,11 @@ class Run:
         specs = [
             replace(spec, pace=begun[spec.name].get("pace", 1.0)) if spec.name in begun else spec for spec in specs
         ]
-        together = {hook: spec.ends.hooks for spec in specs for hook in spec.ends.hooks}
+        streams = _streams([spec.ends.hooks for spec in specs])
         multiples = {}
-        for hook, group in together.items():
-            mine = [begun[spec.name] for spec in specs if hook in spec.ends.hooks and spec.name in begun]
-            multiples[hook] = _multiple(config, store, group, mine, window)
+        for stream in streams:
+            mine = [begun[spec.name] for spec in specs if spec.ends.hooks[0] in stream and spec.name in begun]
+            multiples |= dict.fromkeys(stream, _multiple(config, store, stream, mine, window))
         mine = [begun[spec.name] for spec in specs if spec.name in begun]
         buffer, buffers = _buffers(config, store, list(multiples), mine)
         shared = {
@@ -74,6 +75,8 @@ class Run:
             "dead_steps": config.dead_steps,
             "store": store.hash,
         }
+        if isinstance(store, PairedStore):
+            shared["beside"] = store.beside.hash
         if window:
             shared["window_shards"] = window
             if len(multiples) > 1 and any(multiples.values()):
@@ -84,7 +87,7 @@ class Run:
             left_out = {} if multiple is None else {"exclude_outliers": multiple}
             identity[spec.name] = {**spec.to_json(), **shared, **left_out}
         return cls(
-            config=config, specs=specs, store=store, window=window, buffers=buffers, together=together, multiples=multiples, identity=identity
+            config=config, specs=specs, store=store, window=window, buffers=buffers, streams=streams, multiples=multiples, identity=identity
         )  # fmt: skip
 
     @property
@@ -97,7 +100,13 @@ class Run:
         """The SAEs' directories."""
         return [self.folder / name for name in self.identity]
 
-    def is_done(self, name: str) -> bool:
+    def to_do(self) -> list[Spec]:
+        """Those not trained yet; of a joint set all, or none."""
+        left = [spec for spec in self.specs if not self._is_done(spec.name)]
+        sets = {spec.set for spec in left if spec.joint}
+        return [spec for spec in self.specs if spec in left or (spec.joint and spec.set in sets)]
+
+    def _is_done(self, name: str) -> bool:
         """Whether this SAE was trained already. Raises ValueError when the folder has another of its name."""
         folder = self.folder / name
         if not (folder / "cfg.json").exists():
@@ -144,16 +153,16 @@ class Run:
         return sum(int(2 * min(n, rows)) * row_bytes(dtype, self.store.d_in(hook)) for hook, n in self.buffers.items())
 
     def batches(
-        self, hook: str, start: Cursor | None, shards: ShardsOf, device: str
-    ) -> Iterator[tuple[Tensor, Cursor]]:
-        """The rows to train on, on their device and without end, from a cursor on or from the first."""
+        self, stream: tuple[str, ...], start: Cursor | None, shards: ShardsOf, device: str
+    ) -> Iterator[tuple[dict[str, Tensor], Cursor]]:
+        """The rows to train on, of each hook of a stream, on their device and without end, from a cursor on or from the first."""
         # A row is left out at all hooks of a dictionary if at one, so that they stay in step; in a rolling run at every
         # hook, so that none gets ahead of the others' windows.
-        apart = self.multiples if self.window else self.together[hook]
+        apart = self.multiples if self.window else stream
         longest = {name: self._longest(name) for name in apart if self.multiples[name] is not None}
-        return shuffled_batches(
-            self.store, hook, self.config.batch,
-            seed=self.config.seed[0], buffer_rows=self.buffers[hook], start=start or Cursor(), longest=longest,
+        return joint_batches(
+            self.store, stream, self.config.batch,
+            seed=self.config.seed[0], buffer_rows=self.buffers[stream[0]], start=start or Cursor(), longest=longest,
             shards=shards, device=device,
         )  # fmt: skip
 
@@ -166,6 +175,9 @@ class Run:
             others = {"reads": list(member.spec.reads), "writes": list(writes)}
         if not member.spec.ends.tied:
             others["hook_name_out"] = writes[0]
+        if member.spec.set:
+            reads = [spec.ends.reads[0] for spec in self.specs if spec.set == member.spec.set]
+            others |= {"set": member.spec.set, "set_reads": reads, "joint": member.spec.joint}
         return {
             # Vectors of one's own need not say what they are of.
             "model_name": model_path(made["model"]["id"]) if "model" in made else None,
@@ -183,6 +195,7 @@ class Run:
             "saebench": {
                 "identity": self.identity[member.spec.name],
                 "store": str(self.config.store),
+                **({"beside": str(self.config.beside)} if self.config.beside else {}),
                 "longest_row": None if self.multiples[hook] is None else self._longest(hook),
                 "tokens_trained": self.config.n_steps * self.config.batch,
                 "epochs": epochs,
@@ -195,6 +208,16 @@ class Run:
     def _longest(self, hook: str) -> float:
         """The norm of the longest row to train on."""
         return (self.multiples[hook] or math.inf) * self.store.statistics(hook)["median_norm"]
+
+
+def _streams(groups: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Groups of hooks, those that share some joined."""
+    streams: list[tuple[str, ...]] = []
+    for group in groups:
+        shared = [stream for stream in streams if set(stream) & set(group)]
+        joined = tuple(dict.fromkeys(hook for stream in [*shared, group] for hook in stream))
+        streams = [stream for stream in streams if stream not in shared] + [joined]
+    return streams
 
 
 def _buffers(

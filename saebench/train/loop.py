@@ -16,8 +16,9 @@ from saebench.models import choose_device
 from saebench.runlog import MetricsLog, interruptible, progress
 from saebench.sae import fold, save_sae
 from saebench.sae.sparse import forget_scratch
-from saebench.store import open_store
+from saebench.store.pair import open_pair
 from saebench.train.checkpoint import Checkpoint, full_disk_is_a_value_error
+from saebench.train.gradients import together, variance_of
 from saebench.train.identity import Run
 from saebench.train.member import LOOK_EVERY, Member, Spec
 from saebench.train.memory import check_memory
@@ -41,12 +42,12 @@ def train(
     Raises ValueError for a store, hook or checkpoint that does not fit; and, once the others are
     trained and saved, for SAEs whose loss stopped being finite.
     """
-    store = open_store(config.store)
+    store = open_pair(config.store, config.beside)
     device = choose_device(config.device, float64=True)
     with locked(config.out), _products(config.dtype), contextlib.ExitStack() as held:
         run = Run.of(config, store)
         checkpoint = Checkpoint(run.folder, run.identity)
-        todo = [spec for spec in run.specs if not run.is_done(spec.name)]
+        todo = run.to_do()
         if not todo:
             _clear_away(run, checkpoint)
             return run.folders
@@ -66,28 +67,26 @@ def train(
         made = {"device": model_device, "trust_remote_code": trust_remote_code}
         source = source_of(store, run.window, total, cursors.values(), lambda: interrupt.requested, **made)
         held.enter_context(source)
-        streams = {hook: source.served(run.batches(hook, cursors.get(hook), source.shards, device)) for hook in inputs}
+        teams, streams = _teams(active), [stream for stream in run.streams if stream[0] in inputs]
+        batches = [
+            source.served(run.batches(stream, cursors.get(stream[0]), source.shards, device)) for stream in streams
+        ]
         for step in range(first, config.n_steps):
             # All hooks' before the first SAE takes a step: what cannot be had leaves all of them where they are.
             try:
-                drawn = {hook: next(batches) for hook, batches in streams.items()}
+                drawn = [next(rows) for rows in batches]
             except (Stopped, ValueError) as end:
                 checkpoint.save(members, step, cursors, clock.total)
                 return _stopped(step, config, end)
-            cursors |= {hook: cursor for hook, (_, cursor) in drawn.items()}
-            for ends in dict.fromkeys(member.spec.ends for member in active):
-                x_BD, y_BE = (
-                    _joined([drawn[hook][0].float() * inputs[hook][0] for hook in hooks]) if hooks else None
-                    for hooks in (ends.reads, () if ends.tied else ends.writes)
-                )
-                assert x_BD is not None
-                for member in active:
-                    if member.spec.ends == ends:
-                        member.step(x_BD, step, y_BE)
+            cursors |= {hook: cursor for rows, cursor in drawn for hook in rows}
+            rows = {hook: vectors.float() * inputs[hook][0] for rows, _ in drawn for hook, vectors in rows.items()}
+            for team in teams:
+                _step(team, rows, step)
             bar.update(config.batch)
             last = step + 1 == config.n_steps
             if (step + 1) % LOG_EVERY == 0 or last:
                 active = _log(active, logs, bar, step, config.batch, clock)
+                teams = _teams(active)
             if last or clock.save_is_due or source.left(cursors.values()) or not active or interrupt.requested:
                 with clock.saving():
                     checkpoint.save(members, step + 1, cursors, clock.total)
@@ -113,11 +112,46 @@ Inputs = dict[str, tuple[float, Tensor]]
 
 def _member(run: Run, spec: Spec, inputs: Inputs, device: str) -> Member:
     config, (reads, writes) = run.config, spec.ends
-    means = [_joined([inputs[hook][1] for hook in hooks]) for hooks in (reads, writes)]
+    means = [[inputs[hook][1] for hook in hooks] for hooks in (reads, writes)]
+    if spec.joint:  # each hook has one bias, that of its own layer's member
+        means[1][1:] = [torch.zeros_like(mean) for mean in means[1][1:]]
     return Member(
-        spec, means[0], config.dead_steps, config.n_steps, device, config.dtype == "bfloat16",
-        mean_E=None if spec.ends.tied else means[1], parts=run.widths(writes),
+        spec, _joined(means[0]), config.dead_steps, config.n_steps, device, config.dtype == "bfloat16",
+        mean_E=None if spec.ends.tied else _joined(means[1]), parts=run.widths(writes),
     )  # fmt: skip
+
+
+def _teams(members: list[Member]) -> list[list[Member]]:
+    """Those that take their steps together: the members of a joint set, and every other alone."""
+    teams: dict[str, list[Member]] = {}
+    for member in members:
+        teams.setdefault(member.spec.set if member.spec.joint else member.spec.name, []).append(member)
+    for team in teams.values():
+        for member in team:
+            member.company = team
+    return list(teams.values())
+
+
+def _step(team: list[Member], rows: dict[str, Tensor], step: int) -> None:
+    """A step of all of them on the rows of each hook, scaled."""
+    member, ends = team[0], team[0].spec.ends
+    if not member.spec.joint:
+        y_BE = None if ends.tied else _joined([rows[hook] for hook in ends.writes])
+        member.step(_joined([rows[hook] for hook in ends.reads]), step, y_BE)
+        return
+    variances = {hook: variance_of(rows[hook]) for hook in ends.writes}
+    steps = []
+    for member in team:
+        (read,), (own, *others) = member.spec.ends
+        y_BE = _joined([rows[own], *(torch.zeros_like(rows[hook]) for hook in others)])
+        variance = torch.stack([variances[hook] for hook in (own, *others)]).sum()
+        steps.append(member.steps(rows[read], step, y_BE, variance))
+    together(steps, [member.spec.ends.writes for member in team], {hook: rows[hook].shape[1] for hook in variances})
+    diverged = torch.stack(
+        [member.diverged_at for member in team]
+    ).max()  # with one of them all of what is written is lost
+    for member in team:
+        member.diverged_at = torch.where(member.diverged_at < 0, diverged, member.diverged_at)
 
 
 def _joined(vectors: list[Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from saebench.metrics import DUPLICATE
 from saebench.sae import SAE, Ends, JumpReLUSAE, Writes, initialise, new_sae, reconstruct_sparse
 from saebench.sae.architectures import NOT_OF_LATENTS
-from saebench.train.gradients import Gradients, exact_gradients
+from saebench.train.gradients import Gradients, alone, shared_gradients
 from saebench.train.objectives import Context, bandwidth
 from saebench.train.recipes import RECIPES
 from saebench.train.schedules import DECAY, WARMUP, Sparsity, learning_rate
@@ -42,6 +42,10 @@ class Spec:
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     skip: bool = False
+    set: str = ""
+    """name of the dictionaries that belong together, of several layers"""
+    joint: bool = False
+    """whether what is to be written at a hook is the sum over the set"""
     architecture: str
     d_sae: int
     k: int | None = None
@@ -63,6 +67,8 @@ class Spec:
         values = asdict(self)
         if self.pace == 1.0:
             del values["pace"]
+        if not self.joint:
+            del values["set"], values["joint"]  # decides nothing
         if not self.reads:
             del values["reads"], values["writes"], values["skip"]
             return values
@@ -80,6 +86,8 @@ class Member:
         """On rows of a mean; with `mean_E` it writes other vectors, of that mean, and with `parts` those of hooks of such widths."""
         writes = Writes(d_out=None if mean_E is None else len(mean_E), skip=spec.skip, parts=parts)
         self.spec, self.dead_steps, self.n_steps, self.bf16 = spec, dead_steps, n_steps, bf16
+        self.company: Sequence[Member] = (self,)
+        """those whose steps go together: the members of a joint set"""
         self.recipe = RECIPES[spec.architecture]
         self.sae: SAE = new_sae(self.recipe.sae.architecture, len(mean_D), spec.d_sae, k=spec.k, writes=writes)
         initialise(self.sae, mean_D, torch.Generator().manual_seed(spec.seed), self.recipe.gains, mean_E)
@@ -111,32 +119,47 @@ class Member:
     def step(self, x_BD: Float[Tensor, "B D"], step: int, y_BE: Float[Tensor, "B E"] | None = None) -> None:
         """One update of the weights on inputs scaled to E‖x‖² = D, and what is to be written there (default: the same) to
         E‖y‖² = E; none where the loss or its gradient is not finite."""
-        if not x_BD.is_cuda or step % LOOK_EVERY == 0:
+        alone(self.steps(x_BD, step, y_BE))
+
+    def steps(
+        self,
+        x_BD: Float[Tensor, "B D"],
+        step: int,
+        y_BE: Float[Tensor, "B E"] | None = None,
+        variance: Tensor | None = None,
+    ) -> Generator[Tensor, Tensor, None]:
+        """The same beside others that write to the same hooks: it gives errors and is sent those of all. `variance` and `y_BE` are as
+        `shared_gradients` has them."""
+        if not x_BD.is_cuda or step % LOOK_EVERY == 0 or self.spec.joint:
             self._look()
         context = Context(self.sparsity.coefficient(step, self.n_steps), self._dead, self.spec.k)
-        gradients = exact_gradients(
-            self.recipe.gradients, self.sae, x_BD, context, y_BE,
-            dense=self._dense, guess=self._guess, bf16=self.bf16, most=self._most,
+        pools = self._steps_to_resampling(step) < _POOLED
+        gradients = yield from shared_gradients(
+            self.recipe.gradients, self.sae, x_BD, context, y_BE, variance=variance,
+            dense=self._dense, guess=self._guess, bf16=self.bf16, most=self._most, keeps_errors=pools and self.spec.joint,
         )  # fmt: skip
-        with torch.no_grad():
-            if self.recipe.unit_rows:
-                # Take from the gradient of each unit row its part along the row.
-                assert gradients.along_F is not None
-                gradients.of["W_dec"].addcmul_(gradients.along_F[:, None], self.sae.W_dec, value=-1)
-            norm = torch.nn.utils.get_total_norm([value for name, value in gradients.of.items() if name != "threshold"])
-            assert gradients.total is not None
-            fine = norm.isfinite() & gradients.total.isfinite()
-            bad = ~(fine & gradients.of["threshold"].isfinite().all() if "threshold" in gradients.of else fine)
-            bad |= self.diverged_at >= 0  # no step more: what is kept are the weights of before
-            full = self._full(gradients)
-            self._update(gradients, norm, bad | full, step)
-            with self._kept_where(full):
-                self._observe(x_BD, gradients, norm, bad, context, step)
-                if self._steps_to_resampling(step) < _POOLED:
-                    rows = x_BD if y_BE is None else torch.cat([x_BD, y_BE], 1)
-                    self._pool(rows, gradients.error_B * ~full, step)
-            if self._steps_to_resampling(step) == 0:
-                self._resample()
+        if self.recipe.unit_rows:
+            # Take from the gradient of each unit row its part along the row.
+            assert gradients.along_F is not None
+            gradients.of["W_dec"].addcmul_(gradients.along_F[:, None], self.sae.W_dec, value=-1)
+        if self.spec.joint:
+            # Each hook has one bias: that of the dictionary of its own layer, which writes there first.
+            gradients.of["b_dec"][self.sae.parts[0] :] = 0.0
+        norm = torch.nn.utils.get_total_norm([value for name, value in gradients.of.items() if name != "threshold"])
+        assert gradients.total is not None
+        fine = norm.isfinite() & gradients.total.isfinite()
+        bad = ~(fine & gradients.of["threshold"].isfinite().all() if "threshold" in gradients.of else fine)
+        bad |= self.diverged_at >= 0  # no step more: what is kept are the weights of before
+        full = self._full(gradients)
+        self._update(gradients, norm, bad | full, step)
+        with self._kept_where(full):
+            self._observe(x_BD, gradients, norm, bad, context, step)
+            if pools:
+                if gradients.errors:
+                    y_BE = reconstruct_sparse(self.sae, x_BD)[0] - torch.cat(gradients.errors)
+                self._pool(x_BD if y_BE is None else torch.cat([x_BD, y_BE], 1), gradients.error_B * ~full, step)
+        if self._steps_to_resampling(step) == 0:
+            self._resample()
 
     def _learning_rate(self, step: int) -> float:
         return learning_rate(step, self.n_steps, self.spec.lr, self.spec.warmup, self.spec.decay)
@@ -148,14 +171,14 @@ class Member:
     def _look(self) -> None:
         """What decides the kind of the next steps' products; read from the device seldom, since it has to be waited for."""
         self._dead = (self.silent_steps >= self.dead_steps).nonzero()[:, 0] if self.recipe.takes_k else _NONE
-        l0 = float(self.sparsity.l0)
+        l0s = [float(member.sparsity.l0) for member in self.company]  # before the first step they are nan
         where = self.silent_steps.device.type
         where += " tf32" if where == "cuda" and torch.backends.cuda.matmul.allow_tf32 else ""
         dense_above = DENSE_ABOVE[where] * self.spec.d_sae
-        self._dense = not self.recipe.takes_k and not l0 < dense_above  # before the first step it is nan
+        self._dense = not self.recipe.takes_k and not all(l0 < dense_above for l0 in l0s)
         self._most: int | None = None
         self._guess = 0.0
-        if self.silent_steps.is_cuda:
+        if self.silent_steps.is_cuda and not self.spec.joint:
             # Twice what it was of late: a step whose active pairs do not fit is left out. At first they are waited for.
             self._most = round(ROOM * int(self.fullest)) or None
             self.fullest = torch.zeros_like(self.fullest)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from saebench.config import Count, Multiple
 from saebench.sae import Ends
+from saebench.store.pair import TUNED
 from saebench.store.shuffle import BUFFER_ROWS
 from saebench.train.member import Spec
 from saebench.train.memory import total_memory
@@ -17,7 +18,7 @@ from saebench.train.recipes import RECIPES, Architecture
 from saebench.train.schedules import DECAY, WARMUP, default_learning_rate, pace
 
 Precision = Literal["float32", "tf32", "bfloat16"]
-Kind = Literal["sae", "transcoder", "crosscoder"]
+Kind = Literal["sae", "transcoder", "crosscoder", "clt"]
 Place = str | Ends
 """The hook of an SAE, or what others read and write."""
 _MLP = "blocks.{}.mlp.hook_in", "blocks.{}.hook_mlp_out"
@@ -29,12 +30,14 @@ class TrainConfig:
 
     store: Path
     """activation store to train on"""
+    beside: Path | None = None
+    """a second model's store of the same tokens, for a crosscoder of both: its hooks are named `tuned:HOOK`"""
     hook: tuple[str, ...] = ()
     """hooks in the store, a set of SAEs for each (default: the only one), or all of them of one crosscoder"""
     kind: Kind = "sae"
-    """transcoder: reads the input of an MLP and writes its output; crosscoder: reads and writes several hooks at once"""
+    """transcoder: reads the input of an MLP and writes its output; crosscoder: reads and writes several hooks at once; clt: a cross-layer transcoder, a set that reads the inputs of several layers' MLPs, each of which writes the outputs of its layer and of those after it"""
     layers: tuple[int, ...] = ()
-    """layers whose MLPs get transcoders (default: all of which the store has input and output)"""
+    """layers whose MLPs get transcoders, or those of a clt (default: all of which the store has input and output)"""
     reads: tuple[str, ...] = ()
     """hooks that are read, with --writes, instead of --kind and --hook"""
     writes: tuple[str, ...] = ()
@@ -104,11 +107,27 @@ class TrainConfig:
             raise ValueError(
                 f"exclude_outliers is {self.exclude_outliers}; expected more than 1: it is a multiple of the median norm"
             )
+        self._check_beside()
         self._check_ends()
         if not self.k and not self.target_l0 and not self.l1:
             raise ValueError(
                 "no sparsity given; expected --k 16,32 for topk and its kin, --target-l0 32 or --l1 2 for the others"
             )
+
+    def _check_beside(self) -> None:
+        """Raises ValueError for hooks of a second store where there is none, and for what cannot be trained on two."""
+        if named := [hook for hook in (*self.hook, *self.reads, *self.writes) if hook.startswith(TUNED)]:
+            raise ValueError(
+                f"hook is {named[0]!r}, of a second model's store; expected {named[0].removeprefix(TUNED)!r}, "
+                "with --kind crosscoder and --beside STORE: both models are read and written"
+            )
+        if self.beside is not None and (self.kind != "crosscoder" or self.reads or not self.hook):
+            raise ValueError(
+                f"beside is {self.beside} of what does not read and write both models; expected --kind crosscoder and --hook alone: "
+                "its rows of the one are no input for those of the other"
+            )
+        if self.beside is not None and self.rolling is not None:
+            raise ValueError(f"beside is {self.beside} and rolling is {self.rolling}; expected two finished stores")
 
     def _check_ends(self) -> None:
         """Raises ValueError for what is no description of one kind of dictionary."""
@@ -124,21 +143,24 @@ class TrainConfig:
         for name in ("reads", "writes", "hook"):
             if twice := [hook for n, hook in enumerate(getattr(self, name)) if hook in getattr(self, name)[:n]]:
                 raise ValueError(f"{name} has {twice[0]} twice; expected each hook once")
-        if reads and self.kind != "sae" and (self.kind == "crosscoder") != (self.reads == self.writes):
+        if reads and self.kind not in ("sae", "clt") and (self.kind == "crosscoder") != (self.reads == self.writes):
             raise ValueError(
                 f"kind is {self.kind} and reads is {reads!r}, writes {writes!r}; expected the same of a crosscoder, other hooks of a transcoder"
             )
-        if self.kind == "transcoder" and self.hook:
+        if self.kind in ("transcoder", "clt") and self.hook:
             raise ValueError(
-                f"hook is {','.join(self.hook)!r} of a transcoder; expected --layers, or --reads and --writes"
+                f"hook is {','.join(self.hook)!r} of a {self.kind}; expected --layers{', or --reads and --writes' * (self.kind == 'transcoder')}"
             )
-        if self.kind == "crosscoder" and len(self.hook or self.reads) < 2:
+        if self.kind == "clt" and (reads or len(self.layers) == 1):
+            named = f"reads is {reads!r}" if reads else f"layers is {self.layers}"
+            raise ValueError(f"{named} of a clt; expected --layers, two or more of them: of one it is a transcoder")
+        if self.kind == "crosscoder" and len(self.hook or self.reads) < 2 and self.beside is None:
             raise ValueError(
                 f"hook is {','.join(self.hook)!r} of a crosscoder; expected two or more: of one it is an SAE"
             )
-        if self.layers and self.kind != "transcoder":
-            raise ValueError(f"layers is {self.layers} of a {self.kind}; expected --hook, or --kind transcoder")
-        if self.skip and self.reads == self.writes and self.kind != "transcoder":
+        if self.layers and self.kind not in ("transcoder", "clt"):
+            raise ValueError(f"layers is {self.layers} of a {self.kind}; expected --hook, or --kind transcoder or clt")
+        if self.skip and self.reads == self.writes and self.kind not in ("transcoder", "clt"):
             raise ValueError(
                 "skip is True of what writes what it reads, where a linear map is all: use it with --kind transcoder"
             )
@@ -150,7 +172,7 @@ class TrainConfig:
 
     @property
     def _writes_several(self) -> bool:
-        return self.kind == "crosscoder" or len(self.writes) > 1
+        return self.kind in ("crosscoder", "clt") or len(self.writes) > 1
 
     @property
     def architectures(self) -> tuple[Architecture, ...]:
@@ -163,17 +185,27 @@ class TrainConfig:
             one = Ends(self.reads, self.writes)
             places: tuple[Place, ...] = one.reads if one.tied and len(one.reads) == 1 else (one,)
         elif self.kind == "crosscoder":
-            places = (Ends(self.hook, self.hook),)
-        elif self.kind == "transcoder":
-            layers = self.layers or _layers_of_mlps(hooks)
-            places = tuple(Ends(*((name.format(layer),) for name in _MLP)) for layer in layers)
+            both = self.hook + (tuple(TUNED + hook for hook in self.hook) if self.beside else ())
+            places = (Ends(both, both),)
+        elif self.kind in ("transcoder", "clt"):
+            layers = sorted(set(self.layers or _layers_of_mlps(hooks)))
+            if self.kind == "clt" and len(layers) == 1:
+                raise ValueError(
+                    f"{self.store} has the MLP of one layer, {layers[0]}; expected two or more for a clt: {_REMEDY}"
+                )
+            last = len(layers) if self.kind == "clt" else 1
+            places = tuple(
+                Ends((_MLP[0].format(layer),), tuple(_MLP[1].format(later) for later in layers[n : n + last]))
+                for n, layer in enumerate(layers)
+            )
         elif self.hook or len(hooks) == 1:
             places = self.hook or tuple(hooks)
         else:
             raise ValueError(f"{self.store} has several hooks; choose one with --hook: {', '.join(hooks)}")
         for hook in (hook for place in places for hook in ((place,) if isinstance(place, str) else place.hooks)):
             if hook not in hooks:
-                raise ValueError(f"hook {hook!r} is not in {self.store}; it has {', '.join(hooks)}: {_REMEDY}")
+                folder = self.beside if hook.startswith(TUNED) else self.store
+                raise ValueError(f"hook {hook!r} is not in {folder}; it has {', '.join(hooks)}: {_REMEDY}")
         if not places:
             raise ValueError(f"{self.store} has no MLP's input and output; it has {', '.join(hooks)}: {_REMEDY}")
         return places
@@ -209,7 +241,7 @@ def grid(config: TrainConfig, d_in: int, places: Sequence[Place] = ("",)) -> lis
 
     Names say what differs within the grid. Raises ValueError when an architecture gets no sparsity, or k > d_sae.
     """
-    widths = config.d_sae or (config.expansion * d_in,)
+    widths, joint = config.d_sae or (config.expansion * d_in,), config.kind == "clt"
     specs: list[Spec] = []
     for place, d_sae, lr, seed, arch in product(
         places, widths, config.lr or (None,), config.seed, config.architectures
@@ -223,21 +255,24 @@ def grid(config: TrainConfig, d_in: int, places: Sequence[Place] = ("",)) -> lis
                 f"architecture {arch} has no sparsity; expected {'--k' if RECIPES[arch].takes_k else '--target-l0 or --l1'}"
             )
         for level in levels:
-            (kind, value), *_ = level.items()
-            if not 0 < value <= (d_sae if kind != "l1" else math.inf):
-                raise ValueError(f"{kind} is {value}; expected more than 0 and at most d_sae = {d_sae}")
-            name = f"{arch}-{ {'k': 'k', 'target_l0': 'l0-', 'l1': 'l1-'}[kind] }{value:g}"
+            (sparsity, value), *_ = level.items()
+            if not 0 < value <= (d_sae if sparsity != "l1" else math.inf):
+                raise ValueError(f"{sparsity} is {value}; expected more than 0 and at most d_sae = {d_sae}")
+            name = f"{arch}-{ {'k': 'k', 'target_l0': 'l0-', 'l1': 'l1-'}[sparsity] }{value:g}"
             name += f"-f{d_sae}" if len(widths) > 1 else ""
             name += f"-lr{lr:g}" if len(config.lr) > 1 else ""
             name += f"-seed{seed}" if len(config.seed) > 1 else ""
             where: dict[str, Any] = {"hook": place}
             if isinstance(place, Ends):
-                name += "-crosscoder" if place.tied else "-skip-transcoder" if config.skip else "-transcoder"
-                where = {"reads": place.reads, "writes": place.writes, "skip": config.skip}
-            name += f"-{'+'.join(where.get('writes', (place,)))}" if len(places) > 1 else ""
+                kind = "clt" if joint else "crosscoder" if place.tied else "transcoder"
+                name += f"{'-skip' * config.skip}-{kind}"
+                where = {"reads": place.reads, "writes": place.writes, "skip": config.skip, "joint": joint}
+                where["set"] = name if len(places) > 1 and not place.tied else ""
+            if len(places) > 1:
+                name += f"-{place if isinstance(place, str) else '+'.join(place.reads if joint else place.writes)}"
             rate = lr or default_learning_rate(d_in, config.n_steps)
             schedule = {"lr": rate, "warmup": config.warmup, "decay": config.decay}
-            if kind == "target_l0":
+            if sparsity == "target_l0":
                 schedule["pace"] = pace(rate, d_in)
             specs.append(Spec(name=name, architecture=arch, d_sae=d_sae, seed=seed, **where, **schedule, **level))
     return list({spec.name: spec for spec in specs}.values())

@@ -42,7 +42,7 @@ def pareto(
     `saes` are entries of `summary.json`; `baselines` maps names in their `baselines` to labels.
     """
     figure = go.Figure()
-    several = len({(sae["hook"], sae["d_sae"]) for sae in saes}) > 1
+    several = len({_kind(sae)[1:] for sae in saes}) > 1
     for kind in dict.fromkeys(map(_kind, saes)):
         points = sorted((s for s in saes if _kind(s) == kind and s[metric] is not None), key=lambda s: s["l0"])
         architecture = kind[0]
@@ -64,7 +64,9 @@ def pareto(
             text=[_hover(s) for s in points], customdata=[s["name"] for s in points], hovertemplate="%{text}<extra></extra>",
         )  # fmt: skip
     for (name, description), dash in zip((baselines or {}).items(), ("dot", "dash", "dashdot"), strict=False):
-        points = sorted(saes, key=lambda s: s["l0"])
+        points = sorted((s for s in saes if name in s["baselines"]), key=lambda s: s["l0"])
+        if not points:
+            continue
         figure.add_scatter(
             x=[s["l0"] for s in points], y=[s["baselines"][name] for s in points], mode="lines+markers", name=description,
             line={"color": CONTROL, "dash": dash}, marker={"color": CONTROL, "symbol": "line-ew-open"},
@@ -74,7 +76,8 @@ def pareto(
 
 
 def _kind(sae: Mapping[str, Any]) -> tuple[str, str, int]:
-    return sae["architecture"], sae["hook"], sae["d_sae"]
+    skip = ", skip" if sae.get("kind") == "skip transcoder" else ""
+    return sae["architecture"], sae["hook"] + skip, sae["d_sae"]
 
 
 def _hover(sae: Mapping[str, Any]) -> str:
@@ -237,3 +240,43 @@ def density_histogram(density: np.ndarray, name: str) -> go.Figure:
     dead = len(density) - len(living)
     title = f"Densities of {name}: {len(living):,} living latents, {dead:,} dead"
     return _layout(figure, title, "log10 of density, the share of tokens on which a latent fires", "latents")
+
+
+def relative_norms(relative: np.ndarray, edge: float, middle: float) -> go.Figure:
+    """How many of `[F]` latents have which relative decoder norm; lines at what counts as exclusive (`edge` from 0 and 1) and shared (`middle` from 1/2)."""
+    counts, ends = np.histogram(relative, bins=50, range=(0, 1))
+    figure = go.Figure(
+        go.Bar(
+            x=(ends[:-1] + ends[1:]) / 2, y=counts, width=0.0185, marker={"color": STYLE["batchtopk"][0]},
+            hovertemplate="%{y:,} latents<br>r about %{x:.2f}<extra></extra>",
+        )
+    )  # fmt: skip
+    for place in (edge, 0.5 - middle, 0.5 + middle, 1 - edge):
+        figure.add_vline(x=place, line={"color": CONTROL, "dash": "dot"})
+    figure = _layout(
+        figure, "Where latents are written", "r: 0 in the base model alone, 1 in the tuned one alone", "latents"
+    )
+    return figure.update_yaxes({"type": "log", "dtick": 1, "tickformat": ",d"}).update_xaxes(range=[-0.01, 1.01])
+
+
+def latent_scaling(
+    error: np.ndarray, reconstruction: np.ndarray, groups: Mapping[str, np.ndarray], bounds: tuple[float, float]
+) -> go.Figure:
+    """ν_error against ν_reconstruction of `[F]` latents, those of each group in a colour, and the corner below `bounds`; `customdata` is the latent.
+
+    What lies beyond -0.5 and 1.5 stands at the rim.
+    """
+    figure = go.Figure()
+    for (name, latents), (colour, symbol) in zip(groups.items(), STYLE.values(), strict=False):
+        latents = latents[np.isfinite(error[latents]) & np.isfinite(reconstruction[latents])]
+        figure.add_scattergl(
+            x=error[latents].clip(-0.5, 1.5), y=reconstruction[latents].clip(-0.5, 1.5), mode="markers", name=name,
+            customdata=latents.tolist(), marker={"color": colour, "symbol": symbol, "size": 6, "opacity": 0.7},
+            text=[f"{x:.2f} and {y:.2f}" for x, y in zip(error[latents], reconstruction[latents], strict=True)],
+            hovertemplate="latent %{customdata}<br>ν of error and reconstruction %{text}<extra></extra>",
+        )  # fmt: skip
+    corner = {"x0": -0.55, "y0": -0.55, "x1": bounds[0], "y1": bounds[1]}
+    figure.add_shape(type="rect", **corner, line={"color": CONTROL, "dash": "dot"})
+    return _layout(
+        figure, "Latent scaling", "ν_error: in what the other latents leave", "ν_reconstruction: in what they write"
+    )

@@ -65,9 +65,14 @@ def load_tensors(file: Path) -> dict[str, Any]:
         # A mapped file is read where it is looked at. Files of before PyTorch 1.6 are no zip and cannot be.
         held = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        if named is None:
+            raise ValueError(
+                f"{file} does not hold the weights of this SAE: it is no file of torch.save, or a damaged one"
+            ) from error
         raise ValueError(
-            f"{file} needs more than weights to be read (torch.load with weights_only=True refuses it), which might run code: "
-            f"have it written again as a plain dictionary of tensors"
+            f"{file} holds a {named[1]}, and needs more than weights to be read (torch.load with weights_only=True refuses it), "
+            "which might run code: have it written again as a plain dictionary of tensors"
         ) from error
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file} does not hold the weights of this SAE: {error}") from error

@@ -166,8 +166,9 @@ def _present(source: Path, old: Config) -> Config:
     """A configuration of before version 6 as version 6 would write it."""
     said = {_RENAMED.get(name, name): value for name, value in old.items()}
     check_fields(source, said, _OLD_USED, _OLD_KNOWN)
-    for field in ("is_transcoder", "finetuning_scaling_factor", "scaling_factor"):
-        expect(source, said, field, None, False, 1, 1.0)
+    for field in ("is_transcoder", "finetuning_scaling_factor"):
+        expect(source, said, field, None, False)
+    expect(source, said, "scaling_factor", None, 1.0)
     architecture = said.get("architecture") or "standard"
     chosen = said.get("activation_fn_str") or said.get("activation_fn") or "relu"
     kwargs = said.get("activation_fn_kwargs") or {}

@@ -1,0 +1,256 @@
+"""Evaluation of what reads here and writes there, on a model whose MLPs are linear maps, which a skip transcoder can be."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CONTEXT, SHAPES, WIDTH, sentences
+from test_evaluate import metrics_of
+from test_harvest import config as harvest_config
+from test_harvest import text
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from saebench.evaluate import EvalConfig, evaluate, set_table, write_report
+from saebench.evaluate.baselines import PCA, joined
+from saebench.evaluate.measure import Batch, Places
+from saebench.evaluate.report import compare_at_equal_l0
+from saebench.files import read_json, write_json
+from saebench.harvest import harvest
+from saebench.models import hook_name
+from saebench.sae import SAE, ReLUSAE, Writes, save_sae
+from saebench.store import Store
+
+LINEAR_LAYERS = (0, 1)
+IN = [hook_name(layer, "mlp_in") for layer in LINEAR_LAYERS]
+OUT = [hook_name(layer, "mlp_out") for layer in LINEAR_LAYERS]
+
+
+@pytest.fixture(scope="module")
+def linear(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
+) -> tuple[Store, GPT2LMHeadModel]:
+    """A GPT-2 without the bend in its MLPs, and what they read and write."""
+    root = tmp_path_factory.mktemp("linear")
+    config = SHAPES["gpt2"].__class__(**{**SHAPES["gpt2"].to_dict(), "activation_function": "linear"})
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    model.save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    (root / "text").mkdir()
+    for number in range(60):
+        (root / "text" / f"{number}.txt").write_text(sentences(number, 40))
+    settings = harvest_config(root / "model", root / "store", tokens=2000, layers=LINEAR_LAYERS, kinds=("mlp",))
+    store = harvest(settings, text(root / "text"))
+    assert store is not None
+    return store, model
+
+
+def save(sae: SAE, run: Path, name: str, store: Store, reads: list[str], writes: list[str], **metadata: Any) -> Path:
+    folder = run / "saes" / name
+    facts = {"model_name": "m", "hook_name": reads[0], "hook_name_out": writes[0], "reads": reads, "writes": writes}
+    save_sae(sae, folder, {**facts, "context_size": CONTEXT, "saebench": {"store": str(store.folder)}, **metadata})
+    return folder
+
+
+@torch.no_grad()
+def stand_in(model: GPT2LMHeadModel, layer: int, factor: float = 1.0, parts: int = 1) -> ReLUSAE:
+    """W_skip and b_dec are a layer's MLP times a factor, in the first of `parts` hooks, and no latent ever fires."""
+    mlp: Any = model.transformer.h[layer].mlp
+    sae = ReLUSAE(WIDTH, 4, writes=Writes(d_out=WIDTH * parts, skip=True, parts=(WIDTH,) * parts))
+    assert sae.W_skip is not None
+    sae.b_enc.fill_(-1.0)
+    sae.W_skip[:, :WIDTH] = mlp.c_fc.weight @ mlp.c_proj.weight * factor
+    sae.b_dec[:WIDTH] = (mlp.c_fc.bias @ mlp.c_proj.weight + mlp.c_proj.bias) * factor
+    return sae
+
+
+def test_an_exact_transcoder_costs_nothing(linear: tuple[Store, GPT2LMHeadModel], tmp_path: Path) -> None:
+    store, model = linear
+    for name, factor in (("one", 1.0), ("half", 0.5), ("none", 0.0)):
+        save(stand_in(model, 1, factor), tmp_path, name, store, IN[1:], OUT[1:])
+    folders = evaluate(EvalConfig(run=tmp_path, resamples=50))
+    half, none, one = map(metrics_of, folders)
+    rows = torch.cat(list(store.usual_rows(OUT[1], "validation"))).double()
+    variance = float((rows - rows.mean(0)).pow(2).sum())
+    assert one["fvu"] < 1e-9
+    assert half["fvu"] == pytest.approx(0.25 * float(rows.pow(2).sum()) / variance, rel=1e-5)
+    assert one["delta_ce"] == pytest.approx(0, abs=1e-6)
+    assert one["kl"] == pytest.approx(0, abs=1e-6)
+    assert one["l0"] == 0
+    assert one["dead_fraction"] == 1
+    assert none["ce_spliced"] == none["ce_zero"] != none["ce_clean"]
+    evaluation = read_json(folders[2] / "evaluation.json")
+    assert set(evaluation["baselines"]) == {"linear_fvu", "untrained_fvu"}
+    assert evaluation["baselines"]["linear_fvu"] < 1e-6
+    assert evaluation["baselines"]["untrained_fvu"] > 0.5
+
+
+def test_a_set_of_exact_transcoders_is_the_model_and_is_measured_once(
+    linear: tuple[Store, GPT2LMHeadModel], tmp_path: Path
+) -> None:
+    store, model = linear
+    for name, factor in (("exact", 1.0), ("none", 0.0)):
+        for layer in LINEAR_LAYERS:
+            sae = stand_in(model, layer, factor)
+            save(sae, tmp_path, f"{name}-{layer}", store, [IN[layer]], [OUT[layer]], set=name)
+    config = EvalConfig(run=tmp_path, resamples=50)
+    folders = evaluate(config)
+    exact, none = (read_json(tmp_path / "sets" / name / "evaluation.json") for name in ("exact", "none"))
+    assert exact["metrics"]["ce_spliced"] == pytest.approx(exact["metrics"]["ce_clean"], abs=1e-6)
+    assert exact["metrics"]["error_share"] < 1e-9
+    assert none["metrics"]["ce_spliced"] == none["metrics"]["ce_zero"]
+    assert none["metrics"]["error_share"] == none["hooks"][OUT[0]]["metrics"]["error_share"] == 1
+    alone = metrics_of(folders[2])
+    assert abs(alone["ce_spliced"] - none["metrics"]["ce_spliced"]) > 1e-3  # of one MLP, and of both
+    summary = write_report(tmp_path, folders)
+    assert [entry["members"] for entry in summary["sets"]] == [["exact-0", "exact-1"], ["none-0", "none-1"]]
+    assert set_table(summary["sets"])[1][:2] == ["exact", "2"]
+    assert "share of error" in (tmp_path / "report.html").read_text()
+    written = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("s*/*/evaluation.json"))]
+    evaluate(config)
+    assert [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("s*/*/evaluation.json"))] == written
+
+
+def test_what_a_joint_set_writes_is_a_sum(linear: tuple[Store, GPT2LMHeadModel], tmp_path: Path) -> None:
+    store, model = linear
+    first, second = stand_in(model, 0, parts=2), stand_in(model, 1)
+    other = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():  # what the first writes to the second layer, the second takes off
+        first.b_dec[WIDTH:] = other
+        second.b_dec -= other
+    of_set: dict[str, Any] = {"set": "both", "joint": True, "set_reads": IN}
+    save(first, tmp_path, "a", store, IN[:1], OUT, **of_set)
+    folder = save(second, tmp_path, "b", store, IN[1:], OUT[1:], **of_set)
+    folders = evaluate(EvalConfig(run=tmp_path, resamples=50))
+    assert not list((tmp_path / "saes").glob("*/evaluation.json"))  # a part of a sum has no figures
+    found = read_json(tmp_path / "sets" / "both" / "evaluation.json")
+    assert [of["metrics"]["fvu"] for of in found["hooks"].values()] == pytest.approx([0, 0], abs=1e-9)
+    assert found["metrics"]["delta_ce"] == pytest.approx(0, abs=1e-6)
+    summary = write_report(tmp_path, folders)
+    assert (summary["saes"], summary["sets"][0]["joint"]) == ([], True)
+    for missing, hook in ((tmp_path / "saes" / "a", IN[0]), (folder, IN[1])):
+        shutil.move(missing, tmp_path / "kept")
+        with pytest.raises(ValueError, match=rf"set 'both' is joint, and its member that reads {hook} is missing"):
+            evaluate(EvalConfig(run=tmp_path))
+        shutil.move(tmp_path / "kept", missing)
+
+
+def test_a_crosscoder_has_figures_by_hook_and_their_mean(linear: tuple[Store, GPT2LMHeadModel], tmp_path: Path) -> None:
+    """x̂ is half of the first hook's vectors, and zero at the second."""
+    store, _ = linear
+    sae, eye = ReLUSAE(2 * WIDTH, 2 * WIDTH, writes=Writes(parts=(WIDTH, WIDTH))), torch.eye(WIDTH)
+    with torch.no_grad():
+        sae.W_enc[:WIDTH] = torch.cat([eye, -eye], dim=1)
+        sae.W_dec[:, :WIDTH] = torch.cat([eye, -eye]) / 2
+    folder = save(sae, tmp_path, "half", store, OUT, OUT)
+    evaluate(EvalConfig(run=tmp_path, resamples=50))
+    found = read_json(folder / "evaluation.json")
+    first, second = (found["hooks"][hook]["metrics"] for hook in OUT)
+    rows = {hook: torch.cat(list(store.usual_rows(hook, "validation"))).double() for hook in OUT}
+    energy = {hook: float(of.pow(2).sum()) for hook, of in rows.items()}
+    variance = {hook: float((of - of.mean(0)).pow(2).sum()) for hook, of in rows.items()}
+    assert first["fvu"] == pytest.approx(0.25 * energy[OUT[0]] / variance[OUT[0]], rel=1e-5)
+    assert second["fvu"] == pytest.approx(energy[OUT[1]] / variance[OUT[1]], rel=1e-5)
+    assert second["ce_spliced"] == second["ce_zero"] != first["ce_zero"]
+    for name in ("fvu", "delta_ce", "kl"):
+        assert found["metrics"][name] == pytest.approx((first[name] + second[name]) / 2)
+        assert found["intervals"][name][0] <= found["metrics"][name] <= found["intervals"][name][1]
+    assert found["metrics"]["l0"] == WIDTH
+    assert set(found["baselines"]) == {"pca_fvu", "untrained_fvu"}
+
+
+def test_pca_of_several_hooks_is_that_of_the_projection_at_each(linear: tuple[Store, GPT2LMHeadModel]) -> None:
+    store, _ = linear
+    pca = PCA.fit(store, OUT, "cpu")
+    x_ND = torch.cat([joined(rows, OUT) for rows in store.joint_rows(OUT, "validation")])
+    pca.observe(x_ND, x_ND)
+    first, second = x_ND.double().pow(2).mean(0).split(WIDTH)
+    scaled = pca.scale_D.double().pow(2)
+    assert scaled[0] == 1  # as in training, E‖x‖² is the same at both, on training rows
+    assert float(scaled[-1] * second.sum() / first.sum()) == pytest.approx(1, rel=0.05)
+
+    def by_hand(rank: int) -> list[float]:
+        basis = pca.components_DD[:, :rank]
+        projected = (x_ND * pca.scale_D - pca.mean_D) @ basis @ basis.T + pca.mean_D
+        return [float(of.pow(2).sum()) for of in (x_ND - projected / pca.scale_D).double().split(WIDTH, dim=1)]
+
+    assert pca.errors(5.0) == pytest.approx(by_hand(5), rel=1e-4)
+    halfway = [(a + b) / 2 for a, b in zip(by_hand(5), by_hand(6), strict=True)]
+    assert pca.errors(5.5) == pytest.approx(halfway, rel=1e-4)
+    assert pca.errors(2.0 * WIDTH + 9) == [0, 0]
+
+
+def test_a_position_that_is_massive_at_one_hook_is_left_alone_at_all() -> None:
+    keep = torch.tensor([[False, True, True, True, True]])
+    batch = Batch(torch.zeros_like(keep).long(), torch.zeros_like(keep).long(), keep)
+    values = {"a": torch.tensor([[9.0, 1, 9, 1, 1]])[..., None], "b": torch.tensor([[1.0, 1, 1, 8, 1]])[..., None]}
+    places = Places.of(batch, values, {"a": 5.0, "b": 7.0})
+    assert places.usual_BL.tolist() == [[False, True, False, False, True]]
+    assert places.massive_BL.tolist() == [[False, False, True, True, False]]
+    assert places.scored_BL.tolist() == [[False, True, False, False, False]]  # the last has nothing that follows
+
+
+def test_kinds_that_write_one_hook_are_compared_at_equal_l0() -> None:
+    def entry(kind: str, l0: float, fvu: float, baseline: str) -> dict[str, Any]:
+        return {"architecture": "topk", "kind": kind, "writes": ["a"], "d_sae": 8, "l0": l0, "fvu": fvu,
+                "baselines": {baseline: 0.5, "untrained_fvu": 0.9}}  # fmt: skip
+
+    saes = [entry("SAE", 10.0, 0.3, "pca_fvu"), entry("SAE", 30.0, 0.2, "pca_fvu")]
+    others = [entry("transcoder", 10.0, 0.4, "linear_fvu"), entry("transcoder", 30.0, 0.1, "linear_fvu")]
+    low, *_ = compare_at_equal_l0([*saes, *others])
+    assert {name: low["fvu"][name] for name in ("topk", "topk transcoder", "best linear map")} == {
+        "topk": pytest.approx(0.3),
+        "topk transcoder": pytest.approx(0.4),
+        "best linear map": 0.5,
+    }
+    assert {"PCA of rank L0", "untrained SAE", "untrained transcoder"} <= set(low["fvu"])
+    assert compare_at_equal_l0([*saes, *({**other, "writes": ["b"]} for other in others)]) == []
+
+
+# --------------------------------------------------------------------------------------- bad input
+
+
+def test_what_does_not_fit_its_hooks_is_named(linear: tuple[Store, GPT2LMHeadModel], tmp_path: Path) -> None:
+    store, model = linear
+    run = tmp_path / "wide"
+    save(ReLUSAE(WIDTH, 4, writes=Writes(d_out=WIDTH + 1)), run, "wide", store, IN[:1], OUT[:1])
+    with pytest.raises(ValueError, match=rf"wide writes vectors, {WIDTH + 1} wide; {OUT[0]} in .* has {WIDTH}"):
+        evaluate(EvalConfig(run=run))
+    run = tmp_path / "tied"
+    save(ReLUSAE(WIDTH, 4), run, "tied", store, IN[:1], OUT[:1])
+    with pytest.raises(ValueError, match=rf"tied writes what it reads, {WIDTH} wide; {OUT[0]} in"):
+        evaluate(EvalConfig(run=run))
+    run, elsewhere = tmp_path / "lacks", hook_name(2, "mlp_out")
+    save(stand_in(model, 1), run, "lacks", store, IN[1:], [elsewhere])
+    with pytest.raises(ValueError, match=rf"hook '{elsewhere}' is not in .*A store that has both: `saebench harvest"):
+        evaluate(EvalConfig(run=run))
+
+
+def test_sets_that_cannot_stand_in_for_mlps_are_named(linear: tuple[Store, GPT2LMHeadModel], tmp_path: Path) -> None:
+    store, model = linear
+    one = save(stand_in(model, 1), tmp_path, "one", store, IN[1:], OUT[1:], set="s")
+    save(stand_in(model, 1), tmp_path, "two", store, IN[1:], OUT[1:], set="s")
+    with pytest.raises(
+        ValueError, match=rf"set 's': .*one and .*two both write {OUT[1]}; expected one, or metadata.joint"
+    ):
+        evaluate(EvalConfig(run=tmp_path))
+    save(stand_in(model, 0), tmp_path, "two", store, IN[:1], OUT[:1], set="s", joint=True)
+    with pytest.raises(ValueError, match=r"set 's' has members with and without metadata\.joint; expected all"):
+        evaluate(EvalConfig(run=tmp_path))
+    shutil.rmtree(tmp_path / "saes" / "two")
+    for facts, message in (
+        ({"reads": OUT[:1]}, f"one of set 's' reads {OUT[0]} and writes {OUT[1]}; expected what a set replaces"),
+        ({"writes": OUT[:1]}, f"one of set 's' writes {OUT[0]}, which comes before {IN[1]} that it reads"),
+        ({"set": "../s"}, "one belongs to set '../s'; expected a name without slashes"),
+        ({"set": "", "joint": True}, "one writes a part of a sum and does not say of which set: add metadata.set"),
+    ):
+        settings = read_json(one / "cfg.json")
+        write_json(one / "cfg.json", {**settings, "metadata": {**settings["metadata"], **facts}})
+        with pytest.raises(ValueError, match=message):
+            evaluate(EvalConfig(run=tmp_path))
+        write_json(one / "cfg.json", settings)
