@@ -101,6 +101,7 @@ def test_saes_on_the_hub_are_fetched_pinned_and_pushed(tmp_path: Path) -> None:
         said = run(
             tmp_path, served, "hf:maker/saes", "hf:maker/saes/layers.2", "hf:maker/none", "hf:maker/locked", "hf:maker/saes@v9/layers.1/wide",
             "hf:maker/saes/layers.1/wide", "hf:maker/saes/layers.1/wide runs/saes",
+            "hf:maker/saes/layers.1/wide/sae_weights.safetensors",
             "push runs/mine/saes/topk-k2 hf:me/mine/k2 dry", "push runs/mine/saes/topk-k2 hf:me/mine/k2", "hf:me/mine",
             "push repo/layers.1/wide hf:me/mine", "offline", "hf:maker/saes/layers.1/wide runs/elsewhere",
             f"hf:maker/saes@{commit}/layers.1/wide runs/elsewhere", "hf:maker/saes/layers.1/narrow", "hf:maker/other/x",
@@ -120,6 +121,7 @@ def test_saes_on_the_hub_are_fetched_pinned_and_pushed(tmp_path: Path) -> None:
     here = "runs/saes/saes/layers.1-wide"
     assert said["hf:maker/saes/layers.1/wide"] == [f"{pinned} → {here}", f"=> {here}"]
     assert said["hf:maker/saes/layers.1/wide runs/saes"] == [f"{here} is {pinned}, fetched before", f"=> {here}"]
+    assert said["hf:maker/saes/layers.1/wide/sae_weights.safetensors"] == [f"=> {here}"]
     assert (
         read_config(tmp_path / here)["metadata"].items()
         >= (

@@ -145,7 +145,7 @@ def look(folder: Path, store: Store, *, rows: int = 20_000, device: str | None =
         written=math.sqrt(seen.squared_y / seen.rows),
         reconstructed=math.sqrt(seen.squared_hat / seen.rows),
         warnings=tuple(_of_names(config, store))
-        + (tuple(_causes(sae, ends, store, some, stated)) if doubtful else ())
+        + tuple(_causes(sae, ends, store, some, stated, doubtful))
         + tuple(_of_silence(seen, stated)),
     )
 
@@ -256,11 +256,16 @@ class _Trial(NamedTuple):
     """what was written was multiplied by"""
 
 
-def _causes(sae: SAE, ends: Ends, store: Store, some: _Some, stated: float | None) -> Iterator[str]:
-    """Why it reconstructs badly, or has another L0 than it states: the change that mends it best, of those that are tried."""
+def _causes(sae: SAE, ends: Ends, store: Store, some: _Some, stated: float | None, doubtful: bool) -> Iterator[str]:
+    """Why it reconstructs badly, or has another L0 than it states: the change that mends it best, of those that are tried.
+
+    The store's other hooks are tried in any case: between neighbouring layers an SAE still reconstructs well.
+    """
     now = _tried(sae, some, "")
     off = _off(now.l0, stated)
-    trials = [*_scales(sae, some), *_normalisations(sae, some), *_hooks(sae, ends, store)]
+    trials = [*_hooks(sae, ends, store)]
+    if doubtful:
+        trials += [*_scales(sae, some), *_normalisations(sae, some)]
     if isinstance(sae, JumpReLUSAE) and stated is not None and off:
         trials += _thresholds(sae, some, stated)
     better = [trial for trial in trials if trial.fvu < min(_MENDS * now.fvu, 1.0)]

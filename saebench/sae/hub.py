@@ -177,9 +177,10 @@ class _NotOne(ValueError):
 def _the_one(files: Sequence[str], remote: Remote) -> tuple[str, list[str]]:
     """(the SAE that a name fits, the files that it is made of). Raises ValueError, with what there is, where it is not one."""
     there = _saes(files)
-    below = [of for of in there if not remote.folder or of == remote.folder or of.startswith(f"{remote.folder}/")]
-    if remote.folder in below:
-        below = [remote.folder]
+    name = remote.folder
+    below = [of for of, made in there.items() if not name or name in (of, made[0]) or of.startswith(f"{name}/")]
+    if name in below:
+        below = [name]
     if len(below) != 1:
         shown = (below or list(there))[:_LISTED]
         more = len(below or there) - len(shown)
