@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from saebench import __version__
 from saebench.browse.serve import AppConfig, serve
 from saebench.config import add_arguments, from_arguments
@@ -25,7 +27,7 @@ from saebench.evaluate import (
     table,
     write_report,
 )
-from saebench.evaluate.diffing import MEANINGS, Diff, DiffConfig, diff
+from saebench.evaluate.diffing import KINDS, MEANINGS, Diff, DiffConfig, diff
 from saebench.evaluate.push import PushConfig, push
 from saebench.harvest import ExtendConfig, HarvestConfig, extend, harvest
 from saebench.harvest.extend import settings_of
@@ -245,18 +247,20 @@ def _diff(arguments: argparse.Namespace) -> int:
             left=(0, 2),
         )
     )
-    print("\n" + format_table(exclusive_table(found), left=(0,)))
+    for model in ("tuned", "base"):
+        print(f"\nmost of all the {model} model's own")
+        print(format_table(own_table(found, found.towards(model)[:10]), left=(1,)))
     print(f"figures of {found.rows:,} held-out rows")
     return 0
 
 
-def exclusive_table(found: Diff, first: int = 10) -> list[list[str]]:
-    """A heading, and the latents that one model alone has, the first of those active most often."""
-    rows = [["kind", "latent", "rows", "r", "cosine", "ν error", "ν reconstruction"]]
-    for kind in ("tuned-only", "base-only"):
-        for latent in found.of(kind)[:first].tolist():
-            figures = (column[latent] for column in (found.relative, found.cosine, found.error, found.reconstruction))
-            rows.append([kind, str(latent), f"{found.fires[latent]:,}", *(f"{figure:.3f}" for figure in figures)])
+def own_table(found: Diff, latents: np.ndarray) -> list[list[str]]:
+    """A heading, and a row of figures for each latent."""
+    rows = [["latent", "kind", "rows", "r", "cosine", "ν error", "ν reconstruction"]]
+    for latent in latents.tolist():
+        figures = (column[latent] for column in (found.relative, found.cosine, found.error, found.reconstruction))
+        kind = KINDS[found.kinds[latent]]
+        rows.append([str(latent), kind, f"{found.fires[latent]:,}", *(f"{figure:.3f}" for figure in figures)])
     return rows
 
 

@@ -325,8 +325,10 @@ def test_what_each_model_has_alone_is_found(crosscoder: Path, capsys: pytest.Cap
     assert (again.kinds == found.kinds).all()
     assert main(["diff", "--sae", str(crosscoder)]) == 0
     printed = capsys.readouterr().out
-    latent = found.of("tuned-only")[0]
-    assert f"tuned-only  {latent:>6}" in printed
+    for model in ("tuned", "base"):
+        latent = found.towards(model)[0]
+        assert [latent] == found.of(f"{model}-only").tolist()
+        assert f"{latent:>6}  {model}-only" in printed
 
 
 def test_a_diff_of_other_weights_is_refused(crosscoder: Path, tmp_path: Path) -> None:
@@ -381,5 +383,5 @@ def test_the_page_shows_what_each_model_has_alone(crosscoder: Path, monkeypatch:
     app.run()
     assert not app.exception
     assert not app.error
-    assert any("1 latents" in part.value for part in app.caption)
+    assert any("most one model" in part.value for part in app.caption)
     assert any("Figures of 640 held" in part.value.replace("\\", "") for part in app.caption)

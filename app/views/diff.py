@@ -1,5 +1,7 @@
 """Two models by a crosscoder of both: what both have, and what one of them has alone."""
 
+from collections.abc import Callable
+
 import numpy as np
 import streamlit as st
 from opened import files_of, table_of
@@ -20,16 +22,16 @@ from saebench.evaluate.diffing import (
     read_diff,
 )
 from saebench.index.page import name_html
+from saebench.sae.io import WEIGHTS
 from saebench.view import charts, grid
 from saebench.view.markdown import plain
 
 SHOWN = 200
-LISTED = {
-    "Tuned only": "tuned-only",
-    "Base only": "base-only",
-    "Unconfirmed": "unconfirmed",
-    "Between": "between",
-    "Shared": "shared",
+LISTED: dict[str, Callable[[Diff], np.ndarray]] = {
+    "Tuned": lambda found: found.towards("tuned"),
+    "Base": lambda found: found.towards("base"),
+    "Unconfirmed": lambda found: found.of("unconfirmed"),
+    "Shared": lambda found: found.of("shared"),
 }
 OPTIONS = {"displaylogo": False}
 
@@ -49,8 +51,8 @@ def counts(found: Diff) -> None:
 
 
 def scatter(found: Diff) -> None:
-    """Of the latents whose norm says that one model alone has them."""
-    groups = {kind: found.of(kind) for kind in ("tuned-only", "base-only", "unconfirmed")}
+    """Of all latents but rare ones."""
+    groups = {kind: found.of(kind) for kind in KINDS if kind != "rare"}
 
     def picked() -> None:
         if points := st.session_state["scaling"]["selection"]["points"]:
@@ -65,24 +67,27 @@ def scatter(found: Diff) -> None:
 def listed(found: Diff, latents: np.ndarray, table: LatentTable | None) -> None:
     columns = [
         grid.Column("", "latent"), *([grid.Column("", "name", text=True)] if table else []),
+        grid.Column("", "kind", text=True),
         grid.Column("", "density", "share of the held-out rows on which it is active"),
         grid.Column("", "r", "relative decoder norm: 0 in the base model alone, 1 in the tuned one alone"),
         grid.Column("", "cosine", "of its rows in the two models"),
         grid.Column("", "ν error", "how much of it the other model has in what the other latents leave, 1: as much"),
         grid.Column("", "ν reconstruction", "how much of it other latents write into the other model, 1: as much"),
     ]  # fmt: skip
-    rows = []
+    rows, kinds = [], found.kinds
     for latent in latents[:SHOWN].tolist():
         figures = (column[latent] for column in (found.relative, found.cosine, found.error, found.reconstruction))
         rows.append(
             grid.Row([
                 grid.link(str(latent), f"latent:{latent}", link_to("features", latent=latent)),
-                *([name_html(table.names[latent])] if table else []), f"{found.fires[latent] / found.rows:.3%}",
+                *([name_html(table.names[latent])] if table else []), KINDS[kinds[latent]], f"{found.fires[latent] / found.rows:.3%}",
                 *("–" if np.isnan(figure) else f"{figure:.2f}" for figure in figures),
             ], f"latent:{latent}")
         )  # fmt: skip
     more = f", of which {SHOWN} are shown" if len(latents) > SHOWN else ""
-    st.caption(f"{len(latents):,} latents{more}, those active most often first. A row opens its latent.")
+    st.caption(
+        f"{len(latents):,} latents{more}, the most one model's own first, or of a kind those active most often. A row opens its latent."
+    )
     clickable(grid.grid_html(columns, rows, "latents of this kind", height="30rem"), "latents")
 
 
@@ -93,7 +98,7 @@ with said():
         st.info(
             "Choose a crosscoder of two models in the sidebar; one is trained with `train --kind crosscoder --beside`."
         )
-    elif (found := found_of(sae, files_of(sae.folder / DIFF))) is None:
+    elif (found := found_of(sae, files_of(sae.folder / DIFF, sae.folder / WEIGHTS))) is None:
         st.info("Every latent is measured on held-out rows of both models, once: a minute or two.")
         offer("Take the models apart", ["diff", "--sae", str(sae.folder)], sae.run)
     else:
@@ -107,12 +112,10 @@ with said():
             )  # fmt: skip
         left, right = st.columns(2, gap="large")
         with left:
-            view = st.segmented_control("Show", list(LISTED), default="Tuned only", key="kind", bind="query-params")
-            if sae.share_indexed == 1:
-                listed(found, found.of(LISTED[view or "Tuned only"]), table_of(sae))
-            else:
-                listed(found, found.of(LISTED[view or "Tuned only"]), None)
-                st.caption(plain("An index would give them names."))
+            view = st.segmented_control("Show", list(LISTED), default="Tuned", key="kind", bind="query-params")
+            listed(found, LISTED[view or "Tuned"](found), table_of(sae) if sae.share_indexed == 1 else None)
+            if sae.share_indexed < 1:
+                st.caption("An index would give them names.")
                 missing(sae)
         with right:
             scatter(found)

@@ -16,7 +16,7 @@ Suffixes: B rows, F latents, H width of all hooks of a model, C that of both, th
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -111,6 +111,11 @@ class Diff(NamedTuple):
         """The latents of a kind, those active on most rows first."""
         latents = np.flatnonzero(self.kinds == KINDS.index(kind))
         return latents[np.argsort(-self.fires[latents], kind="stable")]
+
+    def towards(self, model: Literal["base", "tuned"]) -> np.ndarray:
+        """All latents but rare ones, those first that are most one model's own."""
+        latents = np.flatnonzero(self.kinds != KINDS.index("rare"))
+        return latents[np.argsort(self.relative[latents] * (-1 if model == "tuned" else 1), kind="stable")]
 
 
 def is_of_two_models(ends: Ends) -> bool:
