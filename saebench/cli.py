@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from saebench import __version__
 from saebench.browse.serve import AppConfig, serve
 from saebench.config import add_arguments, from_arguments
@@ -27,7 +25,7 @@ from saebench.evaluate import (
     table,
     write_report,
 )
-from saebench.evaluate.diffing import KINDS, MEANINGS, Diff, DiffConfig, diff
+from saebench.evaluate.diffing import DiffConfig, diff
 from saebench.evaluate.push import PushConfig, push
 from saebench.harvest import ExtendConfig, HarvestConfig, extend, harvest
 from saebench.harvest.extend import settings_of
@@ -238,30 +236,12 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def _diff(arguments: argparse.Namespace) -> int:
     found = diff(from_arguments(DiffConfig, arguments))
-    print(
-        format_table(
-            [
-                ["", "latents", "what that is"],
-                *([kind, f"{n:,}", MEANINGS[kind]] for kind, n in found.counts().items()),
-            ],
-            left=(0, 2),
-        )
-    )
+    print(format_table(found.count_table(), left=(0, 2)))
     for model in ("tuned", "base"):
         print(f"\nmost of all the {model} model's own")
-        print(format_table(own_table(found, found.towards(model)[:10]), left=(1,)))
+        print(format_table(found.table(found.towards(model)[:10].tolist()), left=(1,)))
     print(f"figures of {found.rows:,} held-out rows")
     return 0
-
-
-def own_table(found: Diff, latents: np.ndarray) -> list[list[str]]:
-    """A heading, and a row of figures for each latent."""
-    rows = [["latent", "kind", "rows", "r", "cosine", "ν error", "ν reconstruction"]]
-    for latent in latents.tolist():
-        figures = (column[latent] for column in (found.relative, found.cosine, found.error, found.reconstruction))
-        kind = KINDS[found.kinds[latent]]
-        rows.append([str(latent), kind, f"{found.fires[latent]:,}", *(f"{figure:.3f}" for figure in figures)])
-    return rows
 
 
 def _check(arguments: argparse.Namespace) -> int:

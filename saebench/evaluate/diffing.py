@@ -117,6 +117,22 @@ class Diff(NamedTuple):
         latents = np.flatnonzero(self.kinds != KINDS.index("rare"))
         return latents[np.argsort(self.relative[latents] * (-1 if model == "tuned" else 1), kind="stable")]
 
+    def count_table(self) -> list[list[str]]:
+        """A heading, and for each kind how many latents it has and what it means."""
+        return [
+            ["", "latents", "what that is"],
+            *([kind, f"{n:,}", MEANINGS[kind]] for kind, n in self.counts().items()),
+        ]
+
+    def table(self, latents: list[int]) -> list[list[str]]:
+        """A heading, and a row of figures for each latent."""
+        rows = [["latent", "kind", "rows", "r", "cosine", "ν error", "ν reconstruction"]]
+        for latent in latents:
+            figures = (column[latent] for column in (self.relative, self.cosine, self.error, self.reconstruction))
+            kind = KINDS[self.kinds[latent]]
+            rows.append([str(latent), kind, f"{self.fires[latent]:,}", *(f"{figure:.3f}" for figure in figures)])
+        return rows
+
 
 def is_of_two_models(ends: Ends) -> bool:
     """Whether a dictionary reads and writes the same hooks of a base and of a tuned model."""

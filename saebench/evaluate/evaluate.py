@@ -6,6 +6,7 @@ left alone in every arm, ablations included; positions that start at one of them
 follows, are not scored.
 """
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from saebench.config import Count, to_json
 from saebench.evaluate.baselines import PCA, Baseline, LinearMap, untrained_fvus, widths
 from saebench.evaluate.check import look_at_others
+from saebench.evaluate.diffing import is_of_two_models
 from saebench.evaluate.measure import Batch, Dictionary, Measurement, Subject, silent_latents, validation_batches
 from saebench.evaluate.sets import SETS, SetMeasurement, ends_of_set, error_shares, set_of
 from saebench.files import hash_files, read_json, write_json
@@ -39,6 +41,8 @@ from saebench.sae.hub import SaePath
 from saebench.store import Store, open_store
 from saebench.store.norms import usual_moments
 from saebench.store.source import model_of, recorded_store
+
+_log = logging.getLogger(__name__)
 
 EVALUATION = "evaluation.json"
 _VERSION = 2  # of the figures' definitions: another one evaluates again
@@ -132,6 +136,11 @@ def _plan(config: EvalConfig, folders: list[Path]) -> list[_Planned]:
     for folder in folders:
         settings = read_config(folder)
         ends, store = ends_of(folder, settings), config.store or recorded_store(folder)
+        if is_of_two_models(ends):
+            _log.warning(
+                "%s is of two models, of which one store is evaluated: its figures are those of `saebench diff`", folder
+            )
+            continue
         if store is None:
             raise ValueError(
                 f"{folder} does not say what it was trained on; give the store to evaluate it on with --store"

@@ -14,6 +14,7 @@ from saebench.models import Unembedding, depth, parse_hook
 from saebench.runlog import progress
 from saebench.sae import SAE
 from saebench.sae.sparse import rows_of_a_block, rowwise_topk
+from saebench.store.pair import TUNED
 
 NEIGHBOURS = 20
 LOGIT_TOKENS = 20
@@ -53,12 +54,12 @@ def to_stream(sae: SAE, writes: Sequence[str], before: str | None = None) -> Flo
     """What a unit of each latent's activation adds to the residual stream, of all that is written; or `before` a hook.
 
     What MLP and attention write adds up; what is written to the stream itself has been told at the deepest hook. None where
-    nothing of it goes into the stream: what an MLP reads does not.
+    nothing of it goes into the stream: what an MLP reads does not. Of two models, it is the stream of the first.
     """
     parts = [
         (depth(hook), parse_hook(hook)[1], part)
         for hook, part in zip(writes, sae.W_dec.split(sae.parts, dim=1), strict=True)
-        if before is None or depth(hook) < depth(before)
+        if not hook.startswith(TUNED) and (before is None or depth(hook) < depth(before))
     ]
     stream = max((at for at, kind, _ in parts if kind.startswith("resid")), default=(-1, 0))
     counted = [part for at, kind, part in parts if at >= stream and kind != "mlp_in"]
