@@ -1,13 +1,15 @@
 """Time a training step of each architecture against the encoder product alone, in one run.
 
     python benchmarks/train_step.py --arch topk --d 512 --f 8192 --batch 4096 --k 32 --steps 6
+    python benchmarks/train_step.py --arch batchtopk --kind sae transcoder crosscoder clt --d 512 --f 2048
 
 Prints JSON lines. `gemm_ms` is x @ W_enc at the same shape, timed in turn with the steps; `step_over_gemm`
 is what to compare between commits, since most machines are noisy. ReLU, Gated and JumpReLU are timed in
 the state of a run past its warm-up (biases or thresholds set so that the mean L0 is k; `"phase": "sparse"`)
 and at initialisation (`"phase": "dense"`). With --reference the dense autograd step is timed as well, and
 with --peers the trainers of SAELens, sparsify and dictionary_learning, installed in that virtual
-environment, on the same rows. `peak_mb` is what a step allocates at its peak beside the weights, their
+environment, on the same rows. Of --kind, a transcoder reads d and writes d, a crosscoder reads and writes two hooks of d, and a clt has four
+layers, whose members have f latents each and write to one to four hooks: `gemm_ms` is then the encoder products of all of them. `peak_mb` is what a step allocates at its peak beside the weights, their
 gradients and moments.
 """
 
@@ -18,6 +20,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +29,7 @@ import torch
 
 from saebench.sae import GatedSAE, JumpReLUSAE, ReLUSAE
 from saebench.train import Member, Spec
+from saebench.train.loop import team_step
 from saebench.train.objectives import Context
 from saebench.train.recipes import RECIPES
 
@@ -66,10 +70,34 @@ def set_l0(member: Member, x_BD: torch.Tensor, k: int) -> None:
         sae.b_enc.fill_(-least)
 
 
-def new_member(arch: str, x_BD: torch.Tensor, args: argparse.Namespace) -> Member:
+LAYERS = 4  # of a clt
+
+
+def new_members(arch: str, kind: str, x_BD: torch.Tensor, args: argparse.Namespace) -> list[Member]:
     level: dict[str, Any] = {"k": args.k} if RECIPES[arch].takes_k else {"l1": 1.0}
-    spec = Spec(name=arch, architecture=arch, d_sae=args.f, lr=1e-4, seed=0, **level)
-    return Member(spec, torch.zeros(args.d), dead_steps=10**6, n_steps=10**6, device=str(x_BD.device))
+    common: dict[str, Any] = {"architecture": arch, "d_sae": args.f, "lr": 1e-4, "seed": 0, **level}
+    hooks = [f"hook {n}" for n in range(LAYERS)]
+    reads, writes = {
+        "sae": ([("",)], [("",)]),
+        "transcoder": ([("in",)], [("out",)]),
+        "crosscoder": ([("a", "b")], [("a", "b")]),
+        "clt": ([(f"in {n}",) for n in range(LAYERS)], [tuple(hooks[n:]) for n in range(LAYERS)]),
+    }[kind]
+    members = []
+    for read, written in zip(reads, writes, strict=True):
+        ends = {} if kind == "sae" else {"reads": read, "writes": written}
+        spec = Spec(
+            name=f"{arch} {read}", **ends, skip=args.skip and kind == "transcoder", joint=kind == "clt", **common
+        )
+        members.append(
+            Member(
+                spec, torch.zeros(args.d * len(read)), dead_steps=10**6, n_steps=10**6, device=str(x_BD.device),
+                mean_E=None if read == written else torch.zeros(args.d * len(written)), parts=(args.d,) * len(written),
+            )
+        )  # fmt: skip
+    for member in members:
+        member.company = members
+    return members
 
 
 def reference_step(member: Member, x_BD: torch.Tensor) -> None:
@@ -81,18 +109,29 @@ def reference_step(member: Member, x_BD: torch.Tensor) -> None:
     member.optimizer.zero_grad()
 
 
-def measure(arch: str, phase: str, x_BD: torch.Tensor, args: argparse.Namespace) -> dict[str, Any]:
-    member = new_member(arch, x_BD, args)
+def measure(arch: str, kind: str, phase: str, x_BD: torch.Tensor, args: argparse.Namespace) -> dict[str, Any]:
+    members = new_members(arch, kind, x_BD, args)
+    member = members[0]
+    # Every hook has rows of its own: the same ones in another order.
+    hooks = list(dict.fromkeys(hook for member in members for hook in member.spec.ends.hooks))
+    rows = {hook: x_BD if n == 0 else x_BD.roll(n, 1) for n, hook in enumerate(hooks)}
+    read = [torch.cat([rows[hook] for hook in one.spec.ends.reads], 1) for one in members]
     if phase == "sparse" and not RECIPES[arch].takes_k:
-        set_l0(member, x_BD, args.k)
-    weights, steps = member.sae.W_enc.detach(), iter(range(10**6))
-    product = torch.empty(len(x_BD), args.f, device=x_BD.device)
-    calls = {
-        "gemm": lambda: torch.mm(x_BD, weights, out=product),
-        "step": lambda: member.step(x_BD, next(steps)),
+        for one, x in zip(members, read, strict=True):
+            set_l0(one, x, args.k)
+    steps = iter(range(10**6))
+    acts = torch.empty(len(x_BD), args.f, device=x_BD.device)
+
+    def products() -> None:
+        for one, x in zip(members, read, strict=True):
+            torch.mm(x, one.sae.W_enc.detach(), out=acts)
+
+    calls: dict[str, Callable[[], object]] = {
+        "gemm": products,
+        "step": lambda: team_step(members, rows, next(steps)),
     }
     if args.reference:
-        reference = new_member(arch, x_BD, args)
+        (reference,) = new_members(arch, "sae", x_BD, args)
         calls["reference"] = lambda: reference_step(reference, x_BD)
     for call in calls.values():
         call()
@@ -103,6 +142,7 @@ def measure(arch: str, phase: str, x_BD: torch.Tensor, args: argparse.Namespace)
     line = member.log_line(0)
     result = {
         "arch": arch,
+        "kind": kind,
         "phase": phase,
         "tokens_per_s": round(1000 * len(x_BD) / median["step"]),
         "step_ms": round(median["step"], 1),
@@ -121,6 +161,8 @@ def measure(arch: str, phase: str, x_BD: torch.Tensor, args: argparse.Namespace)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="*", default=list(RECIPES), choices=list(RECIPES))
+    parser.add_argument("--kind", nargs="*", default=["sae"], choices=["sae", "transcoder", "crosscoder", "clt"])
+    parser.add_argument("--skip", action="store_true", help="of transcoders: a linear map beside the latents")
     parser.add_argument("--d", type=int, default=512)
     parser.add_argument("--f", type=int, default=8192)
     parser.add_argument("--batch", type=int, default=4096)
@@ -138,8 +180,8 @@ def main() -> None:
         x = (x - x.mean(0)) * (args.d / (x - x.mean(0)).pow(2).sum(1).mean()).sqrt()
     for arch in args.arch:
         phases = ("sparse",) if RECIPES[arch].takes_k else ("sparse", "dense")
-        for phase in phases:
-            print(json.dumps(measure(arch, phase, x.to(args.device), args)), flush=True)
+        for kind, phase in product(args.kind, phases):
+            print(json.dumps(measure(arch, kind, phase, x.to(args.device), args)), flush=True)
         if args.peers:
             with tempfile.TemporaryDirectory() as folder:
                 rows = Path(folder) / "x.npy"

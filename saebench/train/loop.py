@@ -81,7 +81,7 @@ def train(
             cursors |= {hook: cursor for rows, cursor in drawn for hook in rows}
             rows = {hook: vectors.float() * inputs[hook][0] for rows, _ in drawn for hook, vectors in rows.items()}
             for team in teams:
-                _step(team, rows, step)
+                team_step(team, rows, step)
             bar.update(config.batch)
             last = step + 1 == config.n_steps
             if (step + 1) % LOG_EVERY == 0 or last:
@@ -132,7 +132,7 @@ def _teams(members: list[Member]) -> list[list[Member]]:
     return list(teams.values())
 
 
-def _step(team: list[Member], rows: dict[str, Tensor], step: int) -> None:
+def team_step(team: list[Member], rows: dict[str, Tensor], step: int) -> None:
     """A step of all of them on the rows of each hook, scaled."""
     member, ends = team[0], team[0].spec.ends
     if not member.spec.joint:
