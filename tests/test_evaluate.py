@@ -403,7 +403,9 @@ def test_an_sae_without_a_hook_is_named(tmp_path: Path, store: Store) -> None:
     settings = read_json(folder / "cfg.json")
     del settings["metadata"]["hook_name"]
     write_json(folder / "cfg.json", settings)
-    with pytest.raises(ValueError, match=r"one does not say which hook it reads: add metadata.hook_name"):
+    with pytest.raises(
+        ValueError, match=r"one does not say which hook it reads: give it with --hook, or add metadata.hook_name"
+    ):
         evaluate(EvalConfig(run=tmp_path))
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import golden
 import pytest
 import torch
 from hypothesis import given, settings
@@ -290,6 +291,13 @@ def test_gradients_of_those_that_write_to_the_same_hooks_equal_dense_autograd(
                 assert torch.allclose(found[n].of[name], want, rtol=1e-6, atol=1e-9 * float(want.abs().max() + 1)), name
     for n in n_hooks:
         assert found[n].error_B.shape == (n_rows,)
+
+
+@pytest.mark.parametrize("architecture", list(RECIPES))
+def test_an_sae_is_trained_to_the_bits_of_before_there_were_transcoders(architecture: str) -> None:
+    if golden.fingerprint() != golden.RECORDED_ON:
+        pytest.skip("this machine rounds otherwise than the one on which the bits were recorded")
+    assert golden.trained(architecture) == golden.RECORDED[architecture]
 
 
 # -------------------------------------------------------------------------------------- selection

@@ -203,7 +203,7 @@ def test_saes_that_exist_already_go_from_text_to_the_browser(
     assert read_json(Path("activations/llama/manifest.json"))["identity"]["context"] == 32
     assert open_store("activations/llama").hooks == ["blocks.2.hook_mlp_out"]
     with open_feature_index("runs/llama/index/one.h5") as index:
-        assert index.hook == "blocks.2.hook_mlp_out"
+        assert index.ends.reads == ("blocks.2.hook_mlp_out",)
     assert main(command) == 0
     assert "is complete already" in capsys.readouterr().err
     for options, message in (
