@@ -11,7 +11,8 @@ from where import chosen_run, chosen_sae, go, link_to, root
 
 from saebench.browse.runs import Trained, saes_of
 from saebench.browse.stores import norms_html
-from saebench.evaluate.report import BASELINES
+from saebench.evaluate.report import BASELINES, SUMMARY, set_table
+from saebench.files import read_json
 from saebench.store import open_store
 from saebench.store.norms import NormReport, describe, norm_report
 from saebench.store.schema import MANIFEST
@@ -69,7 +70,7 @@ def table(saes: dict[str, Trained]) -> None:
         sae = saes[of["name"]]
         cells = [grid.link(sae.name, f"open:{sae.name}", link_to("features", sae=sae.name))]
         for name, (_, style) in list(COLUMNS.items())[1:]:
-            value = of.get(name)
+            value = of.get(name) if name != "architecture" else kind_of(of)
             cells.append("–" if value is None else html.escape(format(value, style)))
         share = sae.share_indexed
         cells.append("yes" if share == 1 else "–" if share == 0 else f"{share:.0%} so far")
@@ -77,6 +78,23 @@ def table(saes: dict[str, Trained]) -> None:
     clickable(
         grid.grid_html([*columns, grid.Column("", "index")], rows, "SAEs", sort=(sort, way == "desc")), "saes", picked
     )
+
+
+def kind_of(of: dict[str, Any]) -> str:
+    """Architecture, and kind of what is no SAE."""
+    kind = of.get("kind", "SAE")
+    return of["architecture"] if kind == "SAE" else f"{of['architecture']} {kind}"
+
+
+def sets(run: Path) -> None:
+    """What dictionaries do that stand in together, where any were evaluated."""
+    found = read_json(run / SUMMARY).get("sets", []) if (run / SUMMARY).exists() else []
+    if not found:
+        return
+    st.subheader("Sets")
+    heading, *rows = set_table(found)
+    columns = [grid.Column("", name, text=n == 0) for n, name in enumerate(heading)]
+    clickable(grid.grid_html(columns, [grid.Row([html.escape(cell) for cell in row]) for row in rows], "sets"), "sets")
 
 
 def open_point(chart: Any, saes: dict[str, Trained]) -> None:
@@ -169,6 +187,7 @@ if not found:
     st.stop()
 with said():
     table(found)
+    sets(run)
     sae = chosen_sae()
     if sae and sae.next_commands():
         with st.container(border=True):

@@ -7,7 +7,8 @@ from typing import Any
 
 from saebench.evaluate.diffing import is_of_two_models
 from saebench.evaluate.evaluate import EVALUATION
-from saebench.evaluate.report import summarise
+from saebench.evaluate.report import architecture_of, summarise
+from saebench.evaluate.sets import SETS
 from saebench.index import IndexConfig
 from saebench.index.schema import open_index
 from saebench.runlog import read_metrics
@@ -61,12 +62,18 @@ class Trained:
         if (self.folder / EVALUATION).exists():
             return summarise([self.folder])[0]
         config = self.config
-        known = {"name": self.name, "architecture": config["architecture"], "hook": str(self.ends)}
+        architecture, kind = architecture_of(config)
+        known = {"name": self.name, "architecture": architecture, "kind": kind, "hook": str(self.ends)}
         return known | {"d_in": config["d_in"], "d_sae": config["d_sae"]}
 
     @property
     def evaluated(self) -> bool:
         return "fvu" in self.figures
+
+    @property
+    def in_a_sum(self) -> bool:
+        """Whether it has no figures of its own, but those of the set that it belongs to."""
+        return bool(self.metadata.get("joint"))
 
     @cached_property
     def log(self) -> list[dict[str, Any]]:
@@ -112,10 +119,14 @@ for context, values in show(index, sae, {latent}, latent.top):
         """Arguments of `saebench` that make its index, or go on with it."""
         return ["index", "--sae", str(self.folder)]
 
+    @property
+    def _set_evaluated(self) -> bool:
+        return (self.run / SETS / self.metadata["set"] / EVALUATION).exists()
+
     def next_commands(self) -> dict[str, list[str]]:
         """What is missing, and the arguments of `saebench` that make it."""
         missing: dict[str, list[str]] = {}
-        if not self.evaluated:
+        if not (self._set_evaluated if self.in_a_sum else self.evaluated or self.of_two_models):
             missing["Evaluate"] = ["eval", "--run", str(self.run)]
         if self.share_indexed < 1:
             missing["Index" if self.share_indexed == 0 else "Go on indexing"] = self.index_command

@@ -109,6 +109,11 @@ def evaluate(config: EvalConfig) -> list[Path]:
         raise ValueError(
             f"{config.run} has no SAEs in saes/; train some with `saebench train --out {config.run}`, or give --sae"
         )
+    folders = [folder for folder in folders if not _of_two_models(folder)]
+    if not folders:
+        raise ValueError(
+            f"{config.run} has crosscoders of two models alone; expected what one model reads and writes: use `saebench diff`"
+        )
     groups: dict[tuple[Path, Ends, bool], list[_Planned]] = {}
     for planned in _plan(config, folders):
         groups.setdefault((planned.store, planned.ends, planned.is_set), []).append(planned)
@@ -129,6 +134,14 @@ def evaluate(config: EvalConfig) -> list[Path]:
     return folders
 
 
+def _of_two_models(folder: Path) -> bool:
+    """Whether a dictionary is left out, since one model is run here and not two; said where it is."""
+    if not is_of_two_models(ends_of(folder, read_config(folder))):
+        return False
+    _log.warning("%s is of two models: its figures are those of `saebench diff --sae %s`", folder, folder)
+    return True
+
+
 def _plan(config: EvalConfig, folders: list[Path]) -> list[_Planned]:
     """Each dictionary that has figures of its own, and each set."""
     found: list[_Planned] = []
@@ -136,11 +149,6 @@ def _plan(config: EvalConfig, folders: list[Path]) -> list[_Planned]:
     for folder in folders:
         settings = read_config(folder)
         ends, store = ends_of(folder, settings), config.store or recorded_store(folder)
-        if is_of_two_models(ends):
-            _log.warning(
-                "%s is of two models, of which one store is evaluated: its figures are those of `saebench diff`", folder
-            )
-            continue
         if store is None:
             raise ValueError(
                 f"{folder} does not say what it was trained on; give the store to evaluate it on with --store"

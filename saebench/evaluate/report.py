@@ -81,7 +81,7 @@ def summarise(folders: list[Path]) -> list[dict[str, Any]]:
             "seconds": own.get("seconds"),
             "lambda": own.get("lambda"),
         }
-        architecture, kind = _architecture(config)
+        architecture, kind = architecture_of(config)
         entries.append({
             "name": folder.name, "path": relative(folder), "architecture": architecture, "kind": kind,
             "hook": _shown(ends), "reads": list(ends.reads), "writes": list(ends.writes), "d_in": config["d_in"], "d_sae": config["d_sae"],
@@ -106,7 +106,7 @@ def summarise_sets(run: Path, folders: list[Path]) -> list[dict[str, Any]]:
     return entries
 
 
-def _architecture(config: dict[str, Any]) -> tuple[str, str]:
+def architecture_of(config: dict[str, Any]) -> tuple[str, str]:
     """(architecture, kind) of a `cfg.json`, whose transcoders are ReLU ones unless they say otherwise."""
     name, kind = config["architecture"], "SAE"
     for suffix in ("skip_transcoder", "transcoder", "crosscoder"):
@@ -247,7 +247,7 @@ the same MLPs. Share of error: Σ‖y − ŷ‖² ÷ Σ‖y‖² of what is writ
 
 def _page(summary: dict[str, Any], folders: list[Path]) -> str:
     saes, sets = summary["saes"], summary.get("sets", [])
-    architectures = {folder.name: _architecture(read_config(folder))[0] for folder in folders}
+    architectures = {folder.name: architecture_of(read_config(folder))[0] for folder in folders}
     logs = {
         folder.name: read_metrics(folder / "metrics.jsonl") for folder in folders if (folder / "metrics.jsonl").exists()
     }
