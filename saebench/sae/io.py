@@ -128,7 +128,7 @@ def save_sae(sae: SAE, folder: Path, metadata: dict[str, Any]) -> None:
         "device": "cpu",
         "apply_b_dec_to_input": sae.tied,
         "normalize_activations": sae.normalize,
-        "reshape_activations": "none",
+        "reshape_activations": "hook_z" if str(metadata.get("hook_name")).endswith("hook_z") else "none",
         "metadata": {"sae_lens_version": SAELENS_VERSION, **metadata},
     }
     if not sae.tied:
