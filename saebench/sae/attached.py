@@ -105,7 +105,7 @@ class Attached:
             self._clean = tuple(part.detach() for part in clean) if self.error else ()
 
     def _positions(self, x_BLD: Float[Tensor, "B L D"]) -> Bool[Tensor, "B L"] | None:
-        mask = self.where(x_BLD) if callable(self.where) else self.where
+        mask: Any = self.where(x_BLD) if callable(self.where) else self.where
         if mask is None:
             return None
         if mask.dtype != torch.bool or mask.shape != x_BLD.shape[:2]:

@@ -136,7 +136,8 @@ def write(given: Dictionary, folder: Path) -> Path:
     sae, metadata = given.sae, given.metadata
     check_expressible("dictionary_learning", sae, tuple(_WRITTEN_AS))
     called = _WRITTEN_AS[sae.architecture]
-    of, held = CLASSES[called], dict(sae.named_parameters())
+    of = CLASSES[called]
+    held: Tensors = dict(sae.named_parameters())
     if not of.pre_bias:
         held["b_enc"] = b_enc_without_pre_bias(sae)
     state = {
