@@ -39,6 +39,7 @@ from saebench.index.names import Names
 from saebench.judge import ExplainConfig, explain
 from saebench.pipeline import RunConfig, run, run_stages
 from saebench.runlog import progress
+from saebench.sae.convert import ConvertConfig, convert
 from saebench.sae.hub import Source, local
 from saebench.steer import Generation
 from saebench.steer.run import SteerConfig, rank, steer, sweep
@@ -122,6 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     add_arguments(command("check", _check, about), CheckConfig, "sae")
     about = "publish an evaluated SAE on the Hugging Face hub, with a card of its figures"
     add_arguments(command("push", _push, about), PushConfig, "sae", "to")
+    about = "write an SAE in another package's format"
+    add_arguments(command("convert", _convert, about), ConvertConfig, "sae")
     command("index", _index, "gather every latent's evidence in one pass over a store", IndexConfig)
     about = "have latents explained by a language model, and the explanations tried on held-out text"
     command("explain", _explain, about, ExplainConfig)
@@ -253,6 +256,11 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _push(arguments: argparse.Namespace) -> int:
     print(push(from_arguments(PushConfig, arguments)))
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    print(convert(from_arguments(ConvertConfig, arguments)))
     return 0
 
 

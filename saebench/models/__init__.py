@@ -31,6 +31,7 @@ from saebench.models.passes import (
     repeated,
     spliced_logits,
     usual_positions,
+    watched,
 )
 from saebench.models.places import HOOK, HookKind, depth, hook_name, parse_hook
 from saebench.models.resume import CleanPass, clean_pass, resumed_states, resumes, spliced_states
@@ -78,4 +79,5 @@ __all__ = [
     "spliced_states",
     "unembedding",
     "usual_positions",
+    "watched",
 ]

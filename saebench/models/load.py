@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -170,37 +171,79 @@ def load_model(
         tokenizer, tokenizer_files = _tokenizer(name, path, options)
         folder = _checkpoint_folder(path, revision)
     module.to(device).eval().requires_grad_(False)  # gradients are asked of vectors alone
-    text_config = module.config.get_text_config(decoder=True)
-    blocks = _blocks(name, module, text_config.num_hidden_layers)
-    embedding = module.get_input_embeddings()
-    n_vocab = embedding.weight.shape[0]
+    n_vocab = module.get_input_embeddings().weight.shape[0]
     if tokenizer is not None and tokenizer.vocab_size > n_vocab:
         raise ValueError(
             f"the tokenizer of model {name!r} has {tokenizer.vocab_size} tokens, its embedding {n_vocab} rows: "
             "it is the tokenizer of another model; put the model's own files beside its weights"
         )
-    model = LanguageModel(
+    model = _described(
+        module,
         id=name,
-        module=module,
         tokenizer=tokenizer,
-        encoder=encoder_of(tokenizer),
         folder=folder,
         weights_hash=hash_files(_weight_files(folder)),
         tokenizer_files=tokenizer_files,
-        base=_base(name, module, blocks[0]),
+        device=torch.device(device),
+        dtype=dtype,
+    )
+    _note_ids(model)
+    check_model(model)
+    return model
+
+
+def _described(module: Any, *, id: str, tokenizer: Any, **known: Any) -> LanguageModel:
+    """A model with what is read from its module."""
+    text_config = module.config.get_text_config(decoder=True)
+    blocks = _blocks(id, module, text_config.num_hidden_layers)
+    return LanguageModel(
+        id=id,
+        module=module,
+        tokenizer=tokenizer,
+        encoder=encoder_of(tokenizer),
+        base=_base(id, module, blocks[0]),
         blocks=blocks,
         d_model=text_config.hidden_size,
-        n_vocab=n_vocab,
+        n_vocab=module.get_input_embeddings().weight.shape[0],
         max_context=next(
             (value for key in _CONTEXT_FIELDS if isinstance(value := getattr(text_config, key, None), int)), UNLIMITED
         ),
         end_tokens=_end_tokens(module, tokenizer),
-        device=torch.device(device),
-        dtype=dtype,
+        **known,
     )
-    embedding.register_forward_pre_hook(lambda _, args: setattr(model.passing, "ids", args[0]))
-    check_model(model)
-    return model
+
+
+def _note_ids(model: LanguageModel) -> Any:
+    """Have a model's passes say which tokens they are given; returns the handle that ends it."""
+    embedding = model.module.get_input_embeddings()
+    return embedding.register_forward_pre_hook(lambda _, args: setattr(model.passing, "ids", args[0]))
+
+
+_tried: weakref.WeakKeyDictionary[nn.Module, dict[str, str | None]] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def wrapped(module: Any) -> Iterator[LanguageModel]:
+    """A Hugging Face module that was loaded elsewhere, as it is and without tokenizer; it is left as it was.
+
+    Raises ValueError where it is not what `check_model` expects (tried once for each module), and for one in training.
+    """
+    from saebench.models.checks import check_model
+
+    name = type(module).__name__
+    if module.training:
+        raise ValueError(f"the {name} is in training, where dropout makes each pass another; call its eval() first")
+    known = {"folder": Path(), "weights_hash": "", "tokenizer_files": (), "checked": _tried.setdefault(module, {})}
+    dtype = str(module.dtype).removeprefix("torch.")
+    model = _described(module, id=name, tokenizer=None, device=module.device, dtype=dtype, **known)
+    handle = _note_ids(model)
+    try:
+        if "" not in model.checked:
+            check_model(model)
+            model.checked[""] = None
+        yield model
+    finally:
+        handle.remove()
 
 
 def load_tokenizer(name: str) -> Any:

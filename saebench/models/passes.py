@@ -15,7 +15,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from saebench.models.load import LanguageModel
+from saebench.models.load import LanguageModel, wrapped
 from saebench.models.places import Place, hook_name, place_of
 
 Edit = Callable[[Tensor], Tensor | None]
@@ -127,6 +127,49 @@ def edits(model: LanguageModel, functions: Mapping[str, Edit]) -> Callable[[], A
                 handle.remove()
 
     return attached
+
+
+See = Callable[[str, Tensor], Tensor | None]
+"""The new value of the hook named, or None for the old one."""
+
+
+@contextlib.contextmanager
+def watched(
+    model: LanguageModel | nn.Module, hooks: Sequence[str]
+) -> Iterator[Callable[[See], AbstractContextManager[None]]]:
+    """What puts a function in the way of the vectors at hooks of a model of `load_model`, one of TransformerLens, or a Hugging Face module.
+
+    Raises ValueError for a hook that the model does not have, or whose vectors are not what its name says.
+    """
+    from saebench.models.checks import check_hook
+
+    if isinstance(model, nn.Module) and (points := getattr(model, "hook_dict", None)) is not None:
+        if lacking := [hook for hook in hooks if hook not in points]:
+            raise ValueError(
+                f"the {type(model).__name__} has no hook {lacking[0]!r}; its hook_dict lists those that it has"
+            )
+        yield lambda see: _points(points, hooks, see)
+        return
+    with wrapped(model) if isinstance(model, nn.Module) else contextlib.nullcontext(model) as of:
+        for hook in hooks:
+            check_hook(of, hook)
+        yield lambda see: edits(of, {hook: partial(see, hook) for hook in hooks})()
+
+
+@contextlib.contextmanager
+def _points(points: Mapping[str, nn.Module], hooks: Sequence[str], see: See) -> Iterator[None]:
+    """A function in the way of what goes through hook points of TransformerLens, heads one behind the other."""
+
+    def put(hook: str, _: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+        new = see(hook, output.flatten(2))
+        return None if new is None else new.view(output.shape)
+
+    handles = [points[hook].register_forward_hook(partial(put, hook)) for hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.inference_mode()

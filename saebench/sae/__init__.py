@@ -12,6 +12,7 @@ from saebench.sae.architectures import (
     new_sae,
     topk_relu,
 )
+from saebench.sae.attached import Attached, attached
 from saebench.sae.encode import encode_sparse, latent_encoder, part, reconstruct_sparse
 from saebench.sae.io import (
     Ends,
@@ -31,6 +32,7 @@ from saebench.sae.io import (
 
 __all__ = [
     "SAE",
+    "Attached",
     "Ends",
     "GatedSAE",
     "JumpReLUSAE",
@@ -38,6 +40,7 @@ __all__ = [
     "SAEOutput",
     "TopKSAE",
     "Writes",
+    "attached",
     "check_autoencodes",
     "encode_sparse",
     "ends_of",

@@ -56,6 +56,8 @@ class SAE(nn.Module):
     takes_k: ClassVar[bool] = False
     """whether it is made with k, the number of active latents per row"""
     mean_D: Tensor
+    ends: Any = None
+    """the hooks read and written (`Ends`), of one that was loaded and says so"""
 
     def __init__(self, d_in: int, d_sae: int, normalize: Normalize = "none", writes: Writes = WHAT_IS_READ) -> None:
         super().__init__()

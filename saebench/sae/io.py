@@ -5,6 +5,7 @@ for has one of the same form (`topk_skip_transcoder`, `jumprelu_crosscoder`), an
 there are several. Which hooks are read and written, provenance and evaluation sit in the `metadata` of `cfg.json`.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args
 
@@ -128,7 +129,7 @@ def save_sae(sae: SAE, folder: Path, metadata: dict[str, Any]) -> None:
         "device": "cpu",
         "apply_b_dec_to_input": sae.tied,
         "normalize_activations": sae.normalize,
-        "reshape_activations": "none",
+        "reshape_activations": "hook_z" if str(metadata.get("hook_name")).endswith("hook_z") else "none",
         "metadata": {"sae_lens_version": SAELENS_VERSION, **metadata},
     }
     if not sae.tied:
@@ -253,6 +254,8 @@ def load_sae(folder: Path | str, *, device: str = "cpu", said: Config | None = N
         sae.rescale_hooks(
             config["norm_scaling_factor"], config["norm_scaling_factor"]
         )  # its activations stay, as in SAELens
+    with contextlib.suppress(ValueError):  # some name no hook
+        sae.ends = ends_of(folder, config)
     return sae.to(device).eval().requires_grad_(False)
 
 

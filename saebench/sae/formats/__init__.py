@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from saebench.sae.formats import (
+    circuit_tracer,
     dictionary_learning,
     gemma_scope,
     goodfire,
@@ -16,16 +17,21 @@ from saebench.sae.formats import (
 )
 from saebench.sae.formats.reading import Config, Read, Tensors, beside, holding
 from saebench.sae.formats.saelens import CONFIG, WEIGHTS, check, normalize_of, with_said
+from saebench.sae.formats.writing import Dictionary, check_expressible, check_free
 
 __all__ = [
     "CONFIG",
     "FORMATS",
     "WEIGHTS",
+    "WRITERS",
     "Config",
+    "Dictionary",
     "Format",
     "Read",
     "Tensors",
     "check",
+    "check_expressible",
+    "check_free",
     "found",
     "normalize_of",
     "with_said",
@@ -53,6 +59,7 @@ _BY_NAMES = (
     Format("dictionary_learning", "config.json and ae.pt", beside("ae.pt", "config.json"), dictionary_learning.read),
     Format("Gemma Scope", "params.npz", beside("params.npz"), gemma_scope.read_1),
     Format("Gemma Scope 2", "params.safetensors", beside("params.safetensors"), gemma_scope.read_2),
+    Format("circuit-tracer", "config.yaml and one layer_N.safetensors", circuit_tracer.find, circuit_tracer.read),
     Format(
         "Llama Scope", "hyperparams.json and checkpoints/final.safetensors",
         beside("checkpoints/final.safetensors", "hyperparams.json"), llama_scope.read_1,
@@ -64,6 +71,13 @@ _BY_TENSORS = (
     Format("Qwen-Scope", "layerN.sae.pt with W_enc and W_dec", holding("W_enc", "W_dec"), qwen_scope.read),
 )
 FORMATS = _BY_NAMES + _BY_TENSORS
+WRITERS: dict[str, Callable[[Dictionary, Path], Path]] = {
+    "sparsify": sparsify.write,
+    "dictionary_learning": dictionary_learning.write,
+    "gemma-scope": gemma_scope.write,
+    "circuit-tracer": circuit_tracer.write,
+}
+"""What writes a dictionary into a folder, and returns where it is to be read; SAELens' layout is our own."""
 
 
 def found(path: Path) -> tuple[Format, Path]:

@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from saebench.files import read_json
+import torch
+
+from saebench.files import read_json, replacing, write_json
 from saebench.sae.formats.reading import (
     Config,
     Read,
@@ -16,6 +18,14 @@ from saebench.sae.formats.reading import (
     load_tensors,
     needed,
     unit_rows,
+)
+from saebench.sae.formats.writing import (
+    Dictionary,
+    b_enc_without_pre_bias,
+    check_expressible,
+    check_free,
+    plain,
+    site_of,
 )
 
 
@@ -55,6 +65,7 @@ _KNOWN = (
     "sparsity_penalty", "p_start", "p_end", "anneal_start", "sparsity_queue_length", "n_sparsity_updates", "bandwidth",
     "group_fractions", "group_weights", "group_sizes", "norm_factor",  # what rows were divided by in training: biases are saved for rows as they are
 )  # fmt: skip
+_SITES = {f"hook_{name}": name for name in ("resid_post", "resid_pre", "mlp_out", "attn_out")}
 
 
 def read(file: Path) -> Read:
@@ -86,9 +97,7 @@ def read(file: Path) -> Read:
 
 def _hook(trainer: Config) -> str | None:
     """By a submodule's name as its demonstrations give it, `resid_post_layer_8`; None for another."""
-    match = re.fullmatch(
-        r"(resid_post|resid_pre|mlp_out|attn_out)(?:_layer_(\d+))?", trainer.get("submodule_name") or ""
-    )
+    match = re.fullmatch(rf"({'|'.join(_SITES.values())})(?:_layer_(\d+))?", trainer.get("submodule_name") or "")
     layer = trainer.get("layer")
     if match is None or layer is None or match[2] not in (None, str(layer)):
         return None
@@ -111,3 +120,44 @@ def _tensors(file: Path, of: _Class, d_sae: int, k: int | None) -> Tensors:
     ):  # one for all; -1 where it was never set, which is plain ReLU
         made["threshold"] = made["threshold"].expand(d_sae)
     return unit_rows(made) if of.unit_rows else made
+
+
+# The class in which each architecture is written: none of them changes decoder rows as it is loaded.
+_WRITTEN_AS = {
+    "relu": "AutoEncoderNew",
+    "gated": "GatedAutoEncoder",
+    "topk": "AutoEncoderTopK",
+    "jumprelu": "JumpReluAutoEncoder",
+}
+
+
+def write(given: Dictionary, folder: Path) -> Path:
+    """An SAE as `ae.pt`, a plain state dict, and `config.json`; returns the folder."""
+    sae, metadata = given.sae, given.metadata
+    check_expressible("dictionary_learning", sae, tuple(_WRITTEN_AS))
+    called = _WRITTEN_AS[sae.architecture]
+    of = CLASSES[called]
+    held: Tensors = dict(sae.named_parameters())
+    if not of.pre_bias:
+        held["b_enc"] = b_enc_without_pre_bias(sae)
+    state = {
+        theirs: held[ours.removesuffix(".T")].T if ours.endswith(".T") else held[ours]
+        for theirs, ours in of.names.items()
+    }
+    trainer = {
+        "dict_class": called, "activation_dim": sae.d_in, "dict_size": sae.d_sae, "layer": int(given.layer),
+        "submodule_name": site_of("dictionary_learning", given.writes, _SITES) + f"_layer_{given.layer}",
+        "lm_name": metadata.get("model_name"),
+    }  # fmt: skip
+    if sae.architecture == "topk":
+        trainer["k"] = sae.k
+        state |= {"k": torch.tensor(sae.k, dtype=torch.int), "threshold": torch.tensor(-1.0)}
+    elif metadata.get("stated_l0"):
+        trainer["target_l0"] = metadata["stated_l0"]
+    file = folder / "ae.pt"
+    check_free(file)
+    with replacing(file) as temporary:
+        torch.save(plain(state), temporary)
+    buffer = {"d_submodule": sae.d_in, "io": "out", "ctx_len": metadata.get("context_size")}
+    write_json(file.with_name("config.json"), {"trainer": trainer, "buffer": buffer})
+    return folder

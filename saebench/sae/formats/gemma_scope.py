@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from saebench.files import read_json
+from saebench.files import read_json, write_json
 from saebench.sae.formats.reading import (
     Config,
     Read,
@@ -15,6 +15,14 @@ from saebench.sae.formats.reading import (
     in_path,
     load_tensors,
     shape_of,
+)
+from saebench.sae.formats.writing import (
+    Dictionary,
+    b_enc_without_pre_bias,
+    check_expressible,
+    save,
+    site_of,
+    thresholds,
 )
 
 _SITES = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z", "transcoders": "ln2.hook_normalized"}
@@ -122,3 +130,26 @@ def _tensors(file: Path, skip: bool = False) -> Tensors:
     return made | (
         {"W_skip": held["affine_skip_connection"].T} if skip else {}
     )  # theirs is [in, out], SAELens' [out, in]
+
+
+def write(given: Dictionary, folder: Path) -> Path:
+    """A dictionary of JumpReLU, or of ReLU with thresholds of 0, as Gemma Scope 2 has it, which says all in `config.json`; returns the folder."""
+    sae, metadata = given.sae, given.metadata
+    check_expressible("gemma-scope", sae, ("jumprelu", "relu"), transcoders=True, skip=True)
+    into, out = (
+        f"model.layers.{hook.split('.')[1]}.{site_of('gemma-scope', hook, {name: place for place, name in _PLACES.items()})}"
+        for hook in (given.reads, given.writes)
+    )
+    tensors = {
+        "w_enc": sae.W_enc, "b_enc": b_enc_without_pre_bias(sae), "w_dec": sae.W_dec, "b_dec": sae.b_dec, "threshold": thresholds(sae),
+    }  # fmt: skip
+    if sae.W_skip is not None:
+        tensors["affine_skip_connection"] = sae.W_skip
+    file = save(tensors, folder / "params.safetensors")
+    said = {
+        "hf_hook_point_in": into, "hf_hook_point_out": out, "width": sae.d_sae, "model_name": metadata.get("model_name"),
+        "architecture": "jump_relu", "l0": metadata.get("stated_l0"), "affine_connection": sae.W_skip is not None,
+        "type": "sae" if sae.tied else "transcoder",
+    }  # fmt: skip
+    write_json(file.with_name("config.json"), {name: value for name, value in said.items() if value is not None})
+    return folder

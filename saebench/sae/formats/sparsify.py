@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from saebench.files import read_json
+from saebench.files import read_json, write_json
 from saebench.sae.formats.reading import (
     Read,
     Tensors,
@@ -14,10 +14,12 @@ from saebench.sae.formats.reading import (
     load_tensors,
     needed,
 )
+from saebench.sae.formats.writing import Dictionary, check_expressible, refuse, save, site_of
 
 _USED = ("activation", "expansion_factor", "num_latents", "k", "skip_connection", "transcode", "d_in", "signed")
 _KNOWN = ("normalize_decoder", "multi_topk")
 _MODULES = re.compile(r"(?:.*\.)?(?:layers?|h|blocks)[._](\d+)(?:\.(mlp|self_attn|attn|attention))?")
+_PARTS = {"hook_resid_post": "", "hook_mlp_out": ".mlp", "hook_attn_out": ".self_attn"}
 
 
 def read(file: Path) -> Read:
@@ -65,3 +67,29 @@ def _tensors(file: Path, skip: bool) -> Tensors:
     check_names(file, held, ("encoder.weight", "encoder.bias", *as_they_are))
     made = {"W_enc": held["encoder.weight"].T, "b_enc": held["encoder.bias"]}
     return made | {name: held[name] for name in as_they_are}
+
+
+def write(given: Dictionary, run: Path) -> Path:
+    """A dictionary of TopK into the folder of a run, in one named after its module, which is returned."""
+    sae, metadata = given.sae, given.metadata
+    check_expressible("sparsify", sae, ("topk",), transcoders=True, skip=True)
+    if sae.d_in != sae.d_out:
+        refuse("sparsify", f"a transcoder from {sae.d_in} to {sae.d_out} numbers")
+    module = f"layers.{given.layer}{site_of('sparsify', given.writes, _PARTS)}"
+    into, out = _hooks(module, metadata.get("model_name") or "")
+    if (out if sae.tied else into, out) != (given.reads, given.writes):
+        refuse("sparsify", f"what reads {given.reads} and writes {given.writes}: they are not the ends of {module!r}")
+    tensors = {"encoder.weight": sae.W_enc.T, "encoder.bias": sae.b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    if sae.W_skip is not None:
+        tensors["W_skip"] = sae.W_skip.T
+    file = save(tensors, run / module / "sae.safetensors")
+    write_json(
+        file.with_name("cfg.json"),
+        {
+            "activation": "topk", "expansion_factor": max(1, sae.d_sae // sae.d_in), "normalize_decoder": False, "num_latents": sae.d_sae,
+            "k": sae.k, "multi_topk": False, "skip_connection": sae.W_skip is not None, "transcode": not sae.tied, "d_in": sae.d_in,
+        },
+    )  # fmt: skip
+    trained = {"model": metadata.get("model_name"), "ctx_len": metadata.get("context_size")}
+    write_json(run / "config.json", {name: value for name, value in trained.items() if value is not None})
+    return file.parent
