@@ -32,7 +32,7 @@ from saebench.models.passes import (
     spliced_logits,
     usual_positions,
 )
-from saebench.models.places import HOOK, HookKind, depth, hook_name, parse_hook
+from saebench.models.places import HOOK, HookKind, depth, hook_name, parse_hook, widths_of
 from saebench.models.resume import CleanPass, clean_pass, resumed_states, resumes, spliced_states
 from saebench.models.unembedding import Unembedding, unembedding
 
@@ -78,4 +78,5 @@ __all__ = [
     "spliced_states",
     "unembedding",
     "usual_positions",
+    "widths_of",
 ]
