@@ -155,7 +155,8 @@ def _fault(model: LanguageModel, hook: str) -> str | None:
         moved = {hook_name(layer, "resid_pre"): lambda old: old + noise, attention: lambda _: clean[attention] - noise}
         with edits(model, moved)():
             found = capture(model, tokens, list(watched))
-        if any(_apart(found[name], clean[name]) > _REACH for name in watched - {attention}):
+        rounding = min(_REACH, 1e4 * torch.finfo(noise.dtype).eps)
+        if any(_apart(found[name], clean[name]) > rounding for name in watched - {attention}):
             return (
                 f"hook {hook!r} is not in model {model.id!r}: layer {layer} of this {family} reads more than the sum of resid_pre and "
                 "attn_out, as where attention and MLP run beside each other: use resid_pre or resid_post"

@@ -1,6 +1,6 @@
 """Forward passes: vectors taken at hooks, others put in their place, logits where they are wanted.
 
-B contexts in the batch, L positions, D d_model, V vocabulary, N chosen positions.
+B contexts in the batch, L positions, D d_model, V vocabulary, N chosen positions, H the width of a hook.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from saebench.models.places import Place, hook_name, place_of
 
 Edit = Callable[[Tensor], Tensor | None]
 """The new value `[B, L, D]` of a hook, or None for the old one."""
-Replace = Callable[[Float[Tensor, "B L D"]], Float[Tensor, "B L D"]]
+Replace = Callable[[Float[Tensor, "B L H"]], Float[Tensor, "B L H"]]
 MLP = Callable[[Float[Tensor, "N D"]], Float[Tensor, "N D"]]
 """What stands in for an MLP: from what it reads to what it adds to the stream."""
 
@@ -78,7 +78,9 @@ class _Between:
     def _begin(self, *_: Any) -> None:
         """Put on anew for each pass, behind whatever else changes the two by now."""
         self._take_off()
-        self._handles = [attach(self._model, at, see) for at, see in zip(self._ends, (self._hold, self._see), strict=True)]
+        self._handles = [
+            attach(self._model, at, see) for at, see in zip(self._ends, (self._hold, self._see), strict=True)
+        ]
 
     def _take_off(self) -> None:
         for handle in self._handles:

@@ -18,9 +18,7 @@ from torch import Tensor, nn
 
 from saebench.models.load import LanguageModel
 
-HookKind = Literal[
-    "resid_pre", "attn_z", "attn_out", "resid_mid", "ln2_normalized", "mlp_in", "mlp_out", "resid_post"
-]
+HookKind = Literal["resid_pre", "attn_z", "attn_out", "resid_mid", "ln2_normalized", "mlp_in", "mlp_out", "resid_post"]
 KINDS: tuple[HookKind, ...] = get_args(HookKind)
 """In the order in which a pass comes to them."""
 _OF_PARTS = ("attn_z", "ln2_normalized", "mlp_in")  # PART_NAME is PART.hook_NAME
@@ -113,10 +111,14 @@ def _gain(model: LanguageModel, hook: str, norm: nn.Module) -> Float[Tensor, " D
     signs = torch.ones(model.d_model, device=model.device)
     signs[1::2] = -1
     tried: Any = copy.deepcopy(norm).float()
-    up, down = (tried.forward(1e4 * sign * signs[None, None])[0, 0] for sign in (1, -1))  # an ε of the norm is nothing to it
+    up, down = (
+        tried.forward(1e4 * sign * signs[None, None])[0, 0] for sign in (1, -1)
+    )  # an ε of the norm is nothing to it
     gain, bias = (up - down) / 2 * signs, (up + down) / 2
     if bias.abs().max() > 1e-4 * gain.abs().max():
-        raise ValueError(f"hook {hook!r} of model {model.id!r}: its norm adds a bias, which no gain takes off: use mlp_in")
+        raise ValueError(
+            f"hook {hook!r} of model {model.id!r}: its norm adds a bias, which no gain takes off: use mlp_in"
+        )
     if zeros := int((gain.abs() < 1e-6).sum()):
         raise ValueError(
             f"hook {hook!r} of model {model.id!r}: the gain of its norm is 0 in {zeros} of {len(gain)} dimensions, behind which "
