@@ -673,7 +673,7 @@ def test_heads_wider_than_the_stream_are_harvested_trained_on_evaluated_indexed_
         bench = open_bench(folder, device="cpu")
         assert bench.index
         # What is written before attention's last map is no direction of the stream.
-        assert (bench.index.top_logits is None) == (bench.index.hook == z)
+        assert (bench.index.top_logits is None) == (bench.index.ends.reads == (z,))
         arms = arms_of([bench.intervention(0, "2n")])
         made = generate(bench.model, "the cat", arms, Sampling(max_new_tokens=3, n_samples=1))
         assert any(one.kl.max() > 0 for one in made.of("steered"))
