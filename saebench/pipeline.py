@@ -31,6 +31,7 @@ from saebench.models import (
     model_path,
     parse_hook,
     same_model,
+    widths_of,
 )
 from saebench.sae import SAE, encode_sparse, ends_of, load_sae, read_config, take_in
 from saebench.sae.formats import CONFIG
@@ -66,7 +67,7 @@ class RunConfig:
     layers: tuple[int, ...] = ()
     """layers behind which the residual stream is kept and SAEs are trained (default: the middle one, or those of --sae)"""
     kinds: tuple[Kind, ...] = ()
-    """positions in each layer: resid_pre, resid_post, mlp_in, mlp_out, attn_out (default: resid_post, or those of --sae)"""
+    """positions in each layer: resid_pre, attn_z, attn_out, resid_mid, ln2_normalized, mlp_in, mlp_out, resid_post (default: resid_post, or those of --sae)"""
     tokens: Count = 1_000_000
     """training tokens to harvest; each SAE sees them four times"""
     arch: tuple[Architecture, ...] = ("topk",)
@@ -271,7 +272,8 @@ def plan(model: LanguageModel, stages: Stages) -> list[str]:
     """What a run comes to, in lines of text: rows, disk, memory, and the time by a few passes and steps tried here and now."""
     told, trained = stages.harvest, stages.train
     held_out = min(told.validation_tokens, int(told.tokens / 9))
-    stored = len(told.hooks) * row_bytes(settled(told, model).stored_as, model.d_model)
+    dtype = settled(told, model).stored_as
+    stored = sum(row_bytes(dtype, width) for width in widths_of(model, told.hooks).values())
     disk = (told.tokens + held_out) * stored
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.module.parameters())
     if trained is None:

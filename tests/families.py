@@ -222,16 +222,25 @@ def make(name: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> Path:
     return folder / name
 
 
+BESIDE = ("gpt_neox", "gptj", "codegen", "falcon", "phi", "cohere", "cohere2", "falcon_h1")
+"""whose attention has an MLP or a mixer beside it, so that there is no stream behind it and before the MLP"""
+NO_NORM = (
+    "gptj", "codegen", "falcon", "phi", "cohere", "cohere2", "olmo2", "olmo3", "flex_olmo", "exaone4", "granitemoehybrid",
+)  # fmt: skip
+"""that have attn_out or mlp_out, and no norm of its own before the MLP (or no mlp_out)"""
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 _PARTS = {
     "all": "yes", "none": "no", "attention": "attn_out where there is attention", "attention alone": "attn_out where there is attention; no mlp_out",
 }  # fmt: skip
 
 
+_MID = dict.fromkeys(("attention", "attention alone"), "where there is attention")
+
+
 def page() -> str:
     """docs/models.md."""
     rows = [
-        f"| {family.title} | `{name}` | {_PARTS[family.parts]} | {'yes' if family.logits else 'no'} | {'yes' if family.lengths else 'no'} |"
+        f"| {family.title} | `{name}` | {_PARTS[family.parts]} | {'no' if name in BESIDE or family.parts == 'none' else _MID.get(family.parts, 'yes')} | {'yes' if family.logits else 'no'} | {'yes' if family.lengths else 'no'} |"
         for name, family in sorted(FAMILIES.items(), key=lambda item: item[1].title.lower())
     ]
     refused = ", ".join(f"`{name}`" for name in REFUSED)
@@ -247,11 +256,15 @@ in one line. (Every decoder has `resid_pre` and `resid_post`.)
   Wherever there is mlp_out there is `mlp_in` (`blocks.L.mlp.hook_in`): what the MLP, or the whole of a mixture of experts, is called with, behind the norm before it and its
   gain. mlp_out is what is added to the stream: where a family has a norm behind its MLP (Gemma 2 and 3, OLMo 2 and 3, FlexOlmo, GLM 4 of 2025, EXAONE 4), or multiplies by a
   number (Granite), it comes after that, and what lies between mlp_in and mlp_out is both together. It is always a function of each position alone, and tried.
+  Wherever there is attn_out there is `attn_z` (`blocks.L.attn.hook_z`): what goes into attention's output projection, heads one behind the other and behind any gate or norm
+  that a family has there. Wherever there is mlp_out and a norm of its own before the MLP there is `ln2_normalized` (`blocks.L.ln2.hook_normalized`), what that norm gives before its gain; not where the norm
+  adds a bias (GPT-2, OPT), nor in {", ".join(f"`{name}`" for name in NO_NORM)}.
+- **resid_mid**: the stream between attention and MLP. No: the two, or a mixer, run beside each other.
 - **logit effects**: whether a latent's direct effect on the logits is known. No: index with `--no-logits`.
 - **lengths**: whether prompts of different lengths can be continued at once.
 
-| family | type | mlp_out, attn_out | logit effects | lengths |
-|---|---|---|---|---|
+| family | type | mlp_out, attn_out | resid_mid | logit effects | lengths |
+|---|---|---|---|---|---|
 {chr(10).join(rows)}
 
 Encoders and encoder-decoders ({refused} and their kin) are refused by name: vectors that you make of them yourself can be written

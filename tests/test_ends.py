@@ -170,6 +170,9 @@ def test_what_goes_into_the_stream_adds_up_and_stream_after_stream_is_told_by_th
     assert of(OUT.format(0), "blocks.1.hook_attn_out") == [11]
     assert of(OUT.format(0), STREAM.format(1), OUT.format(2)) == [110]
     assert of(IN.format(1)) is None
+    assert of("blocks.1.attn.hook_z") is None
+    assert of("blocks.1.ln2.hook_normalized") is None
+    assert of(OUT.format(0), "blocks.1.hook_resid_mid", OUT.format(1)) == [110]
     assert of(OUT.format(0), OUT.format(1), OUT.format(2), before=IN.format(2)) == [11]
     assert of(OUT.format(1), before=IN.format(1)) is None
     hooks = ["resid_pre", "attn_out", "mlp_in", "mlp_out", "resid_post"]

@@ -15,7 +15,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, PAGE, REFUSED, VOCABULARY, WIDTH, make, page
+from families import BESIDE, FAMILIES, NO_NORM, PAGE, REFUSED, VOCABULARY, WIDTH, make, page
 from transformers import PreTrainedTokenizerFast
 
 from saebench.evaluate import EvalConfig, evaluate
@@ -41,6 +41,7 @@ from saebench.models import (
     repeated,
     spliced_logits,
     unembedding,
+    widths_of,
 )
 from saebench.steer import Sampling, arms_of, generate, open_bench
 from saebench.text import TextConfig
@@ -154,6 +155,34 @@ def check_mlp(model: LanguageModel, layer: int) -> None:
     with edits(model, {read: lambda value: other})():
         found = capture(model, TOKENS, [written])[written]
     torch.testing.assert_close(found, clean[written].flip(0), rtol=1e-4, atol=1e-4)
+
+
+def test_what_lies_between_attention_and_mlp_is_had_or_refused_by_name(named: tuple[str, LanguageModel]) -> None:
+    """In layer 1, where hybrids have their attention."""
+    name, model = named
+    none = FAMILIES[name].parts == "none"
+    z, middle, normalized = (hook_name(1, kind) for kind in ("attn_z", "resid_mid", "ln2_normalized"))
+    for hook, missing in ((z, none), (middle, none or name in BESIDE), (normalized, none or name in NO_NORM)):
+        refused = fault(model, hook)
+        assert bool(refused) == missing, refused
+        assert "\n" not in refused
+    if none:
+        return
+    pre, attention, mlp, post = (hook_name(1, kind) for kind in ("resid_pre", "attn_out", "mlp_out", "resid_post"))
+    got = capture(model, TOKENS, [z, pre, attention, post])
+    assert got[z].shape == (*TOKENS.shape, widths_of(model, [z])[z])
+    # Attention writes what it makes of z, at each position.
+    with edits(model, {z: lambda value: value.flip(0)})():
+        made = capture(model, TOKENS, [attention])[attention]
+    torch.testing.assert_close(made, got[attention].flip(0), rtol=1e-4, atol=1e-4)
+    if name not in BESIDE:
+        seen = capture(model, TOKENS, [middle])[middle]
+        torch.testing.assert_close(seen, got[pre] + got[attention], rtol=1e-5, atol=1e-5)
+        if FAMILIES[name].parts != "attention alone":
+            torch.testing.assert_close(seen + capture(model, TOKENS, [mlp])[mlp], got[post], rtol=1e-3, atol=1e-3)
+    if name not in NO_NORM:
+        squares = capture(model, TOKENS, [normalized])[normalized].square().mean(2)
+        torch.testing.assert_close(squares, torch.ones_like(squares), rtol=2e-2, atol=0)
 
 
 MLPS: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {

@@ -16,8 +16,10 @@ from tokenizers import models as tokenizer_models
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaModel
 
+from saebench.evaluate import EvalConfig, evaluate
 from saebench.files import hash_files, read_json, write_json
 from saebench.harvest import ExtendConfig, extend, harvest
+from saebench.index import IndexConfig, build_index
 from saebench.models import (
     EMBEDDED_MODEL_PATH,
     HookKind,
@@ -43,9 +45,10 @@ from saebench.models import (
     usual_positions,
 )
 from saebench.models.places import KINDS, parse_hook, transformer_lens_paths
-from saebench.steer import Sampling, generate
+from saebench.steer import Sampling, arms_of, generate, open_bench
 from saebench.store.schema import MANIFEST
 from saebench.store.source import model_of
+from saebench.train import TrainConfig, train
 
 TOKENS = torch.randint(1, VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(0))
 
@@ -216,7 +219,10 @@ def test_a_resumed_pass_equals_the_whole_spliced_one_to_the_last_bit(
     hook = hook_name(layer, kind)
     clean = clean_pass(model, TOKENS, hook)
     assert torch.equal(clean.value, capture(model, TOKENS, [hook])[hook])
-    assert torch.equal(resumed_states(model, clean, clean.value), clean.states)
+    if kind == "ln2_normalized":  # there and back through a gain
+        torch.testing.assert_close(resumed_states(model, clean, clean.value), clean.states, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(resumed_states(model, clean, clean.value), clean.states)
     noise = torch.randn(clean.value.shape, generator=torch.Generator().manual_seed(2))
     for value in (torch.zeros_like(noise), clean.value + noise):
         states = resumed_states(model, clean, value)
@@ -558,23 +564,140 @@ def test_the_input_of_an_mlp_is_behind_the_norm_and_its_gain(pair: tuple[Languag
     assert torch.equal(capture(model, TOKENS, [hook_name(1, "mlp_in")])[hook_name(1, "mlp_in")], seen[0])
 
 
+def into(reference: torch.nn.Module, name: str) -> torch.Tensor:
+    """What goes into a module of layer 1."""
+    seen: list[torch.Tensor] = []
+    module = next(part for path, part in reference.named_modules() if path.endswith(f".1.{name}"))
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    with torch.inference_mode():
+        reference(TOKENS)
+    handle.remove()
+    return seen[0]
+
+
+def test_heads_and_the_stream_between_attention_and_mlp_are_what_modules_are_called_with(
+    pair: tuple[LanguageModel, torch.nn.Module],
+) -> None:
+    model, reference = pair
+    z, norm = {
+        "gpt2": ("attn.c_proj", "ln_2"), "gpt_neox": ("attention.dense", None),
+        "llama": ("self_attn.o_proj", "post_attention_layernorm"), "gemma2": ("self_attn.o_proj", "pre_feedforward_layernorm"),
+    }[model.module.config.model_type]  # fmt: skip
+    hooks = [hook_name(1, "attn_z"), hook_name(1, "resid_mid"), hook_name(1, "ln2_normalized")]
+    got = capture(model, TOKENS, hooks)
+    assert torch.equal(got[hooks[0]], into(reference, z))
+    if norm is None:
+        with pytest.raises(
+            ValueError, match=r"'blocks.1.hook_resid_mid' is not in model .*: layer 1 .* beside each other"
+        ):
+            check_hook(model, hooks[1])
+        return
+    stream = into(reference, norm)
+    assert torch.equal(got[hooks[1]], stream)
+    if norm != "ln_2":
+        want = stream / (stream.square().mean(2, keepdim=True) + 1e-6).sqrt()
+        torch.testing.assert_close(got[hooks[2]], want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_change_between_attention_and_mlp_is_of_the_stream_and_not_of_what_the_mlp_reads_alone(
+    checkpoints: dict[str, Path],
+) -> None:
+    """Whatever else changes the parts of that stream, before or after it in the order of contexts."""
+    model = load_model(str(checkpoints["llama"]), device="cpu", dtype="float32")
+    pre, attention, middle, mlp, post = (
+        hook_name(1, kind) for kind in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+    )  # fmt: skip
+    hooks = len(model.base._forward_pre_hooks)
+    new = torch.randn(*TOKENS.shape, WIDTH, generator=torch.Generator().manual_seed(5))
+    change, parts = {middle: lambda old: new}, {pre: lambda old: old + 1, attention: lambda old: 2 * old}
+    for outer, inner in ((change, {}), (change, parts), (parts, change)):
+        with edits(model, outer)(), edits(model, inner)():
+            got = capture(model, TOKENS, [middle, mlp, post])
+            again = capture(model, TOKENS, [middle])
+        torch.testing.assert_close(got[middle], new, rtol=1e-5, atol=1e-5)
+        assert torch.equal(again[middle], got[middle])
+        with torch.inference_mode():
+            block: Any = model.blocks[1]
+            want = block.mlp(block.post_attention_layernorm(new))
+        torch.testing.assert_close(got[mlp], want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got[post], new + want, rtol=1e-4, atol=1e-4)
+    assert len(model.base._forward_pre_hooks) == hooks  # nothing is left behind
+
+
+def test_a_norm_whose_gain_cannot_be_taken_off_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    hook = hook_name(1, "ln2_normalized")
+    for name, weight, value, what in (
+        ("gpt2", "transformer.h.1.ln_2.bias", 0.5, "its norm adds a bias, which no gain takes off: use mlp_in"),
+        (
+            "llama",
+            "model.layers.1.post_attention_layernorm.weight",
+            0.0,
+            "the gain of its norm is 0 in 1 of 32 dimensions",
+        ),
+    ):
+        path = changed(checkpoints, tmp_path / name, name)
+        weights = load_file(path / "model.safetensors")
+        weights[weight][3] = value
+        save_file(weights, path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=f"hook '{hook}' of model .*: {what}"):
+            check_hook(load_model(str(path), device="cpu"), hook)
+
+
+def test_heads_wider_than_the_stream_are_harvested_trained_on_evaluated_indexed_and_steered(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, corpus: Path
+) -> None:
+    settings = FAMILIES["qwen3"].config | {"head_dim": 12}
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **settings)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    z, middle = hook_name(1, "attn_z"), hook_name(1, "resid_mid")
+    store = harvest(
+        config(tmp_path / "model", tmp_path / "store", layers=(1,), kinds=("attn_z", "resid_mid"), tokens=2_000),
+        text(corpus),
+    )
+    assert store
+    assert (store.d_in(z), store.d_in(middle)) == (48, WIDTH)
+    run = tmp_path / "run"
+    folders = train(
+        TrainConfig(
+            store=store.folder, hook=(z, middle), out=run, k=(4,), d_sae=(64,), tokens=6_000, batch=256, device="cpu"
+        )
+    )
+    assert folders
+    evaluate(EvalConfig(run=run, tokens=400, dead_rows=500, resamples=10, device="cpu"))
+    for folder in folders:
+        metrics = read_json(folder / "evaluation.json")["metrics"]
+        assert np.isfinite([metrics["fvu"], metrics["delta_ce"]]).all()
+        index = build_index(IndexConfig(sae=folder, tokens=1_000, sample=300, device="cpu"))
+        assert index
+        bench = open_bench(folder, device="cpu")
+        assert bench.index
+        # What is written before attention's last map is no direction of the stream.
+        assert (bench.index.top_logits is None) == (bench.index.ends.reads == (z,))
+        arms = arms_of([bench.intervention(0, "2n")])
+        made = generate(bench.model, "the cat", arms, Sampling(max_new_tokens=3, n_samples=1))
+        assert any(one.kl.max() > 0 for one in made.of("steered"))
+
+
 @pytest.mark.parametrize(
-    ("family", "name", "attention", "mlp", "read"),
+    ("family", "name", "attention", "mlp", "read", "z", "norm"),
     [
-        ("gpt2", "GPT2LMHeadModel", "attn", "mlp", "mlp"),
-        ("falcon", "FalconForCausalLM", "self_attention", "mlp", "mlp"),
-        ("opt", "OPTForCausalLM", "self_attn", "fc2", "fc1"),  # no module of its own for the MLP: its first and last layer
-        ("bloom", "BloomForCausalLM", "self_attention.dense", "mlp.dense_4h_to_h", "mlp"),  # adds the stream itself
-        ("olmo2", "Olmo2ForCausalLM", "post_attention_layernorm", "post_feedforward_layernorm", "mlp"),  # norms behind both
-        ("granitemoe", "GraniteMoeForCausalLM", "self_attn", "block_sparse_moe", "block_sparse_moe"),  # scaled on their way: no aliases
+        ("gpt2", "GPT2LMHeadModel", "attn", "mlp", "mlp", "attn.c_proj", "ln_2"),
+        ("falcon", "FalconForCausalLM", "self_attention", "mlp", "mlp", "self_attention.dense", None),
+        ("opt", "OPTForCausalLM", "self_attn", "fc2", "fc1", "self_attn.out_proj", "final_layer_norm"),  # no module of its own for the MLP: its first and last layer
+        ("bloom", "BloomForCausalLM", "self_attention.dense", "mlp.dense_4h_to_h", "mlp", "self_attention.dense", "post_attention_layernorm"),  # adds the stream itself
+        ("olmo2", "Olmo2ForCausalLM", "post_attention_layernorm", "post_feedforward_layernorm", "mlp", "self_attn.o_proj", None),  # norms behind both
+        ("granitemoe", "GraniteMoeForCausalLM", "self_attn", "block_sparse_moe", "block_sparse_moe", "self_attn.o_proj", "post_attention_layernorm"),  # scaled on their way: no aliases
     ],
 )  # fmt: skip
 def test_transformer_lens_says_where_a_family_writes(
-    family: str, name: str, attention: str, mlp: str, read: str
+    family: str, name: str, attention: str, mlp: str, read: str, z: str, norm: str | None
 ) -> None:
     """What fails here with another version of TransformerLens is what `models/places.py` takes of its internals."""
     config = AutoConfig.for_model(family, **FAMILIES[family].config)
-    assert transformer_lens_paths(config, name, family) == {"attn_out": attention, "mlp_out": mlp, "mlp_in": read}
+    assert transformer_lens_paths(config, name, family) == {
+        "attn_out": attention, "mlp_out": mlp, "mlp_in": read, "attn_z": z, **({"ln2_normalized": norm} if norm else {}),
+    }  # fmt: skip
 
 
 def test_what_is_gone_from_transformer_lens_is_no_unknown_family(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from saebench.files import locked, read_json
 from saebench.harvest.ranks import World
 from saebench.harvest.run import fill, open_model
 from saebench.harvest.settings import HarvestConfig, as_made, identity_of
-from saebench.models import LanguageModel
+from saebench.models import LanguageModel, widths_of
 from saebench.store import Store, StoreWriter, open_store
 from saebench.store.manifest import drop_unfinished
 from saebench.store.schema import EXTENSION
@@ -51,7 +51,7 @@ def extend(folder: Path, config: ExtendConfig) -> Store | None:
                 f"{folder} holds all {store.rows('train'):,} training tokens of {text.dataset!r}: there is no more text to extend it with"
             )
         model = open_as_made(folder, target, told, text)
-        widths = dict.fromkeys(told.hooks, model.d_model)
+        widths = widths_of(model, told.hooks)
         writer = StoreWriter(folder, target, widths, told.stored_as, finished=store.manifest)
         return fill(told, pinned(text, made["text"]["fingerprint"]), model, writer, World())
 

@@ -14,7 +14,7 @@ from saebench.harvest.pipeline import BackgroundWriter
 from saebench.harvest.plan import Plan, plans
 from saebench.harvest.ranks import World, joined
 from saebench.harvest.settings import HarvestConfig, bytes_per_row, identity_of, settled, text_of
-from saebench.models import LanguageModel, capturer, check_hook, head, last_states, load_model, unembedding
+from saebench.models import LanguageModel, capturer, check_hook, head, last_states, load_model, unembedding, widths_of
 from saebench.runlog import interruptible, progress
 from saebench.store import Store, StoreWriter, open_store
 from saebench.store.feed import prefetched, sent
@@ -43,7 +43,7 @@ def harvest(config: HarvestConfig, text: TextConfig, spare: int = 0) -> Store | 
         identity = identity_of(told, text, model, source)
 
         def open_writer() -> StoreWriter:
-            widths = dict.fromkeys(config.hooks, model.d_model)
+            widths = widths_of(model, config.hooks)
             return StoreWriter(config.out, identity, widths, told.stored_as, leads=world.leads)
 
         # The others open the store as the leader has left it.
@@ -159,7 +159,7 @@ def _expected_rows(config: HarvestConfig, fraction: float) -> int:
 
 
 def _bytes_per_row(config: HarvestConfig, model: LanguageModel) -> int:
-    return bytes_per_row(len(config.hooks), config.stored_as, model.d_model)
+    return bytes_per_row(widths_of(model, config.hooks).values(), config.stored_as)
 
 
 def _check_disk(config: HarvestConfig, model: LanguageModel, rows: int, spare: int) -> None:

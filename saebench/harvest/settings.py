@@ -1,14 +1,14 @@
 """What a harvest is told, and the identity that its store is known by."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from saebench.config import Count, to_json
 from saebench.files import hash_files
-from saebench.models import EMBEDDED_MODEL, HookKind, LanguageModel, ModelDtype, hook_name
+from saebench.models import EMBEDDED_MODEL, HookKind, LanguageModel, ModelDtype, hook_name, widths_of
 from saebench.store.coding import row_bytes
 from saebench.store.manifest import read_manifest
 from saebench.store.schema import MANIFEST, PROVENANCE, StoreDtype
@@ -28,7 +28,7 @@ class HarvestConfig:
     layers: tuple[int, ...]
     """layers whose vectors to keep, for instance 1,2"""
     kinds: tuple[Kind, ...] = ("resid_post",)
-    """positions in each layer: resid_pre, resid_post, mlp_in, mlp_out, attn_out; mlp is mlp_in and mlp_out, what an MLP reads and what it writes"""
+    """positions in each layer: resid_pre, resid_mid, resid_post, attn_z (what goes into attention's output projection), attn_out, mlp_in, ln2_normalized (the same before the norm's gain), mlp_out; mlp is mlp_in and mlp_out, what an MLP reads and what it writes"""
     tokens: Count = 1_000_000
     """training tokens to harvest (special tokens included)"""
     validation_tokens: Count = 1_000_000
@@ -124,7 +124,7 @@ def settled(config: HarvestConfig, model: LanguageModel) -> HarvestConfig:
     if made is None:
         usual: StoreDtype = "bfloat16" if model.dtype == "bfloat16" else "float16"
         dtype = config.dtype or usual
-        size = config.context * bytes_per_row(len(config.hooks), dtype, model.d_model)
+        size = config.context * bytes_per_row(widths_of(model, config.hooks).values(), dtype)
         fit = {name: min(most, max(bound // size, 1)) for name, (most, bound) in _BOUNDS.items()}
         usually = {"dtype": dtype, **fit}
     else:
@@ -137,9 +137,9 @@ _BOUNDS = {"batch": (32, 2**28), "shard_contexts": (256, 2**30)}
 """contexts at most, and bytes of their rows"""
 
 
-def bytes_per_row(hooks: int, dtype: StoreDtype, d_in: int) -> int:
+def bytes_per_row(widths: Iterable[int], dtype: StoreDtype) -> int:
     """Of the vectors at all hooks, and of where they come from."""
-    return hooks * row_bytes(dtype, d_in) + sum(kind.itemsize for kind in PROVENANCE.values())
+    return sum(row_bytes(dtype, width) for width in widths) + sum(kind.itemsize for kind in PROVENANCE.values())
 
 
 def begun_store(folder: Path) -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ from saebench.harvest.extend import ExtendConfig, open_as_made, settings_of
 from saebench.harvest.plan import Plan
 from saebench.harvest.run import run_model
 from saebench.harvest.settings import HarvestConfig
+from saebench.models import widths_of
 from saebench.store import Store, StoreWriter, open_store
 from saebench.store.manifest import read_manifest
 from saebench.store.schema import MANIFEST
@@ -121,7 +122,7 @@ class Windows:
         """Make or continue a window; returns the place after it."""
         self._seek(number)
         self.next = 0
-        widths = dict.fromkeys(self.config.hooks, self.model.d_model)
+        widths = widths_of(self.model, self.config.hooks)
         identity = identity_of_window(self.head, number, self.shards)
         writer = StoreWriter(folder_of(self.head.folder, number), identity, widths, self.config.stored_as)
         writer.add_tokenizer(self.model.tokenizer_files)

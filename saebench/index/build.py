@@ -141,7 +141,9 @@ def _static(config: IndexConfig, plan: Plan) -> Groups:
     groups: Groups = {"decoder": geometry(plan.sae)}
     written = to_stream(plan.sae, plan.ends.writes) if config.logits else None
     if written is None and config.logits:
-        log.info("what an MLP reads has no direct effect on the logits: %s is indexed without", config.sae.name)
+        log.info(
+            "what attention or an MLP reads has no direct effect on the logits: %s is indexed without", config.sae.name
+        )
     elif written is not None:
         known = TokenBytes(plan.store.tokenizer()).known
         groups["logits"] = logit_effects(written, _unembedding(plan), known)

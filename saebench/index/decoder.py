@@ -54,7 +54,7 @@ def to_stream(sae: SAE, writes: Sequence[str], before: str | None = None) -> Flo
     """What a unit of each latent's activation adds to the residual stream, of all that is written; or `before` a hook.
 
     What MLP and attention write adds up; what is written to the stream itself has been told at the deepest hook. None where
-    nothing of it goes into the stream: what an MLP reads does not. Of two models, it is the stream of the first.
+    nothing of it goes into the stream: what attention's last map or an MLP reads does not. Of two models, it is the stream of the first.
     """
     parts = [
         (depth(hook), parse_hook(hook)[1], part)
@@ -62,7 +62,7 @@ def to_stream(sae: SAE, writes: Sequence[str], before: str | None = None) -> Flo
         if not hook.startswith(TUNED) and (before is None or depth(hook) < depth(before))
     ]
     stream = max((at for at, kind, _ in parts if kind.startswith("resid")), default=(-1, 0))
-    counted = [part for at, kind, part in parts if at >= stream and kind != "mlp_in"]
+    counted = [part for at, kind, part in parts if at >= stream and kind.startswith(("resid", "attn_out", "mlp_out"))]
     return sum(counted[1:], counted[0]) if counted else None
 
 

@@ -33,7 +33,7 @@ from saebench.models.passes import (
     usual_positions,
     watched,
 )
-from saebench.models.places import HOOK, HookKind, depth, hook_name, parse_hook
+from saebench.models.places import HOOK, HookKind, depth, hook_name, parse_hook, widths_of
 from saebench.models.resume import CleanPass, clean_pass, resumed_states, resumes, spliced_states
 from saebench.models.unembedding import Unembedding, unembedding
 
@@ -80,4 +80,5 @@ __all__ = [
     "unembedding",
     "usual_positions",
     "watched",
+    "widths_of",
 ]

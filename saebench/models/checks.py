@@ -10,11 +10,12 @@ from torch import Tensor
 
 from saebench.models.load import LanguageModel
 from saebench.models.passes import attach, capture, edits, head, last_states, logits, next_logits
-from saebench.models.places import Place, hook_name, parse_hook, place_of
+from saebench.models.places import Place, hook_name, parse_hook, place_of, widths_of
 
 _CONTEXTS, _POSITIONS = 2, 8
 _CLOSE = 1e-2  # of the longest row: the rounding of half-precision types, through all of the layers
 _REACH = 0.1  # of an edit, that may not arrive
+_BEFORE_MLP = ("attn_out", "resid_mid", "ln2_normalized", "mlp_in")
 
 
 def probe_tokens(model: LanguageModel) -> Int[Tensor, "B L"]:
@@ -102,7 +103,8 @@ def check_hook(model: LanguageModel, hook: str) -> None:
 
     Tried once: the vectors are `[B, L, D]`, an edit reaches the logits, and one of what attention or an MLP writes changes the
     stream behind the layer by as much. What an MLP reads must be all that its output is made of, at each position alone: where
-    inputs are exchanged between positions, outputs are exchanged as they are.
+    inputs are exchanged between positions, outputs are exchanged as they are. So it must be of what goes into attention's last map.
+    The stream between the two must be all that the stream behind the layer is made of, whichever of its parts changes.
     """
     if hook not in model.checked:
         model.checked[hook] = _fault(model, hook)
@@ -115,12 +117,15 @@ def _fault(model: LanguageModel, hook: str) -> str | None:
     """What is wrong with a hook, or None."""
     layer, kind = parse_hook(hook)
     place_of(model, hook)
-    tokens, stream, mlp = probe_tokens(model), hook_name(layer), hook_name(layer, "mlp_out")
-    if kind == "mlp_in":
-        check_hook(model, mlp)
-    watched = {hook, stream, *([mlp] if kind in ("mlp_in", "attn_out") and has_place(model, mlp) else [])}
+    tokens, stream, mlp, attention = (
+        probe_tokens(model), hook_name(layer), hook_name(layer, "mlp_out"), hook_name(layer, "attn_out"),
+    )  # fmt: skip
+    made = {"mlp_in": mlp, "ln2_normalized": mlp, "attn_z": attention}.get(kind)  # of the vectors of this hook
+    if needed := attention if kind == "resid_mid" else made:
+        check_hook(model, needed)
+    watched = {hook, stream, needed or stream, *([mlp] if kind in _BEFORE_MLP and has_place(model, mlp) else [])}
     clean = capture(model, tokens, list(watched))
-    shape = (*tokens.shape, model.d_model)
+    shape = (*tokens.shape, widths_of(model, [hook])[hook])
     if tuple(clean[hook].shape) != shape:
         return (
             f"hook {hook!r} of model {model.id!r} gives vectors of shape {tuple(clean[hook].shape)}, expected {shape}"
@@ -134,11 +139,28 @@ def _fault(model: LanguageModel, hook: str) -> str | None:
     family = type(model.module).__name__
     if _close(before, after):
         return f"an edit at {hook!r} of model {model.id!r} ({family}) does not reach the logits: nothing can be measured there"
-    if kind == "mlp_in":
+    if made is not None:
         with edits(model, {hook: lambda old: old.roll(1, 1)})():
-            exchanged = capture(model, tokens, [mlp])[mlp]
-        if not _close(exchanged, clean[mlp].roll(1, 1)):
-            return f"{mlp!r} of model {model.id!r} ({family}) is not a function of {hook!r} at each position alone: use resid_pre, or mlp_out alone"
+            exchanged = capture(model, tokens, [made])[made]
+        if not _close(exchanged, clean[made].roll(1, 1)):
+            return (
+                f"{made!r} of model {model.id!r} ({family}) is not a function of {hook!r} at each position alone: use resid_pre, "
+                f"or {parse_hook(made)[1]} alone"
+            )
+    if kind == "ln2_normalized":
+        length = float(clean[hook].float().square().mean(2).median())
+        if abs(length - 1) > _REACH:
+            return f"{hook!r} of model {model.id!r} ({family}) has a mean square of {length:.3g}, expected 1 behind a norm: use mlp_in"
+    if kind == "resid_mid":
+        moved = {hook_name(layer, "resid_pre"): lambda old: old + noise, attention: lambda _: clean[attention] - noise}
+        with edits(model, moved)():
+            found = capture(model, tokens, list(watched))
+        rounding = min(_REACH, 1e4 * torch.finfo(noise.dtype).eps)
+        if any(_apart(found[name], clean[name]) > rounding for name in watched - {attention}):
+            return (
+                f"hook {hook!r} is not in model {model.id!r}: layer {layer} of this {family} reads more than the sum of resid_pre and "
+                "attn_out, as where attention and MLP run beside each other: use resid_pre or resid_post"
+            )
     if kind in ("mlp_out", "attn_out") and (kind == "mlp_out" or mlp in watched):
         arrived = edited[stream] - clean[stream]
         if kind == "attn_out":  # the layer's MLP may have read it
@@ -173,6 +195,11 @@ def has_place(model: LanguageModel, hook: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _apart(left: Tensor, right: Tensor) -> float:
+    """How far vectors are from others, in lengths of these: the median over positions."""
+    return float(((left - right).float().norm(dim=2) / right.float().norm(dim=2)).median())
 
 
 def _close(left: Tensor, right: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """Many replacements for the same contexts: forward passes that begin in the middle of one that is known.
 
-B contexts in the batch, L positions, D d_model.
+B contexts in the batch, L positions, D d_model, H the width of a hook.
 """
 
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ class CleanPass(NamedTuple):
 
     tokens: Int[Tensor, "B L"]
     hook: str
-    value: Float[Tensor, "B L D"]
+    value: Float[Tensor, "B L H"]
     """the vectors at the hook"""
     states: Float[Tensor, "B L D"]
     """those behind the final norm, of which `head` makes logits"""
@@ -57,7 +57,7 @@ def clean_pass(model: LanguageModel, tokens: Int[Tensor, "B L"], hook: str) -> C
 
 
 @torch.inference_mode()
-def resumed_states(model: LanguageModel, clean: CleanPass, value: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+def resumed_states(model: LanguageModel, clean: CleanPass, value: Float[Tensor, "B L H"]) -> Float[Tensor, "B L D"]:
     """`last_states` with `value` at the hook of the clean pass, running only the blocks it changes.
 
     The blocks before them are stood in for by the clean pass, so that the model's own code still makes
@@ -74,7 +74,7 @@ def resumed_states(model: LanguageModel, clean: CleanPass, value: Float[Tensor, 
 
 
 @torch.inference_mode()
-def spliced_states(model: LanguageModel, clean: CleanPass, value: Float[Tensor, "B L D"]) -> Float[Tensor, "B L D"]:
+def spliced_states(model: LanguageModel, clean: CleanPass, value: Float[Tensor, "B L H"]) -> Float[Tensor, "B L D"]:
     """`resumed_states` by a whole pass."""
     with edits(model, {clean.hook: lambda old: value})():
         return last_states(model, clean.tokens)

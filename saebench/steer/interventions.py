@@ -31,7 +31,7 @@ from torch import Tensor
 
 from saebench.evaluate.attribution import Longest, massive
 from saebench.index import FeatureIndex
-from saebench.models import Edit, LanguageModel, check_hook, depth, edits
+from saebench.models import Edit, LanguageModel, check_hook, depth, edits, widths_of
 from saebench.sae import SAE, Ends, latent_encoder
 from saebench.sae.architectures import normalized
 
@@ -362,10 +362,10 @@ class _Group:
 def check_widths(model: LanguageModel, sae: SAE, ends: Ends, name: str) -> None:
     """Raises ValueError where an SAE, called `name`, does not read and write as many numbers as a model has at its hooks."""
     for what, width, hooks in (("d_in", sae.d_in, ends.reads), ("d_out", sae.d_out, ends.writes)):
-        if width != model.d_model * len(hooks):
-            at = f" at each of {len(hooks)} hooks" * (len(hooks) > 1)
+        found = widths_of(model, hooks).values()
+        if width != sum(found):
             raise ValueError(
-                f"{name} is of {what} {width}, but model {model.id!r} has {model.d_model}{at}; it is of another model"
+                f"{name} is of {what} {width}, but model {model.id!r} has {' + '.join(map(str, found))}; it is of another model"
             )
 
 
