@@ -320,7 +320,7 @@ def test_contexts_in_a_pass_and_in_a_shard_are_bounded_in_bytes(
     model = load_model(str(checkpoints["llama"]), dtype="float32")
     usual = config(checkpoints["llama"], tmp_path / "s", tokens=400, batch=None, shard_contexts=None)
     assert (settled(usual, model).per_pass, settled(usual, model).per_shard) == (32, 256)
-    wide = bytes_per_row(100, "float16", 4096) * 256  # 100 layers of Llama 3.1 8B
+    wide = bytes_per_row([4096] * 100, "float16") * 256  # 100 layers of Llama 3.1 8B
     assert {name: bound // wide for name, (_, bound) in settings._BOUNDS.items()} == {"batch": 1, "shard_contexts": 5}
     context = CONTEXT * (2 * WIDTH * 4 + 4 + 4 + 4 + 1)
     monkeypatch.setattr(
