@@ -71,6 +71,23 @@ def test_torchrun_makes_the_store_that_one_process_makes(
     assert made.stdout.count("12,000 rows") == 1  # one process speaks for all
 
 
+def test_no_thread_of_the_group_outlives_it(tmp_path: Path) -> None:
+    """Whatever is imported meanwhile: one that still ran as a rank exited aborted it, now and then."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from saebench.harvest.ranks import joined\n"
+        "with joined() as world:\n"
+        "    world.gather('here')\n"
+        "    import torch.distributed.nn.functional\n"
+        "print([task.joinpath('comm').read_text().strip() for task in Path('/proc/self/task').iterdir()])\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "--standalone"]
+    made = subprocess.run([*launcher, str(script)], capture_output=True, text=True, timeout=120)
+    assert made.returncode == 0, made.stderr
+    assert "gloo" not in made.stdout
+
+
 @pytest.mark.parametrize("seed", range(max(2, KILLS // 2)))
 def test_a_killed_rank_ends_the_others_and_loses_no_whole_shard(
     seed: int, whole: tuple[dict[str, bytes], float], checkpoints: dict[str, Path], corpus: Path, tmp_path: Path

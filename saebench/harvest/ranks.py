@@ -5,6 +5,7 @@ Only a few words are exchanged, over gloo: rows go from each process to its own 
 
 import contextlib
 import datetime
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -72,6 +73,9 @@ def joined() -> Iterator[World]:
     if not dist.is_torchelastic_launched():
         yield World()
         return
+    # Its functions have the group of their import as a default, which would outlive its end here: threads that are
+    # still running as a process exits abort it now and then.
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group("gloo", timeout=_PATIENCE)
     try:
         yield World(dist.get_rank(), dist.get_world_size())
