@@ -16,7 +16,6 @@ from saebench.sae import (
     ReLUSAE,
     TopKSAE,
     Writes,
-    check_autoencodes,
     fold,
     initialise,
     kind_of,
@@ -225,8 +224,6 @@ def test_they_are_saved_by_saelens_names_and_definitions(architecture: str, kind
     assert np.allclose(loaded(inputs()).x_hat, y_hat, atol=1e-5)
     assert np.allclose(reconstruct_sparse(loaded, inputs())[0], y_hat, atol=1e-5)
     assert kind_of(loaded) == kind
-    with pytest.raises(ValueError, match=f"is a {kind.replace('_', ' ')}; expected an SAE, which writes what it reads"):
-        check_autoencodes(loaded, tmp_path)
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in sae.state_dict().items())
     if architecture != "topk":
         latents = torch.tensor([7, 0, 3])

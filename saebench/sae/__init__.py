@@ -16,7 +16,6 @@ from saebench.sae.attached import Attached, attached
 from saebench.sae.encode import encode_sparse, latent_encoder, part, reconstruct_sparse
 from saebench.sae.io import (
     Ends,
-    check_autoencodes,
     ends_of,
     files_of,
     fold,
@@ -41,7 +40,6 @@ __all__ = [
     "TopKSAE",
     "Writes",
     "attached",
-    "check_autoencodes",
     "encode_sparse",
     "ends_of",
     "files_of",

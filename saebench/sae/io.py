@@ -83,14 +83,6 @@ def kind_of(sae: SAE) -> str:
     return "crosscoder" if len(sae.parts) > 1 else ""
 
 
-def check_autoencodes(sae: SAE, folder: Path) -> None:
-    """Raises ValueError for what is no SAE, where what is written would be taken for what is read."""
-    if kind := kind_of(sae):
-        raise ValueError(
-            f"{folder} is a {kind.replace('_', ' ')}; expected an SAE, which writes what it reads: train one with --kind sae"
-        )
-
-
 @torch.no_grad()
 def fold(
     sae: SAE, scale_D: float | Float[Tensor, " D"] = 1.0, scale_E: float | Float[Tensor, " E"] | None = None
