@@ -17,7 +17,7 @@ import time
 
 import torch
 
-from saebench.evaluate.synthetic import Synthetic, SyntheticSettings
+from saebench.bench.synthetic import Synthetic, SyntheticSettings
 from saebench.train import Member, Spec
 from saebench.train.loop import LOG_EVERY
 from saebench.train.schedules import default_learning_rate, pace

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from saebench.evaluate.recovery import recovery_of_oracle, recovery_of_sae
-from saebench.evaluate.synthetic import SIZES, Synthetic
+from saebench.bench.recovery import recovery_of_oracle, recovery_of_sae
+from saebench.bench.synthetic import SIZES, Synthetic
 from saebench.sae import SAE, fold, initialise, new_sae
 from saebench.train import Member, Spec
 from saebench.train.recipes import RECIPES

@@ -161,8 +161,8 @@ def compare(name: str, python: Path) -> None:
     """One case, as a Markdown section on stdout."""
     from dataclasses import replace
 
-    from saebench.evaluate.recovery import Recovery
-    from saebench.evaluate.synthetic import SIZES, Sample, Synthetic
+    from saebench.bench.recovery import Recovery
+    from saebench.bench.synthetic import SIZES, Sample, Synthetic
 
     size, changed, changed_tree, n_rows = CASES[name]
     tree = SIZES[size].hierarchy

@@ -4,27 +4,17 @@ import argparse
 import dataclasses
 import logging
 import os
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from saebench import __version__
+from saebench.bench import BENCHES
 from saebench.browse.serve import AppConfig, serve
 from saebench.config import add_arguments, from_arguments
 from saebench.demo import demo
-from saebench.evaluate import (
-    CheckConfig,
-    EvalConfig,
-    check,
-    equal_l0_table,
-    evaluate,
-    massive_note,
-    set_table,
-    table,
-    write_report,
-)
+from saebench.evaluate import CheckConfig, EvalConfig, check, evaluate, write_report
 from saebench.evaluate.diffing import DiffConfig, diff
 from saebench.evaluate.push import PushConfig, push
 from saebench.harvest import ExtendConfig, HarvestConfig, extend, harvest
@@ -32,16 +22,23 @@ from saebench.harvest.extend import settings_of
 from saebench.harvest.run import open_model
 from saebench.harvest.settings import settled
 from saebench.index import IndexConfig, build_index
-from saebench.index.explanations import Explanation, Halves
 from saebench.index.export import ExportConfig, export
 from saebench.index.layout import MapConfig, make_map
-from saebench.index.names import Names
 from saebench.judge import ExplainConfig, explain
 from saebench.pipeline import RunConfig, run, run_stages
+from saebench.printed import (
+    explanations_table,
+    format_table,
+    show_evaluation,
+    show_figures,
+    show_ranking,
+    show_run,
+    show_sweep,
+    show_texts,
+)
 from saebench.runlog import progress
 from saebench.sae.convert import ConvertConfig, convert
 from saebench.sae.hub import Source, local
-from saebench.steer import Generation
 from saebench.steer.run import SteerConfig, rank, steer, sweep
 from saebench.store import open_store
 from saebench.store.manifest import check_manifest, read_manifest
@@ -103,9 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(
-        name: str, run: Callable[[argparse.Namespace], int], about: str, *configs: type
+        name: str, run: Callable[[argparse.Namespace], int], about: str, *configs: type, among: Any = commands
     ) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=about, description=about)
+        sub = among.add_parser(name, help=about, description=about)
         sub.set_defaults(command=run)
         for config in configs:
             add_arguments(sub, config)
@@ -140,6 +137,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     small = command("demo", _demo, "the whole pipeline on the embedded model and corpus")
     small.add_argument("--out", type=Path, default=Path("runs/demo"), help="run directory (default: runs/demo)")
+    about = "what SAEs are worth beyond their reconstruction"
+    benches = commands.add_parser("bench", help=about, description=about).add_subparsers(required=True, metavar="BENCH")
+    for name, bench in BENCHES.items():
+        command(name, _bench, bench.about, bench.config, among=benches).set_defaults(bench=bench)
     store = commands.add_parser("store", help="look into an activation store, or check it").add_subparsers(
         required=True, metavar="ACTION"
     )
@@ -163,7 +164,7 @@ def _run(arguments: argparse.Namespace) -> int:
     summary = run(config)
     if summary is None:
         return INTERRUPTED
-    _show_run(summary, config.folder)
+    print(show_run(summary, config.folder))
     print(f"next: saebench app {config.folder}")
     return 0
 
@@ -233,7 +234,12 @@ def _head_of(config: TrainConfig, behind: list[str]) -> tuple[HarvestConfig, Tex
 
 def _eval(arguments: argparse.Namespace) -> int:
     config = from_arguments(EvalConfig, arguments)
-    _show(write_report(config.run, evaluate(config), config.store), config.run)
+    print(show_evaluation(write_report(config.run, evaluate(config), config.store), config.run))
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    print(show_figures(arguments.bench.run(from_arguments(arguments.bench.config, arguments))))
     return 0
 
 
@@ -298,108 +304,17 @@ def _explain(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def explanations_table(found: dict[int, Explanation]) -> list[list[str]]:
-    """A heading, a row of figures for each latent and their medians; – where there are too few windows."""
-    names = ("detection", "fuzzing", "other_explanation", "other_windows", "rule", "tokens")
-    scores = {latent: [_second(getattr(each, name)) for name in names] for latent, each in found.items()}
-    known = ([each for each in column if each is not None] for column in zip(*scores.values(), strict=True))
-    medians = [statistics.median(column) if column else None for column in known]
-    tallies = [tally for each in found.values() for name in names[:3] for tally in getattr(each, name) or ()]
-    unusable, all_of_them = sum(tally.unusable for tally in tallies), sum(tally.asked for tally in tallies)
-    rows = [
-        [str(latent), *map(_figure, scores[latent]), found[latent].text or "no usable explanation"] for latent in found
-    ]
-    heading = ["latent", "detection", "fuzzing", "other's text", "other's windows", "rule", "tokens", "explanation"]
-    return [heading, *rows, ["median", *map(_figure, medians), f"({unusable} of {all_of_them} answers were unusable)"]]
-
-
-def _second(halves: Halves | None) -> float | None:
-    return None if halves is None else halves[1].score
-
-
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
 def _steer(arguments: argparse.Namespace) -> int:
     config = from_arguments(SteerConfig, arguments)
     if arguments.action == "rank":
-        _print_ranking(config)
+        print(show_ranking(*rank(config)))
     elif config.sweep:
-        _print_sweep(config)
+        print(show_sweep(sweep(config)))
+        if config.out is not None:
+            print(f"\n{config.out} and {config.out.with_suffix('.html')}")
     else:
         print(show_texts(config.prompt, steer(config)))
     return 0
-
-
-def _print_ranking(config: SteerConfig) -> None:
-    bench, scores, latents = rank(config)
-    assert bench.index
-    tops = bench.index.top_logits
-    assert tops is not None
-    rows = [["latent", "output", "input", "top logits", "name"]]
-    names = Names(bench.index)
-    for latent in latents:
-        tokens = " ".join(map(repr, bench.index.pieces(tops[latent, :5])))
-        figures = (
-            f"{scores.output[latent]:.3f}{'' if scores.measured[latent] else ' ~'}",
-            f"{scores.input[latent]:.3f}",
-        )
-        name = names[int(latent)]
-        rows.append([str(latent), *figures, tokens, name.text if name.explained else "-"])
-    print(format_table(rows, left=(0, 3, 4)))
-    if not scores.measured[latents].all():
-        print("~ estimated on a few short prompts; `--latent N` measures it whole")
-
-
-def show_texts(prompt: str, made: Generation) -> str:
-    """The texts of a generation under a heading for each arm."""
-    lines: list[str] = []
-    for arm in dict.fromkeys(text.arm for text in made.texts):
-        texts = made.of(arm)
-        kl = sum(float(text.kl.mean()) for text in texts) / len(texts)
-        surprise = sum(text.cross_entropy for text in texts) / len(texts)
-        lines.append(f"\n=== {arm}: cross-entropy {surprise:.2f}, KL {kl:.2f} nats per token")
-        for text in texts:
-            apart = "" if text.diverges is None else f" (differs from token {text.diverges} on)"
-            lines += [f"--- {text.sample + 1}{apart}", prompt + text.text]
-    seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in made.seconds.items())
-    return "\n".join([*lines, "", f"took {seconds}"])
-
-
-def _print_sweep(config: SteerConfig) -> None:
-    found = sweep(config)
-    names = ("firing", "activation", "rule", "top_tokens", "cross_entropy", "diversity", "logits", "kl")
-    rows = [["arm", "strength", "of the norm", "concept", "fluency", "score", *names]]
-    for dose in found.doses:
-        norm = "–" if dose.norm is None else f"{dose.norm:.2f}"
-        figures = ("–" if (value := getattr(dose, name)) is None else f"{value:.3f}" for name in names)
-        best = dose.arm == "steered" and dose.strength == found.best.strength
-        rows.append([dose.arm + " *" * best, f"{dose.strength:.2f}", norm, *dose.told(), *figures])
-    print(format_table(rows))
-    if found.other is not None:
-        print(f"other: the direction of latent {found.other}, which fires about as often")
-    print("rule: in which share of the texts it holds, labelled as the index labels; (…): 95%, bootstrap over prompts")
-    print(
-        "* best: the harmonic mean of concept and fluency on half of the prompts; on the other half, at this strength:"
-    )
-    rows = [["arm", "concept", "fluency", "score"], *([dose.arm, *dose.told()] for dose in found.tested)]
-    print(format_table(rows))
-    for arm, text in found.samples.items():
-        print(f"\n=== {arm}\n{text}")
-    if config.out is not None:
-        print(f"\n{config.out} and {config.out.with_suffix('.html')}")
-
-
-def _show(summary: dict[str, Any], run: Path) -> None:
-    print(format_table(table(summary["saes"])))
-    if "sets" in summary:
-        print("\n" + format_table(set_table(summary["sets"])))
-    if note := massive_note(summary["saes"]):
-        print(note)
-    if summary["equal_l0"]:
-        print("\n" + format_table(equal_l0_table(summary["equal_l0"])) + "\n")
-    print(f"report: {run / 'report.html'}")
 
 
 def _app(arguments: argparse.Namespace) -> int:
@@ -410,14 +325,9 @@ def _demo(arguments: argparse.Namespace) -> int:
     summary = run_stages(demo.stages(arguments.out))
     if summary is None:
         return INTERRUPTED
-    _show_run(summary, arguments.out)
+    print(show_run(summary, arguments.out))
     print(f"next: saebench app {arguments.out}, or saebench steer rank --sae {arguments.out}/saes/{demo.INDEXED}")
     return 0
-
-
-def _show_run(summary: dict[str, Any], run: Path) -> None:
-    _show(summary, run)
-    print("took " + ", ".join(f"{stage} {value:.0f} s" for stage, value in summary["seconds"].items()))
 
 
 def _store_info(arguments: argparse.Namespace) -> int:
@@ -444,19 +354,6 @@ def _store_verify(arguments: argparse.Namespace) -> int:
         f"{arguments.path}: {len(store.shards)} shards, every block matches its checksum, and all that lies beside them what was written"
     )
     return 0
-
-
-def format_table(rows: list[list[str]], left: Sequence[int] = (0,)) -> str:
-    """Columns aligned: those of `left` to the left, figures to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from saebench.cli import show_texts
 from saebench.index import IndexConfig, open_feature_index
+from saebench.printed import show_texts
 from saebench.steer import Sampling, arms_of, generate
 from saebench.steer.dose import dose_response
 from saebench.steer.run import SteerConfig, rank

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from conftest import CONTEXT, HOOK
 
-from saebench.cli import format_table, main
+from saebench.cli import main
+from saebench.printed import format_table
 from saebench.store import Store
 
 

@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from saebench.evaluate.recovery import Recovery, assignment, recovery_of_oracle, recovery_of_sae
-from saebench.evaluate.synthetic import (
+from saebench.bench.recovery import Recovery, assignment, recovery_of_oracle, recovery_of_sae
+from saebench.bench.synthetic import (
     SIZES,
     Hierarchy,
     Sample,

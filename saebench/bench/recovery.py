@@ -5,7 +5,7 @@ from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from saebench.evaluate.synthetic import Sample, Synthetic
+from saebench.bench.synthetic import Sample, Synthetic
 from saebench.sae import SAE
 
 RECOVERED = 0.9  # a true feature counts as recovered above this cosine

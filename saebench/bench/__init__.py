@@ -1,0 +1,20 @@
+"""What an SAE is worth beyond its reconstruction: features that are known, probes, absorption, stability. A row for each bench."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from saebench.bench.results import Figure
+
+__all__ = ["BENCHES", "Bench", "Figure"]
+
+
+class Bench(NamedTuple):
+    """A row of the table: `saebench bench NAME`."""
+
+    config: type
+    run: Callable[[Any], list[Figure]]
+    """from the settings to the figures worth a table; all of them are in RUN/bench/NAME.json, a unit at a time"""
+    about: str
+
+
+BENCHES: dict[str, Bench] = {}

@@ -1,0 +1,65 @@
+"""What benches find: a record for each figure, in a file that is whole after every unit of work."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from saebench.files import read_json, write_json
+
+_VERSION = 1
+
+
+class Figure(NamedTuple):
+    """One number, and how far it can be trusted."""
+
+    sae: str
+    """SAE, or the baseline that stands in for one"""
+    of: str
+    """what it is of: a task, a concept, a pair of seeds; `all` for a mean over them"""
+    figure: str
+    """its name, as docs/metrics.md has it"""
+    at: float | None
+    """where on an axis: k of a probe, L0; None where there is none"""
+    value: float | None
+    """None where it is undefined"""
+    low: float | None = None
+    """lower end of its 95% interval; None where too little is known for one"""
+    high: float | None = None
+    n: int = 0
+    """how many documents, rows, seeds or latents it is of"""
+
+
+class Results:
+    """The figures of a bench so far, by unit of work (an SAE and a task, say).
+
+    A unit is done when it is there with its identity, all that decides its figures; a rerun goes on behind those that are, and
+    replaces those whose identity is another.
+    """
+
+    def __init__(self, path: Path, bench: str) -> None:
+        """Raises ValueError when the file is another bench's, or of another version."""
+        self.path, self.bench = path, bench
+        self._units: dict[str, Any] = {}
+        if path.exists():
+            found = read_json(path)
+            if (found.get("bench"), found.get("version")) != (bench, _VERSION):
+                raise ValueError(
+                    f"{path} has results of {found.get('bench')!r}, version {found.get('version')!r}; expected {bench!r}, "
+                    f"version {_VERSION}: move it away"
+                )
+            self._units = found["units"]
+
+    def get(self, unit: str, identity: dict[str, Any]) -> list[Figure] | None:
+        """The figures of a unit that is done, else None."""
+        found = self._units.get(unit)
+        return None if found is None or found["identity"] != identity else [Figure(*row) for row in found["figures"]]
+
+    def put(self, unit: str, identity: dict[str, Any], figures: list[Figure]) -> list[Figure]:
+        """Keep the figures of a unit, on disk at once; returns them."""
+        self._units[unit] = {"identity": identity, "figures": [list(figure) for figure in figures]}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path, {"bench": self.bench, "version": _VERSION, "units": self._units})
+        return figures
+
+    def all(self) -> list[Figure]:
+        """Those of every unit in the file, by the units' names."""
+        return [Figure(*row) for _, unit in sorted(self._units.items()) for row in unit["figures"]]
