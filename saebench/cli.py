@@ -14,7 +14,7 @@ from saebench.bench import BENCHES
 from saebench.browse.serve import AppConfig, serve
 from saebench.config import add_arguments, from_arguments
 from saebench.demo import demo
-from saebench.evaluate import CheckConfig, EvalConfig, check, evaluate, write_report
+from saebench.evaluate import CheckConfig, EvalConfig, ReportConfig, check, evaluate, report, write_report
 from saebench.evaluate.diffing import DiffConfig, diff
 from saebench.evaluate.push import PushConfig, push
 from saebench.harvest import ExtendConfig, HarvestConfig, extend, harvest
@@ -114,6 +114,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     command("train", _train, "train a grid of SAEs on a store", TrainConfig)
     command("eval", _eval, "evaluate the SAEs of a run on held-out documents, and report", EvalConfig)
+    about = "report anew on an evaluated run, or on several as on one"
+    reporting = command("report", _report, about)
+    reporting.add_argument("run", type=Path, nargs="+", help="run directories")
+    reporting.add_argument(
+        "--out", type=Path, help="folder to write to (default: of one run its own, of several: report)"
+    )
     about = "what each of two models has alone, by a crosscoder of both"
     command("diff", _diff, about, DiffConfig)
     about = "look at an SAE before it is trusted: does it do on a store's rows what it says of itself?"
@@ -235,6 +241,11 @@ def _head_of(config: TrainConfig, behind: list[str]) -> tuple[HarvestConfig, Tex
 def _eval(arguments: argparse.Namespace) -> int:
     config = from_arguments(EvalConfig, arguments)
     print(show_evaluation(write_report(config.run, evaluate(config), config.store), config.run))
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    print(show_evaluation(*report(ReportConfig(run=tuple(arguments.run), out=arguments.out))))
     return 0
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from numpy import ndarray
 
 from saebench.bench import Figure
-from saebench.evaluate import equal_l0_table, massive_note, set_table, table
+from saebench.evaluate import massive_note, tables
 from saebench.index.explanations import Explanation, Halves
 from saebench.index.names import Names
 from saebench.steer import Bench, Generation
@@ -97,13 +97,9 @@ def show_sweep(found: DoseResponse) -> str:
 
 def show_evaluation(summary: dict[str, Any], run: Path) -> str:
     """The tables of a run's summary, and where its report is."""
-    lines = [format_table(table(summary["saes"]))]
-    if "sets" in summary:
-        lines.append("\n" + format_table(set_table(summary["sets"])))
-    if note := massive_note(summary["saes"]):
-        lines.append(note)
-    if summary["equal_l0"]:
-        lines.append("\n" + format_table(equal_l0_table(summary["equal_l0"])) + "\n")
+    first, *others = map(format_table, tables(summary))
+    note = massive_note(summary["saes"])
+    lines = [first, *([note] if note else []), *(f"\n{other}" for other in others), *([""] if others else [])]
     return "\n".join([*lines, f"report: {run / 'report.html'}"])
 
 

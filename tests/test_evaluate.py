@@ -3,7 +3,6 @@ import math
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
@@ -17,8 +16,10 @@ from test_harvest import text
 from test_sae import write_saelens
 from transformers import AutoModelForCausalLM
 
-from saebench.evaluate import EvalConfig, equal_l0_table, evaluate, table, write_report
+from saebench.cli import main
+from saebench.evaluate import EvalConfig, ReportConfig, evaluate, report, table, write_report
 from saebench.evaluate.baselines import PCA, untrained_fvus
+from saebench.evaluate.compare import FIGURES
 from saebench.evaluate.measure import (
     Batch,
     Dictionary,
@@ -28,7 +29,6 @@ from saebench.evaluate.measure import (
     splice,
     validation_batches,
 )
-from saebench.evaluate.report import compare_at_equal_l0
 from saebench.files import read_json, write_json
 from saebench.harvest import harvest
 from saebench.metrics import total
@@ -350,23 +350,34 @@ def test_summary_and_report(trained: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(rows) == 4
 
 
-def test_architectures_are_compared_where_their_l0s_overlap() -> None:
-    def sae(architecture: str, l0: float, fvu: float, pca: float = 0.5) -> dict[str, Any]:
-        return {"architecture": architecture, "kind": "SAE", "writes": ["a"], "d_sae": 8, "l0": l0, "fvu": fvu,
-                "baselines": {"pca_fvu": pca, "untrained_fvu": 0.9}}  # fmt: skip
+def test_a_run_that_was_evaluated_before_differences_were_kept_is_reported_on(trained: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "old"
+    shutil.copytree(trained, copy)
+    for file in copy.glob("saes/*/bootstrap.safetensors"):
+        file.unlink()
+    summary, _ = report(ReportConfig(run=(copy,)))
+    assert summary["least_differences"] == {}
+    assert [sae["undecided"] for sae in summary["saes"]] == [[], [], []]
+    before = (copy / "saes/topk-k6/evaluation.json").stat().st_mtime_ns
+    evaluate(EvalConfig(run=copy))  # once more, for its samples
+    assert (copy / "saes/topk-k6/evaluation.json").stat().st_mtime_ns > before
+    assert set(report(ReportConfig(run=(copy,)))[0]["least_differences"]) == set(FIGURES)
 
-    saes = [sae("relu", 10.0, 0.4), sae("relu", 1000.0, 0.2), sae("topk", 100.0, 0.1), sae("topk", 1.0, 0.3)]
-    ends = compare_at_equal_l0(saes)
-    assert [round(c["l0"], 3) for c in ends] == [10.0, round(10**1.5, 3), 100.0]
-    # In log L0, 10 is halfway between 1 and 100, and 100 is halfway between 10 and 1000.
-    assert ends[0]["fvu"]["topk"] == pytest.approx(0.2)
-    assert ends[0]["fvu"]["relu"] == pytest.approx(0.4)
-    assert ends[2]["fvu"]["relu"] == pytest.approx(0.3)
-    assert ends[2]["fvu"]["PCA of rank L0"] == 0.5
-    assert equal_l0_table(ends)[0] == ["FVU at equal L0", "L0 10.0", "L0 31.6", "L0 100.0"]
-    assert equal_l0_table(ends)[1] == ["topk", "0.2000", "0.1500", "0.1000"]
-    assert compare_at_equal_l0(saes[:3]) == []  # one TopK alone: nothing is extrapolated
-    assert compare_at_equal_l0([sae("relu", 1.0, 0.4), sae("relu", 2.0, 0.3), *saes[2:3], sae("topk", 50.0, 0.2)]) == []
+
+def test_several_runs_are_reported_on_as_one(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    assert main(["report", str(trained), str(other), "--out", str(tmp_path / "both")]) == 0
+    summary = read_json(tmp_path / "both/summary.json")
+    assert [sae["name"] for sae in summary["saes"]] == [
+        f"{run}/{name}" for run in (trained.name, "other") for name in ("gated-l0-6", "relu-l0-6", "topk-k6")
+    ]
+    # One SAE twice is no difference at all, and is a recipe of two members whose spread is 0.
+    assert [entry["fvu"][1] for entry in summary["over_seeds"]] == [0.0, 0.0, 0.0]
+    assert "other/topk-k6" in (tmp_path / "both/report.html").read_text()
+    assert "least difference" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="has no evaluated SAEs; expected a run after `saebench eval --run"):
+        report(ReportConfig(run=(trained, tmp_path / "none")))
 
 
 def test_saes_that_others_made_can_be_evaluated(store: Store, tmp_path: Path) -> None:

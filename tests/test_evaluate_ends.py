@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokeni
 from saebench.evaluate import EvalConfig, evaluate, set_table, write_report
 from saebench.evaluate.baselines import PCA, joined
 from saebench.evaluate.measure import Batch, Places
-from saebench.evaluate.report import compare_at_equal_l0
 from saebench.files import read_json, write_json
 from saebench.harvest import harvest
 from saebench.models import hook_name
@@ -193,23 +192,6 @@ def test_a_position_that_is_massive_at_one_hook_is_left_alone_at_all() -> None:
     assert places.usual_BL.tolist() == [[False, True, False, False, True]]
     assert places.massive_BL.tolist() == [[False, False, True, True, False]]
     assert places.scored_BL.tolist() == [[False, True, False, False, False]]  # the last has nothing that follows
-
-
-def test_kinds_that_write_one_hook_are_compared_at_equal_l0() -> None:
-    def entry(kind: str, l0: float, fvu: float, baseline: str) -> dict[str, Any]:
-        return {"architecture": "topk", "kind": kind, "writes": ["a"], "d_sae": 8, "l0": l0, "fvu": fvu,
-                "baselines": {baseline: 0.5, "untrained_fvu": 0.9}}  # fmt: skip
-
-    saes = [entry("SAE", 10.0, 0.3, "pca_fvu"), entry("SAE", 30.0, 0.2, "pca_fvu")]
-    others = [entry("transcoder", 10.0, 0.4, "linear_fvu"), entry("transcoder", 30.0, 0.1, "linear_fvu")]
-    low, *_ = compare_at_equal_l0([*saes, *others])
-    assert {name: low["fvu"][name] for name in ("topk", "topk transcoder", "best linear map")} == {
-        "topk": pytest.approx(0.3),
-        "topk transcoder": pytest.approx(0.4),
-        "best linear map": 0.5,
-    }
-    assert {"PCA of rank L0", "untrained SAE", "untrained transcoder"} <= set(low["fvu"])
-    assert compare_at_equal_l0([*saes, *({**other, "writes": ["b"]} for other in others)]) == []
 
 
 # --------------------------------------------------------------------------------------- bad input

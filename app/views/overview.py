@@ -11,7 +11,9 @@ from where import chosen_run, chosen_sae, go, link_to, root
 
 from saebench.browse.runs import Trained, saes_of
 from saebench.browse.stores import norms_html
-from saebench.evaluate.report import BASELINES, SUMMARY, set_table
+from saebench.evaluate.compare import BASELINES
+from saebench.evaluate.report import SUMMARY
+from saebench.evaluate.tables import set_table
 from saebench.files import read_json
 from saebench.store import open_store
 from saebench.store.norms import NormReport, describe, norm_report

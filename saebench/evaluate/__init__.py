@@ -2,17 +2,20 @@
 
 from saebench.evaluate.check import CheckConfig, check, look_at_others
 from saebench.evaluate.evaluate import EvalConfig, evaluate
-from saebench.evaluate.report import equal_l0_table, massive_note, set_table, table, write_report
+from saebench.evaluate.report import ReportConfig, report, write_report
+from saebench.evaluate.tables import massive_note, set_table, table, tables
 
 __all__ = [
     "CheckConfig",
     "EvalConfig",
+    "ReportConfig",
     "check",
-    "equal_l0_table",
     "evaluate",
     "look_at_others",
     "massive_note",
+    "report",
     "set_table",
     "table",
+    "tables",
     "write_report",
 ]

@@ -19,6 +19,7 @@ from torch import Tensor
 from saebench.config import Count, to_json
 from saebench.evaluate.baselines import PCA, Baseline, LinearMap, untrained_fvus, widths
 from saebench.evaluate.check import look_at_others
+from saebench.evaluate.compare import DRAWS, FIGURES, write_draws
 from saebench.evaluate.diffing import is_of_two_models
 from saebench.evaluate.measure import Batch, Dictionary, Measurement, Subject, silent_latents, validation_batches
 from saebench.evaluate.sets import SETS, SetMeasurement, ends_of_set, error_shares, set_of
@@ -195,7 +196,9 @@ def _identity(config: EvalConfig, planned: _Planned, store: Store) -> dict[str, 
 
 def _is_current(config: EvalConfig, planned: _Planned, store: Store) -> bool:
     path = planned.folder / EVALUATION
-    return path.exists() and read_json(path)["identity"] == _identity(config, planned, store)
+    if not path.exists() or not (planned.folder / DRAWS).exists():
+        return False
+    return read_json(path)["identity"] == _identity(config, planned, store)
 
 
 @torch.inference_mode()
@@ -226,12 +229,17 @@ def _evaluate_group(config: EvalConfig, store: Store, model: LanguageModel, grou
     for planned, subject, fvus in zip(group, subjects, untrained, strict=True):
         samples = {hook: shared[hook] | next(drawn) for hook in ends.writes}
         dead = torch.cat([silent[member.folder] for member in subject.members])
-        found = _figures(config, subject, measured, samples, dead, rows + seen, fvus)
+        draws = _mean(_metrics(of) for of in samples.values())
+        found = _figures(config, subject, measured, draws, dead, rows + seen, fvus)
         if is_set:
             found["members"] = [str(folder) for folder in planned.members]
             found["metrics"]["error_share"], shares = error_shares(subject)
             for hook, share in shares.items():
                 found["hooks"][hook]["metrics"]["error_share"] = share
+        documents = len(tables[0]["rows"])
+        kept = ("l0", *FIGURES) if documents > 1 else ()  # one document says nothing of how documents differ
+        sample = {"store": store.hash, "tokens": config.tokens, "resamples": config.resamples, "documents": documents}
+        write_draws(subject.folder, {name: draws[name] for name in kept}, sample)
         write_json(subject.folder / EVALUATION, {"identity": _identity(config, planned, store), **found})
         if not is_set:
             metrics, baselines = found["metrics"], found["baselines"]
@@ -289,12 +297,12 @@ def _figures(
     config: EvalConfig,
     subject: Subject,
     measured: Measurement,
-    resampled_sums: dict[str, dict[str, np.ndarray]],
+    draws: dict[str, np.ndarray],
     silent_F: Tensor,
     window: int,
     untrained: dict[str, list[float]],
 ) -> dict[str, Any]:
-    """Turn the sums of each hook, and those of resampled documents, into metrics with intervals: those of several hooks are means over them."""
+    """Turn the sums of each hook into metrics, with intervals from those of resampled documents (`draws`); those of several hooks are means over them."""
     hooks = subject.ends.writes
     sums = {hook: total({**measured.shared[hook].table(), **subject.sums[hook].table()}) for hook in hooks}
     variances = {hook: float(total_variance(of)) for hook, of in sums.items()}
@@ -312,9 +320,8 @@ def _figures(
         "massive_rows": massive,
     }
     intervals = {
-        # One document says nothing of how documents differ.
         name: [_number(q) for q in np.quantile(values, (0.025, 0.975))] if documents > 1 else [None, None]
-        for name, values in _mean(_metrics(of) for of in resampled_sums.values()).items()
+        for name, values in draws.items()
     }
     baselines = dict(untrained)
     if (fitted := measured.baseline) is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saebench.evaluate.evaluate import EVALUATION
-from saebench.evaluate.report import COLUMNS
+from saebench.evaluate.tables import COLUMNS
 from saebench.files import first_line, read_json, write_json, write_text
 from saebench.models import model_path
 from saebench.sae import ends_of, load_sae, read_config

@@ -1,0 +1,107 @@
+"""A summary's figures as tables: a heading, and rows of strings."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from saebench.evaluate.compare import equal_l0_tables, seed_table
+from saebench.store.schema import MASSIVE
+
+# name in summary.json -> (heading, format)
+COLUMNS = {
+    "name": ("SAE", ""),
+    "l0": ("L0", ".1f"),
+    "fvu": ("FVU", ".4f"),
+    "fvu_all": ("all rows", ".4f"),
+    "delta_ce": ("ΔCE (nats)", ".4f"),
+    "loss_recovered_zero": ("rec. (zero)", ".4f"),
+    "loss_recovered_mean": ("rec. (mean)", ".4f"),
+    "kl": ("KL (nats)", ".4f"),
+    "gamma": ("γ", ".3f"),
+    "dead_fraction": ("dead", ".1%"),
+    "dense_fraction": ("dense", ".1%"),
+    "duplicate_fraction": ("twins", ".1%"),
+    "pca_fvu": ("FVU of PCA", ".4f"),
+    "linear_fvu": ("FVU of linear map", ".4f"),
+    "untrained_fvu": ("FVU untrained", ".4f"),
+    "beyond": ("beyond these", ".4f"),
+}
+
+# of sets
+SET_COLUMNS = {
+    "name": ("Set", ""),
+    "members": ("members", "d"),
+    "l0": ("L0 of all", ".1f"),
+    "ce_clean": ("CE clean", ".4f"),
+    "ce_spliced": ("CE replaced", ".4f"),
+    "delta_ce": ("ΔCE (nats)", ".4f"),
+    "loss_recovered_zero": ("rec. (zero)", ".4f"),
+    "loss_recovered_mean": ("rec. (mean)", ".4f"),
+    "kl": ("KL (nats)", ".4f"),
+    "fvu": ("FVU", ".4f"),
+    "error_share": ("share of error", ".4f"),
+    "dead_fraction": ("dead", ".1%"),
+}
+
+_ONLY_WHERE = {
+    "fvu_all": "massive_rows", "duplicate_fraction": "duplicate_fraction", "pca_fvu": "pca_fvu", "linear_fvu": "linear_fvu",
+}  # fmt: skip
+"""columns that are worth their room only where an SAE has another figure above 0"""
+
+
+def tables(summary: dict[str, Any]) -> list[list[list[str]]]:
+    """All tables of a summary, headings and rows each: dictionaries, sets, seeds, lines at equal L0."""
+    least = summary.get("least_differences", {})
+    return [
+        *([table(summary["saes"], least)] if summary["saes"] else []),
+        *([set_table(summary["sets"])] if "sets" in summary else []),
+        *([seed_table(summary["over_seeds"])] if summary.get("over_seeds") else []),
+        *equal_l0_tables(summary["equal_l0"]),
+    ]
+
+
+def table(saes: list[dict[str, Any]], least: Mapping[str, float] = MappingProxyType({})) -> list[list[str]]:
+    """Headings and formatted rows, a list of strings each; `least` (`least_differences`) makes a last row."""
+    every = [{**sae, **sae["baselines"], "beyond": _beyond(sae)} for sae in saes]
+    columns = {
+        name: shown
+        for name, shown in COLUMNS.items()
+        if name not in _ONLY_WHERE or any(values.get(_ONLY_WHERE[name]) for values in every)
+    }
+    rows = _formatted(columns, every)
+    for row, sae in zip(rows[1:], saes, strict=True):
+        for place, name in enumerate(columns):
+            row[place] = ("≈ " if name in sae.get("undecided", ()) else "") + row[place]
+    if least:
+        cells = [f"±{least[name]:{style}}" if name in least else "" for name, (_, style) in columns.items()]
+        rows.append(["least difference", *cells[1:]])
+    return rows
+
+
+def _beyond(sae: dict[str, Any]) -> float | None:
+    """How much lower the FVU is than that of the best baseline."""
+    return min(sae["baselines"].values()) - sae["fvu"] if sae["baselines"] and sae["fvu"] is not None else None
+
+
+def set_table(sets: list[dict[str, Any]]) -> list[list[str]]:
+    """The same of sets."""
+    return _formatted(SET_COLUMNS, [{**entry, "members": len(entry["members"])} for entry in sets])
+
+
+def _formatted(columns: dict[str, tuple[str, str]], rows: list[dict[str, Any]]) -> list[list[str]]:
+    # An evaluation of an earlier version lacks what came later.
+    cells = [
+        ["—" if values.get(name) is None else format(values[name], style) for name, (_, style) in columns.items()]
+        for values in rows
+    ]
+    return [[heading for heading, _ in columns.values()], *cells]
+
+
+def massive_note(saes: list[dict[str, Any]]) -> str:
+    """What was left out of the figures as massive, in a sentence a hook; empty where nothing was."""
+    shares = {sae["hook"]: sae for sae in saes if sae.get("massive_rows")}
+    return " ".join(
+        f"Left out at {hook}: {sae['massive_rows']:,} massive rows, longer than {MASSIVE:g} times the median norm, which hold "
+        f"{sae['massive_share']:.1%} of the variance; FVU with them is under 'all rows'."
+        for hook, sae in shares.items()
+    )
