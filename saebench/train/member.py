@@ -13,6 +13,7 @@ from torch import Tensor
 from saebench.metrics import DUPLICATE
 from saebench.sae import SAE, Ends, JumpReLUSAE, Writes, initialise, new_sae, reconstruct_sparse
 from saebench.sae.architectures import NOT_OF_LATENTS
+from saebench.train.controls import FROZEN, keep_near
 from saebench.train.gradients import Gradients, alone, shared_gradients
 from saebench.train.objectives import Context, bandwidth
 from saebench.train.recipes import RECIPES
@@ -56,6 +57,8 @@ class Spec:
     decay: float = DECAY
     pace: float = 1.0
     """of the controller that meets target_l0"""
+    control: str = ""
+    """the constraint under which it is trained as a control"""
     seed: int
 
     @property
@@ -67,6 +70,8 @@ class Spec:
         values = asdict(self)
         if self.pace == 1.0:
             del values["pace"]
+        if not self.control:
+            del values["control"]
         if not self.joint:
             del values["set"], values["joint"]  # decides nothing
         if not self.reads:
@@ -95,10 +100,17 @@ class Member:
         if isinstance(self.sae, JumpReLUSAE):
             self.sae.threshold.requires_grad_(not self.recipe.takes_k)
             self.sae.threshold.data.fill_(0.0 if self.recipe.takes_k else bandwidth(self.sae.d_in))
-        self.parameters = {name: value for name, value in self.sae.named_parameters() if value.requires_grad}
+        frozen = FROZEN.get(spec.control, ())
+        self.parameters = {
+            name: value for name, value in self.sae.named_parameters() if value.requires_grad and name not in frozen
+        }
         # The same memory seen as `[F, D]`, contiguous: the optimizer copies anything else, and every
         # parameter but b_dec and W_skip is now a row for each latent.
-        self.parameters["W_enc"] = torch.nn.Parameter(self.sae.W_enc.data.T)
+        if "W_enc" in self.parameters:
+            self.parameters["W_enc"] = torch.nn.Parameter(self.sae.W_enc.data.T)
+        self.start_FD = (
+            torch.nn.functional.normalize(self.sae.W_dec.detach()) if spec.control == "soft-frozen" else None
+        )
         paces = {name: self._pace(name) for name in self.parameters}
         groups = [
             {"params": [self.parameters[name] for name in paces if paces[name] == pace], "scale": pace}
@@ -145,7 +157,8 @@ class Member:
         if self.spec.joint:
             # Each hook has one bias: that of the dictionary of its own layer, which writes there first.
             gradients.of["b_dec"][self.sae.parts[0] :] = 0.0
-        norm = torch.nn.utils.get_total_norm([value for name, value in gradients.of.items() if name != "threshold"])
+        counted = [value for name, value in gradients.of.items() if name in self.parameters and name != "threshold"]
+        norm = torch.nn.utils.get_total_norm(counted)
         assert gradients.total is not None
         fine = norm.isfinite() & gradients.total.isfinite()
         bad = ~(fine & gradients.of["threshold"].isfinite().all() if "threshold" in gradients.of else fine)
@@ -220,7 +233,9 @@ class Member:
         self.optimizer.found_inf = bad.to(norm.dtype)  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.recipe.unit_rows:
+        if self.start_FD is not None:
+            keep_near(self.sae.W_dec, self.start_FD)
+        if self.recipe.unit_rows and "W_dec" in self.parameters:
             self.sae.W_dec /= torch.where(bad, 1.0, self.sae.W_dec.norm(dim=1, keepdim=True))
         if isinstance(self.sae, JumpReLUSAE):
             if not self.recipe.takes_k:
@@ -278,9 +293,13 @@ class Member:
     # ------------------------------------------------------------------------------ resampling
 
     def _steps_to_resampling(self, step: int) -> float:
-        """It is every `dead_steps`, once λ is up and while there is time left to learn from it."""
+        """It is every `dead_steps`, once λ is up and while there is time left to learn from it; none of a control, whose directions are its own."""
         left = float(-(step + 1) % self.dead_steps)
-        due = not self.recipe.takes_k and 0.1 * self.n_steps <= step + left <= 0.9 * self.n_steps
+        due = (
+            not self.recipe.takes_k
+            and not self.spec.control
+            and 0.1 * self.n_steps <= step + left <= 0.9 * self.n_steps
+        )
         return left if due else torch.inf
 
     def _pool(self, x_BD: Float[Tensor, "B D"], error_B: Float[Tensor, " B"], step: int) -> None:

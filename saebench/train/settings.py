@@ -12,6 +12,7 @@ from saebench.config import Count, Multiple
 from saebench.sae import Ends
 from saebench.store.pair import TUNED
 from saebench.store.shuffle import BUFFER_ROWS
+from saebench.train.controls import Control
 from saebench.train.member import Spec
 from saebench.train.memory import total_memory
 from saebench.train.recipes import RECIPES, Architecture
@@ -68,6 +69,8 @@ class TrainConfig:
     """share of the steps in which the learning rate rises"""
     decay: float = DECAY
     """share of the steps, at the end, in which it falls to 0"""
+    control: tuple[Control, ...] = ()
+    """instead of SAEs, controls that must be beaten, trained alike but for a constraint: decoder rows stay at random (frozen-decoder), or within a cosine of 0.8 of it (soft-frozen), or the encoder's weights do (frozen-encoder; arXiv 2602.14111)"""
     dead_tokens: Count | None = None
     """rows without firing after which a latent counts as dead (default: a twentieth of the run, at most 10M)"""
     memory_gb: float | None = None
@@ -237,14 +240,14 @@ def _layers_of_mlps(hooks: Iterable[str]) -> tuple[int, ...]:
 
 
 def grid(config: TrainConfig, d_in: int, places: Sequence[Place] = ("",)) -> list[Spec]:
-    """The SAEs that a config describes: architectures × sparsities × widths × learning rates × seeds × places.
+    """The SAEs that a config describes: architectures × sparsities × widths × learning rates × seeds × controls × places.
 
     Names say what differs within the grid. Raises ValueError when an architecture gets no sparsity, or k > d_sae.
     """
     widths, joint = config.d_sae or (config.expansion * d_in,), config.kind == "clt"
     specs: list[Spec] = []
-    for place, d_sae, lr, seed, arch in product(
-        places, widths, config.lr or (None,), config.seed, config.architectures
+    for place, d_sae, lr, seed, control, arch in product(
+        places, widths, config.lr or (None,), config.seed, config.control or ("",), config.architectures
     ):
         if RECIPES[arch].takes_k:
             levels: list[dict[str, Any]] = [{"k": k} for k in (*config.k, *(round(l0) for l0 in config.target_l0))]
@@ -261,6 +264,7 @@ def grid(config: TrainConfig, d_in: int, places: Sequence[Place] = ("",)) -> lis
             name = f"{arch}-{ {'k': 'k', 'target_l0': 'l0-', 'l1': 'l1-'}[sparsity] }{value:g}"
             name += f"-f{d_sae}" if len(widths) > 1 else ""
             name += f"-lr{lr:g}" if len(config.lr) > 1 else ""
+            name += f"-{control}" if control else ""
             name += f"-seed{seed}" if len(config.seed) > 1 else ""
             where: dict[str, Any] = {"hook": place}
             if isinstance(place, Ends):
@@ -271,7 +275,7 @@ def grid(config: TrainConfig, d_in: int, places: Sequence[Place] = ("",)) -> lis
             if len(places) > 1:
                 name += f"-{place if isinstance(place, str) else '+'.join(place.reads if joint else place.writes)}"
             rate = lr or default_learning_rate(d_in, config.n_steps)
-            schedule = {"lr": rate, "warmup": config.warmup, "decay": config.decay}
+            schedule: dict[str, Any] = {"lr": rate, "warmup": config.warmup, "decay": config.decay, "control": control}
             if sparsity == "target_l0":
                 schedule["pace"] = pace(rate, d_in)
             specs.append(Spec(name=name, architecture=arch, d_sae=d_sae, seed=seed, **where, **schedule, **level))
