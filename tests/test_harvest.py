@@ -22,6 +22,7 @@ from saebench.models import load_model
 from saebench.store import Store, open_store
 from saebench.store.manifest import read_manifest
 from saebench.store.norms import describe
+from saebench.store.source import model_of
 from saebench.text import SPLITS, Context, Document, Encoder, TextConfig, open_documents, pack, split_of
 
 
@@ -92,6 +93,36 @@ def test_held_out_rows_stop_at_their_limit(checkpoints: dict[str, Path], corpus:
     store = harvest(config(checkpoints["gpt2"], tmp_path / "s", validation_tokens=320), text(corpus))
     assert store is not None
     assert (store.rows("train"), store.rows("validation")) == (12_000, 320)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_random_weights_are_those_of_a_new_model_of_the_same_shape(
+    family: str, checkpoints: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    told = config(checkpoints[family], tmp_path / "s", tokens=640, validation_tokens=64, random_weights=3)
+    store = harvest(told, text(corpus))
+    assert store is not None
+    drawn = AutoModelForCausalLM.from_pretrained(tmp_path / "s-model", dtype=torch.float32).eval()
+    trained = AutoModelForCausalLM.from_pretrained(checkpoints[family], dtype=torch.float32)
+    torch.manual_seed(3)
+    again = type(trained)(trained.config)
+    assert {name: value.shape for name, value in drawn.state_dict().items()} == {
+        name: value.shape for name, value in trained.state_dict().items()
+    }
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in drawn.state_dict().items())
+    shard = store.of_split("train")[0]
+    tokens = torch.tensor(shard.column("tokens").reshape(-1, CONTEXT)).long()
+    with torch.no_grad():
+        states = drawn(tokens, output_hidden_states=True).hidden_states
+    assert torch.allclose(
+        shard.rows("blocks.0.hook_resid_post").view(-1, CONTEXT, WIDTH), states[1], atol=1e-4, rtol=1e-4
+    )
+    assert model_of(store).weights_hash == store.manifest["identity"]["model"]["weights"]  # what evaluates it finds it
+    assert harvest(told, text(corpus)) is not None  # finished, and the same model
+    with pytest.raises(
+        ValueError, match=r"s-model holds .*'seed': 3.*; expected .*'seed': 4.*: choose another --out, or delete it"
+    ):
+        harvest(dataclasses.replace(told, random_weights=4), text(corpus))
 
 
 def test_text_that_ends_early_is_said_and_kept_whole(

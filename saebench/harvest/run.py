@@ -1,10 +1,12 @@
 """The harvest itself: a model over planned shards, by one process or several."""
 
 import contextlib
+import dataclasses
 import logging
 import math
 import shutil
 from collections.abc import Callable, Generator, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from saebench.harvest.plan import Plan, plans
 from saebench.harvest.ranks import World, joined
 from saebench.harvest.settings import HarvestConfig, bytes_per_row, identity_of, settled, text_of
 from saebench.models import LanguageModel, capturer, check_hook, head, last_states, load_model, unembedding, widths_of
+from saebench.models.randomised import randomised
 from saebench.runlog import interruptible, progress
 from saebench.store import Store, StoreWriter, open_store
 from saebench.store.feed import prefetched, sent
@@ -38,6 +41,9 @@ def harvest(config: HarvestConfig, text: TextConfig, spare: int = 0) -> Store | 
     other = "--store" if spare else "--out"
     with joined() as world, contextlib.ExitStack() as held:
         world.agreed(lambda: held.enter_context(locked(config.out, other=other)) if world.leads else None)
+        if (seed := config.random_weights) is not None:
+            drawn = world.agreed(lambda: _random_model(config, seed) if world.leads else None) or _beside(config)
+            config = dataclasses.replace(config, model=str(drawn), model_revision=None, random_weights=None)
         model = world.agreed(lambda: open_model(config, world.device(config.device)))
         told = settled(config, model)
         identity = identity_of(told, text, model, source)
@@ -55,6 +61,17 @@ def harvest(config: HarvestConfig, text: TextConfig, spare: int = 0) -> Store | 
             log.info("%s is complete already", config.out)
             return open_store(config.out)
         return fill(told, pinned(text, source), model, writer, world, spare)
+
+
+def _beside(config: HarvestConfig) -> Path:
+    """Where a model of random weights lies."""
+    return config.out.with_name(f"{config.out.name}-model")
+
+
+def _random_model(config: HarvestConfig, seed: int) -> Path:
+    return randomised(
+        config.model, seed, _beside(config), revision=config.model_revision, trust_remote_code=config.trust_remote_code
+    )
 
 
 def open_model(config: HarvestConfig, device: str | None) -> LanguageModel:

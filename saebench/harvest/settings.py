@@ -25,6 +25,8 @@ class HarvestConfig:
     """`embedded`, a directory made by save_pretrained, or a hub id"""
     model_revision: str | None = None
     """branch, tag or commit of a hub model"""
+    random_weights: int | None = None
+    """seed of random weights in place of the model's own, a control: that model is written to OUT-model, beside the store"""
     layers: tuple[int, ...]
     """layers whose vectors to keep, for instance 1,2"""
     kinds: tuple[Kind, ...] = ("resid_post",)
@@ -180,7 +182,7 @@ def as_made(folder: Path, identity: Mapping[str, Any]) -> tuple[HarvestConfig, T
 def identity_of(config: HarvestConfig, text: TextConfig, model: LanguageModel, source: str | None) -> dict[str, Any]:
     """Everything that decides the store's contents."""
     kept = to_json(config)
-    for name in ("out", "device", "trust_remote_code", "model", "model_revision"):
+    for name in ("out", "device", "trust_remote_code", "model", "model_revision", "random_weights"):
         del kept[name]
     made = begun_store(config.out)
     weights = model.hash_like(None if made is None else made["identity"]["model"]["weights"])
