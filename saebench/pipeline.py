@@ -67,7 +67,7 @@ class RunConfig:
     layers: tuple[int, ...] = ()
     """layers behind which the residual stream is kept and SAEs are trained (default: the middle one, or those of --sae)"""
     kinds: tuple[Kind, ...] = ()
-    """positions in each layer: resid_pre, attn_z, attn_out, resid_mid, ln2_normalized, mlp_in, mlp_out, resid_post (default: resid_post, or those of --sae)"""
+    """positions in each layer: resid_pre, attn_z, attn_out, resid_mid, ln2_normalized, mlp_in, mlp_post, mlp_out, resid_post (default: resid_post, or those of --sae)"""
     tokens: Count = 1_000_000
     """training tokens to harvest; each SAE sees them four times"""
     arch: tuple[Architecture, ...] = ("topk",)

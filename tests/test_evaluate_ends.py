@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokeni
 from saebench.evaluate import EvalConfig, evaluate, set_table, write_report
 from saebench.evaluate.baselines import PCA, joined
 from saebench.evaluate.measure import Batch, Places
+from saebench.evaluate.neurons import neuron_fvus
 from saebench.files import read_json, write_json
 from saebench.harvest import harvest
-from saebench.models import hook_name
-from saebench.sae import SAE, ReLUSAE, Writes, save_sae
+from saebench.models import hook_name, load_model
+from saebench.sae import SAE, Ends, ReLUSAE, Writes, save_sae
 from saebench.store import Store
 
 LINEAR_LAYERS = (0, 1)
@@ -84,9 +85,33 @@ def test_an_exact_transcoder_costs_nothing(linear: tuple[Store, GPT2LMHeadModel]
     assert one["dead_fraction"] == 1
     assert none["ce_spliced"] == none["ce_zero"] != none["ce_clean"]
     evaluation = read_json(folders[2] / "evaluation.json")
-    assert set(evaluation["baselines"]) == {"linear_fvu", "untrained_fvu"}
+    assert set(evaluation["baselines"]) == {"linear_fvu", "untrained_fvu", "neurons_fvu"}
     assert evaluation["baselines"]["linear_fvu"] < 1e-6
     assert evaluation["baselines"]["untrained_fvu"] > 0.5
+
+
+def test_the_neurons_of_an_mlp_are_a_baseline_of_what_it_writes(linear: tuple[Store, GPT2LMHeadModel]) -> None:
+    store, reference = linear
+    model = load_model(str(store.folder.parent / "model"), dtype="float32", device="cpu")
+    ends, n_neurons = Ends((OUT[1],), (OUT[1],)), 4 * WIDTH
+    found = neuron_fvus(store, model, ends, [1.0, 3.2, float(n_neurons)], {OUT[1]: float("inf")})
+    assert found is not None
+    assert found[2] < 1e-6  # all of them are the MLP
+    mlp: Any = reference.transformer.h[1].mlp
+    rows = {
+        hook: torch.cat([some[hook] for some in store.joint_rows([IN[1], OUT[1]], "validation")])
+        for hook in (IN[1], OUT[1])
+    }
+    with torch.no_grad():
+        neurons = mlp.c_fc(rows[IN[1]])  # of the rows as the store has them: in half precision
+        strength = neurons.abs() * mlp.c_proj.weight.norm(dim=1)
+        for k, fvu in ((1, found[0]), (3, found[1])):
+            kept = torch.where(strength >= strength.topk(k, dim=1).values[:, -1:], neurons, 0.0)
+            error = (mlp.c_proj(kept) - rows[OUT[1]]).double().pow(2).sum()
+            variance = (rows[OUT[1]] - rows[OUT[1]].mean(0)).double().pow(2).sum()
+            assert fvu == pytest.approx(float(error / variance), rel=1e-3)
+    assert found[0] > found[1]
+    assert neuron_fvus(store, model, Ends((IN[1],), (IN[1],)), [1.0], {IN[1]: 1e9}) is None
 
 
 def test_a_set_of_exact_transcoders_is_the_model_and_is_measured_once(

@@ -155,6 +155,13 @@ def check_mlp(model: LanguageModel, layer: int) -> None:
     with edits(model, {read: lambda value: other})():
         found = capture(model, TOKENS, [written])[written]
     torch.testing.assert_close(found, clean[written].flip(0), rtol=1e-4, atol=1e-4)
+    neurons = hook_name(layer, "mlp_post")
+    if fault(model, neurons):
+        return  # a mixture of experts, or no one last map
+    values = capture(model, TOKENS, [neurons])[neurons]
+    with edits(model, {neurons: lambda value: values.flip(0)})():
+        found = capture(model, TOKENS, [written])[written]
+    torch.testing.assert_close(found, clean[written].flip(0), rtol=1e-4, atol=1e-4)
 
 
 def test_what_lies_between_attention_and_mlp_is_had_or_refused_by_name(named: tuple[str, LanguageModel]) -> None:

@@ -680,23 +680,23 @@ def test_heads_wider_than_the_stream_are_harvested_trained_on_evaluated_indexed_
 
 
 @pytest.mark.parametrize(
-    ("family", "name", "attention", "mlp", "read", "z", "norm"),
+    ("family", "name", "attention", "mlp", "read", "post", "z", "norm"),
     [
-        ("gpt2", "GPT2LMHeadModel", "attn", "mlp", "mlp", "attn.c_proj", "ln_2"),
-        ("falcon", "FalconForCausalLM", "self_attention", "mlp", "mlp", "self_attention.dense", None),
-        ("opt", "OPTForCausalLM", "self_attn", "fc2", "fc1", "self_attn.out_proj", "final_layer_norm"),  # no module of its own for the MLP: its first and last layer
-        ("bloom", "BloomForCausalLM", "self_attention.dense", "mlp.dense_4h_to_h", "mlp", "self_attention.dense", "post_attention_layernorm"),  # adds the stream itself
-        ("olmo2", "Olmo2ForCausalLM", "post_attention_layernorm", "post_feedforward_layernorm", "mlp", "self_attn.o_proj", None),  # norms behind both
-        ("granitemoe", "GraniteMoeForCausalLM", "self_attn", "block_sparse_moe", "block_sparse_moe", "self_attn.o_proj", "post_attention_layernorm"),  # scaled on their way: no aliases
+        ("gpt2", "GPT2LMHeadModel", "attn", "mlp", "mlp", "mlp.c_proj", "attn.c_proj", "ln_2"),
+        ("falcon", "FalconForCausalLM", "self_attention", "mlp", "mlp", "mlp.dense_4h_to_h", "self_attention.dense", None),
+        ("opt", "OPTForCausalLM", "self_attn", "fc2", "fc1", "fc2", "self_attn.out_proj", "final_layer_norm"),  # no module of its own for the MLP: its first and last layer
+        ("bloom", "BloomForCausalLM", "self_attention.dense", "mlp.dense_4h_to_h", "mlp", "mlp.dense_4h_to_h", "self_attention.dense", "post_attention_layernorm"),  # adds the stream itself
+        ("olmo2", "Olmo2ForCausalLM", "post_attention_layernorm", "post_feedforward_layernorm", "mlp", "mlp.down_proj", "self_attn.o_proj", None),  # norms behind both
+        ("granitemoe", "GraniteMoeForCausalLM", "self_attn", "block_sparse_moe", "block_sparse_moe", None, "self_attn.o_proj", "post_attention_layernorm"),  # scaled on their way: no aliases
     ],
 )  # fmt: skip
 def test_transformer_lens_says_where_a_family_writes(
-    family: str, name: str, attention: str, mlp: str, read: str, z: str, norm: str | None
+    family: str, name: str, attention: str, mlp: str, read: str, post: str | None, z: str, norm: str | None
 ) -> None:
     """What fails here with another version of TransformerLens is what `models/places.py` takes of its internals."""
     config = AutoConfig.for_model(family, **FAMILIES[family].config)
     assert transformer_lens_paths(config, name, family) == {
-        "attn_out": attention, "mlp_out": mlp, "mlp_in": read, "attn_z": z, **({"ln2_normalized": norm} if norm else {}),
+        "attn_out": attention, "mlp_out": mlp, "mlp_in": read, "attn_z": z, **({"ln2_normalized": norm} if norm else {}), **({"mlp_post": post} if post else {}),
     }  # fmt: skip
 
 

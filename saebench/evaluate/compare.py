@@ -31,7 +31,12 @@ FIGURES = {
     "loss_recovered_mean": "rec. (mean)",
 }
 """what is compared, with its heading"""
-BASELINES = {"pca_fvu": "PCA of rank L0", "linear_fvu": "best linear map", "untrained_fvu": "untrained SAE"}
+BASELINES = {
+    "pca_fvu": "PCA of rank L0",
+    "linear_fvu": "best linear map",
+    "untrained_fvu": "untrained SAE",
+    "neurons_fvu": "model's neurons",
+}
 """name in a dictionary's `baselines`, and its label"""
 L0S = (16.0, 32.0, 64.0)
 """where lines are compared, as far as all of them reach"""

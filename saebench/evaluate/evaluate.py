@@ -22,6 +22,7 @@ from saebench.evaluate.check import look_at_others
 from saebench.evaluate.compare import DRAWS, FIGURES, write_draws
 from saebench.evaluate.diffing import is_of_two_models
 from saebench.evaluate.measure import Batch, Dictionary, Measurement, Subject, silent_latents, validation_batches
+from saebench.evaluate.neurons import neuron_fvus
 from saebench.evaluate.sets import SETS, SetMeasurement, ends_of_set, error_shares, set_of
 from saebench.files import hash_files, read_json, write_json
 from saebench.metrics import (
@@ -223,6 +224,9 @@ def _evaluate_group(config: EvalConfig, store: Store, model: LanguageModel, grou
     rows = int(total(measured.shared[ends.writes[0]].table())["rows"])
     silent, seen = _silent(store, subjects, max(0, config.dead_rows - rows))
     untrained = [{} for _ in subjects] if is_set else _untrained(store, ends, subjects, rows, device)
+    l0s = [float(total(subject.sums[ends.writes[0]].table())["l0"]) / rows for subject in subjects]
+    if not is_set and (neurons := neuron_fvus(store, model, ends, l0s, bounds)) is not None:
+        untrained = [fvus | {"neurons_fvu": [fvu]} for fvus, fvu in zip(untrained, neurons, strict=True)]
     tables = [sums.table() for sums in (*measured.shared.values(), *(s for one in subjects for s in one.sums.values()))]
     drawn = iter(resampled(tables, config.resamples, 0))
     shared = {hook: next(drawn) for hook in ends.writes}

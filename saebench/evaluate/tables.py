@@ -24,6 +24,7 @@ COLUMNS = {
     "pca_fvu": ("FVU of PCA", ".4f"),
     "linear_fvu": ("FVU of linear map", ".4f"),
     "untrained_fvu": ("FVU untrained", ".4f"),
+    "neurons_fvu": ("FVU of neurons", ".4f"),
     "beyond": ("beyond these", ".4f"),
 }
 
@@ -45,6 +46,7 @@ SET_COLUMNS = {
 
 _ONLY_WHERE = {
     "fvu_all": "massive_rows", "duplicate_fraction": "duplicate_fraction", "pca_fvu": "pca_fvu", "linear_fvu": "linear_fvu",
+    "neurons_fvu": "neurons_fvu",
 }  # fmt: skip
 """columns that are worth their room only where an SAE has another figure above 0"""
 

@@ -30,7 +30,7 @@ class HarvestConfig:
     layers: tuple[int, ...]
     """layers whose vectors to keep, for instance 1,2"""
     kinds: tuple[Kind, ...] = ("resid_post",)
-    """positions in each layer: resid_pre, resid_mid, resid_post, attn_z (what goes into attention's output projection), attn_out, mlp_in, ln2_normalized (the same before the norm's gain), mlp_out; mlp is mlp_in and mlp_out, what an MLP reads and what it writes"""
+    """positions in each layer: resid_pre, resid_mid, resid_post, attn_z (what goes into attention's output projection), attn_out, mlp_in, ln2_normalized (the same before the norm's gain), mlp_post (the MLP's neurons), mlp_out; mlp is mlp_in and mlp_out, what an MLP reads and what it writes"""
     tokens: Count = 1_000_000
     """training tokens to harvest (special tokens included)"""
     validation_tokens: Count = 1_000_000

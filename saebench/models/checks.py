@@ -15,7 +15,7 @@ from saebench.models.places import Place, hook_name, parse_hook, place_of, width
 _CONTEXTS, _POSITIONS = 2, 8
 _CLOSE = 1e-2  # of the longest row: the rounding of half-precision types, through all of the layers
 _REACH = 0.1  # of an edit, that may not arrive
-_BEFORE_MLP = ("attn_out", "resid_mid", "ln2_normalized", "mlp_in")
+_BEFORE_MLP = ("attn_out", "resid_mid", "ln2_normalized", "mlp_in", "mlp_post")
 
 
 def probe_tokens(model: LanguageModel) -> Int[Tensor, "B L"]:
@@ -120,7 +120,9 @@ def _fault(model: LanguageModel, hook: str) -> str | None:
     tokens, stream, mlp, attention = (
         probe_tokens(model), hook_name(layer), hook_name(layer, "mlp_out"), hook_name(layer, "attn_out"),
     )  # fmt: skip
-    made = {"mlp_in": mlp, "ln2_normalized": mlp, "attn_z": attention}.get(kind)  # of the vectors of this hook
+    made = {"mlp_in": mlp, "ln2_normalized": mlp, "mlp_post": mlp, "attn_z": attention}.get(
+        kind
+    )  # of the vectors of this hook
     if needed := attention if kind == "resid_mid" else made:
         check_hook(model, needed)
     watched = {hook, stream, needed or stream, *([mlp] if kind in _BEFORE_MLP and has_place(model, mlp) else [])}

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from saebench.models.load import LanguageModel
 
-HookKind = Literal["resid_pre", "attn_z", "attn_out", "resid_mid", "ln2_normalized", "mlp_in", "mlp_out", "resid_post"]
+HookKind = Literal[
+    "resid_pre", "attn_z", "attn_out", "resid_mid", "ln2_normalized", "mlp_in", "mlp_post", "mlp_out", "resid_post"
+]
 KINDS: tuple[HookKind, ...] = get_args(HookKind)
 """In the order in which a pass comes to them."""
-_OF_PARTS = ("attn_z", "ln2_normalized", "mlp_in")  # PART_NAME is PART.hook_NAME
+_OF_PARTS = ("attn_z", "ln2_normalized", "mlp_in", "mlp_post")  # PART_NAME is PART.hook_NAME
 HOOK = re.compile(
-    r"blocks\.(\d+)\.(?:hook_(resid_pre|resid_mid|resid_post|mlp_out|attn_out)|(attn\.hook_z|ln2\.hook_normalized|mlp\.hook_in))"
+    r"blocks\.(\d+)\.(?:hook_(resid_pre|resid_mid|resid_post|mlp_out|attn_out)|(attn\.hook_z|ln2\.hook_normalized|mlp\.hook_in|mlp\.hook_post))"
 )
 """The hooks that can be harvested and trained on: layer and kind, or layer and a hook of a part of it."""
 
@@ -43,7 +45,10 @@ class Place(NamedTuple):
 
 
 def hook_name(layer: int, kind: HookKind = "resid_post") -> str:
-    """`mlp_in` is what the MLP is called with, behind the norm before it: TransformerLens' `mlp.hook_in`, and not its `hook_mlp_in`."""
+    """`mlp_in` is what the MLP is called with, behind the norm before it: TransformerLens' `mlp.hook_in`, and not its `hook_mlp_in`.
+
+    `mlp_post` is what goes into the MLP's last map: its neurons, where it has gates behind them.
+    """
     part, _, name = kind.partition("_")
     return f"blocks.{layer}.{part}.hook_{name}" if kind in _OF_PARTS else f"blocks.{layer}.hook_{kind}"
 
@@ -54,7 +59,7 @@ def parse_hook(hook: str) -> tuple[int, HookKind]:
     if match is None:
         raise ValueError(
             f"hook {hook!r} is not known; expected blocks.LAYER.hook_KIND with KIND one of resid_pre, resid_mid, resid_post, mlp_out, attn_out, "
-            "or blocks.LAYER.mlp.hook_in, .attn.hook_z or .ln2.hook_normalized"
+            "or blocks.LAYER.mlp.hook_in, .mlp.hook_post, .attn.hook_z or .ln2.hook_normalized"
         )
     return int(match[1]), match[2] or match[3].replace(".hook_", "_")  # type: ignore[return-value]
 
@@ -87,7 +92,7 @@ def place_of(model: LanguageModel, hook: str) -> Place:
         raise ValueError(
             f"hook {hook!r} is not in model {model.id!r}: layer {layer} of this {family} has no {path}"
         ) from error
-    if kind in ("mlp_in", "attn_z"):
+    if kind in ("mlp_in", "mlp_post", "attn_z"):
         return Place(module, inward=True)
     if kind == "ln2_normalized":
         return Place(module, scale=1 / _gain(model, hook, module))
@@ -96,10 +101,10 @@ def place_of(model: LanguageModel, hook: str) -> Place:
 
 
 def widths_of(model: LanguageModel, hooks: Iterable[str]) -> dict[str, int]:
-    """How many numbers the vectors of each hook have: d_model, but where heads are one behind the other. Raises ValueError as `place_of`."""
+    """How many numbers the vectors of each hook have: d_model, but where heads are one behind the other, or neurons. Raises ValueError as `place_of`."""
     found = dict.fromkeys(hooks, model.d_model)
     for hook in found:
-        if parse_hook(hook)[1] == "attn_z":
+        if parse_hook(hook)[1] in ("attn_z", "mlp_post"):
             weight: Any = place_of(model, hook).module.weight
             found[hook] = weight.numel() // model.d_model
     return found
@@ -133,7 +138,7 @@ def _text_config(model: LanguageModel) -> Any:
 
 def transformer_lens_paths(config: Any, family: str, name: str) -> dict[str, str]:
     """Where within a block of a model named `name` the modules are whose outputs are `attn_out` and `mlp_out`, those whose
-    inputs are `mlp_in` and `attn_z`, and the norm of `ln2_normalized`, as far as TransformerLens knows.
+    inputs are `mlp_in`, `mlp_post` and `attn_z`, and the norm of `ln2_normalized`, as far as TransformerLens knows.
 
     These are its internals, which it does not promise to keep: another version is tried by tests/test_models.py before
     pyproject.toml allows it. What is gone from it is an error here, and not a family that it does not have.
@@ -171,6 +176,8 @@ def transformer_lens_paths(config: Any, family: str, name: str) -> dict[str, str
         first = mlp if mlp.name else mlp.submodules.get("in")  # an MLP need not be a module of its own
         if first is not None and first.name:
             found["mlp_in"] = first.name
+        if (last := mlp.submodules.get("out")) is not None and last.name:
+            found["mlp_post"] = ".".join(name for name in (mlp.name, last.name) if name)
     attention, norm = block.submodules.get("attn"), block.submodules.get("ln2")
     if attention is not None and (last := attention.submodules.get("o")) is not None and attention.name and last.name:
         found["attn_z"] = f"{attention.name}.{last.name}"
