@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from saebench.bench.ground_truth import SyntheticConfig, bench_synthetic
 from saebench.bench.results import Figure
 
 __all__ = ["BENCHES", "Bench", "Figure"]
@@ -17,4 +18,8 @@ class Bench(NamedTuple):
     about: str
 
 
-BENCHES: dict[str, Bench] = {}
+BENCHES = {
+    "synthetic": Bench(
+        SyntheticConfig, bench_synthetic, "train on data with known features, and count what is recovered"
+    ),
+}
