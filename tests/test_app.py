@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from streamlit.testing.v1 import AppTest
 
+from saebench.bench.results import Figure, Results
 from saebench.browse.runs import saes_of
 from saebench.browse.serve import app_script
 from saebench.files import hash_files, read_json, write_json
@@ -61,7 +62,9 @@ def bare(markdown: str) -> str:
     return re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", markdown)
 
 
-@pytest.mark.parametrize("page", ["overview", "features", "texts", "map", "prompt", "steering", "compare", "diff"])
+@pytest.mark.parametrize(
+    "page", ["overview", "features", "texts", "map", "prompt", "steering", "compare", "diff", "bench"]
+)
 def test_every_page_opens_without_an_error(opened: Any, page: str) -> None:
     app = opened(page)
     assert not app.exception
@@ -83,7 +86,7 @@ def test_without_a_run_the_overview_says_how_to_make_one(opened: Any, tmp_path: 
     app = opened("overview", root=tmp_path / "nothing")
     assert app.title[0].value == "No run yet"
     assert "saebench demo --out" in said(app)
-    for page in ("features", "texts", "map", "prompt", "steering", "compare", "diff"):
+    for page in ("features", "texts", "map", "prompt", "steering", "compare", "diff", "bench"):
         other = opened(page, root=tmp_path / "nothing")
         assert not other.exception
         assert other.info or other.warning
@@ -309,6 +312,29 @@ def test_an_sae_that_was_trained_again_is_noticed_whatever_its_files_are_dated(o
     os.utime(path, ns=(when.st_atime_ns, when.st_mtime_ns))
     assert torch.equal(weights_of(sae).W_dec, before.W_dec * 2)
     assert bench_of(sae)[0].key != bench.key
+
+
+def test_what_benches_found_is_shown_with_its_intervals(opened: Any, copy: Path) -> None:
+    results = Results(copy / "bench/synthetic.json", "synthetic")
+    for seed, f1 in enumerate((0.5, 0.6, 0.7)):
+        figures = [
+            Figure("<b>topk</b>", "synthetic", "f1", None, f1),
+            Figure("<b>topk</b>", "synthetic", "mcc", None, None),
+        ]
+        results.put(f"seed{seed}", {}, [*figures, Figure("oracle", "synthetic", "f1", None, 1.0)])
+    app = opened("bench", root=copy)
+    assert not app.exception
+    assert "Synthetic: train on data with known features" in said(app)
+    (chart,) = (json.loads(chart.proto.spec) for chart in app.get("plotly_chart"))
+    bar = chart["data"][0]
+    assert (bar["name"], bar["x"], bar["y"]) == (
+        "&lt;b&gt;topk&lt;/b&gt;",
+        [pytest.approx(0.6)],
+        ["&lt;b&gt;topk&lt;/b&gt;"],
+    )
+    assert bar["error_x"]["array"] == [pytest.approx(0.2484, abs=1e-3)]
+    (copy / "bench/synthetic.json").write_text("{}")
+    assert "expected 'synthetic', version 1: move it away" in bare(opened("bench", root=copy).error[0].value)
 
 
 def test_of_a_store_that_is_gone_figures_and_logits_still_show(opened: Any, run: Path, tmp_path: Path) -> None:

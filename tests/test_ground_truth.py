@@ -9,8 +9,8 @@ import pytest
 from test_gradients import one_thread
 
 from saebench.bench import ground_truth
-from saebench.bench.ground_truth import PRESETS, Preset, SyntheticConfig, bench_synthetic, seeds_interval
-from saebench.bench.results import Figure
+from saebench.bench.ground_truth import PRESETS, Preset, SyntheticConfig, bench_synthetic
+from saebench.bench.results import Figure, mean_interval
 from saebench.bench.synthetic import Synthetic, SyntheticSettings
 from saebench.cli import main
 
@@ -71,8 +71,8 @@ def test_seeds_give_an_interval(tmp_path: Path, capsys: pytest.CaptureFixture[st
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("topk"))
     assert " to " in line
     assert line.endswith("  3")
-    assert seeds_interval([1.0, 2.0]) == (None, None)
-    low, high = seeds_interval([1.0, 2.0, 3.0])
+    assert mean_interval([1.0, 2.0]) == (None, None)
+    low, high = mean_interval([1.0, 2.0, 3.0])
     assert (low, high) == (pytest.approx(2 - 4.3027 / 3**0.5, abs=1e-3), pytest.approx(2 + 4.3027 / 3**0.5, abs=1e-3))
 
 

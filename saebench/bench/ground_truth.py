@@ -6,18 +6,16 @@ is a TopK SAE as training begins it, with the one factor that reconstructs best.
 
 import logging
 import math
-import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from scipy.stats import t as student
 from torch import Tensor
 
 from saebench.bench.recovery import recovery_of_oracle, recovery_of_sae
-from saebench.bench.results import Figure, Results
+from saebench.bench.results import Figure, Results, over_units
 from saebench.bench.synthetic import SIZES, Synthetic, SyntheticSettings
 from saebench.config import Count
 from saebench.models import choose_device
@@ -229,23 +227,8 @@ def _figures(name: str, preset: Preset, scores: dict[str, float]) -> list[Figure
 
 
 def _over_seeds(found: list[list[Figure]]) -> list[Figure]:
-    """Of each architecture and control the mean of what is worth a table, with its interval where there are seeds enough; n counts them."""
-    groups: dict[tuple[str, str], list[float]] = {}
-    for figure in (figure for figures in found for figure in figures):
-        if figure.figure in SHOWN and figure.value is not None:
-            groups.setdefault((figure.sae, figure.figure), []).append(figure.value)
-    return [
-        Figure(sae, "synthetic", name, None, statistics.fmean(values), *seeds_interval(values), n=len(values))
-        for (sae, name), values in groups.items()
-    ]
-
-
-def seeds_interval(values: list[float]) -> tuple[float | None, float | None]:
-    """Student's 95% interval of the mean over seeds; none of fewer than three."""
-    if len(values) < 3:
-        return None, None
-    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values) - half, statistics.fmean(values) + half
+    """Of each architecture and control what is worth a table; n counts the seeds."""
+    return over_units([figure for figures in found for figure in figures if figure.figure in SHOWN])
 
 
 def _published(config: SyntheticConfig, preset: Preset) -> list[Figure]:

@@ -1,7 +1,11 @@
 """What benches find: a record for each figure, in a file that is whole after every unit of work."""
 
+import math
+import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from scipy.stats import t as student
 
 from saebench.files import read_json, write_json
 
@@ -63,3 +67,27 @@ class Results:
     def all(self) -> list[Figure]:
         """Those of every unit in the file, by the units' names."""
         return [Figure(*row) for _, unit in sorted(self._units.items()) for row in unit["figures"]]
+
+
+def over_units(figures: list[Figure]) -> list[Figure]:
+    """Figures that several units have of one thing, as seeds do, as their mean; with three or more its interval, and n counts them."""
+    groups: dict[tuple[str, str, str, float | None], list[Figure]] = {}
+    for figure in figures:
+        groups.setdefault((figure.sae, figure.of, figure.figure, figure.at), []).append(figure)
+    return [group[0] if len(group) == 1 else _mean(group) for group in groups.values()]
+
+
+def _mean(group: list[Figure]) -> Figure:
+    values = [figure.value for figure in group if figure.value is not None]
+    if len(values) < len(group):
+        return group[0]._replace(value=None, low=None, high=None, n=len(values))
+    low, high = mean_interval(values)
+    return group[0]._replace(value=statistics.fmean(values), low=low, high=high, n=len(values))
+
+
+def mean_interval(values: list[float]) -> tuple[float | None, float | None]:
+    """Student's 95% interval of the mean; none of fewer than three values."""
+    if len(values) < 3:
+        return None, None
+    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return statistics.fmean(values) - half, statistics.fmean(values) + half

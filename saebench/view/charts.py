@@ -280,3 +280,33 @@ def latent_scaling(
     return _layout(
         figure, "Latent scaling", "ν_error: in what the other latents leave", "ν_reconstruction: in what they write"
     )
+
+
+Measured = tuple[float | None, float, float | None, float | None]
+"""(where on the axis, value, lower and upper end of its 95% interval), None for what there is not."""
+
+
+def measured(lines: Mapping[str, Sequence[Measured]], title: str, x: str, y: str) -> go.Figure:
+    """Figures with their intervals: over an axis (log scale) a line for each name, without one a row for each."""
+    figure = go.Figure()
+    over = any(at is not None for points in lines.values() for at, *_ in points)
+    looks = [(colour, symbol, dash) for dash in ("solid", "dash", "dot") for colour, symbol in STYLE.values()]
+    for place, (name, points) in enumerate(lines.items()):
+        colour, symbol, dash = looks[place % len(looks)]
+        values = [value for _, value, _, _ in points]
+        ends = {
+            "type": "data", "symmetric": False, "thickness": 1.5,
+            "array": [0.0 if high is None else high - value for _, value, _, high in points],
+            "arrayminus": [0.0 if low is None else value - low for _, value, low, _ in points],
+        }  # fmt: skip
+        marker, bars = {"color": colour, "symbol": symbol, "size": 9}, "error_y" if over else "error_x"
+        at = [point[0] for point in points] if over else [html.escape(name)] * len(points)
+        figure.add_scatter(
+            x=at if over else values, y=values if over else at, mode="lines+markers" if over else "markers",
+            name=html.escape(name), marker=marker, line={"color": colour, "dash": dash}, showlegend=over, **{bars: ends},
+        )  # fmt: skip
+    if not over:
+        figure = _layout(figure, title, y, "").update_yaxes(autorange="reversed", type="category")
+        return figure.update_layout(height=140 + 34 * len(lines), margin={"l": 180})
+    figure.update_xaxes(_LOG)
+    return _layout(figure, title, x, y)
