@@ -242,7 +242,8 @@ def run_stages(stages: Stages) -> dict[str, Any] | None:
         for folder in folders:
             if stages.indexed is not None and folder.name not in stages.indexed:
                 continue
-            if build_index(IndexConfig(sae=folder, store=stages.evaluate.store, device=stages.evaluate.device)) is None:
+            told = IndexConfig(sae=folder, store=stages.evaluate.store, device=stages.evaluate.device)
+            if build_index(told, looked=True) is None:  # by the evaluation
                 return None
     return write_report(out, folders, stages.evaluate.store, seconds=_seconds(out))
 
