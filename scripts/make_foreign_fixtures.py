@@ -80,6 +80,8 @@ def saelens(x: torch.Tensor) -> None:
     randomise(trained)
     trained.topk_threshold.fill_(0.4)
     trained.save_inference_model(folder / "batchtopk")
+    said = folder / "batchtopk" / "cfg.json"  # its fields come in another order each time
+    said.write_text(json.dumps(json.loads(said.read_text()), sort_keys=True))
 
     acts, written = [], []
     for kind, pre_bias, normalize, rescale in COMBINATIONS:
