@@ -115,7 +115,9 @@ def _ends(source: Path, said: Config) -> tuple[str, str]:
 def _activation(source: Path, said: Config, has_thresholds: bool) -> str:
     """The architecture, by the tensors where the configuration does not say it."""
     activation = expect(source, said, "activation", None, "relu", "topk", "jump_relu")
-    return {None: "jumprelu" if has_thresholds else "relu", "jump_relu": "jumprelu"}.get(activation, activation)
+    if activation is None:
+        return "jumprelu" if has_thresholds else "relu"
+    return activation.replace("_", "")
 
 
 def _architecture(chosen: str, skip: bool = False) -> str:
