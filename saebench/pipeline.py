@@ -39,7 +39,7 @@ from saebench.sae.hub import local
 from saebench.store.coding import row_bytes
 from saebench.text import Document, TextConfig, fingerprint, open_documents
 from saebench.train import TrainConfig, train
-from saebench.train.member import Member
+from saebench.train.member import Member, Spec
 from saebench.train.recipes import Architecture
 from saebench.train.settings import grid
 
@@ -242,7 +242,8 @@ def run_stages(stages: Stages) -> dict[str, Any] | None:
         for folder in folders:
             if stages.indexed is not None and folder.name not in stages.indexed:
                 continue
-            if build_index(IndexConfig(sae=folder, store=stages.evaluate.store, device=stages.evaluate.device)) is None:
+            told = IndexConfig(sae=folder, store=stages.evaluate.store, device=stages.evaluate.device)
+            if build_index(told, looked=True) is None:  # by the evaluation
                 return None
     return write_report(out, folders, stages.evaluate.store, seconds=_seconds(out))
 
@@ -272,23 +273,15 @@ def plan(model: LanguageModel, stages: Stages) -> list[str]:
     """What a run comes to, in lines of text: rows, disk, memory, and the time by a few passes and steps tried here and now."""
     told, trained = stages.harvest, stages.train
     held_out = min(told.validation_tokens, int(told.tokens / 9))
-    dtype = settled(told, model).stored_as
-    stored = sum(row_bytes(dtype, width) for width in widths_of(model, told.hooks).values())
+    stored = _stored(model, told)
     disk = (told.tokens + held_out) * stored
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.module.parameters())
     if trained is None:
-        names = {folder.name: read_config(folder) for folder in _saes_of(stages.out)}
-        widths, rows = [config["d_sae"] for config in names.values()], "there already"
-        memory = weights + 2**29 + max(2 * width * model.d_model * 4 for width in widths)
+        names = {folder.name: read_config(folder)["d_sae"] for folder in _saes_of(stages.out)}
+        rows = "there already"
     else:
-        specs = grid(trained, model.d_model, tuple(told.hooks))
-        names, widths = [spec.name for spec in specs], [spec.d_sae for spec in specs]
+        names = {spec.name: spec.d_sae for spec in _specs(model, stages)}
         rows = f"{trained.tokens:,} rows each, into {trained.out}"
-        buffers = 2 * min(trained.rows_of_a_buffer(stored), told.tokens) * stored
-        saes = sum(
-            8 * width * model.d_model * 4 for width in widths
-        )  # encoder and decoder, their gradients and moments
-        memory = max(weights + 2**29, saes + buffers)
+    widths, memory = list(names.values()), memory_of(model, stages)
     seconds = _estimate(model, stages)
     each = ", ".join(f"{stage} {_duration(value)}" for stage, value in seconds.items())
     layers = ", ".join(map(str, told.layers))
@@ -302,6 +295,32 @@ def plan(model: LanguageModel, stages: Stages) -> list[str]:
         f"  memory  about {memory / 1e9:.1f} GB",
         f"  time    about {_duration(sum(seconds.values()))}: {each} (by a short trial on this machine)",
     ]
+
+
+def memory_of(model: LanguageModel, stages: Stages) -> int:
+    """Bytes that a run takes at once, about: the model in a pass, or the SAEs in training and the rows shuffled for them."""
+    told, trained = stages.harvest, stages.train
+    running = 2**29 + sum(parameter.numel() * parameter.element_size() for parameter in model.module.parameters())
+    if trained is None:
+        saes = [read_config(folder) for folder in _saes_of(stages.out)]
+        return running + max(4 * sae["d_sae"] * (sae["d_in"] + sae.get("d_out", sae["d_in"])) for sae in saes)
+    stored, width = _stored(model, told), widths_of(model, told.hooks)
+    buffers = 2 * min(trained.rows_of_a_buffer(stored), told.tokens) * stored
+    # encoder and decoder, their gradients and moments
+    return max(running, buffers + sum(8 * spec.d_sae * width[spec.hook] * 4 for spec in _specs(model, stages)))
+
+
+def _stored(model: LanguageModel, told: HarvestConfig) -> int:
+    """Bytes of a store's row, of all hooks."""
+    dtype = settled(told, model).stored_as
+    return sum(row_bytes(dtype, width) for width in widths_of(model, told.hooks).values())
+
+
+def _specs(model: LanguageModel, stages: Stages) -> list[Spec]:
+    """The SAEs that will be trained; as in training, their width follows from that of the first hook."""
+    assert stages.train is not None
+    hooks = stages.harvest.hooks
+    return grid(stages.train, widths_of(model, hooks)[hooks[0]], tuple(hooks))
 
 
 def _saes_of(run: Path) -> list[Path]:
@@ -338,12 +357,14 @@ def _tried(stages: Stages, model: LanguageModel, device: str) -> Iterator[tuple[
     if trained is None:
         yield from ((load_sae(folder, device=device), 0.0) for folder in _saes_of(stages.out))
         return
-    x = torch.randn(trained.batch, model.d_model, generator=torch.Generator().manual_seed(0)).to(device)
-    for spec in grid(trained, model.d_model, tuple(stages.harvest.hooks)):
-        member = Member(spec, torch.zeros(model.d_model), 10**6, trained.n_steps, device)
+    width = widths_of(model, stages.harvest.hooks)
+    for spec in _specs(model, stages):
+        d_in = width[spec.hook]
+        x = torch.randn(trained.batch, d_in, generator=torch.Generator().manual_seed(0)).to(device)
+        member = Member(spec, torch.zeros(d_in), 10**6, trained.n_steps, device)
         for _ in range(2):  # the first step of those that begin dense is none to go by
             member.step(x, 0)
-        yield member.sae, trained.n_steps * _timed(lambda member=member: member.step(x, 1))
+        yield member.sae, trained.n_steps * _timed(lambda member=member, x=x: member.step(x, 1))
 
 
 def _timed(action: Any) -> float:

@@ -3,6 +3,9 @@
 First, in the environment of saebench: `python scripts/check_convert.py make OUT SAE ROWS`: converts the SAE, and small ones of every
 architecture that each format has, and keeps what they make of rows of the store ROWS, or of made-up ones. Then, in one with
 `sae-lens==6.54.12 eai-sparsify==1.3.3 dictionary-learning==0.1.0` (see make_foreign_fixtures.py): `python scripts/check_convert.py compare OUT`.
+
+`python scripts/check_convert.py make-sets OUT [RUN…]` does so for circuit-tracer, of small sets of three layers and of the transcoders
+and cross-layer transcoders of runs, on rows of their stores; `compare-sets OUT` with `circuit-tracer==0.5.0`.
 """
 
 import sys
@@ -50,6 +53,99 @@ def make(out: Path, sae: Path, store: Path) -> None:
 
 
 @torch.no_grad()
+def make_sets(out: Path, *runs: Path) -> None:
+    """Each set as one folder of circuit-tracer's, with what its members make of rows, summed at each hook, in `expected.safetensors`."""
+    from saebench.sae import Writes, ends_of, load_sae, new_sae, read_config, save_sae
+    from saebench.sae.convert import ConvertConfig, convert
+    from saebench.store import open_store
+    from saebench.store.source import recorded_store
+
+    sets: dict[str, list[Path]] = {}
+    for run in runs:
+        for file in sorted(run.glob("saes/*/cfg.json")):
+            if name := read_config(file.parent)["metadata"].get("set"):
+                sets.setdefault(f"{run.name}-{name}", []).append(file.parent)
+    torch.manual_seed(0)
+    into, written_at = ([f"blocks.{n}.{hook}" for n in range(3)] for hook in ("mlp.hook_in", "hook_mlp_out"))
+    for architecture in ARCHITECTURES:
+        for kind in (*KINDS[1:], "clt"):
+            for n in range(3):
+                parts = (D,) * (3 - n if kind == "clt" else 1)
+                made = new_sae(architecture, D, F, k=8, writes=Writes(D * len(parts), kind == "skip_transcoder", parts))
+                for name, parameter in made.named_parameters():
+                    parameter.copy_(torch.randn(parameter.shape))
+                    if name == "b_dec":
+                        parameter[D:] = 0
+                ends = {"hook_name": into[n], "hook_name_out": written_at[n]}
+                if kind == "clt":
+                    ends |= {
+                        "reads": [into[n]],
+                        "writes": written_at[n:],
+                        "set": "clt",
+                        "set_reads": into,
+                        "joint": True,
+                    }
+                folder = out / "ours" / f"{architecture}_{kind}_{n}"
+                save_sae(made, folder, {"model_name": "some/model", "context_size": 64, **ends})
+                sets.setdefault(f"{architecture}_{kind}", []).append(folder)
+    for name, members in sets.items():
+        rows, acts, written = {}, {}, {}
+        for folder in members:
+            (hook,), hooks = ends_of(folder, read_config(folder))
+            store = recorded_store(folder)
+            rows[hook] = (
+                open_store(store).of_split("validation")[0].rows(hook)[:ROWS].float() if store else torch.randn(ROWS, D)
+            )
+            sae = load_sae(folder)
+            ran = sae(rows[hook])
+            acts[hook] = ran.acts
+            for at, part in zip(hooks, ran.x_hat.split(sae.parts, 1), strict=True):
+                written[at] = written.get(at, 0) + part
+            try:
+                path = convert(ConvertConfig(sae=folder, to="circuit-tracer", out=out / "circuit-tracer" / name))
+            except ValueError as error:
+                print(f"{'circuit-tracer':20} {name:36} refused: {error}")
+                break
+        else:
+            layer = {hook: int(hook.split(".")[1]) for hook in (*rows, *written)}
+            found = {"x": rows, "acts": acts, "written": written}
+            stacked = {key: torch.stack([of[hook] for hook in sorted(of, key=layer.get)]) for key, of in found.items()}
+            save_file(
+                stacked | {"layers": torch.tensor(sorted(layer[hook] for hook in rows))},
+                path.with_name("expected.safetensors"),
+            )
+
+
+@torch.no_grad()
+def compare_sets(out: Path) -> None:
+    """By its own loader of a folder, which wants every layer from 0 on; layers of another range by that of one layer."""
+    from circuit_tracer.transcoder.single_layer_transcoder import load_relu_transcoder
+    from circuit_tracer.utils.caching import load_transcoders_from_cache
+
+    for file in sorted((out / "circuit-tracer").glob("*/expected.safetensors")):
+        want, folder = load_file(file), file.parent
+        layers = want["layers"].tolist()
+        if layers == [*range(len(layers))]:
+            transcoders, _ = load_transcoders_from_cache(
+                folder.name, cache_dir=str(folder.parent), device=torch.device("cpu")
+            )
+            acts = transcoders.encode(want["x"])
+            written = transcoders.decode(acts, want["x"])
+        else:
+            each = [
+                load_relu_transcoder(str(folder / f"layer_{n}.safetensors"), n, torch.device("cpu")) for n in layers
+            ]
+            acts = torch.stack([one.encode(x) for one, x in zip(each, want["x"], strict=True)])
+            written = torch.stack([one(x) for one, x in zip(each, want["x"], strict=True)])
+        show(
+            "circuit-tracer",
+            f"{folder.name} layers {layers[0]}-{layers[-1]}",
+            (acts, want["acts"]),
+            (written, want["written"]),
+        )
+
+
+@torch.no_grad()
 def compare(out: Path) -> None:
     for to in TARGETS:
         for file in sorted((out / to).rglob("expected.safetensors")):
@@ -57,13 +153,14 @@ def compare(out: Path) -> None:
             acts, written = {"saelens": in_saelens, "sparsify": in_sparsify, "dictionary_learning": in_dictionary_learning}[
                 to
             ](file.parent, want["x"])  # fmt: skip
-            apart = [
-                float((got - theirs).abs().max() / theirs.abs().max())
-                for got, theirs in ((acts, want["acts"]), (written, want["written"]))
-            ]
-            verdict = "equal" if max(apart) <= 1e-5 else "NOT EQUAL"
-            name = file.relative_to(out / to).parent.as_posix()
-            print(f"{to:20} {name:36} acts {apart[0]:.1e}  written {apart[1]:.1e}  {verdict}")
+            show(to, file.relative_to(out / to).parent.as_posix(), (acts, want["acts"]), (written, want["written"]))
+
+
+def show(to: str, name: str, *pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """How far theirs is from ours, of activations and of what is written."""
+    apart = [float((theirs - ours).abs().max() / ours.abs().max()) for theirs, ours in pairs]
+    verdict = "equal" if max(apart) <= 1e-5 else "NOT EQUAL"
+    print(f"{to:20} {name:36} acts {apart[0]:.1e}  written {apart[1]:.1e}  {verdict}")
 
 
 def in_saelens(folder: Path, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,4 +186,5 @@ def in_dictionary_learning(folder: Path, x: torch.Tensor) -> tuple[torch.Tensor,
 
 
 if __name__ == "__main__":
-    make(*map(Path, sys.argv[2:])) if sys.argv[1] == "make" else compare(Path(sys.argv[2]))
+    commands = {"make": make, "compare": compare, "make-sets": make_sets, "compare-sets": compare_sets}
+    commands[sys.argv[1]](*map(Path, sys.argv[2:]))

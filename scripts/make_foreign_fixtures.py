@@ -3,6 +3,8 @@
 Run it in an environment with the packages: `pip install sae-lens==6.54.12 eai-sparsify==1.3.3 dictionary-learning==0.1.0`, then
 `python scripts/make_foreign_fixtures.py`. SAELens, sparsify and dictionary_learning save and run their own classes. The other formats
 come without a package that installs: their files are written, and their forward passes worked out, as their code has it.
+circuit-tracer needs other versions of what these need: in an environment with `pip install circuit-tracer==0.5.0`,
+`python scripts/make_foreign_fixtures.py circuit-tracer` makes its folder anew, and leaves the others.
 
 `expected.safetensors` holds the rows `x`, and of each dictionary, by its path, activations and what is written. The 80 combinations of
 SAELens' flags, on its five kinds of SAE, are in `saelens/combinations.safetensors`, in the order of `COMBINATIONS`.
@@ -12,6 +14,7 @@ import itertools
 import json
 import math
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from safetensors.torch import save_file
 
 D, E, F, B, K = 6, 6, 10, 5, 3
 OUT = Path("tests/fixtures/foreign")
+CIRCUIT_TRACER = OUT / "circuit-tracer"
 KINDS = ("standard", "gated", "topk", "jumprelu", "batchtopk")
 NORMALIZATIONS = ("none", "expected_average_only_in", "constant_norm_rescale", "layer_norm")
 COMBINATIONS = list(itertools.product(KINDS, (True, False), NORMALIZATIONS, (True, False)))
@@ -76,6 +80,8 @@ def saelens(x: torch.Tensor) -> None:
     randomise(trained)
     trained.topk_threshold.fill_(0.4)
     trained.save_inference_model(folder / "batchtopk")
+    said = folder / "batchtopk" / "cfg.json"  # its fields come in another order each time
+    said.write_text(json.dumps(json.loads(said.read_text()), sort_keys=True))
 
     acts, written = [], []
     for kind, pre_bias, normalize, rescale in COMBINATIONS:
@@ -375,17 +381,67 @@ def single_files(x: torch.Tensor) -> None:
     keep(path, acts, acts @ decoder.T + b_dec)
 
 
+@torch.no_grad()
+def circuit_tracer(x: torch.Tensor) -> None:
+    """Sets and a cross-layer transcoder of two layers; each part of the latter as its own features alone make it, less later biases."""
+    import yaml
+    from circuit_tracer.transcoder.activation_functions import JumpReLU
+    from circuit_tracer.transcoder.cross_layer_transcoder import CrossLayerTranscoder
+    from circuit_tracer.transcoder.single_layer_transcoder import SingleLayerTranscoder, TranscoderSet
+
+    def configure(folder: Path, kind: str, model: str, into: str, out: str) -> None:
+        said = {"model_kind": kind, "model_name": model, "feature_input_hook": into, "feature_output_hook": out}
+        (folder / "config.yaml").write_text(yaml.dump(said | {"scan": f"some/{folder.name}", "revision": None}))
+
+    told = {"device": torch.device("cpu"), "dtype": torch.float32}
+    both = torch.stack([x, x])
+    for name, *said in (
+        ("relu", "Qwen/Qwen3-1.7B", "mlp.hook_in", "mlp.hook_out"),
+        ("jumprelu_skip", "google/gemma-2-2b", "ln2.hook_normalized", "hook_mlp_out"),
+    ):
+        made = {}
+        for layer in range(2):
+            function = torch.relu if name == "relu" else JumpReLU(torch.zeros(F), 0.1)
+            made[layer] = SingleLayerTranscoder(D, F, function, layer, skip_connection="skip" in name, **told)
+            randomise(made[layer])
+            if name != "relu":
+                function.threshold.abs_()
+        transcoders = TranscoderSet(made, *said[1:])
+        transcoders.to_safetensors(str(CIRCUIT_TRACER / name))
+        configure(CIRCUIT_TRACER / name, "transcoder_set", *said)
+        acts = transcoders.encode(both)
+        for layer, written in enumerate(transcoders.decode(acts, both)):
+            keep(CIRCUIT_TRACER / name / f"layer_{layer}.safetensors", acts[layer], written)
+    clt = CrossLayerTranscoder(2, F, D, activation_function="jump_relu", lazy_decoder=False, **told)
+    randomise(clt)
+    clt.activation_function.threshold.abs_()
+    clt.to_safetensors(str(CIRCUIT_TRACER / "clt"))
+    configure(
+        CIRCUIT_TRACER / "clt", "cross_layer_transcoder", "meta-llama/Llama-3.2-1B", "hook_resid_mid", "hook_mlp_out"
+    )
+    acts = clt.encode(both)
+    for layer in range(2):
+        alone = torch.zeros_like(acts)
+        alone[layer] = acts[layer]
+        written = clt.decode(alone)[layer:]
+        written[1:] -= clt.b_dec[layer + 1 :, None]
+        keep(CIRCUIT_TRACER / "clt" / f"W_enc_{layer}.safetensors", acts[layer], torch.cat([*written], 1))
+
+
 def main() -> None:
-    shutil.rmtree(OUT, ignore_errors=True)
+    alone = sys.argv[1:] == ["circuit-tracer"]
+    where = CIRCUIT_TRACER if alone else OUT
+    for path in set(where.glob("*")) - {CIRCUIT_TRACER}:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     torch.manual_seed(0)
     x = torch.randn(B, D) + 0.5
     expected["x"] = x
-    for write in (saelens, dictionary_learning, sparsify, gemma_scope, llama_scope, llamascopium, single_files):
+    others = (saelens, dictionary_learning, sparsify, gemma_scope, llama_scope, llamascopium, single_files)
+    for write in (circuit_tracer,) if alone else others:
         write(x)
-    save_file(expected, OUT / "expected.safetensors")
-    print(
-        f"{len(expected) // 2} dictionaries in {sum(file.stat().st_size for file in OUT.rglob('*') if file.is_file())} bytes"
-    )
+    save_file(expected, where / "expected.safetensors")
+    size = sum(file.stat().st_size for file in where.rglob("*") if file.is_file())
+    print(f"{len(expected) // 2} dictionaries in {size} bytes")
 
 
 if __name__ == "__main__":

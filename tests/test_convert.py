@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from test_formats import FOREIGN
 
 from saebench.cli import main
@@ -27,7 +28,7 @@ TAKES = {
     "sparsify": set(itertools.product(("topk",), ("", "transcoder", "skip_transcoder"))),
     "dictionary_learning": set(itertools.product(("relu", "topk", "gated", "jumprelu"), ("",))),
     "gemma-scope": set(itertools.product(("relu", "jumprelu"), ("", "transcoder", "skip_transcoder"))),
-    "circuit-tracer": set(itertools.product(("relu", "topk", "jumprelu"), ("transcoder", "skip_transcoder"))),
+    "circuit-tracer": set(itertools.product(("relu", "jumprelu"), ("transcoder", "skip_transcoder"))),
 }  # fmt: skip
 EVERY = list(itertools.product(("relu", "topk", "gated", "jumprelu"), ("", "transcoder", "skip_transcoder")))
 
@@ -114,6 +115,53 @@ def test_a_set_for_circuit_tracer_grows_by_layers_of_one_kind(tmp_path: Path) ->
         add(2, "relu")
     with pytest.raises(ValueError, match="is there already"):
         add(1)
+    # The first layer says for all of a set what has a skip, and how wide they are.
+    skip = saved(made("jumprelu", "skip_transcoder"), tmp_path / "skip", hook_name=IN, hook_name_out=OUT)
+    with pytest.raises(ValueError, match=r"layer_0\.safetensors has .*, and this transcoder .*'W_skip'"):
+        convert(ConvertConfig(sae=skip, to="circuit-tracer", out=out))
+
+
+@torch.no_grad()
+def cross_layer(layer: int, layers: int, folder: Path, **more: Any) -> Path:
+    """A part that reads one layer and writes to it and those behind, each of whose biases is that of its own part."""
+    sae = new_sae("jumprelu", D, F, writes=Writes(d_out=D * (layers - layer), parts=(D,) * (layers - layer)))
+    for parameter in sae.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(layer)))
+    sae.b_dec[D:] = 0
+    reads, writes = [hook.replace("3", str(layer)) for hook in (IN, OUT)]
+    later = [OUT.replace("3", str(at)) for at in range(layer, layers)]
+    ends = {"hook_name": reads, "hook_name_out": writes, "reads": [reads], "writes": later}
+    whole = {"set": "whole", "joint": True, "set_reads": [IN.replace("3", str(at)) for at in range(layers)]}
+    return saved(sae, folder / f"part{layer}", **ends | whole | more)
+
+
+def test_the_parts_of_a_cross_layer_transcoder_are_written_and_read_one_by_one(tmp_path: Path) -> None:
+    out, x = tmp_path / "whole", torch.randn(50, D) * 3 + 1
+    for layer in range(3):
+        source = cross_layer(layer, 3, tmp_path)
+        path = convert(ConvertConfig(sae=source, to="circuit-tracer", out=out))
+        assert path == out / f"W_enc_{layer}.safetensors"
+        want, got = load_sae(source), load_sae(path)
+        torch.testing.assert_close(got(x).acts, want(x).acts, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got(x).x_hat, want(x).x_hat, rtol=1e-5, atol=1e-5)
+        assert got.parts == want.parts
+        ours, theirs = read_config(source)["metadata"], read_config(path)["metadata"]
+        assert all(ours[name] == theirs[name] for name in ("reads", "writes", "set", "joint", "set_reads"))
+    with safe_open(out / "W_dec_1.safetensors", "pt") as opened:
+        assert opened.get_slice("W_dec_1").get_shape() == [F, 2, D]  # latents, layers 1 and 2
+    other = tmp_path / "other"
+    for layer, layers, more, message in (
+        (1, 4, {}, r"W_dec_0\.safetensors has shape .*, and beside this transcoder it would have"),
+        (3, 4, {"set_reads": [IN]}, "begins at layer 3 and not at 0"),
+        (1, 3, {"writes": [OUT.replace("3", "1"), OUT]}, "a transcoder from layer 1 to blocks.1.hook_mlp_out, blocks.3.hook_mlp_out"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            convert(ConvertConfig(sae=cross_layer(layer, layers, other, **more), to="circuit-tracer", out=out))
+    sae = load_sae(cross_layer(0, 2, other))
+    sae.b_dec.data[D:] = 1.0
+    save_sae(sae, other / "part0", read_config(other / "part0")["metadata"])
+    with pytest.raises(ValueError, match="a bias at a layer behind the one that is read"):
+        convert(ConvertConfig(sae=other / "part0", to="circuit-tracer", out=tmp_path / "biased"))
 
 
 def test_a_pt_is_a_plain_state_dict_and_nothing_is_written_over(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import CONTEXT, SHAPES, WIDTH, sentences
@@ -24,6 +25,7 @@ from saebench.store import Store
 
 LINEAR_LAYERS = (0, 1)
 IN = [hook_name(layer, "mlp_in") for layer in LINEAR_LAYERS]
+NORMALIZED = [hook_name(layer, "ln2_normalized") for layer in LINEAR_LAYERS]
 OUT = [hook_name(layer, "mlp_out") for layer in LINEAR_LAYERS]
 
 
@@ -44,7 +46,9 @@ def linear(
     (root / "text").mkdir()
     for number in range(60):
         (root / "text" / f"{number}.txt").write_text(sentences(number, 40))
-    settings = harvest_config(root / "model", root / "store", tokens=2000, layers=LINEAR_LAYERS, kinds=("mlp",))
+    settings = harvest_config(
+        root / "model", root / "store", tokens=2000, layers=LINEAR_LAYERS, kinds=("ln2_normalized", "mlp")
+    )
     store = harvest(settings, text(root / "text"))
     assert store is not None
     return store, model
@@ -138,6 +142,29 @@ def test_a_set_of_exact_transcoders_is_the_model_and_is_measured_once(
     written = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("s*/*/evaluation.json"))]
     evaluate(config)
     assert [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("s*/*/evaluation.json"))] == written
+
+
+@torch.no_grad()
+def test_transcoders_of_gemma_scope_stand_in_together(linear: tuple[Store, GPT2LMHeadModel], tmp_path: Path) -> None:
+    """They read rows before the norm's gain, which is in their weights; x and -x, cut at 0, write what a linear MLP does."""
+    store, model = linear
+    given = []
+    for layer in LINEAR_LAYERS:
+        exact, norm = stand_in(model, layer), model.transformer.h[layer].ln_2
+        assert exact.W_skip is not None
+        eye, to_in = torch.eye(WIDTH), torch.diag(norm.weight)
+        held = {"W_enc": torch.cat([to_in, -to_in], 1), "b_enc": torch.zeros(2 * WIDTH), "threshold": torch.zeros(2 * WIDTH),
+                "W_dec": torch.cat([eye, -eye]) @ exact.W_skip, "b_dec": exact.b_dec}  # fmt: skip
+        folder = tmp_path / f"gemma-scope-2b-pt-transcoders/layer_{layer}/width_16k/average_l0_5"
+        folder.mkdir(parents=True)
+        np.savez(folder / "params.npz", **{name: value.numpy() for name, value in held.items()})
+        given.append(folder)
+    run = tmp_path / "run"
+    evaluate(EvalConfig(run=run, sae=tuple(given), store=store.folder, set="scope", resamples=50))
+    found = read_json(run / "sets/scope/evaluation.json")
+    assert found["metrics"]["ce_spliced"] == pytest.approx(found["metrics"]["ce_clean"], abs=1e-5)
+    assert found["metrics"]["error_share"] < 1e-9
+    assert list(found["hooks"]) == OUT
 
 
 def test_what_a_joint_set_writes_is_a_sum(linear: tuple[Store, GPT2LMHeadModel], tmp_path: Path) -> None:
@@ -250,6 +277,16 @@ def test_sets_that_cannot_stand_in_for_mlps_are_named(linear: tuple[Store, GPT2L
     with pytest.raises(ValueError, match=r"set 's' has members with and without metadata\.joint; expected all"):
         evaluate(EvalConfig(run=tmp_path))
     shutil.rmtree(tmp_path / "saes" / "two")
+    for reads, writes, message in (
+        (NORMALIZED[1:], OUT[1:], f"set 's' reads {NORMALIZED[1]} and {IN[1]}; expected one hook of each layer"),
+        (IN[:1], OUT[1:], f"set 's' reads {IN[0]} and does not write {OUT[0]}; expected both of each layer read"),
+    ):
+        for name, joint_reads in (("one", IN[1:]), ("two", reads)):
+            save(stand_in(model, 1), tmp_path, name, store, joint_reads, writes, set="s", joint=True)
+        with pytest.raises(ValueError, match=message):
+            evaluate(EvalConfig(run=tmp_path))
+    shutil.rmtree(tmp_path / "saes" / "two")
+    save(stand_in(model, 1), tmp_path, "one", store, IN[1:], OUT[1:], set="s")
     for facts, message in (
         ({"reads": OUT[:1]}, f"one of set 's' reads {OUT[0]} and writes {OUT[1]}; expected what a set replaces"),
         ({"writes": OUT[:1]}, f"one of set 's' writes {OUT[0]}, which comes before {IN[1]} that it reads"),

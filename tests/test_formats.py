@@ -13,19 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import HOOK, an_sae
 from safetensors.torch import load_file, save_file
 
 from saebench.evaluate import EvalConfig, evaluate
 from saebench.files import read_json
 from saebench.index import IndexConfig, build_index, open_feature_index
-from saebench.sae import SAE, ends_of, load_sae, read_config, save_sae, take_in, update_metadata, written_here
+from saebench.sae import SAE, TopKSAE, ends_of, load_sae, read_config, save_sae, take_in, update_metadata, written_here
 from saebench.sae.formats import FORMATS, found
 from saebench.steer import open_bench
 from saebench.store import Store
 
 FOREIGN = Path(__file__).parent / "fixtures" / "foreign"
-EXPECTED = load_file(FOREIGN / "expected.safetensors")
+EXPECTED = load_file(FOREIGN / "expected.safetensors") | load_file(FOREIGN / "circuit-tracer/expected.safetensors")
 X = EXPECTED["x"]
 NAMES = sorted(name.removesuffix(" acts") for name in EXPECTED if name.endswith(" acts"))
 COMBINATIONS = list(
@@ -71,11 +72,18 @@ SAID: dict[str, tuple[Any, ...]] = {
     "Llama-3.1-8B-Instruct-SAE-l19.pth": ("Goodfire", f"{LLAMA}-Instruct", "blocks.19.hook_resid_post", None, None, None),
     "SAE-Res-Qwen3-1.7B-Base-W32K-L0_3/layer11.sae.pt": (
         "Qwen-Scope", "Qwen/Qwen3-1.7B-Base", "blocks.11.hook_resid_post", None, None, 3),
+    **{f"circuit-tracer/{name}_{layer}.safetensors": (
+        "circuit-tracer", model, f"blocks.{layer}.{read}", tuple(f"blocks.{at}.hook_mlp_out" for at in (layer, last)[: last - layer + 1]), None, None)
+       for name, model, read in (("relu/layer", "Qwen/Qwen3-1.7B", "mlp.hook_in"), ("jumprelu_skip/layer", GEMMA, "ln2.hook_normalized"),
+                                 ("clt/W_enc", "meta-llama/Llama-3.2-1B", "hook_resid_mid"))
+       for layer in (0, 1) for last in ([1] if "clt" in name else [layer])},
 }  # fmt: skip
 
 
 def copied(name: str, tmp_path: Path) -> Path:
     source, copy = FOREIGN / name, tmp_path / name
+    if name.startswith("circuit-tracer/"):  # what a layer's file is, the set says
+        return Path(shutil.copytree(source.parent, copy.parent), source.name)
     copy.parent.mkdir(parents=True, exist_ok=True)
     return Path(shutil.copytree(source, copy) if source.is_dir() else shutil.copy(source, copy))
 
@@ -109,7 +117,7 @@ def test_format_model_hooks_and_k_are_read_from_fields_and_paths(name: str) -> N
     format, model, read, written, context, l0 = SAID[name]
     assert found(FOREIGN / name)[0].name == format
     assert (metadata.get("model_name"), metadata.get("context_size"), metadata.get("stated_l0")) == (model, context, l0)
-    assert ends == ((read,), (written or read,))
+    assert ends == ((read,), written if isinstance(written, tuple) else (written or read,))
     assert ("k" in config) == (
         ("TopK" in name and "Batch" not in name) or any(part in name for part in ("topk", "layers", "8.pt", "L0_3"))
     )
@@ -497,3 +505,29 @@ def test_one_in_anothers_format_is_indexed_and_steered_with_as_it_lies(
         open_bench(theirs)
     alone = open_bench(theirs, hook=HOOK, model=bench.model.id)
     assert alone.model.weights_hash == bench.model.weights_hash
+
+
+def test_a_set_of_circuit_tracer_says_one_thing_in_its_configuration_and_its_tensors(tmp_path: Path) -> None:
+    """Its loader takes what has thresholds for JumpReLU, whatever `activation` says: where they differ nothing is read."""
+
+    def given(name: str, **change: Any) -> Path:
+        path = copied(f"circuit-tracer/{name}", tmp_path / str(len(list(tmp_path.iterdir()))))
+        source = path.with_name("config.yaml")
+        source.write_text(yaml.dump(yaml.safe_load(source.read_text()) | change))
+        return path
+
+    for name, change, message in (
+        ("jumprelu_skip/layer_0.safetensors", {"activation": "relu"}, "holds activation_function.threshold, too"),
+        ("relu/layer_0.safetensors", {"activation": "jump_relu"}, "lacks activation_function.threshold"),
+        ("relu/layer_0.safetensors", {"activation": "topk"}, "lacks k"),
+        ("relu/layer_0.safetensors", {"model_name": "google/gemma-2-2b"}, "'mlp.hook_out', what the MLP of 'google/gemma-2-2b' puts out"),
+        ("relu/layer_0.safetensors", {"model_kind": "cross_layer_transcoder"}, "of which layer_0.safetensors is no file"),
+        ("relu/layer_0.safetensors", {"transcoders": ["hf://a/b/c"]}, "which is not known here"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            load_sae(given(name, **change))
+    assert isinstance(load_sae(given("relu/layer_0.safetensors", activation="topk", k=3)), TopKSAE)
+    part = given("clt/W_enc_0.safetensors")
+    part.with_name("W_dec_0.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"W_dec_0\.safetensors does not hold the weights"):
+        load_sae(part)

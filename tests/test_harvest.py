@@ -12,13 +12,14 @@ import processes
 import pytest
 import torch
 from conftest import CONTEXT, HOOK, WIDTH, sentences
+from safetensors.torch import load_file, save_file
 from test_store import make, random_rows
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from saebench.files import read_json, write_json
 from saebench.harvest import HarvestConfig, deal, harvest, settings
 from saebench.harvest.settings import bytes_per_row, settled
-from saebench.models import load_model
+from saebench.models import hook_name, load_model
 from saebench.store import Store, open_store
 from saebench.store.manifest import read_manifest
 from saebench.store.norms import describe
@@ -173,6 +174,34 @@ def test_what_mlps_read_and_write_is_kept_side_by_side(
     assert harvest(one_by_one, text(corpus)) is not None  # the same store, complete already
     with pytest.raises(ValueError, match=r"with kinds \('mlp', 'mlp_out'\) name a hook twice"):
         config(checkpoints["gemma2"], tmp_path / "s", kinds=("mlp", "mlp_out"))
+
+
+@pytest.mark.parametrize(
+    ("family", "norm"), [("llama", "post_attention_layernorm"), ("gemma2", "pre_feedforward_layernorm")]
+)
+def test_what_is_normalised_before_the_gain_is_kept(
+    family: str, norm: str, checkpoints: dict[str, Path], corpus: Path, tmp_path: Path
+) -> None:
+    """x ÷ √(mean x² + ε), which times the norm's own gain is what the MLP reads; Gemma's is 1 and its weight."""
+    path = tmp_path / "model"
+    shutil.copytree(checkpoints[family], path)
+    weights = load_file(path / "model.safetensors")
+    name = f"model.layers.1.{norm}.weight"
+    weights[name] = torch.linspace(-0.5, 2.0, WIDTH) + 0.01
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    kinds = ("resid_mid", "ln2_normalized", "mlp_in")
+    store = harvest(config(path, tmp_path / "s", layers=(1,), kinds=kinds, tokens=2_000), text(corpus))
+    assert store is not None
+    model = load_model(str(path), device="cpu", dtype="float32")
+    module: Any = model.blocks[1].get_submodule(norm)
+    gain = weights[name] + (family == "gemma2")
+    for shard in store.shards:
+        stream, normalized, read = (shard.rows(hook_name(1, kind)) for kind in kinds)
+        want = stream / (stream.square().mean(1, keepdim=True) + 1e-6).sqrt()
+        torch.testing.assert_close(normalized, want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(normalized * gain, read, rtol=1e-4, atol=1e-5)
+        with torch.inference_mode():
+            torch.testing.assert_close(module(stream), read, rtol=1e-4, atol=1e-5)
 
 
 def test_a_hook_that_a_store_lacks_is_named_with_its_harvest(store: Store) -> None:

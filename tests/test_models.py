@@ -109,6 +109,30 @@ def mlp_of(block: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x_ND: behind.forward(parts.mlp.forward(x_ND))
 
 
+@pytest.mark.parametrize(
+    ("family", "norm"), [("llama", "post_attention_layernorm"), ("gemma2", "pre_feedforward_layernorm")]
+)
+def test_what_stands_in_for_an_mlp_may_read_what_comes_before_its_norm_or_the_gain(
+    checkpoints: dict[str, Path], family: str, norm: str
+) -> None:
+    model = load_model(str(checkpoints[family]), device="cpu", dtype="float32")
+    where = torch.rand(TOKENS.shape, generator=torch.Generator().manual_seed(3)) > 0.3
+    before, of = model.blocks[0].get_submodule(norm), {layer: mlp_of(model.blocks[layer]) for layer in (0, 1, 2)}
+    weight: Any = model.blocks[2].get_submodule(norm).weight
+    weight.data.copy_(torch.linspace(-0.6, 2.0, WIDTH))
+    gain = weight.detach() + (family == "gemma2")
+    functions = {0: lambda x: of[0](before.forward(x)), 1: of[1], 2: lambda x: of[2](x * gain)}
+    reads = [hook_name(0, "resid_mid"), hook_name(2, "ln2_normalized")]
+    with torch.inference_mode():
+        want = logits(model, TOKENS)
+        with mlps_replaced(model, functions, where, reads):
+            found = logits(model, TOKENS)
+        with mlps_replaced(model, functions, where):  # where they read something else, it is another model
+            other = logits(model, TOKENS)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(other, want, rtol=1e-2, atol=1e-2)
+
+
 class Elsewhere(torch.nn.Module):
     """A linear map at some positions, and the module that was there at the others."""
 

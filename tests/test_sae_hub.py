@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hub import Hub, hub
+from test_formats import FOREIGN
 
 from saebench.cli import main
 from saebench.files import hash_files, write_json
@@ -96,12 +97,13 @@ def test_saes_on_the_hub_are_fetched_pinned_and_pushed(tmp_path: Path) -> None:
     with hub() as served:
         commit = served.add("models", "maker/saes", repo)
         served.add("models", "maker/locked", tmp_path / "locked")
+        served.add("models", "maker/clt", FOREIGN / "circuit-tracer/clt")
         served.gated = {"maker/locked"}
         served.pushed = tmp_path / "pushed"
         said = run(
             tmp_path, served, "hf:maker/saes", "hf:maker/saes/layers.2", "hf:maker/none", "hf:maker/locked", "hf:maker/saes@v9/layers.1/wide",
             "hf:maker/saes/layers.1/wide", "hf:maker/saes/layers.1/wide runs/saes",
-            "hf:maker/saes/layers.1/wide/sae_weights.safetensors",
+            "hf:maker/saes/layers.1/wide/sae_weights.safetensors", "hf:maker/clt", "hf:maker/clt/W_enc_0.safetensors",
             "push runs/mine/saes/topk-k2 hf:me/mine/k2 dry", "push runs/mine/saes/topk-k2 hf:me/mine/k2", "hf:me/mine",
             "push repo/layers.1/wide hf:me/mine", "offline", "hf:maker/saes/layers.1/wide runs/elsewhere",
             f"hf:maker/saes@{commit}/layers.1/wide runs/elsewhere", "hf:maker/saes/layers.1/narrow", "hf:maker/other/x",
@@ -122,6 +124,12 @@ def test_saes_on_the_hub_are_fetched_pinned_and_pushed(tmp_path: Path) -> None:
     assert said["hf:maker/saes/layers.1/wide"] == [f"{pinned} → {here}", f"=> {here}"]
     assert said["hf:maker/saes/layers.1/wide runs/saes"] == [f"{here} is {pinned}, fetched before", f"=> {here}"]
     assert said["hf:maker/saes/layers.1/wide/sae_weights.safetensors"] == [f"=> {here}"]
+    parts = [
+        f"hf:maker/clt/W_enc_{layer}.safetensors" for layer in range(2)
+    ]  # each with its decoder, a file of its own
+    assert said["hf:maker/clt"] == ["!! hf:maker/clt has 2 SAEs: name one", *(f"  {part}" for part in parts)]
+    part = load_sae(tmp_path / said[parts[0]][-1].removeprefix("=> "))
+    assert torch.equal(part.W_dec, load_sae(FOREIGN / "circuit-tracer/clt/W_enc_0.safetensors").W_dec)
     assert (
         read_config(tmp_path / here)["metadata"].items()
         >= (

@@ -93,15 +93,10 @@ def check(config: CheckConfig) -> Look:
 
 
 def look_at_others(folder: Path, store: Store, device: str | None = None, hook: str | None = None) -> None:
-    """Log a look at an SAE that was not trained here, once in a process for each store."""
+    """Log a look at an SAE that was not trained here."""
     metadata = read_config(folder).get("metadata", {})
-    if ("saebench" in metadata and "source" not in metadata) or (folder, store.hash) in _looked:
-        return
-    _looked.add((folder, store.hash))
-    say(look(folder, store, device=device, hook=hook))
-
-
-_looked: set[tuple[Path, str]] = set()
+    if "source" in metadata or "saebench" not in metadata:
+        say(look(folder, store, device=device, hook=hook))
 
 
 def say(found: Look) -> None:

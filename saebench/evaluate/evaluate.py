@@ -66,6 +66,8 @@ class EvalConfig:
     """hook that those of --sae read, where their files do not say"""
     model: str | None = None
     """model that those of --sae are of, where their files do not say"""
+    set: str | None = None
+    """name of a set that those of --sae belong to: transcoders that are measured together as well, in the place of all of their MLPs"""
     store: Path | None = None
     """activation store (default: the one each SAE was trained on)"""
     tokens: Count = 1_000_000
@@ -176,10 +178,13 @@ def _plan(config: EvalConfig, folders: list[Path]) -> list[_Planned]:
 
 
 def _in_reach(config: EvalConfig, sae: Path) -> Path:
-    """Where the figures of an SAE can be written beside it: where it lies, or a copy."""
-    if written_here(sae):
-        return sae
-    return take_in(sae, config.run / "saes", hook=config.hook, model=config.model, store=config.store)
+    """Where the figures of an SAE can be written beside it: where it lies, or a copy. It says which set it belongs to, if one is given."""
+    folder = sae
+    if not written_here(sae):
+        folder = take_in(sae, config.run / "saes", hook=config.hook, model=config.model, store=config.store)
+    if config.set is not None:
+        update_metadata(folder, set=config.set)
+    return folder
 
 
 def _identity(config: EvalConfig, planned: _Planned, store: Store) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from saebench.sae import Ends
 
 SETS = "sets"
 """the directory of a run that has one for each set, with its figures"""
+_READ = ("mlp_in", "ln2_normalized", "resid_mid")
+"""What says all of what an MLP makes of a position: what it is called with, the same before its norm's gain, and before that norm."""
 
 
 def set_of(folder: Path, config: dict[str, Any]) -> tuple[str, bool]:
@@ -42,14 +44,15 @@ def ends_of_set(name: str, members: Mapping[Path, Ends], joint: bool, known: Ite
     """All that the members of a set read and write, in the order of layers.
 
     Raises ValueError for members that cannot stand in for MLPs together, and for a joint set that lacks one: of those that read the
-    hooks `known`, or the MLPs that are written.
+    hooks `known`, or something of the MLPs that are written.
     """
     for folder, ends in members.items():
         read, written = [parse_hook(hook) for hook in ends.reads], [parse_hook(hook) for hook in ends.writes]
-        if {kind for _, kind in read} != {"mlp_in"} or len(read) > 1 or {kind for _, kind in written} != {"mlp_out"}:
+        if len(read) > 1 or read[0][1] not in _READ or {kind for _, kind in written} != {"mlp_out"}:
             raise ValueError(
                 f"{folder} of set {name!r} reads {', '.join(ends.reads)} and writes {', '.join(ends.writes)}; expected what a set "
-                "replaces: the input of one MLP read (blocks.L.mlp.hook_in), outputs of MLPs written (blocks.L.hook_mlp_out)"
+                "replaces: the input of one MLP read (blocks.L.mlp.hook_in, .ln2.hook_normalized or .hook_resid_mid), outputs of MLPs "
+                "written (blocks.L.hook_mlp_out)"
             )
         if early := [hook for hook in ends.writes if parse_hook(hook)[0] < read[0][0]]:
             raise ValueError(
@@ -62,13 +65,27 @@ def ends_of_set(name: str, members: Mapping[Path, Ends], joint: bool, known: Ite
             raise ValueError(
                 f"set {name!r}: {both[0]} and {both[1]} both write {hook}; expected one, or metadata.joint of members whose sum is meant"
             )
-    needed = {*known, *(hook_name(parse_hook(hook)[0], "mlp_in") for hook in writes)} if joint else set()
+    at, kind = _read_by_layer(name, reads, writes), parse_hook(reads[0])[1]
+    layers = [parse_hook(hook)[0] for hook in writes]
+    needed = {*known, *(at.get(layer) or hook_name(layer, kind) for layer in layers)} if joint else set()
     if missing := sorted(needed - set(reads), key=parse_hook):
         raise ValueError(
             f"set {name!r} is joint, and its member that reads {missing[0]} is missing: what the others write is part of a sum. "
             f"Restore its directory beside {next(iter(members))}"
         )
     return Ends(tuple(reads), tuple(writes))
+
+
+def _read_by_layer(name: str, reads: Iterable[str], writes: Iterable[str]) -> dict[int, str]:
+    """Which hook of each layer is read. Raises ValueError where it is more than one, or where the layer's MLP would stay."""
+    at: dict[int, str] = {}
+    for hook in reads:
+        layer = parse_hook(hook)[0]
+        if at.setdefault(layer, hook) != hook:
+            raise ValueError(f"set {name!r} reads {at[layer]} and {hook}; expected one hook of each layer")
+        if (out := hook_name(layer, "mlp_out")) not in writes:
+            raise ValueError(f"set {name!r} reads {hook} and does not write {out}; expected both of each layer read")
+    return at
 
 
 class SetMeasurement(Measurement):
@@ -95,7 +112,7 @@ class SetMeasurement(Measurement):
         ]
         found = []
         for functions in arms:
-            with mlps_replaced(self.model, functions, places.usual_BL):
+            with mlps_replaced(self.model, functions, places.usual_BL, self.ends.reads):
                 found.append(last_states(self.model, tokens)[places.scored_BL])
         return {self.ends.writes: found}
 

@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 _ON_A_GPU = 2  # workers, each with memory of its own there
 
 
-def build_index(config: IndexConfig) -> Path | None:
-    """Index an SAE; returns the file, or None when Ctrl-C ended it early.
+def build_index(config: IndexConfig, *, looked: bool = False) -> Path | None:
+    """Index an SAE; returns the file, or None when Ctrl-C ended it early. One of others is looked at first, unless it was already.
 
     The same call continues a build that was interrupted or killed; the result is the same, whatever
     the number of workers. Until it is complete the file holds what is known so far.
@@ -57,7 +57,7 @@ def build_index(config: IndexConfig) -> Path | None:
         if before == "complete":
             log.info("%s is complete already", path)
             return path
-        if before is None:
+        if before is None and not looked:
             look_at_others(config.sae, plan.store, config.device, config.hook)
         gathered, static = before or (nothing_yet(plan), _static(config, plan))
         publish = Publisher(config, plan, static, identity, settings)

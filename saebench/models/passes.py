@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from saebench.models.load import LanguageModel, wrapped
-from saebench.models.places import Place, hook_name, place_of
+from saebench.models.places import Place, hook_name, parse_hook, place_of
 
 Edit = Callable[[Tensor], Tensor | None]
 """The new value `[B, L, D]` of a hook, or None for the old one."""
@@ -229,13 +229,15 @@ def usual_positions(
 
 
 @contextlib.contextmanager
-def mlps_replaced(model: LanguageModel, functions: Mapping[int, MLP], where_BL: Bool[Tensor, "B L"]) -> Iterator[None]:
+def mlps_replaced(
+    model: LanguageModel, functions: Mapping[int, MLP], where_BL: Bool[Tensor, "B L"], reads: Iterable[str] = ()
+) -> Iterator[None]:
     """In it, the MLP of each layer named writes what its function makes of what it reads, at some positions of the same contexts.
 
     Functions get the vectors of these positions in float32, and those of a later layer what the earlier ones have made of the
-    stream. They may call a module that is replaced by its `forward` alone. Elsewhere (special tokens, massive rows) each MLP
-    writes what it writes. Raises ValueError where the model has no
-    `mlp_in` and `mlp_out` of a layer; `check_hook` tries them.
+    stream: those at `mlp_in`, or at the layer's hook among `reads` (`ln2_normalized`, `resid_mid`). They may call a module that is
+    replaced by its `forward` alone. Elsewhere (special tokens, massive rows) each MLP writes what it writes. Raises ValueError where
+    the model has no such hook or no `mlp_out` of a layer; `check_hook` tries them.
     """
     read: dict[int, Tensor] = {}
 
@@ -248,8 +250,9 @@ def mlps_replaced(model: LanguageModel, functions: Mapping[int, MLP], where_BL: 
         return written
 
     changes: dict[str, Edit] = {}
+    at = {parse_hook(hook)[0]: hook for hook in reads}
     for layer in functions:
-        changes[hook_name(layer, "mlp_in")] = partial(take, layer)
+        changes[at.get(layer) or hook_name(layer, "mlp_in")] = partial(take, layer)
         changes[hook_name(layer, "mlp_out")] = partial(write, layer)
     with edits(model, changes)():
         yield

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 _WEIGHTS = (".safetensors", ".npz", ".pt", ".pth")
 _BESIDE = (".json", ".yaml", ".yml")
 _NO_SAE = ("sparsity.safetensors",)  # how often latents fire, beside SAELens' weights
+_ENCODER, _DECODER = "W_enc_", "W_dec_"  # two files of a layer of circuit-tracer's cross-layer transcoders
 _FINAL = "checkpoints/final.safetensors"  # of Llama Scope, under the folder that is the SAE
 _LABELS = (
     "model_name",
@@ -195,7 +196,7 @@ def _saes(files: Sequence[str]) -> dict[str, list[str]]:
     weights: dict[str, list[str]] = {}
     for file in sorted(files):
         path = PurePosixPath(file)
-        if path.suffix in _WEIGHTS and path.name not in _NO_SAE:
+        if path.suffix in _WEIGHTS and path.name not in _NO_SAE and not path.name.startswith(_DECODER):
             parent = path.parent.parent if file.endswith(_FINAL) else path.parent
             weights.setdefault("" if str(parent) == "." else str(parent), []).append(file)
     found: dict[str, list[str]] = {}
@@ -205,7 +206,10 @@ def _saes(files: Sequence[str]) -> dict[str, list[str]]:
             for file in files
             if PurePosixPath(file).suffix in _BESIDE and str(PurePosixPath(file).parent) == (folder or ".")
         ]
-        found |= {folder if len(there) == 1 else file: [file, *beside] for file in there}
+        for file in there:
+            other = file.replace(_ENCODER, _DECODER)
+            decoder = [other] if other != file and other in files else []
+            found[folder if len(there) == 1 else file] = [file, *decoder, *beside]
     return found
 
 

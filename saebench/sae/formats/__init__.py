@@ -59,7 +59,9 @@ _BY_NAMES = (
     Format("dictionary_learning", "config.json and ae.pt", beside("ae.pt", "config.json"), dictionary_learning.read),
     Format("Gemma Scope", "params.npz", beside("params.npz"), gemma_scope.read_1),
     Format("Gemma Scope 2", "params.safetensors", beside("params.safetensors"), gemma_scope.read_2),
-    Format("circuit-tracer", "config.yaml and one layer_N.safetensors", circuit_tracer.find, circuit_tracer.read),
+    Format(
+        "circuit-tracer", "config.yaml and one layer_N.safetensors or W_enc_N.safetensors", circuit_tracer.find, circuit_tracer.read
+    ),
     Format(
         "Llama Scope", "hyperparams.json and checkpoints/final.safetensors",
         beside("checkpoints/final.safetensors", "hyperparams.json"), llama_scope.read_1,

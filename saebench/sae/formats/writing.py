@@ -42,10 +42,11 @@ def check_expressible(
     saes: bool = True,
     transcoders: bool = False,
     skip: bool = False,
+    several: bool = False,
     normalize: Collection[str] = ("none",),
 ) -> None:
     """Raises ValueError for what a format does not have: the first thing that would make another dictionary of this one."""
-    if len(sae.parts) > 1:
+    if len(sae.parts) > 1 and not several:
         refuse(to, f"what is written to {len(sae.parts)} hooks")
     if sae.tied and not saes:
         refuse(to, "an SAE (it has transcoders alone)")
