@@ -2,8 +2,9 @@
 
 from saebench.steer.bench import Bench, bench_with, open_bench
 from saebench.steer.generate import Generation, Sampling, Text, arms_of, generate, stream
-from saebench.steer.interventions import Intervention, Units, Where, mask_of, steered, units_of
+from saebench.steer.interventions import Intervention, Where, mask_of, steered
 from saebench.steer.turns import Turn, interventions, parse_turns
+from saebench.steer.units import Units, units_of
 
 __all__ = [
     "Bench",

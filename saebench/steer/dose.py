@@ -18,8 +18,9 @@ from saebench.models import LanguageModel, next_logits
 from saebench.runlog import progress
 from saebench.sae import SAE
 from saebench.steer.generate import UNSTEERED, Sampling, Text, generate
-from saebench.steer.interventions import Intervention, steered, units_of
+from saebench.steer.interventions import Intervention, steered
 from saebench.steer.reading import Reading, figures, read
+from saebench.steer.units import units_of
 from saebench.store import Shard, Store
 
 STRENGTHS = ("0.1n", "0.2n", "0.35n", "0.5n", "0.75n", "1n", "1.5n")
