@@ -14,8 +14,8 @@ from saebench.browse.table import LatentTable, Query
 from saebench.index import FeatureIndex
 from saebench.index.page import name_html
 from saebench.steer import Bench, units_of
-from saebench.steer.interventions import MOST
 from saebench.steer.turns import MODES, Turn, format_turns
+from saebench.steer.units import MOST
 from saebench.view import grid
 from saebench.view.markdown import plain
 from saebench.view.tokens import number

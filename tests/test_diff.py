@@ -16,7 +16,7 @@ from test_transcoders import interrupted
 
 from saebench.browse.serve import app_script
 from saebench.cli import main
-from saebench.evaluate.diffing import Diff, DiffConfig, LatentScaling, diff, read_diff
+from saebench.evaluate.diffing import KINDS, Diff, DiffConfig, LatentScaling, diff, read_diff
 from saebench.files import hash_files, read_json, write_json
 from saebench.models import parse_hook
 from saebench.sae import SAE, Writes, load_sae, new_sae, read_config
@@ -262,6 +262,17 @@ def test_latent_scaling_is_the_least_squares_fit_of_each_latent() -> None:
     assert (found.fires == (f > 0).sum(0).numpy()).all()
 
 
+def test_bounds_are_those_of_the_papers_relative_difference_of_norms() -> None:
+    """Δ = (1 + (t - b) / max(t, b)) / 2: 0.905 and 0.895, 0.605 and 0.595 for a longer row of the tuned model; the same below 1/2."""
+    shorter, ones = np.array([0.19, 0.21, 0.79, 0.81]), np.ones(8)
+    base, tuned = np.concatenate([shorter, ones[:4]]), np.concatenate([ones[:4], shorter])
+    delta = (1 + (tuned - base) / np.maximum(tuned, base)) / 2
+    np.testing.assert_allclose(delta, [0.905, 0.895, 0.605, 0.595, 0.095, 0.105, 0.395, 0.405])
+    found = Diff(100, tuned / (base + tuned), ones, 0 * ones, 0 * ones, np.full(8, 99))
+    kinds = [KINDS[kind] for kind in found.kinds]
+    assert kinds == ["tuned-only", "between", "between", "shared", "base-only", "between", "between", "shared"]
+
+
 def test_each_kind_is_what_was_put_in() -> None:
     """Feature 0 is the base model's alone, 1 the tuned one's, 2 both models' but written into the tuned one alone (complete shrinkage),
     3 both models' and written as one latent into each (decoupling), the others shared; the last never fires."""
@@ -281,7 +292,7 @@ def test_each_kind_is_what_was_put_in() -> None:
         sae.W_enc[:16, :12], sae.W_enc[:16, 12] = whole, whole[:, 3]
         sae.W_enc[:16, 1] = 0
         sae.W_enc[16:, 1] = whole[:, 1]
-        sae.b_enc.fill_(-1e-3)
+        sae.b_enc.data.fill_(-1e-3)
     scaling = LatentScaling(sae, torch.ones(32))
     scaling.add(x)
     found = scaling.diff()
@@ -341,6 +352,19 @@ def test_a_diff_of_other_weights_is_refused(crosscoder: Path, tmp_path: Path) ->
     write_json(folder / "diff.json", {"schema": "saebench-diff", "identity": {"version": 0}})
     with pytest.raises(ValueError, match="is none of this version's"):
         read_diff(folder)
+
+
+def test_a_diff_of_other_bounds_opens_and_is_made_again(crosscoder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(crosscoder, tmp_path / "other"))
+    found, written = diff(DiffConfig(sae=folder, device="cpu")), read_json(folder / "diff.json")
+    bounds = written["bounds"]
+    write_json(folder / "diff.json", written | {"bounds": bounds | {"exclusive": 0.1}, "counts": {}})
+    earlier = read_diff(folder)
+    assert earlier is not None
+    assert (earlier.kinds == found.kinds).all()
+    diff(DiffConfig(sae=folder, device="cpu"))
+    assert read_json(folder / "diff.json")["bounds"] == bounds
+    assert read_json(folder / "diff.json")["counts"] == found.counts()
 
 
 def test_only_a_crosscoder_of_two_models_is_taken_apart(stores: tuple[Store, Store], tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from saebench.index.examples import show
 from saebench.index.page import hooks_html
 from saebench.index.search import features_for_text
 from saebench.models import LanguageModel, capture, depth, edits, load_model, logits
-from saebench.sae import SAE, Ends, ReLUSAE, Writes, load_sae, new_sae, save_sae
-from saebench.steer import Intervention, Where, open_bench, steered
+from saebench.sae import SAE, Ends, ReLUSAE, Writes, latent_encoder, load_sae, new_sae, save_sae
+from saebench.steer import Intervention, Sampling, Where, generate, mask_of, open_bench, steered
 from saebench.steer.dose import held_out, top_tokens
 from saebench.steer.scores import ScoreConfig, score
 from saebench.store import Store
@@ -262,9 +262,7 @@ def test_a_vector_massive_where_it_is_read_is_left_alone_where_it_is_written(
     near(got, logits_with(model, ids, {ends.writes[0]: lambda value: value + torch.outer(4.0 * short_L, d)}))
 
 
-def test_a_crosscoder_has_its_part_at_each_hook_and_no_activation_before_all_is_read(
-    model: LanguageModel, saes: dict[str, Path]
-) -> None:
+def test_a_crosscoder_has_its_part_at_each_hook(model: LanguageModel, saes: dict[str, Path]) -> None:
     sae, ends, ids = load_sae(saes["crosscoder"]), ENDS["crosscoder"], ids_of(model)
     there_L = (torch.arange(ids.shape[1]) > 0).float()
     one = Intervention(sae=sae, ends=ends, latent=LATENT, strength=4.0)
@@ -277,15 +275,87 @@ def test_a_crosscoder_has_its_part_at_each_hook_and_no_activation_before_all_is_
     for hook, other in control.directions().items():
         assert float(other.norm()) == pytest.approx(float(parts[hook].norm()), rel=1e-4)
         assert not torch.allclose(other, parts[hook])
+
+
+@pytest.mark.parametrize("mode", ["clamp", "scale", "ablate"])
+def test_what_writes_before_all_is_read_takes_its_activation_from_the_model_left_alone(
+    mode: Any, checkpoints: dict[str, Path], model: LanguageModel, saes: dict[str, Path]
+) -> None:
+    """In float64 by hand: f of a clean pass, and (new - old) d at each hook of a second one. A vector massive at the last hook
+    read is left alone at the first, too."""
+    sae, ends, ids, c = load_sae(saes["crosscoder"]), ENDS["crosscoder"], ids_of(model), 3.0
+    exact = load_model(str(checkpoints["llama"]), device="cpu", dtype="float32")
+    exact.module.double()
+    seen = capture(exact, ids, list(ends.reads))
+    x_LD = torch.cat([seen[hook][0] for hook in ends.reads], 1)
+    f_L = load_sae(saes["crosscoder"]).double().encode(x_LD)[:, LATENT].detach()
+    last_L = seen[ends.reads[1]][0].norm(dim=1)
+    longest = 1.001 * float(last_L[1:].median())
+    times_L = {"clamp": c - f_L, "scale": (c - 1) * f_L, "ablate": -f_L}[mode]
+    times_L[(last_L > longest) | (torch.arange(len(f_L)) == 0)] = 0
+    assert (times_L != 0).sum() >= 2
+    one = Intervention(sae=sae, ends=ends, latent=LATENT, mode=mode, strength=c, longest=(float("inf"), longest))
+    with steered(model, [one], tokens=ids):
+        got = logits_with(model, ids, {})
+    parts = written(ends, sae)
+    by_hand = {hook: lambda value, d=d: value + torch.outer(times_L, d.double()) for hook, d in parts.items()}
+    near(got.double(), logits_with(exact, ids, by_hand), 1e-5)
+
+
+def test_an_activation_set_to_what_it_is_changes_no_bit(model: LanguageModel, saes: dict[str, Path]) -> None:
+    sae, ends, ids = load_sae(saes["crosscoder"]), ENDS["crosscoder"], ids_of(model)
+    x_LD = read(model, ids, ends)[0][0]
+    place = int(sae.encode(x_LD[1:])[:, LATENT].argmax()) + 1
+    f = float(latent_encoder(sae, [LATENT])(x_LD[[place]]))
+    common = {"sae": sae, "ends": ends, "latent": LATENT, "positions": mask_of([place], ids.shape[1])}
+    clean = logits_with(model, ids, {})
+    with steered(model, [Intervention(**common, mode="clamp", strength=f)], tokens=ids):
+        assert torch.equal(logits_with(model, ids, {}), clean)
+    with steered(model, [Intervention(**common, mode="ablate")], tokens=ids):
+        assert not torch.equal(logits_with(model, ids, {}), clean)
+
+
+def test_arms_that_look_ahead_are_generated_as_whole_passes_have_it(
+    model: LanguageModel, saes: dict[str, Path]
+) -> None:
+    """Prompts of two lengths, several arms at once, each token with caches against one pass over its own text alone."""
+    sae, ends, prompts = load_sae(saes["crosscoder"]), ENDS["crosscoder"], [TEXT, "the red cat runs"]
+    other, its_ends = load_sae(saes["transcoder"]), ENDS["transcoder"]
+    common = {"sae": sae, "ends": ends, "latent": LATENT}
+    clamp = Intervention(**common, mode="clamp", strength=20.0)
+    arms = {
+        "clamp": [clamp],
+        "add": [Intervention(**common, strength=20.0)],
+        "where": [Intervention(**common, strength=20.0, where=Where(3))],
+        "two": [clamp, Intervention(sae=other, ends=its_ends, latent=1, mode="scale", strength=9.0)],
+        "generated": [Intervention(**common, mode="scale", strength=30.0, positions="generated")],
+    }
+    made = generate(model, prompts, arms, Sampling(max_new_tokens=5, n_samples=2, temperature=0.0))
+    for text in made.texts[::2]:
+        prompt = ids_of(model, prompts[text.prompt])
+        whole = torch.cat([prompt, torch.from_numpy(text.tokens)[None]], 1)
+        clean = logits_with(model, whole, {})[prompt.shape[1] - 1 : -1].log_softmax(-1)
+        with steered(model, arms.get(text.arm, []), prompt_length=prompt.shape[1], tokens=whole):
+            own = logits_with(model, whole, {})[prompt.shape[1] - 1 : -1].log_softmax(-1)
+        assert text.tokens.tolist() == own[:, : len(model.tokenizer)].argmax(-1).tolist()
+        np.testing.assert_allclose(text.logp, own[torch.arange(len(text.tokens)), text.tokens], atol=2e-3)
+        np.testing.assert_allclose(text.kl, (clean.exp() * (clean - own)).sum(-1), atol=2e-3)
+    for arm in arms:
+        assert any(text.kl.max() > 0.01 for text in made.of(arm)), arm
+        assert any(text.diverges is not None for text in made.of(arm)), arm
+
+
+def test_a_pass_of_tokens_that_were_not_looked_at_is_refused(model: LanguageModel, saes: dict[str, Path]) -> None:
+    sae, ends, ids = load_sae(saes["crosscoder"]), ENDS["crosscoder"], ids_of(model)
+    clean = logits_with(model, ids, {})
     wrongs: list[dict[str, Any]] = [{"mode": "ablate"}, {"where": Where(3)}]
     for wrong in wrongs:
-        with (
-            pytest.raises(
-                ValueError, match=r"which writes blocks.0.hook_resid_post before it has read blocks.2.hook_resid_post"
-            ),
-            steered(model, [Intervention(sae=sae, ends=ends, latent=LATENT, strength=1.0, **wrong)]),
-        ):
-            pass
+        one = Intervention(sae=sae, ends=ends, latent=LATENT, strength=1.0, **wrong)
+        for tokens in (None, ids.flip(1)):
+            expected = "which writes blocks.0.hook_resid_post before it has read blocks.2.hook_resid_post, and this pass is of "
+            with pytest.raises(ValueError, match=expected), steered(model, [one], tokens=tokens):
+                logits_with(model, ids, {})
+    assert torch.equal(logits_with(model, ids, {}), clean)
 
 
 def test_the_bench_knows_units_of_what_is_written_and_scores_by_it(

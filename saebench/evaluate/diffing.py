@@ -36,19 +36,19 @@ from saebench.store.source import recorded_store
 DIFF = "diff.json"
 _SCHEMA, _VERSION = "saebench-diff", 1  # of the figures' definitions: another one makes the file again
 
-EXCLUSIVE = 0.1
-"""r within this of 0 or 1: the norm says that one model alone has the latent"""
-SHARED = 0.1
-"""r within this of 1/2: both have it, at norms of at most 3 to 2"""
+EXCLUSIVE = 1 / 6
+"""r within this of 0 or 1, one row at most 1/5 as long as the other: the norm says that one model alone has the latent"""
+SHARED = 1 / 18
+"""r within this of 1/2, the shorter row at least 4/5 as long as the other: both have it"""
 LOW_ERROR, LOW_RECONSTRUCTION = 0.2, 0.5
 """ν below both: latent scaling agrees with the norm"""
 RARE = 10
 """held-out rows below which a latent's ν say nothing"""
 KINDS = ("shared", "base-only", "tuned-only", "unconfirmed", "between", "rare")
 MEANINGS = {
-    "shared": f"written into both models at about the same norm: r from {0.5 - SHARED:g} to {0.5 + SHARED:g}",
-    "base-only": f"r at most {EXCLUSIVE:g}, and latent scaling does not find it in the tuned model",
-    "tuned-only": f"r at least {1 - EXCLUSIVE:g}, and latent scaling does not find it in the base model",
+    "shared": f"written into both models at about the same norm: r from {0.5 - SHARED:.2f} to {0.5 + SHARED:.2f}",
+    "base-only": f"r at most {EXCLUSIVE:.2f}, and latent scaling does not find it in the tuned model",
+    "tuned-only": f"r at least {1 - EXCLUSIVE:.2f}, and latent scaling does not find it in the base model",
     "unconfirmed": f"of such a norm, but the other model has it, too: ν_error from {LOW_ERROR:g} on, or ν_reconstruction from {LOW_RECONSTRUCTION:g} on",
     "between": "all other norms: in both models, more in one",
     "rare": f"active on fewer than {RARE} held-out rows",
@@ -185,13 +185,6 @@ def diff(config: DiffConfig) -> Diff:
         "beside": store.beside.hash,
         "tokens": config.tokens,
     }
-    path = folder / DIFF
-    if path.exists() and read_json(path).get("identity") == identity:
-        found = read_diff(folder)
-        assert found is not None
-        return found
-    found = _measured(store, ends, folder, config)
-    columns = {name: [_number(value) for value in values] for name, values in found._asdict().items() if name != "rows"}
     bounds = {
         "exclusive": EXCLUSIVE,
         "shared": SHARED,
@@ -199,6 +192,14 @@ def diff(config: DiffConfig) -> Diff:
         "low_reconstruction": LOW_RECONSTRUCTION,
         "rare": RARE,
     }
+    path = folder / DIFF
+    kept = read_json(path) if path.exists() else {}
+    if (kept.get("identity"), kept.get("bounds")) == (identity, bounds):
+        found = read_diff(folder)
+        assert found is not None
+        return found
+    found = _measured(store, ends, folder, config)
+    columns = {name: [_number(value) for value in values] for name, values in found._asdict().items() if name != "rows"}
     write_json(
         path,
         {

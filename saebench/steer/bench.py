@@ -13,7 +13,8 @@ from saebench.index.schema import identity_of
 from saebench.models import LanguageModel, choose_device, load_model
 from saebench.sae import SAE, Ends, ends_of, files_of, load_sae, read_config
 from saebench.sae.io import CONFIG
-from saebench.steer.interventions import Intervention, Mode, check_widths, units_of
+from saebench.steer.interventions import Intervention, Mode, check_widths
+from saebench.steer.units import units_of
 from saebench.store.source import Origin, check_origin, longest_of, origin_of
 
 

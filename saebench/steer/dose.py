@@ -17,9 +17,11 @@ from saebench.index import FeatureIndex
 from saebench.models import LanguageModel, next_logits
 from saebench.runlog import progress
 from saebench.sae import SAE
+from saebench.steer.editor import steered
 from saebench.steer.generate import UNSTEERED, Sampling, Text, generate
-from saebench.steer.interventions import Intervention, steered, units_of
+from saebench.steer.interventions import Intervention
 from saebench.steer.reading import Reading, figures, read
+from saebench.steer.units import units_of
 from saebench.store import Shard, Store
 
 STRENGTHS = ("0.1n", "0.2n", "0.35n", "0.5n", "0.75n", "1n", "1.5n")
@@ -256,7 +258,7 @@ def _generate(
 
 
 def _logits(model: LanguageModel, interventions: Sequence[Intervention], ids: Tensor) -> Float[Tensor, "H L V"]:
-    with steered(model, interventions):
+    with steered(model, interventions, tokens=ids):
         return next_logits(model, ids, keep=ids.shape[1], use_cache=False)[0].float()
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from saebench.models import LanguageModel, check_padding, next_logits, repeated
 from saebench.pieces import show_text
-from saebench.steer.interventions import Editor, Intervention
+from saebench.steer.editor import Editor
+from saebench.steer.interventions import Intervention
 
 Arms = Mapping[str, Sequence[Intervention]]
 Prompts = str | Sequence[str] | Sequence[Int[np.ndarray, " _"]]
@@ -211,18 +212,34 @@ class _Batch:
     def by_arm(self, tokens_R: Int[np.ndarray, " R"]) -> Int[np.ndarray, "A P S"]:
         return rearrange(tokens_R, "(a p s) -> a p s", a=len(self.arms), s=self.sampling.n_samples)
 
-    def _place(self, editor: Editor, column: int, padding: Tensor | None) -> Editor:
+    def _pass(
+        self,
+        editor: Editor,
+        ids: Tensor,
+        padding: Tensor | None,
+        caches: tuple[Any, Any] = (None, None),
+        *,
+        column: int = 0,
+        keep: int = 1,
+        use_cache: bool = True,
+    ) -> tuple[Tensor, tuple[Any, Any]]:
+        """`next_logits` under interventions, `column` the first of `ids`; caches of the model under them, and left alone where they look ahead."""
         editor.first_column, editor.prompt_columns, editor.padding = column, self.columns, padding
-        return editor
+        with self.lock:
+            ahead = editor.look_ahead(ids, caches[1], use_cache=use_cache)
+            with editor.attached():
+                logits, cache = next_logits(
+                    self.model, ids, cache=caches[0], seen=column, padding=padding, keep=keep, use_cache=use_cache
+                )
+        return logits, (cache, ahead)
 
     def steps(self) -> Iterator[Int[np.ndarray, " R"]]:
         """The next token of every row, −1 where the text has ended, until all have or there are enough."""
         settings, n = self.sampling, self.sampling.n_samples
         ids, padding = self._start(1)
-        with self.lock, self._place(self.editor, 0, padding).attached():
-            logits, cache = next_logits(self.model, ids, padding=padding)
+        logits, caches = self._pass(self.editor, ids, padding)
         if n > 1:
-            logits, cache = logits.repeat_interleave(n, 0), repeated(cache, n)
+            logits, caches = logits.repeat_interleave(n, 0), (repeated(caches[0], n), repeated(caches[1], n))
         unknown = torch.from_numpy(~self.model.pieces.known(logits.shape[-1])).to(ids.device)
         ids, padding = self._start(n)
         editor = self.editor if n == 1 else Editor(self.model, list(self.arms.values()), self._arm_of_row(n))
@@ -236,9 +253,8 @@ class _Batch:
         for step in range(settings.max_new_tokens):
             if step:
                 ids = torch.cat([ids, tokens[:, None]], 1)
-                column = 0 if cache is None else self.columns + step - 1
-                with self.lock, self._place(editor, column, padding).attached():
-                    logits, cache = next_logits(self.model, ids[:, column:], cache=cache, seen=column, padding=padding)
+                column = 0 if caches[0] is None else self.columns + step - 1
+                logits, caches = self._pass(editor, ids[:, column:], padding, caches, column=column)
             tokens = self._draw(logits[:, -1].float().clone(), noise, seen, unknown)
             yield torch.where(ended, -1, tokens).cpu().numpy()
             if len(self.end):
@@ -296,9 +312,8 @@ class _Batch:
     def _log_softmax(
         self, ids: Tensor, padding: Tensor | None, interventions: Sequence[Intervention], keep: int
     ) -> Tensor:
-        editor = self._place(Editor(self.model, [interventions]), 0, padding)
-        with self.lock, editor.attached():
-            logits, _ = next_logits(self.model, ids, padding=padding, keep=keep, use_cache=False)
+        editor = Editor(self.model, [interventions])
+        logits, _ = self._pass(editor, ids, padding, keep=keep, use_cache=False)
         return logits.float().log_softmax(-1)
 
     def texts(

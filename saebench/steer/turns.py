@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from saebench.steer.bench import Bench
-from saebench.steer.interventions import Intervention, Mode, Positions, Units
+from saebench.steer.interventions import Intervention, Mode, Positions
+from saebench.steer.units import Units
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 _TURN = re.compile(r"(?P<latent>[0-9]{1,9})(@(?P<sae>[^@:,]+))?(:(?P<mode>[a-z]+)(:(?P<strength>[^:]+))?)?")
