@@ -13,6 +13,7 @@ import torch
 from conftest import CONTEXT, HOOK, LATENTS, WIDTH, an_sae
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
+from transformers import PreTrainedTokenizerFast
 
 from saebench.browse.table import LatentTable, Query
 from saebench.index import FeatureIndex, IndexConfig, build_index, explain, open_feature_index
@@ -155,9 +156,13 @@ def test_a_candidate_that_is_the_name_is_not_said_again(scored: FeatureIndex) ->
     assert "the name</summary>" not in candidates_html(scored[1], Name("mine", "yours", 0.4, 0.7))
 
 
-def test_what_is_unexplained_shows_its_tokens(scored: FeatureIndex) -> None:
+def test_what_is_unexplained_shows_its_tokens_and_blanks_alone_as_examples_do(
+    scored: FeatureIndex, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    scored.top_tokens[3, :5] = tokenizer.convert_tokens_to_ids(["\u010a", "\u0120", "c", "\u0120a", "."])
+    assert scored.pieces(scored.top_tokens[3, :5]) == ["\n", " ", "c", " a", "."]
     name = Names(scored)[3]
-    assert name.text == " ".join(piece.strip() or "␣" for piece in scored.pieces(scored.top_tokens[3, :5]))
+    assert name.text == "\u21b5 \u00b7 c a ."
     assert 'class="sb-unexplained"' in name_html(name)
 
 

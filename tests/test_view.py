@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from saebench.pieces import show_text
 from saebench.view.charts import density_histogram
 from saebench.view.markdown import code, plain
-from saebench.view.tokens import CSS, number, text_html, token_html, units
+from saebench.view.tokens import CSS, alone, number, text_html, token_html, units
 
 NASTY = [
     "<script>alert(1)</script>",
@@ -42,6 +42,7 @@ def test_white_space_is_visible() -> None:
     assert ">\u2192\t<" in token_html("\t", 0.0, 1.0)
     assert ">\u00b7\u00b7<" in token_html("  ", 1.0, 1.0)
     assert "> a<" in token_html(" a", 0.0, 1.0)
+    assert [alone(piece) for piece in ("  ", "\n ", "\t", " a b")] == ["··", "↵·", "→", "·a·b"]
 
 
 def test_strength_is_told_by_colour_weight_and_number() -> None:

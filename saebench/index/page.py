@@ -11,7 +11,7 @@ from saebench.index.names import SOURCES, Name
 from saebench.index.notes import Note
 from saebench.index.reader import Context, FeatureIndex, Interval, Latent, Ranked, Rule
 from saebench.view import svg, tokens
-from saebench.view.tokens import number, text_html, visible
+from saebench.view.tokens import alone, number, text_html, visible
 
 FIGURES = {
     "density": "density",
@@ -172,7 +172,7 @@ def ranked_html(index: FeatureIndex, ranked: Ranked, size: int = 10) -> str:
     pieces = index.pieces(ranked.ids[:size])
     style = number if np.issubdtype(ranked.values.dtype, np.floating) else "{:,}".format
     rows = (
-        f"<tr><td><code>{html.escape(_spaced(piece))}</code></td><td>{style(value)}</td></tr>"
+        f"<tr><td><code>{html.escape(alone(piece))}</code></td><td>{style(value)}</td></tr>"
         for piece, value in zip(pieces, ranked.values.tolist(), strict=False)
     )
     return f'<table class="ranked">{"".join(rows)}</table>'
@@ -250,11 +250,6 @@ def figure(name: str, value: float) -> str:
     if name.endswith(("_f1", "_detection")):
         return f"{value:.2f}"
     return f"{value:,.0f}" if name in ("fires", "massive") else number(value)
-
-
-def _spaced(piece: str) -> str:
-    """A token alone: its spaces too as pictures."""
-    return visible(piece).replace(" ", "\u00b7")
 
 
 PARTS_CSS = """
