@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saebench.pieces import show_text
-from saebench.view.charts import density_histogram
+from saebench.view.charts import density_histogram, training_curves
 from saebench.view.markdown import code, plain
 from saebench.view.tokens import CSS, alone, number, text_html, token_html, units
 
@@ -107,6 +107,16 @@ def test_numbers_have_three_figures() -> None:
         "123",
         "1,234",
     ]
+
+
+def test_a_log_axis_has_ticks_of_its_own_only_where_some_are_among_the_values() -> None:
+    logs = {"a": [{"tokens": 1, "fvu": 0.021}, {"tokens": 2, "fvu": 0.04}]}  # neither 0.02 nor 0.05 lies between
+    near = training_curves(logs, "fvu", "FVU", {"a": "topk"}).layout.yaxis
+    logs["a"][1]["fvu"] = 0.2
+    far = training_curves(logs, "fvu", "FVU", {"a": "topk"}).layout.yaxis
+    assert (near.type, near.tickvals) == ("log", None)
+    assert {0.05, 0.1, 0.2} <= set(far.tickvals)
+    assert training_curves({}, "fvu", "FVU", {}).layout.yaxis.type == "log"
 
 
 def test_bars_of_densities_hold_every_living_latent_once_and_the_dead_are_told() -> None:

@@ -255,7 +255,7 @@ def figure(name: str, value: float) -> str:
 PARTS_CSS = """
 h3 { font-size: .85rem; font-weight: 600; margin: 1rem 0 .3rem; color: var(--sb-faint); } a { color: inherit; }
 a:focus-visible, summary:focus-visible { outline: 2px solid var(--sb-line); outline-offset: 2px; }
-.rule { margin: .25rem 0; } .sb-yours { font-weight: 600; } .sb-unexplained { color: var(--sb-faint); font-style: italic; } small, figcaption { color: var(--sb-faint); font-size: .8rem; }
+.rule { margin: .25rem 0; white-space: pre-wrap; } .sb-yours { font-weight: 600; } .sb-unexplained { color: var(--sb-faint); font-style: italic; } small, figcaption { color: var(--sb-faint); font-size: .8rem; }
 .figures { display: flex; flex-wrap: wrap; gap: .5rem 1.75rem; margin: .75rem 0; }
 .figures dt { font-size: .75rem; color: var(--sb-faint); } .figures dd { margin: 0; font-variant-numeric: tabular-nums; }
 .columns { display: grid; grid-template-columns: 2fr 1fr 1fr 1fr; gap: 0 2rem; }
