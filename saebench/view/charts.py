@@ -78,7 +78,7 @@ def pareto(
             x=[s["l0"] for s in points], y=[s["baselines"][name] for s in points], mode="lines+markers", name=description,
             line={"color": CONTROL, "dash": dash}, marker={"color": CONTROL, "symbol": "line-ew-open"},
         )  # fmt: skip
-    figure.update_xaxes(_log_axis([l0 for line in figure.data for l0 in line.x]))
+    figure.update_xaxes(_log_axis([s["l0"] for s in saes]))
     return _layout(figure, f"{label} against L0", "L0: mean active latents per token", label)
 
 
@@ -121,7 +121,7 @@ def training_curves(
             x=[line["tokens"] for line in points], y=[line[metric] for line in points], name=name, mode="lines",
             line={"color": colour, "dash": ("solid", "dash", "dot", "dashdot")[nth % 4]},
         )  # fmt: skip
-    values = [value for line in figure.data for value in line.y]
+    values = [line[metric] for lines in logs.values() for line in lines if line.get(metric) is not None]
     figure.update_yaxes(_log_axis(values) if log_scale else {"rangemode": "tozero"})
     return _layout(figure, f"{label} during training", "rows trained on", label)
 
