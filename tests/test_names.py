@@ -85,6 +85,25 @@ def test_a_planted_latent_is_named_by_the_token_it_fires_on(index: FeatureIndex,
     assert index.columns["rule_detection"][0] == pytest.approx(latent.rule.detection)
 
 
+def test_an_index_of_before_has_fewer_alternatives(
+    index: FeatureIndex, saved: Path, store: Store, tmp_path: Path
+) -> None:
+    path = tmp_path / "before.h5"
+    shutil.copy(index.path, path)
+    with h5py.File(path, "a") as file:
+        any_ = file["rules/any"][:, :12]
+        assert (file["rules/any"][0, 12:] < 0).all()
+        del file["rules/any"]
+        file["rules/any"] = any_
+    tokens = store.of_split("train")[0].column("tokens")[:200]
+    with open_feature_index(path, sae=saved) as before:
+        assert before.applies("rules", 0)
+        held, now = before.holds(0, [tokens]), index.holds(0, [tokens])
+        assert held is not None
+        assert now is not None
+        assert np.array_equal(held[0], now[0])
+
+
 def test_a_latent_that_never_fires_has_no_name(index: FeatureIndex) -> None:
     dead = LATENTS - 1
     assert index[dead].rule is index[dead].tokens_rule is None
