@@ -90,6 +90,9 @@ def test_sort_filter_open_and_follow_a_neighbour(page: Page, address: str) -> No
     expect(rows).to_have_count(48)
     name = rows.first.locator("td.wide > span").first  # cut where it is long, and whole on hover
     assert (name.get_attribute("title") or "").startswith(f"{name.text_content()}\n")
+    assert (
+        name.evaluate("(one) => getComputedStyle(one).whiteSpace") == "pre"
+    )  # names differ by how many spaces a token has
     page.locator("button[data-pick='sort:max']").click()
     expect(page.locator("th[aria-sort=descending]")).to_contain_text("max")
     settled(page)

@@ -292,7 +292,7 @@ def test_each_kind_is_what_was_put_in() -> None:
         sae.W_enc[:16, :12], sae.W_enc[:16, 12] = whole, whole[:, 3]
         sae.W_enc[:16, 1] = 0
         sae.W_enc[16:, 1] = whole[:, 1]
-        sae.b_enc.data.fill_(-1e-3)
+        sae.get_parameter("b_enc").fill_(-1e-3)
     scaling = LatentScaling(sae, torch.ones(32))
     scaling.add(x)
     found = scaling.diff()

@@ -182,6 +182,16 @@ def test_the_two_tokens_before_make_a_pair_if_both_have_something_to_read() -> N
     assert found['after token "\\n"'] == ["d"]
 
 
+def test_a_token_and_the_one_before_it_make_a_pair_byte_by_byte() -> None:
+    found = of_pieces(" a", "B", "\n", " a", " B", "B")
+    assert found['tokens " a" "B"'] == ["B"]
+    assert found['tokens " a" " B"'] == [" B"]
+    assert found['tokens "B" "\\n"'] == ["\n"]
+    assert found['tokens "\\n" " a"'] == [" a"]
+    assert len([name for name in found if name.startswith("tokens ")]) == 5
+    assert not any(map(is_token, (name for name in found if name.startswith("tokens "))))
+
+
 def test_bytes_that_are_no_characters_are_told_one_by_one() -> None:
     found = of_pieces(b"\xe2", b"\x82", b"\xac", b"\xff", "x")
     assert found["token b'\\xff'"] == found["token b'\\xe2'"] == ["\ufffd"]
@@ -202,11 +212,12 @@ def test_what_is_before_ends_at_contexts_and_special_tokens() -> None:
     found = label([stretch(stream, {0: "a.py"})])
     first = np.flatnonzero(stream.position == 1)
     held = found.holds.tocsr()
-    after, pair, near = (
+    after, pair, own, near = (
         [column for column, name in enumerate(found.names) if name.startswith(form)]
-        for form in ("after token ", "after tokens", "near")
+        for form in ("after token ", "after tokens", "tokens ", "near")
     )
-    assert held[first][:, [*after, *pair, *near]].nnz == 0
+    assert held[first][:, [*after, *pair, *own, *near]].nnz == 0
+    assert held[first + 1][:, own].nnz == len(first)
     assert held[first + 1][:, pair].nnz == 0
     assert held[first + 1][:, after].nnz >= len(first)
     assert held[np.flatnonzero(~stream.keep)].nnz == 0

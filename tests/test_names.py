@@ -13,6 +13,7 @@ import torch
 from conftest import CONTEXT, HOOK, LATENTS, WIDTH, an_sae
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
+from transformers import PreTrainedTokenizerFast
 
 from saebench.browse.table import LatentTable, Query
 from saebench.index import FeatureIndex, IndexConfig, build_index, explain, open_feature_index
@@ -82,6 +83,25 @@ def test_a_planted_latent_is_named_by_the_token_it_fires_on(index: FeatureIndex,
     assert np.array_equal(held[1], (tokens[200:250] == token) & keep[200:250])
     assert held[2].shape == (0,)
     assert index.columns["rule_detection"][0] == pytest.approx(latent.rule.detection)
+
+
+def test_an_index_of_before_has_fewer_alternatives(
+    index: FeatureIndex, saved: Path, store: Store, tmp_path: Path
+) -> None:
+    path = tmp_path / "before.h5"
+    shutil.copy(index.path, path)
+    with h5py.File(path, "a") as file:
+        any_ = file["rules/any"][:, :12]
+        assert (file["rules/any"][0, 12:] < 0).all()
+        del file["rules/any"]
+        file["rules/any"] = any_
+    tokens = store.of_split("train")[0].column("tokens")[:200]
+    with open_feature_index(path, sae=saved) as before:
+        assert before.applies("rules", 0)
+        held, now = before.holds(0, [tokens]), index.holds(0, [tokens])
+        assert held is not None
+        assert now is not None
+        assert np.array_equal(held[0], now[0])
 
 
 def test_a_latent_that_never_fires_has_no_name(index: FeatureIndex) -> None:
@@ -155,9 +175,13 @@ def test_a_candidate_that_is_the_name_is_not_said_again(scored: FeatureIndex) ->
     assert "the name</summary>" not in candidates_html(scored[1], Name("mine", "yours", 0.4, 0.7))
 
 
-def test_what_is_unexplained_shows_its_tokens(scored: FeatureIndex) -> None:
+def test_what_is_unexplained_shows_its_tokens_and_blanks_alone_as_examples_do(
+    scored: FeatureIndex, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    scored.top_tokens[3, :5] = tokenizer.convert_tokens_to_ids(["\u010a", "\u0120", "c", "\u0120a", "."])
+    assert scored.pieces(scored.top_tokens[3, :5]) == ["\n", " ", "c", " a", "."]
     name = Names(scored)[3]
-    assert name.text == " ".join(piece.strip() or "␣" for piece in scored.pieces(scored.top_tokens[3, :5]))
+    assert name.text == "\u21b5 \u00b7 c a ."
     assert 'class="sb-unexplained"' in name_html(name)
 
 

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saebench.pieces import show_text
-from saebench.view.charts import density_histogram
+from saebench.view.charts import density_histogram, training_curves
 from saebench.view.markdown import code, plain
-from saebench.view.tokens import CSS, number, text_html, token_html, units
+from saebench.view.tokens import CSS, alone, number, text_html, token_html, units
 
 NASTY = [
     "<script>alert(1)</script>",
@@ -42,6 +42,7 @@ def test_white_space_is_visible() -> None:
     assert ">\u2192\t<" in token_html("\t", 0.0, 1.0)
     assert ">\u00b7\u00b7<" in token_html("  ", 1.0, 1.0)
     assert "> a<" in token_html(" a", 0.0, 1.0)
+    assert [alone(piece) for piece in ("  ", "\n ", "\t", " a b")] == ["··", "↵·", "→", "·a·b"]
 
 
 def test_strength_is_told_by_colour_weight_and_number() -> None:
@@ -106,6 +107,16 @@ def test_numbers_have_three_figures() -> None:
         "123",
         "1,234",
     ]
+
+
+def test_a_log_axis_has_ticks_of_its_own_only_where_some_are_among_the_values() -> None:
+    logs = {"a": [{"tokens": 1, "fvu": 0.021}, {"tokens": 2, "fvu": 0.04}]}  # neither 0.02 nor 0.05 lies between
+    near = training_curves(logs, "fvu", "FVU", {"a": "topk"}).layout.yaxis
+    logs["a"][1]["fvu"] = 0.2
+    far = training_curves(logs, "fvu", "FVU", {"a": "topk"}).layout.yaxis
+    assert (near.type, near.tickvals) == ("log", None)
+    assert {0.05, 0.1, 0.2} <= set(far.tickvals)
+    assert training_curves({}, "fvu", "FVU", {}).layout.yaxis.type == "log"
 
 
 def test_bars_of_densities_hold_every_living_latent_once_and_the_dead_are_told() -> None:

@@ -102,7 +102,7 @@ with said():
         st.info("Every latent is measured on held-out rows of both models, once: a minute or two.")
         offer("Take the models apart", ["diff", "--sae", str(sae.folder)], sae.run)
     else:
-        left, right = st.columns(2, gap="large")
+        left, right = st.container(key="halves_counts").columns(2, gap="large")
         with left:
             counts(found)
         with right:
@@ -110,7 +110,7 @@ with said():
                 charts.relative_norms(found.relative[found.kinds != KINDS.index("rare")], EXCLUSIVE, SHARED),
                 key="norms", config=OPTIONS,
             )  # fmt: skip
-        left, right = st.columns(2, gap="large")
+        left, right = st.container(key="halves_latents").columns(2, gap="large")
         with left:
             view = st.segmented_control("Show", list(LISTED), default="Tuned", key="kind", bind="query-params")
             listed(found, LISTED[view or "Tuned"](found), table_of(sae) if sae.share_indexed == 1 else None)

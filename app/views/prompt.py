@@ -18,7 +18,7 @@ from saebench.models import Predictions, logit_lens, next_tokens
 from saebench.pieces import show_bytes
 from saebench.view import grid
 from saebench.view.markdown import code, plain
-from saebench.view.tokens import number, token_html, units, visible
+from saebench.view.tokens import alone, number, token_html, units
 
 RANKS = {"Activation": "activation", "Quantile": "quantile", "Attribution": "attribution"}
 MEANINGS = {
@@ -123,7 +123,7 @@ def expected(
         model = _shared.model
         found = logit_lens(model, tokens) if layers else {"": next_tokens(model, tokens)}
     ids = sorted({token for one in found.values() for token in one.ids.tolist()})
-    return found, {token: visible(show_bytes(model.pieces[token])).replace(" ", "·") for token in ids}
+    return found, {token: alone(show_bytes(model.pieces[token])) for token in ids}
 
 
 def expectations(sae: Trained, found: TextFeatures, position: int | None) -> None:
@@ -135,7 +135,7 @@ def expectations(sae: Trained, found: TextFeatures, position: int | None) -> Non
     (after,) = {unit.text for unit in units(found.pieces) if place in unit.places}
     with st.container(border=True):
         head, switch = st.columns([3, 1], vertical_alignment="center")
-        head.markdown(f"**The model's next token** after {code(visible(after).replace(' ', '·') or 'BOS')}")
+        head.markdown(f"**The model's next token** after {code(alone(after) or 'BOS')}")
         layers = switch.toggle(
             "Logit lens", key="lens", bind="query-params",
             help="what the stream says at each layer, through the final norm and the unembedding",
@@ -210,7 +210,7 @@ def peak_html(found: TextFeatures, firing: Firing) -> str:
     """The token at which a latent fires most, by what its character begins with."""
     at = int(firing.positions[firing.values.argmax()])
     peak = next((piece for piece in reversed(found.pieces[: at + 1]) if piece), "")
-    return f"<code>{html.escape(visible(peak).replace(' ', '·'))}</code>"
+    return f"<code>{html.escape(alone(peak))}</code>"
 
 
 @fragment
@@ -256,7 +256,7 @@ def results(sae: Trained, table: LatentTable) -> None:
                 f"{name} {value:+.3f} ({share:.0%})"
                 for name, value, share in zip(names, found.parts, found.parts.shares(), strict=True)
             )
-            st.caption(f"Attributed to the logit of {code(visible(target).replace(' ', '·'))}: {plain(parts)}.")
+            st.caption(f"Attributed to the logit of {code(alone(target))}: {plain(parts)}.")
         expectations(sae, found, position)
         if found.firings:
             clickable(firings_html(table, text, found, focus), "firings", picked)

@@ -5,7 +5,7 @@ import html
 from saebench.store.norms import NormReport
 from saebench.store.schema import MASSIVE
 from saebench.view import grid, svg
-from saebench.view.tokens import number, visible
+from saebench.view.tokens import alone, number
 
 CARRIERS = 8  # tokens shown
 
@@ -35,7 +35,7 @@ def norms_html(hook: str, report: NormReport) -> str:
     ]  # fmt: skip
     rows = [
         grid.Row([
-            f"<code>{html.escape(visible(carrier.text).replace(' ', '·'))}</code>", f"{carrier.rows:,}",
+            f"<code>{html.escape(alone(carrier.text))}</code>", f"{carrier.rows:,}",
             f"{carrier.norm / median:.1f}", "–".join(map(str, dict.fromkeys(carrier.positions))),
         ])
         for carrier in report.carriers[:CARRIERS]

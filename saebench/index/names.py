@@ -12,6 +12,7 @@ from saebench.index.explanations import Explanation
 from saebench.index.notes import Note, Notes
 from saebench.index.reader import FeatureIndex
 from saebench.index.rules import named_by
+from saebench.view.tokens import alone
 
 LEAST_F1, LEAST_DETECTION = 0.3, 0.6
 """held-out scores below either of which a candidate names nothing (decision 32)"""
@@ -110,7 +111,7 @@ class Names:
     def _tokens(self, latent: int) -> str:
         """The tokens that a latent without a name fires on most."""
         ids = self.index.top_tokens[latent, :_SHOWN_TOKENS]
-        return " ".join(piece.strip() or "␣" for piece in self.index.pieces(ids[ids >= 0]))
+        return " ".join(piece.strip() or alone(piece) for piece in self.index.pieces(ids[ids >= 0]))
 
     def searched(self, latent: int) -> str:
         """All that was said of a latent, for the search: what rules name, without the grammar that all share; candidates that lost, too."""

@@ -11,7 +11,7 @@ from saebench.index.names import SOURCES, Name
 from saebench.index.notes import Note
 from saebench.index.reader import Context, FeatureIndex, Interval, Latent, Ranked, Rule
 from saebench.view import svg, tokens
-from saebench.view.tokens import number, text_html, visible
+from saebench.view.tokens import alone, number, text_html, visible
 
 FIGURES = {
     "density": "density",
@@ -172,7 +172,7 @@ def ranked_html(index: FeatureIndex, ranked: Ranked, size: int = 10) -> str:
     pieces = index.pieces(ranked.ids[:size])
     style = number if np.issubdtype(ranked.values.dtype, np.floating) else "{:,}".format
     rows = (
-        f"<tr><td><code>{html.escape(_spaced(piece))}</code></td><td>{style(value)}</td></tr>"
+        f"<tr><td><code>{html.escape(alone(piece))}</code></td><td>{style(value)}</td></tr>"
         for piece, value in zip(pieces, ranked.values.tolist(), strict=False)
     )
     return f'<table class="ranked">{"".join(rows)}</table>'
@@ -252,15 +252,10 @@ def figure(name: str, value: float) -> str:
     return f"{value:,.0f}" if name in ("fires", "massive") else number(value)
 
 
-def _spaced(piece: str) -> str:
-    """A token alone: its spaces too as pictures."""
-    return visible(piece).replace(" ", "\u00b7")
-
-
 PARTS_CSS = """
 h3 { font-size: .85rem; font-weight: 600; margin: 1rem 0 .3rem; color: var(--sb-faint); } a { color: inherit; }
 a:focus-visible, summary:focus-visible { outline: 2px solid var(--sb-line); outline-offset: 2px; }
-.rule { margin: .25rem 0; } .sb-yours { font-weight: 600; } .sb-unexplained { color: var(--sb-faint); font-style: italic; } small, figcaption { color: var(--sb-faint); font-size: .8rem; }
+.rule { margin: .25rem 0; white-space: pre-wrap; } .sb-yours { font-weight: 600; } .sb-unexplained { color: var(--sb-faint); font-style: italic; } small, figcaption { color: var(--sb-faint); font-size: .8rem; }
 .figures { display: flex; flex-wrap: wrap; gap: .5rem 1.75rem; margin: .75rem 0; }
 .figures dt { font-size: .75rem; color: var(--sb-faint); } .figures dd { margin: 0; font-variant-numeric: tabular-nums; }
 .columns { display: grid; grid-template-columns: 2fr 1fr 1fr 1fr; gap: 0 2rem; }

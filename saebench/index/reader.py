@@ -18,7 +18,7 @@ from saebench.evaluate.attribution import Longest, longest_at
 from saebench.files import found_from
 from saebench.index.derive import FLAGS
 from saebench.index.evidence import Sample
-from saebench.index.rules import MINIMUM, RULE, holding
+from saebench.index.rules import MINIMUM, holding
 from saebench.index.schema import check_identity, identity_of, open_index
 from saebench.labels import Stream, Stretch, label, labeller_of
 from saebench.models import load_tokenizer
@@ -351,10 +351,9 @@ class FeatureIndex:
             return ""
 
     def _structure(self, what: str, latent: int) -> np.void:
-        rule = np.zeros(1, RULE)
-        for name in _PARTS:
-            rule[name] = self._data[f"{what}/{name}"][latent]
-        return rule[0]
+        parts = {name: self._data[f"{what}/{name}"][latent] for name in _PARTS}
+        shapes = [(name, "<i4", part.shape) for name, part in parts.items()]  # of before, with fewer alternatives
+        return np.array([tuple(parts.values())], shapes)[0]
 
     @cached_property
     def _literals(self) -> tuple[list[str], list[str], list[str]]:

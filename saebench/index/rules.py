@@ -19,7 +19,7 @@ from saebench.runlog import progress
 WINDOW = 32  # consecutive rows of a context that are one window
 MINIMUM = 10
 """firing rows below which nothing is fitted or scored, and windows of either kind below which none is detected"""
-ALTERNATIVES, EXCEPTIONS, LISTED = 12, 2, 8
+ALTERNATIVES, EXCEPTIONS, LISTED = 14, 2, 8
 """of a rule, and tokens of a list"""
 
 RULE = np.dtype(

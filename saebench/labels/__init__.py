@@ -25,7 +25,7 @@ class Labeller(NamedTuple):
 
 LABELLERS = (
     Labeller("python", "4", syntax.label),
-    Labeller("tokens", "5", tokens.label),
+    Labeller("tokens", "6", tokens.label),
     Labeller("prose", "2", prose.label),
 )
 """In the order of how much their literals say: of rules that are equally good the first is taken."""

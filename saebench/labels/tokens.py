@@ -108,9 +108,10 @@ def label(stretch: Stretch) -> Iterator[Block]:
     yield flags_block(vocabulary.classes[current], [f"class: {name}" for name in _CLASS_NAMES])
     for part, pieces, form in vocabulary.affixes:
         yield values_block(part[current], {number: f"token {form} {piece}" for number, piece in enumerate(pieces)})
+    yield _pairs("tokens {} {}", vocabulary.same[before], vocabulary.same[current], names)
     yield values_block(vocabulary.same[before], _Named("after token {}", names))
     yield values_block(vocabulary.in_any_case(before), _Named("after token {} in any case", folded))
-    yield _pairs(vocabulary.folded[earlier], vocabulary.folded[before], folded)
+    yield _pairs("after tokens {} {}", vocabulary.folded[earlier], vocabulary.folded[before], folded)
     yield flags_block(vocabulary.classes[before], [f"after class: {name}" for name in _CLASS_NAMES])
     position = stretch.stream.position[stretch.rows]
     early = (position[:, None] < np.array(_POSITIONS)) & stretch.keep[:, None]
@@ -134,14 +135,14 @@ class _Named(dict[int, str]):
         return self._form.format(self._names[token])
 
 
-def _pairs(first: np.ndarray, second: np.ndarray, names: Sequence[str]) -> Block:
-    """The two tokens before, case and white space aside."""
+def _pairs(form: str, first: np.ndarray, second: np.ndarray, names: Sequence[str]) -> Block:
+    """Two tokens that follow each other, by the numbers of their names; none where either is negative."""
     places = np.flatnonzero((first >= 0) & (second >= 0))
     pairs, codes = np.unique(first[places] * len(names) + second[places], return_inverse=True)
     both = (
         (names[a], names[b]) for a, b in zip(*(part.tolist() for part in np.divmod(pairs, len(names))), strict=True)
     )
-    return Block([f"after tokens {a} {b}" for a, b in both], codes, places)
+    return Block([form.format(a, b) for a, b in both], codes, places)
 
 
 def _line_facts(pieces: Pieces) -> tuple[Bool[np.ndarray, " n"], Int[np.ndarray, " n"]]:

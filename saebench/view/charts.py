@@ -21,7 +21,14 @@ STYLE = {
 CONTROL = "#8a8a8a"
 _FALLBACK = ("#444444", "x")
 _TICKS = [mantissa * 10.0**exponent for exponent in range(-6, 7) for mantissa in (1, 2, 5)]
-_LOG = {"type": "log", "tickvals": _TICKS, "ticktext": [f"{tick:,g}" for tick in _TICKS]}
+
+
+def _log_axis(values: Sequence[float]) -> dict[str, Any]:
+    """A log axis with ticks at 1, 2 and 5; with plotly's own where values lie so near that none of these may be among them."""
+    positive = [value for value in values if value > 0]
+    if positive and max(positive) < 5 * min(positive):
+        return {"type": "log"}
+    return {"type": "log", "tickvals": _TICKS, "ticktext": [f"{tick:,g}" for tick in _TICKS]}
 
 
 def _layout(figure: go.Figure, title: str, x: str, y: str) -> go.Figure:
@@ -71,7 +78,7 @@ def pareto(
             x=[s["l0"] for s in points], y=[s["baselines"][name] for s in points], mode="lines+markers", name=description,
             line={"color": CONTROL, "dash": dash}, marker={"color": CONTROL, "symbol": "line-ew-open"},
         )  # fmt: skip
-    figure.update_xaxes(_LOG)
+    figure.update_xaxes(_log_axis([s["l0"] for s in saes]))
     return _layout(figure, f"{label} against L0", "L0: mean active latents per token", label)
 
 
@@ -114,7 +121,8 @@ def training_curves(
             x=[line["tokens"] for line in points], y=[line[metric] for line in points], name=name, mode="lines",
             line={"color": colour, "dash": ("solid", "dash", "dot", "dashdot")[nth % 4]},
         )  # fmt: skip
-    figure.update_yaxes(_LOG if log_scale else {"rangemode": "tozero"})
+    values = [line[metric] for lines in logs.values() for line in lines if line.get(metric) is not None]
+    figure.update_yaxes(_log_axis(values) if log_scale else {"rangemode": "tozero"})
     return _layout(figure, f"{label} during training", "rows trained on", label)
 
 

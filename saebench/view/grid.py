@@ -16,7 +16,7 @@ CSS = """
 .sb-grid th.text, .sb-grid td.text { text-align: left; }
 .sb-grid td { text-align: right; padding: 4px 10px; border-bottom: 1px solid var(--sb-rule); font-variant-numeric: tabular-nums;
   white-space: nowrap; }
-.sb-grid td.wide { max-width: 20rem; overflow: hidden; text-overflow: ellipsis; }
+.sb-grid td.wide { max-width: 20rem; overflow: hidden; text-overflow: ellipsis; } .sb-grid td.wide > span { white-space: pre; }
 .sb-grid th button { all: unset; cursor: pointer; padding: 4px 0; color: inherit; }
 .sb-grid th[aria-sort] { color: var(--sb-ink); font-weight: 600; }
 .sb-grid tr[data-pick] { cursor: pointer; } .sb-grid tbody tr:hover, .sb-grid tbody tr:hover td:first-child { background: var(--sb-tint); }
@@ -26,7 +26,7 @@ CSS = """
 .sb-side .sb-grid { table-layout: fixed; } .sb-side th:first-child { width: 3.2rem; } .sb-side th:last-child { width: 3.4rem; }
 .sb-side td, .sb-side th { padding-left: 6px; padding-right: 6px; } .sb-side td { vertical-align: top; }
 .sb-side .sb-grid td.wide { white-space: normal; overflow-wrap: anywhere; }
-.sb-side .sb-grid td.wide > span { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden; }
+.sb-side .sb-grid td.wide > span { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden; white-space: pre-wrap; }
 .sb-grid td .sb-text { white-space: normal; }
 .sb-spark { width: 72px; height: 18px; display: block; margin-left: auto; fill: var(--sb-bar); }
 .sb-tag { display: inline-block; border: 1px solid var(--sb-rule); border-radius: 3px; padding: 0 5px; font-size: 11px; margin-right: 4px;

@@ -42,6 +42,11 @@ def visible(text: str) -> str:
     return text.translate(_PICTURES)
 
 
+def alone(piece: str) -> str:
+    """A token on its own, outside any text: its spaces too as pictures."""
+    return visible(piece).replace(" ", "\u00b7")
+
+
 def token_html(
     piece: str, value: float, maximum: float, *, peak: bool = False, pick: str = "", title: str = "", kind: str = ""
 ) -> str:
