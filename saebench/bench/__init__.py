@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from saebench.bench.probes import ProbesConfig, probes
 from saebench.bench.results import Figure
 
 __all__ = ["BENCHES", "Bench", "Figure"]
@@ -17,4 +18,6 @@ class Bench(NamedTuple):
     about: str
 
 
-BENCHES: dict[str, Bench] = {}
+BENCHES: dict[str, Bench] = {
+    "probes": Bench(ProbesConfig, probes, "how well concepts are read off few latents, beside what needs no SAE"),
+}
