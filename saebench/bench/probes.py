@@ -181,9 +181,14 @@ def _balanced(rows: np.ndarray, holds: np.ndarray, generator: np.random.Generato
 # ------------------------------------------------------------------------------------------ figures
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95% interval of the mean of independent values, by Student's t."""
-    reach = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+def interval(values: Sequence[float], test_per_train: float = 0.0) -> tuple[float, float]:
+    """95% interval of the mean of J values, by Student's t: their standard deviation times √(1/J + test_per_train) is the mean's error.
+
+    Values of splits of the same examples are not independent: of them `test_per_train` is test examples / training examples (Nadeau and
+    Bengio 2003). With 0, as for values that are independent, intervals over splits would hold the truth two times in three.
+    """
+    error = np.std(values, ddof=1) * math.sqrt(1 / len(values) + test_per_train)
+    reach = float(stats.t.ppf(0.975, len(values) - 1) * error)
     return float(np.mean(values)) - reach, float(np.mean(values)) + reach
 
 
@@ -197,36 +202,50 @@ def probe(
     """
     holds, documents = task.holds[rows], task.documents[rows]
     ks: tuple[int | None, ...] = (None,) if reading.dense else config.ks
-    found: dict[int | None, list[float | None]] = {k: [] for k in ks}
+    splits = {
+        seed: split(holds, documents, np.random.default_rng(seed))
+        for seed in range(config.seed, config.seed + config.seeds)
+    }
+    found = [
+        [None] * len(ks) if parts is None else _aucs(X_NF, holds, parts, ks, width, config.penalty, seed)
+        for seed, parts in splits.items()
+    ]
+    whole = [parts for parts in splits.values() if parts is not None]
     n = len(np.unique(documents))
-    fewest = n
-    for seed in range(config.seed, config.seed + config.seeds):
-        parts = split(holds, documents, np.random.default_rng(seed))
-        if parts is None:
-            _log.warning(
-                "%s: too few documents have it, or have it not, to train on some and test on others", task.name
-            )
-            return [_figure(reading.name, task.name, k, [None], n, few=True) for k in ks]
-        train, test = parts
-        fewest = min(fewest, len(test) // 2)
-        square = float(abs(X_NF[train]).power(2).sum()) / len(train)
-        X_train, X_test = (X_NF[part] * math.sqrt(width / square) if square else X_NF[part] for part in parts)
-        order = order_of(X_train, holds[train])
-        for k in ks:
-            some_train, some_test = (X[:, order[:k]].toarray() for X in (X_train, X_test))
-            varies = bool((some_train != some_train[:1]).any())
-            found[k].append(
-                auc(some_train, holds[train], some_test, holds[test], config.penalty, seed) if varies else None
-            )
-    return [_figure(reading.name, task.name, k, values, n, few=fewest < _FEW) for k, values in found.items()]
+    few = n < _FEW or min((len(test) for _, test in whole), default=0) < 2 * _FEW
+    test_per_train = float(np.mean([len(test) / len(train) for train, test in whole])) if whole else 0.0
+    figures = []
+    for k, values in zip(ks, zip(*found, strict=True), strict=True):
+        known = [value for value in values if value is not None]
+        defined = len(known) == len(values)  # by every split
+        ends = interval(known, test_per_train) if defined and len(known) > 1 and not few else (None, None)
+        at, mean = None if k is None else float(k), float(np.mean(known)) if defined else None
+        figures.append(Figure(reading.name, task.name, "auc", at, mean, *ends, n=n))
+    return figures
 
 
-def _figure(name: str, of: str, k: int | None, values: list[float | None], n: int, few: bool) -> Figure:
-    """A mean over splits; undefined where any of them is."""
-    known = [value for value in values if value is not None]
-    at, whole = None if k is None else float(k), len(known) == len(values)
-    ends = interval(known) if whole and len(known) > 1 and not few else (None, None)
-    return Figure(name, of, "auc", at, float(np.mean(known)) if whole else None, *ends, n=n)
+def _aucs(
+    X_NF: Features,
+    holds_N: Bool[np.ndarray, " N"],
+    parts: tuple[np.ndarray, np.ndarray],
+    ks: Sequence[int | None],
+    width: int,
+    penalty: str,
+    seed: int,
+) -> list[float | None]:
+    """The AUC of a split for each k; None where no feature chosen varies in training."""
+    train, test = parts
+    square = float(X_NF[train].power(2).sum()) / len(train)
+    scale = math.sqrt(width / square) if square else 1.0
+    X_train, X_test = X_NF[train] * scale, X_NF[test] * scale
+    order, found = order_of(X_train, holds_N[train]), []
+    for k in ks:
+        some = X_train[:, order[:k]].toarray()
+        varies = bool((some != some[:1]).any())
+        found.append(
+            auc(some, holds_N[train], X_test[:, order[:k]].toarray(), holds_N[test], penalty, seed) if varies else None
+        )
+    return found
 
 
 def summary(readings: Sequence[Reading], figures: Mapping[str, Sequence[Figure]]) -> list[Figure]:

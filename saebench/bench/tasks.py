@@ -283,7 +283,7 @@ def column_tasks(
     literals = label(stretches(), labellers, only=names or None, least=1 if names else _LEAST)
     documents_of = np.concatenate(of)
     chosen = np.arange(len(names)) if names else _most_frequent(literals, documents_of, most)
-    for number in chosen if names else ():
+    for number in chosen.tolist() if names else ():
         _check_column(literals, number, documents_of, store)
     if not len(chosen):
         raise ValueError(
@@ -291,7 +291,7 @@ def column_tasks(
             f"of {store.folder}, in two documents: choose another --labeller, or harvest more tokens"
         )
     source = Source(rows, partial(_of_rows, store, reader, rows))
-    return source.tasks({literals.names[number]: _column(literals, number) for number in chosen}, documents_of)
+    return source.tasks({literals.names[number]: _column(literals, number) for number in chosen.tolist()}, documents_of)
 
 
 def _column(literals: Literals, number: int) -> Bool[np.ndarray, " N"]:
