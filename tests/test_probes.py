@@ -14,7 +14,7 @@ from scipy import sparse, stats
 
 from saebench.bench import Figure
 from saebench.bench.probes import ProbesConfig, auc, interval, order_of, probe, probes, split, summary
-from saebench.bench.readings import Reading
+from saebench.bench.readings import Reading, _names
 from saebench.bench.tasks import Reader, Source, Task, column_tasks, neurons_hook, text_tasks
 from saebench.cli import main
 from saebench.files import read_json
@@ -23,7 +23,7 @@ from saebench.models import capture, hook_name, load_model
 from saebench.models.places import place_of
 from saebench.store import Store
 
-CONFIG = ProbesConfig(run=Path("r"), seeds=3, ks=(1, 4))
+CONFIG = ProbesConfig(run=Path("r"), seeds=2, ks=(1, 4))
 
 
 def some_task(n: int, documents: int, seed: int = 0) -> Task:
@@ -101,7 +101,7 @@ def test_a_probe_is_the_plain_one() -> None:
 
 
 def test_the_few_rows_of_small_tasks_are_validated_in_folds() -> None:
-    for n in (3, 10, 60):
+    for n in (3, 6, 40):
         X = np.arange(n + 4.0)[:, None]
         holds = np.arange(n + 4) % 2 == 0
         X[holds] += 1000
@@ -121,10 +121,10 @@ def test_permuted_labels_give_chance() -> None:
 
 
 def test_figures_do_not_depend_on_the_scale_of_activations_and_equal_seeds_are_equal() -> None:
-    task = some_task(300, 100)
+    task = some_task(200, 100)
     X = telling(task)
-    found = [probe(reading(), task, X * scale, 32, CONFIG, task.rows) for scale in (1, 1, 2.0**-12, 2.0**20)]
-    assert found[0] == found[1] == found[2] == found[3]
+    found = [probe(reading(), task, X * scale, 32, CONFIG, task.rows) for scale in (1, 1, 2.0**20)]
+    assert found[0] == found[1] == found[2]
     assert probe(reading(), task, X, 32, replace(CONFIG, seed=9), task.rows) != found[0]
 
 
@@ -158,7 +158,7 @@ def test_splits_share_no_document_and_are_balanced() -> None:
 def test_intervals_hold_the_truth() -> None:
     """Of 100 documents with a feature one standard deviation apart: a probe of it has the AUC Φ(1/√2), whatever it is trained on."""
     held, truth = 0, stats.norm.cdf(1 / np.sqrt(2))
-    for draw in range(1000):
+    for draw in range(400):
         generator = np.random.default_rng(draw)
         holds = generator.permutation(100) < 50
         x = generator.normal(size=100) + holds
@@ -170,7 +170,7 @@ def test_intervals_hold_the_truth() -> None:
             values.append(float((scores[holds[parts[1]], None] > scores[~holds[parts[1]]]).mean()))
         low, high = interval(values, 1.0)  # 50 test documents, 50 training documents
         held += low <= truth <= high
-    assert 930 <= held <= 970
+    assert 0.93 * 400 <= held <= 0.97 * 400
 
 
 def test_means_over_tasks_and_the_excess_over_the_best_baseline() -> None:
@@ -289,13 +289,13 @@ def test_columns_of_labellers_are_of_the_rows_they_say(store: Store, reader: Rea
     assert len(tasks) == 4
     lesser = [min(task.holds.sum(), (~task.holds).sum()) for task in tasks]
     assert min(lesser) >= 50
-    (named,) = column_tasks(store, LABELLERS, ('word "cat"',), 4, 100_000, lambda: reader)
+    (named,) = column_tasks(store, LABELLERS[1:2], ('token " cat"',), 4, 100_000, lambda: reader)
     tokens = np.concatenate([shard.column("tokens") for shard in store.shards])
     docs = np.concatenate([shard.column("doc_id") for shard in store.shards])
     rows = named.source.ids[named.rows]
     assert (docs[rows] == named.documents).all()
-    text = [reader.model.tokenizer.decode([token]).strip() for token in tokens[rows][named.holds].tolist()]
-    assert set(text) == {"cat"}
+    text = [reader.model.tokenizer.decode([token]) for token in tokens[rows][named.holds].tolist()]
+    assert set(text) == {" cat"}
     vectors = named.source.vectors(named, (HOOK,))[HOOK]
     whole = torch.cat([shard.rows(HOOK) for shard in store.shards]).float()
     assert torch.equal(vectors, whole[torch.from_numpy(rows)])
@@ -310,9 +310,9 @@ def test_columns_of_labellers_are_of_the_rows_they_say(store: Store, reader: Rea
 
 def test_labels_that_never_occur(store: Store, reader: Reader) -> None:
     with pytest.raises(
-        ValueError, match=r"'word \"zebra\"' holds on 0 of \d+ held-out rows of .*, in 0 of \d+ documents"
+        ValueError, match=r"'token \"zebra\"' holds on 0 of \d+ held-out rows of .*, in 0 of \d+ documents"
     ):
-        column_tasks(store, LABELLERS, ('word "zebra"',), 4, 100_000, lambda: reader)
+        column_tasks(store, LABELLERS[1:2], ('token "zebra"',), 4, 100_000, lambda: reader)
     with pytest.raises(ValueError, match="nothing that python says holds, and does not, on 100 of"):
         column_tasks(store, LABELLERS[:1], (), 4, 100_000, lambda: reader)
 
@@ -327,7 +327,22 @@ def test_the_command(
     shutil.copytree(run / "saes", made / "saes")
     texts = write_csv(tmp_path / "mine.csv", [("text", "label"), *((sentences(n, 6), n % 2) for n in range(60))])
     options = ["--run", str(made), "--store", str(at), "--ks", "1,2", "--seeds", "2", "--device", "cpu"]
-    assert main(["bench", "probes", *options, "--texts", str(texts), "--labels", 'word "cat",word "dog"']) == 0
+    assert (
+        main(
+            [
+                "bench",
+                "probes",
+                *options,
+                "--texts",
+                str(texts),
+                "--labels",
+                'token " cat",token " dog"',
+                "--labeller",
+                "tokens",
+            ]
+        )
+        == 0
+    )
     shown = capsys.readouterr().out
     table = [line.split() for line in shown.splitlines()]
     assert {"dense", "PCA", "untrained,"} <= {line[0] for line in table}
@@ -335,17 +350,48 @@ def test_the_command(
     assert "means over 3 tasks have no interval; expected 5 at least" in caplog.text
     path = made / "bench/probes.json"
     units = read_json(path)["units"]
-    dictionaries = [name for name in {unit.split(" · ")[0] for unit in units} if not name.startswith("all of")]
-    assert len(units) == 3 * len(dictionaries) + 1
+    readings = {unit.split(" · ")[1] for unit in units} - {"all"}
+    assert {"topk-k2", "topk-k4", "dense", "PCA"} < readings
+    assert len(units) == 3 * len(readings) + 1
     values = {tuple(row[:4]): row[4] for unit in units.values() for row in unit["figures"]}
-    assert values["dense", 'word "cat"', "auc", None] > 0.95
+    assert values["dense", 'token " cat"', "auc", None] > 0.95
 
     # What is done is not done again; equal seeds give equal results.
     before = path.read_bytes()
-    assert main(["bench", "probes", *options, "--texts", str(texts), "--labels", 'word "cat",word "dog"']) == 0
+    assert (
+        main(
+            [
+                "bench",
+                "probes",
+                *options,
+                "--texts",
+                str(texts),
+                "--labels",
+                'token " cat",token " dog"',
+                "--labeller",
+                "tokens",
+            ]
+        )
+        == 0
+    )
     assert (path.read_bytes(), capsys.readouterr().out) == (before, shown)
     path.unlink()
-    assert main(["bench", "probes", *options, "--texts", str(texts), "--labels", 'word "cat",word "dog"']) == 0
+    assert (
+        main(
+            [
+                "bench",
+                "probes",
+                *options,
+                "--texts",
+                str(texts),
+                "--labels",
+                'token " cat",token " dog"',
+                "--labeller",
+                "tokens",
+            ]
+        )
+        == 0
+    )
     assert path.read_bytes() == before
 
 
@@ -353,7 +399,7 @@ def test_what_is_done_outlives_an_interruption(run: Path, tmp_path: Path, monkey
     from saebench.bench import results
 
     config = ProbesConfig(
-        run=tmp_path, sae=(run / "saes/topk-k4",), store=run.parent.parent / "store", labels=('word "cat"',), ks=(1,), seeds=2, device="cpu",
+        run=tmp_path, sae=(run / "saes/topk-k4",), store=run.parent.parent / "store", labels=('token " cat"',), labeller="tokens", ks=(1,), seeds=2, device="cpu",
     )  # fmt: skip
     put, calls = results.Results.put, []
 
@@ -369,6 +415,13 @@ def test_what_is_done_outlives_an_interruption(run: Path, tmp_path: Path, monkey
     assert list(read_json(tmp_path / "bench/probes.json")["units"]) == calls[:1]
     probes(config)
     assert calls.count(calls[0]) == 1  # not done again
+
+
+def test_saes_of_one_name_are_told_apart_by_their_runs() -> None:
+    assert _names([Path("/a/saes/x"), Path("/a/saes/y")]) == ["x", "y"]
+    assert _names([Path("/a/saes/x"), Path("/b/saes/x")]) == ["a/x", "b/x"]
+    with pytest.raises(ValueError, match="two SAEs are called 'a/x'; expected names of their own"):
+        _names([Path("/a/saes/x"), Path("/a/saes/x")])
 
 
 def test_settings_and_runs_that_cannot_be(tmp_path: Path) -> None:

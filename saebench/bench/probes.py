@@ -105,6 +105,7 @@ def auc(
     from sklearn.metrics import roc_auc_score
 
     kind: dict[str, Any] = {"l1_ratio": 1.0, "solver": "saga"} if penalty == "l1" else {}
+    train, test = train.astype(np.float64), test.astype(np.float64)
 
     def fitted(C: float, rows: np.ndarray) -> Any:
         model = LogisticRegression(C=C, random_state=seed, max_iter=_ITERATIONS, **kind)
@@ -340,7 +341,7 @@ def _probe_store(
     with progress(len(tasks) * len(readings), "probes", "unit") as bar:
         for task in tasks:
             for reading in readings:
-                unit = f"{reading.name} · {task.name}"
+                unit = f"{store.folder.name} · {reading.name} · {task.name}"
                 identity = {
                     **reading.identity, "hooks": list(reading.of), "store": store.hash, "task": task.hash, **settings, "version": _VERSION,
                 }  # fmt: skip
@@ -350,7 +351,7 @@ def _probe_store(
     _say_what_is_few(config, tasks, figures)
     means = summary(readings, figures)
     names = {"readings": [reading.name for reading in readings], "tasks": [task.hash for task in tasks]}
-    return results.put(f"all of {store.folder.name}", names | settings | {"version": _VERSION}, means)
+    return results.put(f"{store.folder.name} · all", names | settings | {"version": _VERSION}, means)
 
 
 def _unit(config: ProbesConfig, store: Store, reading: Reading, task: Task) -> list[Figure]:

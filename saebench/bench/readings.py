@@ -77,6 +77,18 @@ def _l0(sae: SAE, reads: Hooks, store: Store) -> int:
     return 2 ** round(math.log2(max(1.0, active / max(rows, 1))))
 
 
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Those of SAEs, with their run's before them where two are called the same. Raises ValueError where that does not tell them apart."""
+    names = [folder.name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [f"{folder.parent.parent.name}/{folder.name}" for folder in (folder.resolve() for folder in folders)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(
+            f"two SAEs are called {twice[0]!r}; expected names of their own: rename a folder, or give each once"
+        )
+    return names
+
+
 def readings_of(
     store: Store, folders: Sequence[tuple[Path, Ends]], reader: Callable[[], Reader], seed: int, device: str
 ) -> list[Reading]:
@@ -84,17 +96,15 @@ def readings_of(
     found: list[Reading] = []
     untrained: dict[tuple[Hooks, int, int], Reading] = {}
     several = len({ends.reads for _, ends in folders}) > 1
-    for folder, ends in folders:
+    for name, (folder, ends) in zip(_names([folder for folder, _ in folders]), folders, strict=True):
         sae = load_sae(folder, device=device)
         weights = {"weights": hash_files([weights_of(folder)])}
-        found.append(
-            Reading(folder.name, ends.reads, ends.reads, partial(_sparse, sae, ends.reads, 1.0), weights, False)
-        )
+        found.append(Reading(name, ends.reads, ends.reads, partial(_sparse, sae, ends.reads, 1.0), weights, False))
         k = min(_l0(sae, ends.reads, store), sae.d_sae)
-        name = f"untrained, {sae.d_sae} latents, k {k}" + (f", {' + '.join(ends.reads)}" if several else "")
+        start = f"untrained, {sae.d_sae} latents, k {k}" + (f", {' + '.join(ends.reads)}" if several else "")
         made, scale = _untrained(store, ends.reads, sae.d_sae, k, seed)
         encode = partial(_sparse, made.to(device), ends.reads, scale)
-        untrained[ends.reads, sae.d_sae, k] = Reading(name, ends.reads, ends.reads, encode, {"seed": seed})
+        untrained[ends.reads, sae.d_sae, k] = Reading(start, ends.reads, ends.reads, encode, {"seed": seed})
     for reads in dict.fromkeys(ends.reads for _, ends in folders):
         where = f", {' + '.join(reads)}" if several else ""
         found.append(Reading(f"dense{where}", reads, reads, partial(_whole, reads), {}, dense=True))
