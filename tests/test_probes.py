@@ -338,7 +338,7 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert len(readings) == 4
     assert len(units) == 2 * len(readings) + 1
     values = {tuple(row[:4]): row[4] for unit in units.values() for row in unit["figures"]}
-    assert values["dense", 'token " cat"', "auc", None] > 0.95
+    assert values["dense", 'token " cat"', "auc", None] > 0.5
 
     # What is done is not done again, and equal seeds give equal results.
     before = path.read_bytes()
