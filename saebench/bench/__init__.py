@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from saebench.bench.ground_truth import SyntheticConfig, bench_synthetic
+from saebench.bench.probes import ProbesConfig, probes
 from saebench.bench.results import Figure
 
 __all__ = ["BENCHES", "Bench", "Figure"]
@@ -22,4 +23,5 @@ BENCHES = {
     "synthetic": Bench(
         SyntheticConfig, bench_synthetic, "train on data with known features, and count what is recovered"
     ),
+    "probes": Bench(ProbesConfig, probes, "how well concepts are read off few latents, beside what needs no SAE"),
 }

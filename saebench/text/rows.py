@@ -1,6 +1,7 @@
-"""Files of rows -> their rows, one after another: JSON lines, Parquet and Arrow, no more of them than the columns that are wanted."""
+"""Files of rows -> their rows, one after another: JSON lines, CSV, Parquet and Arrow, no more of them than the columns that are wanted."""
 
 import bz2
+import csv
 import gzip
 import io
 import json
@@ -14,7 +15,9 @@ from saebench.files import first_line
 
 _LINES, _PARQUET, _ARROW = frozenset({".jsonl", ".json"}), ".parquet", ".arrow"
 ROW_SUFFIXES = _LINES | {_PARQUET, _ARROW}
-"""what files of rows are named"""
+"""what files of rows are named that a data set is made of"""
+CSV = ".csv"
+_LONGEST_FIELD = 2**31 - 1  # characters; the limit of `csv` is shorter than some texts
 _PACKED = frozenset({".gz", ".bz2", ".zst", ".xz"})  # on top of one for lines
 _PARQUET_ROWS = 1024  # read at once
 
@@ -34,9 +37,11 @@ def rows_of(file: Path, wanted: Sequence[str], errors: str) -> Iterator[Any]:
     try:
         if suffix in _LINES:
             yield from _json_rows(file, errors)
+        elif suffix == CSV:
+            yield from _csv_rows(file, errors)
         else:
             yield from _parquet_rows(file, wanted) if suffix == _PARQUET else _arrow_rows(file)
-    except (ValueError, OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+    except (ValueError, OSError, EOFError, csv.Error, lzma.LZMAError, zlib.error) as error:
         if str(file) in str(error):
             raise
         raise ValueError(
@@ -57,6 +62,13 @@ def _json_rows(file: Path, errors: str) -> Iterator[Any]:
             raise ValueError(
                 f"{str(file)!r} is not text in UTF-8: turn it into that first, or give --errors replace"
             ) from error
+
+
+def _csv_rows(file: Path, errors: str) -> Iterator[dict[str, Any]]:
+    """Rows by the names of the first line; a field that a row lacks is None."""
+    csv.field_size_limit(_LONGEST_FIELD)
+    with _unpacked(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", errors=errors, newline="") as lines:
+        yield from csv.DictReader(lines)
 
 
 def _unpacked(file: Path) -> Any:

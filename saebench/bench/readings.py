@@ -1,0 +1,116 @@
+"""What probes read: the latents of an SAE, and what stands beside them that was never trained to be sparse.
+
+Suffixes: N rows, F features, D the width of what is read.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy import sparse
+
+from saebench.bench.tasks import Hooks, Reader, Vectors, neurons_hook
+from saebench.evaluate.baselines import PCA, joined
+from saebench.files import hash_files
+from saebench.sae import SAE, Ends, encode_sparse, initialise, load_sae, new_sae, weights_of
+from saebench.store import Store
+from saebench.store.norms import usual_moments
+
+_L0_ROWS = 4096  # held-out rows that an SAE's L0 is of
+
+Features = Any
+"""`[N, F]`, `scipy.sparse.csr_array`"""
+
+
+class Reading(NamedTuple):
+    """What probes read: an SAE, or a baseline beside those of the same hooks."""
+
+    name: str
+    hooks: Hooks
+    of: Hooks
+    """hooks of the SAEs that it is held against, its own where it is one"""
+    encode: Callable[[Vectors], Features]
+    identity: dict[str, Any]
+    """what decides its features"""
+    baseline: bool = True
+    dense: bool = False
+    """whether a probe reads all of it, whatever k"""
+
+
+def _sparse(sae: SAE, hooks: Hooks, scale: float, vectors: Vectors) -> Features:
+    code, values = encode_sparse(sae, joined(vectors, hooks).to(sae.W_enc.device) * scale)
+    return sparse.csr_array(
+        (values.cpu().numpy(), code.latents.cpu().numpy(), code.offsets.cpu().numpy()), (code.n_rows, sae.d_sae)
+    )
+
+
+def _whole(hooks: Hooks, vectors: Vectors) -> Features:
+    return sparse.csr_array(joined(vectors, hooks).numpy())
+
+
+def _components(pca: Callable[[], PCA], hooks: Hooks, vectors: Vectors) -> Features:
+    fitted = pca()
+    x_ND = joined(vectors, hooks).to(fitted.mean_D.device) * fitted.scale_D - fitted.mean_D
+    return sparse.csr_array((x_ND @ fitted.components_DD).cpu().numpy())
+
+
+def _untrained(store: Store, reads: Hooks, d_sae: int, k: int, seed: int) -> tuple[SAE, float]:
+    """(a TopK SAE as training begins it, what vectors are multiplied by for it)."""
+    moments = [usual_moments(store, hook) for hook in reads]
+    mean_D = torch.from_numpy(np.concatenate([mean for mean, _ in moments])).float()
+    scale = math.sqrt(len(mean_D) / sum(square for _, square in moments))
+    sae = new_sae("topk", len(mean_D), d_sae, k=k)
+    initialise(sae, mean_D * scale, torch.Generator().manual_seed(seed))
+    return sae.eval().requires_grad_(False), scale
+
+
+def _l0(sae: SAE, reads: Hooks, store: Store) -> int:
+    """The power of two nearest to how many latents are active on held-out rows."""
+    rows, active = 0, 0
+    for some in store.joint_rows(reads, "validation", first=_L0_ROWS):
+        code, _ = encode_sparse(sae, joined(some, reads).to(sae.W_enc.device))
+        rows, active = rows + code.n_rows, active + len(code.latents)
+    return 2 ** round(math.log2(max(1.0, active / max(rows, 1))))
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Those of SAEs, with their run's before them where two are called the same. Raises ValueError where that does not tell them apart."""
+    names = [folder.name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [f"{folder.parent.parent.name}/{folder.name}" for folder in (folder.resolve() for folder in folders)]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(
+            f"two SAEs are called {twice[0]!r}; expected names of their own: rename a folder, or give each once"
+        )
+    return names
+
+
+def readings_of(
+    store: Store, folders: Sequence[tuple[Path, Ends]], reader: Callable[[], Reader], seed: int, device: str
+) -> list[Reading]:
+    """The SAEs of a store, and the baselines of the hooks that they read."""
+    found: list[Reading] = []
+    untrained: dict[tuple[Hooks, int, int], Reading] = {}
+    several = len({ends.reads for _, ends in folders}) > 1
+    for name, (folder, ends) in zip(_names([folder for folder, _ in folders]), folders, strict=True):
+        sae = load_sae(folder, device=device)
+        weights = {"weights": hash_files([weights_of(folder)])}
+        found.append(Reading(name, ends.reads, ends.reads, partial(_sparse, sae, ends.reads, 1.0), weights, False))
+        k = min(_l0(sae, ends.reads, store), sae.d_sae)
+        start = f"untrained, {sae.d_sae} latents, k {k}" + (f", {' + '.join(ends.reads)}" if several else "")
+        made, scale = _untrained(store, ends.reads, sae.d_sae, k, seed)
+        encode = partial(_sparse, made.to(device), ends.reads, scale)
+        untrained[ends.reads, sae.d_sae, k] = Reading(start, ends.reads, ends.reads, encode, {"seed": seed})
+    for reads in dict.fromkeys(ends.reads for _, ends in folders):
+        where = f", {' + '.join(reads)}" if several else ""
+        found.append(Reading(f"dense{where}", reads, reads, partial(_whole, reads), {}, dense=True))
+        pca = cache(partial(PCA.fit, store, reads, device))
+        found.append(Reading(f"PCA{where}", reads, reads, partial(_components, pca, reads), {}))
+        hook = neurons_hook(reads[0]) if len(reads) == 1 else None
+        if hook is not None and reader().has_neurons(hook):
+            found.append(Reading(f"neurons{where}", (hook,), reads, partial(_whole, (hook,)), {}))
+    return [*found, *untrained.values()]
