@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _here(value: Any) -> Any:
     """The directories of SAEs that options name; anything else as it is."""
-    if isinstance(value, tuple):
+    if type(value) is tuple:
         return tuple(map(_here, value))
     return local(value) if isinstance(value, Source) else value
 

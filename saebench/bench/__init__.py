@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from saebench.bench.results import Figure
+from saebench.bench.stability import StabilityConfig, stability
 
 __all__ = ["BENCHES", "Bench", "Figure"]
 
@@ -17,4 +18,6 @@ class Bench(NamedTuple):
     about: str
 
 
-BENCHES: dict[str, Bench] = {}
+BENCHES: dict[str, Bench] = {
+    "stability": Bench(StabilityConfig, stability, "whether SAEs that differ in seed alone find the same latents"),
+}
