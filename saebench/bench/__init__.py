@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from saebench.bench.absorption import AbsorptionConfig, absorption
 from saebench.bench.results import Figure
 from saebench.bench.stability import StabilityConfig, stability
 
@@ -19,5 +20,8 @@ class Bench(NamedTuple):
 
 
 BENCHES: dict[str, Bench] = {
+    "absorption": Bench(
+        AbsorptionConfig, absorption, "how often latents of something narrower stand in for a concept's own"
+    ),
     "stability": Bench(StabilityConfig, stability, "whether SAEs that differ in seed alone find the same latents"),
 }

@@ -64,7 +64,7 @@ def _used(fitted: Sequence[np.ndarray]) -> np.ndarray:
     return used
 
 
-def _streams(store: Store, split: str, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Stream]]:
+def streams(store: Store, split: str, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Stream]]:
     """(places of those of `rows` that it holds, columns) of stretches of a split; a document that ends in another shard is cut there.
 
     `rows` are of the store, ascending; stretches without any are left out.
@@ -101,7 +101,7 @@ def _rows(
 
     def stretches() -> Iterator[Stretch]:
         with progress(len(sample.rows), f"label {split} rows", "row") as bar:
-            for wanted, stream in _streams(store, split, sample.rows):
+            for wanted, stream in streams(store, split, sample.rows):
                 for name, parts in columns.items():
                     parts.append(getattr(stream, name)[wanted])
                 yield Stretch(stream, texts, documents, wanted)
