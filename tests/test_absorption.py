@@ -40,12 +40,12 @@ def test_the_worked_example() -> None:
 
 
 def examples(words: range, scale: float = 1.0) -> Examples:
-    """x = 2 e₀ where the concept holds, and the word's direction, with a little noise."""
+    """x = 2 e₀ where the concept holds, with a little noise, and the word's direction."""
     word = np.repeat(np.array(words), ROWS)
     x = torch.zeros(len(word), 1 + WORDS)
     x[torch.arange(len(word)), torch.from_numpy(word) + 1] = 1.0
     x[:, 0] = torch.from_numpy(2.0 * (word % 2 == 0))
-    x += 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(words.start))
+    x[:, 0] += 0.01 * torch.randn(len(x), generator=torch.Generator().manual_seed(words.start))
     holds = np.stack([word % 2 == 0, word % 20 == 1], axis=1)  # the second concept has too few words
     children = np.isin(word, HOLES)[:, None]
     return Examples(x * scale, x * scale, holds, children, word)
@@ -142,11 +142,9 @@ def test_words_are_whole_tokens_with_a_space_before_them(store: Store) -> None:
             for text, row in zip(texts, side.holds, strict=True)
         )
     assert not set(found.train.cluster) & set(found.test.cluster)
-    shard = store.of_split("train")[0]
     rows = {tuple(row.tolist()) for row in torch.cat([one.rows(HOOK).float() for one in store.of_split("train")])}
     assert all(tuple(row.tolist()) in rows for row in found.train.read)
     assert found.train.read.shape[1] == WIDTH == store.d_in(HOOK)
-    assert shard.n_rows > 0
 
 
 def test_a_model_is_run_over_words(checkpoints: dict[str, Path]) -> None:
