@@ -11,11 +11,12 @@ import torch
 from conftest import HOOK, WIDTH, an_sae
 from scipy import sparse
 
-from saebench.bench.absorption import AbsorptionConfig, Asked, Probe, absorbed_at, absorption, fit_probe, main_latents
+from saebench.bench.absorption import AbsorptionConfig, Asked, absorption
 from saebench.bench.concepts import Concepts, Examples, _letters_of, labelled, letters, parents_of, prompted
+from saebench.bench.projections import Probe, absorbed_at, fit_probe, main_latents
 from saebench.labels import labeller_of
 from saebench.models import capture, load_model
-from saebench.sae import SAE, Ends, new_sae, save_sae
+from saebench.sae import Ends, ReLUSAE, new_sae, save_sae
 from saebench.store import Store
 
 ENDS = Ends((HOOK,), (HOOK,))
@@ -51,12 +52,12 @@ def examples(words: range, scale: float = 1.0) -> Examples:
     return Examples(x * scale, x * scale, holds, children, word)
 
 
-def built(absorbs: bool) -> SAE:
+def built(absorbs: bool) -> ReLUSAE:
     """A latent for the concept and one for each word; of one that absorbs, those of `HOLES` write the concept in its place."""
-    sae = new_sae("relu", 1 + WORDS, 1 + WORDS).requires_grad_(False)
+    sae = ReLUSAE(1 + WORDS, 1 + WORDS).requires_grad_(False)
     weights = torch.eye(1 + WORDS)
-    sae.W_dec.copy_(weights)
-    sae.W_enc.copy_(weights)
+    for part in (sae.W_dec, sae.W_enc):
+        part.copy_(weights)
     for word in HOLES if absorbs else ():
         sae.W_enc[1 + word, 0] = -50.0
         sae.W_dec[1 + word, 0], sae.W_enc[1 + word, 1 + word] = 2.0, 5**0.5
@@ -99,8 +100,7 @@ def test_neither_scale_nor_order_matters(store: Store) -> None:
     sae = built(True)
     once = asked(store, *sides).figures(sae, "x")
     backwards = [
-        Examples(*(part.flip(0) if isinstance(part, torch.Tensor) else part[::-1].copy() for part in side))
-        for side in sides
+        Examples(side.read.flip(0), side.written.flip(0), *(part[::-1].copy() for part in side[2:])) for side in sides
     ]
     assert [(each.value, each.low, each.high) for each in asked(store, *backwards).figures(sae, "x")] == [
         pytest.approx((each.value, each.low, each.high), abs=1e-9) for each in once
@@ -187,7 +187,7 @@ def test_the_bench_leaves_out_what_it_has_too_few_of_and_goes_on(store: Store, t
 
 def test_what_cannot_be_asked_is_refused(store: Store, tmp_path: Path) -> None:
     config = AbsorptionConfig(run=tmp_path, store=store.folder, device="cpu")
-    with pytest.raises(ValueError, match=r"has no SAEs in saes/; train some with"):
+    with pytest.raises(ValueError, match=r"has no SAEs in saes/ that write a hook by themselves; train some with"):
         absorption(config)
     with pytest.raises(
         ValueError, match=r"concepts is 'nothing'; expected letters, python, supersenses, or a JSON file"
