@@ -219,3 +219,11 @@ def near_duplicates(W_dec: Float[Tensor, "F D"]) -> int:
     for part_RD in unit_FD.split(max(1, _PAIRS // len(unit_FD))):
         found += int(((part_RD @ unit_FD.T > DUPLICATE).sum(1) > 1).sum())  # more than itself
     return found
+
+
+def assignment(value_FN: Float[Tensor, "F N"]) -> tuple[Tensor, Tensor]:
+    """Rows and the columns assigned to them, one to one, with the largest sum of values."""
+    from scipy.optimize import linear_sum_assignment  # most commands can do without its half a second
+
+    rows, columns = linear_sum_assignment(value_FN.double().cpu().numpy(), maximize=True)
+    return torch.from_numpy(rows).to(value_FN.device), torch.from_numpy(columns).to(value_FN.device)

@@ -231,6 +231,7 @@ def test_an_sae_is_compared_with_one_of_another_run_and_one_of_another_hook_is_n
     box = next(box for box in app.selectbox if "against" in box.label)
     assert (box.value, box.options) == (f"two/{SAE}", ["topk-k2", "two/topk-k2", f"two/{SAE}"])
     assert "48 latents, the first 48 of them" in said(app)  # each is its own counterpart
+    assert "latents have a mean cosine (PW-MCC) of 1.000" in said(app)
     other = Path(shutil.copytree(run, tmp_path / "runs" / "three"))
     with h5py.File(other / "index" / f"{SAE}.h5", "r+") as file:
         file.attrs["ends"] = json.dumps([["blocks.0.hook_resid_post"]] * 2)

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from saebench.bench.recovery import Recovery, assignment, recovery_of_oracle, recovery_of_sae
+from saebench.bench.recovery import Recovery, recovery_of_oracle, recovery_of_sae
 from saebench.bench.synthetic import (
     SIZES,
     Hierarchy,
@@ -15,6 +15,7 @@ from saebench.bench.synthetic import (
     orthogonalised,
     zipf_probabilities,
 )
+from saebench.metrics import assignment
 from saebench.sae import initialise, new_sae
 
 PLAIN = SyntheticSettings(

@@ -9,9 +9,10 @@ from opened import table_of, weights_of
 from shell import clickable, offer, said
 from where import chosen_run, chosen_sae, keep_in_address, link_to, runs
 
+from saebench.bench.stability import figures_of, in_words, recorded
 from saebench.browse.runs import Trained, saes_of
 from saebench.browse.table import LatentTable
-from saebench.index.compare import KINDS, Side, compare
+from saebench.index.compare import KINDS, Side, compare, one_to_one
 from saebench.index.examples import show
 from saebench.index.page import examples_html, name_html
 from saebench.view import charts, grid
@@ -25,6 +26,7 @@ MEANINGS = {
     "dead": "never fires",
 }
 SHOWN = 100
+AT_ONCE = 2**22  # cosines that latents are matched by within a second
 # Which latents are listed: of which SAE (0: the chosen one), and of which kind.
 VIEWS = {
     "Matched": (0, "matched"),
@@ -87,6 +89,21 @@ def counts(pair: Pair, sides: tuple[Side, Side]) -> None:
         for kind in KINDS
     ]  # fmt: skip
     clickable(grid.grid_html(columns, rows, "kinds of latents"), "kinds")
+
+
+@st.cache_data(show_spinner="Matching one to one", max_entries=8)
+def stable(_pair: Pair, of: tuple[Belonging, Belonging]) -> str:
+    """How many latents of the one the other has, one to one, in a line: as a bench found it, or from the weights where that is quick."""
+    here, other = _pair.here, _pair.other
+    for run in (here.run, other.run):
+        if found := recorded(run, here.folder, other.folder):
+            return in_words(found)
+    alive = [~table.index.flagged("dead") for table in (_pair.table, _pair.other_table)]
+    if min(alive[0].sum(), alive[1].sum()) == 0 or alive[0].sum() * alive[1].sum() > AT_ONCE:
+        command = f"saebench bench stability --run {here.run} --sae {here.folder},{other.folder}"
+        return f"How many come back one to one (PW-MCC) is found by `{command}`."
+    rows = [weights_of(sae).W_dec for sae in (here, other)]
+    return in_words(figures_of(one_to_one(rows[0], rows[1], alive[0], alive[1]), None, here.name, other.name))
 
 
 def forget_pair() -> None:
@@ -161,6 +178,7 @@ with said():
         left, right = st.container(key="halves").columns(2, gap="large")
         with left:
             counts(pair, sides)
+            st.caption(stable(pair, (here, other)))
             view = st.segmented_control(
                 "Show", list(VIEWS), default="Matched", key="kind", bind="query-params",
                 on_change=forget_pair,

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from saebench.bench.absorption import AbsorptionConfig, absorption
 from saebench.bench.ground_truth import SyntheticConfig, bench_synthetic
 from saebench.bench.probes import ProbesConfig, probes
 from saebench.bench.results import Figure
+from saebench.bench.stability import StabilityConfig, stability
 
 __all__ = ["BENCHES", "Bench", "Figure"]
 
@@ -19,9 +21,13 @@ class Bench(NamedTuple):
     about: str
 
 
-BENCHES = {
+BENCHES: dict[str, Bench] = {
     "synthetic": Bench(
         SyntheticConfig, bench_synthetic, "train on data with known features, and count what is recovered"
     ),
     "probes": Bench(ProbesConfig, probes, "how well concepts are read off few latents, beside what needs no SAE"),
+    "absorption": Bench(
+        AbsorptionConfig, absorption, "how often latents of something narrower stand in for a concept's own"
+    ),
+    "stability": Bench(StabilityConfig, stability, "whether SAEs that differ in seed alone find the same latents"),
 }

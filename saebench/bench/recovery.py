@@ -2,10 +2,10 @@
 
 import torch
 from jaxtyping import Float
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from saebench.bench.synthetic import Sample, Synthetic
+from saebench.metrics import assignment
 from saebench.sae import SAE
 
 RECOVERED = 0.9  # a true feature counts as recovered above this cosine
@@ -89,12 +89,6 @@ class Recovery:
         """2 TP / (fired + should have), 0 where neither ever did."""
         total = self.fires_F[latents] + self.true_N[features]
         return 2 * self.both_FN[latents, features] / total.clamp(min=1)
-
-
-def assignment(value_FN: Float[Tensor, "F N"]) -> tuple[Tensor, Tensor]:
-    """Latents and the features assigned to them, one to one, with the largest sum of values."""
-    rows, columns = linear_sum_assignment(value_FN.double().cpu().numpy(), maximize=True)
-    return torch.from_numpy(rows).to(value_FN.device), torch.from_numpy(columns).to(value_FN.device)
 
 
 def recovery_of_sae(sae: SAE, data: Synthetic, n_rows: int, generator: torch.Generator) -> dict[str, float]:

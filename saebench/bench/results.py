@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,6 +64,11 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, {"bench": self.bench, "version": _VERSION, "units": self._units})
         return figures
+
+    def units(self) -> Iterator[tuple[dict[str, Any], list[Figure]]]:
+        """(identity, figures) of every unit in the file."""
+        for unit in self._units.values():
+            yield unit["identity"], [Figure(*row) for row in unit["figures"]]
 
     def all(self) -> list[Figure]:
         """Those of every unit in the file, by the units' names."""

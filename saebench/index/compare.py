@@ -7,15 +7,19 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from saebench.index.derive import affordable, at, first_of_each, together
 from saebench.index.reader import FeatureIndex
+from saebench.metrics import assignment
 from saebench.sae import SAE
 
 SAME = 0.7  # cosine of decoder rows from which two latents that are each other's nearest are one
 NEAR = 0.5  # below it a latent has no counterpart, above it a latent of the other SAE may be part of it
 KINDS = ("dead", "matched", "split", "related", "alone")
 _VALUES = 2**22
+_CELLS = 2**28
 
 
 class Side(NamedTuple):
@@ -55,6 +59,55 @@ def compare(left: FeatureIndex, left_sae: SAE, right: FeatureIndex, right_sae: S
     return (
         Side(_kinds(*there, *back, alive[0]), *there, *by_rows[0]),
         Side(_kinds(*back, *there, alive[1]), *back, *by_rows[1]),
+    )
+
+
+class Matching(NamedTuple):
+    """Living latents of two SAEs in pairs, one to one; P of them, as many as the smaller of the two has."""
+
+    left: np.ndarray
+    """`[P]` ids"""
+    right: np.ndarray
+    """`[P]` ids of those that they are matched with"""
+    cosines: np.ndarray
+    """`[P]` of what the two write; their mean is PW-MCC"""
+    best: np.ndarray
+    """each latent's largest cosine with any of the other SAE: of both, or of a sample's"""
+    sampled: bool
+    """whether the left latents are a sample, and those of the right all that there are"""
+
+
+def one_to_one(
+    left_FD: Float[Tensor, "F D"],
+    right_GD: Float[Tensor, "G D"],
+    alive_F: Bool[np.ndarray, " F"] | None = None,
+    alive_G: Bool[np.ndarray, " G"] | None = None,
+    seed: int = 0,
+) -> Matching:
+    """The matching of decoder rows with the largest sum of signed cosines, dead latents left out.
+
+    Of more than 2^28 cosines (16,384 latents each) as many of the left latents as leave no more, by chance, are matched with all
+    of the right ones: fewer compete for each, so that the mean comes out somewhat high.
+    Raises ValueError where nothing of one is alive.
+    """
+    left, right = (
+        np.arange(len(rows)) if alive is None else np.flatnonzero(alive)
+        for rows, alive in ((left_FD, alive_F), (right_GD, alive_G))
+    )
+    if not len(left) or not len(right):
+        raise ValueError(f"{len(left)} and {len(right)} latents are alive; expected some of each to be matched")
+    if sampled := len(left) * len(right) > _CELLS:
+        left = np.sort(np.random.default_rng(seed).choice(left, max(1, _CELLS // len(right)), replace=False))
+    normalize = torch.nn.functional.normalize
+    cosine_FG = normalize(left_FD.detach()[left], dim=1) @ normalize(right_GD.detach()[right], dim=1).T
+    rows, columns = assignment(cosine_FG)
+    best = cosine_FG.amax(1) if sampled else torch.cat([cosine_FG.amax(1), cosine_FG.amax(0)])
+    return Matching(
+        left[rows.cpu().numpy()],
+        right[columns.cpu().numpy()],
+        cosine_FG[rows, columns].double().cpu().numpy(),
+        best.double().cpu().numpy(),
+        sampled,
     )
 
 
