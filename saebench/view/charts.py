@@ -316,5 +316,5 @@ def measured(lines: Mapping[str, Sequence[Measured]], title: str, x: str, y: str
     if not over:
         figure = _layout(figure, title, y, "").update_yaxes(autorange="reversed", type="category")
         return figure.update_layout(height=140 + 34 * len(lines), margin={"l": 180})
-    figure.update_xaxes(_LOG)
+    figure.update_xaxes(_log_axis([at for points in lines.values() for at, *_ in points if at]))
     return _layout(figure, title, x, y)
