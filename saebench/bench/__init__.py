@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from saebench.bench.absorption import AbsorptionConfig, absorption
+from saebench.bench.detection import PythonConfig, bench_python
 from saebench.bench.ground_truth import SyntheticConfig, bench_synthetic
 from saebench.bench.probes import ProbesConfig, probes
 from saebench.bench.results import Figure
@@ -25,6 +26,7 @@ BENCHES: dict[str, Bench] = {
     "synthetic": Bench(
         SyntheticConfig, bench_synthetic, "train on data with known features, and count what is recovered"
     ),
+    "python": Bench(PythonConfig, bench_python, "whether single latents are what a parser says of tokens"),
     "probes": Bench(ProbesConfig, probes, "how well concepts are read off few latents, beside what needs no SAE"),
     "absorption": Bench(
         AbsorptionConfig, absorption, "how often latents of something narrower stand in for a concept's own"

@@ -303,24 +303,28 @@ def probes(config: ProbesConfig) -> list[Figure]:
         raise ValueError("probes are fitted with scikit-learn: pip install 'saebench[probes]'") from error
     results = Results(config.run / "bench/probes.json", "probes")
     found: list[Figure] = []
-    for path, folders in _by_store(config).items():
+    for path, folders in folders_by_store(config.run, config.sae, config.store).items():
         found += _probe_store(config, open_store(path), folders, results)
     return found
 
 
-def _by_store(config: ProbesConfig) -> dict[Path, list[tuple[Path, Ends]]]:
-    folders = list(config.sae) or [path.parent for path in sorted((config.run / "saes").glob("*/cfg.json"))]
+def folders_by_store(run: Path, saes: Sequence[Path], store: Path | None) -> dict[Path, list[tuple[Path, Ends]]]:
+    """The directories of SAEs given, or of a run, by the store each was trained on, or all on `store`; those of two models are left out.
+
+    Raises ValueError where there are none, or one does not say its store.
+    """
+    folders = list(saes) or [path.parent for path in sorted((run / "saes").glob("*/cfg.json"))]
     found: dict[Path, list[tuple[Path, Ends]]] = {}
     for folder in folders:
-        ends, store = ends_of(folder, read_config(folder)), config.store or recorded_store(folder)
+        ends, its_store = ends_of(folder, read_config(folder)), store or recorded_store(folder)
         if is_of_two_models(ends):
-            _log.warning("%s is of two models, and is left out: probes read the vectors of one", folder)
+            _log.warning("%s is of two models, and is left out: what is read here are the vectors of one", folder)
             continue
-        if store is None:
+        if its_store is None:
             raise ValueError(f"{folder} does not say what it was trained on; give a store of its hook with --store")
-        found.setdefault(Path(store), []).append((folder, ends))
+        found.setdefault(Path(its_store), []).append((folder, ends))
     if not found:
-        raise ValueError(f"{config.run} has no SAEs in saes/ that can be probed; train some, or give --sae")
+        raise ValueError(f"{run} has no SAEs in saes/ that can be read here; train some, or give --sae")
     return found
 
 

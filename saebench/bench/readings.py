@@ -89,10 +89,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return names
 
 
-def readings_of(
-    store: Store, folders: Sequence[tuple[Path, Ends]], reader: Callable[[], Reader], seed: int, device: str
-) -> list[Reading]:
-    """The SAEs of a store, and the baselines of the hooks that they read."""
+def dictionaries_of(store: Store, folders: Sequence[tuple[Path, Ends]], seed: int, device: str) -> list[Reading]:
+    """The SAEs of a store, and behind them untrained ones as wide and as sparse."""
     found: list[Reading] = []
     untrained: dict[tuple[Hooks, int, int], Reading] = {}
     several = len({ends.reads for _, ends in folders}) > 1
@@ -105,12 +103,23 @@ def readings_of(
         made, scale = _untrained(store, ends.reads, sae.d_sae, k, seed)
         encode = partial(_sparse, made.to(device), ends.reads, scale)
         untrained[ends.reads, sae.d_sae, k] = Reading(start, ends.reads, ends.reads, encode, {"seed": seed})
+    return [*found, *untrained.values()]
+
+
+def readings_of(
+    store: Store, folders: Sequence[tuple[Path, Ends]], reader: Callable[[], Reader], seed: int, device: str
+) -> list[Reading]:
+    """The SAEs of a store, and the baselines of the hooks that they read."""
+    several = len({ends.reads for _, ends in folders}) > 1
+    found: list[Reading] = []
     for reads in dict.fromkeys(ends.reads for _, ends in folders):
         where = f", {' + '.join(reads)}" if several else ""
         found.append(Reading(f"dense{where}", reads, reads, partial(_whole, reads), {}, dense=True))
         pca = cache(partial(PCA.fit, store, reads, device))
         found.append(Reading(f"PCA{where}", reads, reads, partial(_components, pca, reads), {}))
         hook = neurons_hook(reads[0]) if len(reads) == 1 else None
-        if hook is not None and reader().has_neurons(hook):
+        if hook is not None and reader().has(hook):
             found.append(Reading(f"neurons{where}", (hook,), reads, partial(_whole, (hook,)), {}))
-    return [*found, *untrained.values()]
+    sparse_ones = dictionaries_of(store, folders, seed, device)
+    n = len(folders)
+    return [*sparse_ones[:n], *found, *sparse_ones[n:]]

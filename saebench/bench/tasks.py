@@ -6,7 +6,7 @@ Legend: N examples of a source, n of a task, D the width of a hook, B texts or c
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +17,7 @@ from torch import Tensor
 from saebench.index.evidence import hashed
 from saebench.index.explain import streams
 from saebench.labels import Labeller, Literals, Stretch, label
-from saebench.models import LanguageModel, capturer, hook_name, parse_hook, widths_of
-from saebench.models.passes import attach
-from saebench.models.places import Place, place_of
+from saebench.models import LanguageModel, capture, check_hook, hook_name, parse_hook, widths_of
 from saebench.pieces import TokenBytes
 from saebench.runlog import progress
 from saebench.store import Store
@@ -182,7 +180,7 @@ class Reader:
         """`[N, D]` of each hook, float32: texts of about one length at a time, filled up behind their ends."""
         encoder = self.model.encoder
         ids = [encoder.opened(tokens[-self._context + 1 :]) for tokens in encoder.encode(texts)]
-        made = {hook: torch.zeros(len(ids), self._width(hook)) for hook in hooks}
+        made = {hook: torch.zeros(len(ids), width) for hook, width in widths_of(self.model, hooks).items()}
         order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
         with progress(len(ids), "read labelled texts", "text", delay=1.0) as bar:
             for start in range(0, len(order), self._batch):
@@ -197,56 +195,26 @@ class Reader:
         return made
 
     def capture(self, tokens_BL: Int[Tensor, "B L"], hooks: Hooks) -> dict[str, Float[Tensor, "B L D"]]:
-        """The vectors at hooks, `neurons_hook` among them."""
-        found: dict[str, Tensor] = {}
+        """The vectors at hooks."""
+        return capture(self.model, tokens_BL.to(self.model.device), hooks)
 
-        def take(hook: str, value: Tensor) -> None:
-            found[hook] = value.clone()
-
-        layers = {hook: _layer_of_neurons(hook) for hook in hooks if hook.endswith(_NEURONS)}
-        others = [hook for hook in hooks if hook not in layers]
-        ends = [hook_name(layer, "mlp_out") for layer in layers.values()]  # behind the neurons
-        handles = [attach(self.model, self._neurons(layer), partial(take, hook)) for hook, layer in layers.items()]
+    def has(self, hook: str) -> bool:
+        """Whether the model has a hook of that name, and it is what its name says."""
         try:
-            capturer(self.model, [*dict.fromkeys([*others, *ends])])(tokens_BL.to(self.model.device), take)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return {hook: found[hook] for hook in hooks}
-
-    def has_neurons(self, hook: str) -> bool:
-        """Whether a `neurons_hook` can be read: the MLP is one module, whose last map back into the stream is plain."""
-        try:
-            return self._neurons(_layer_of_neurons(hook)) is not None
+            check_hook(self.model, hook)
         except ValueError:
             return False
-
-    def _neurons(self, layer: int) -> Place:
-        mlp: Any = place_of(self.model, hook_name(layer, "mlp_in")).module
-        weights = {part: part.weight for part in mlp.children() if hasattr(part, "weight")}
-        maps = [part for part, weight in weights.items() if weight is not None and weight.dim() == 2]
-        if len(maps) < 2 or self.model.d_model not in weights[maps[-1]].shape:
-            raise ValueError(f"the MLP of layer {layer} of model {self.model.id!r} has no plain last map")
-        return Place(maps[-1], inward=True)
-
-    def _width(self, hook: str) -> int:
-        if not hook.endswith(_NEURONS):
-            return widths_of(self.model, [hook])[hook]
-        last: Any = self._neurons(_layer_of_neurons(hook)).module
-        return last.weight.numel() // self.model.d_model
-
-
-_NEURONS = ".mlp.hook_post"
+        return True
 
 
 def neurons_hook(hook: str) -> str | None:
-    """What is read of the neurons of the MLP that a hook is the input or output of; None of any other hook."""
+    """Where the neurons of the MLP are that a hook is the input or output of; None of any other hook."""
     layer, kind = parse_hook(hook)
-    return f"blocks.{layer}{_NEURONS}" if kind in ("mlp_in", "mlp_out") else None
+    return hook_name(layer, "mlp_post") if kind in ("mlp_in", "mlp_out") else None
 
 
-def _layer_of_neurons(hook: str) -> int:
-    return int(hook.split(".")[1])
+def _is_of_neurons(hook: str) -> bool:
+    return parse_hook(hook)[1] == "mlp_post"
 
 
 # ---------------------------------------------------------------------------------- rows of a store
@@ -265,6 +233,26 @@ def column_tasks(
     Frequency is the lesser of how often a literal holds and how often not. Raises ValueError for a name that holds, or does not, in less than
     two documents, and where no literal does either often enough.
     """
+    rows, literals, documents_of = labelled(store, labellers, names or None, limit, 1 if names else _LEAST)
+    chosen = np.arange(len(names)) if names else _most_frequent(literals, documents_of, most)
+    for number in chosen.tolist() if names else ():
+        _check_column(literals, number, documents_of, store)
+    if not len(chosen):
+        raise ValueError(
+            f"nothing that {', '.join(each.name for each in labellers)} says holds, and does not, on {_LEAST} of {len(rows)} held-out rows "
+            f"of {store.folder}, in two documents: choose another --labeller, or harvest more tokens"
+        )
+    source = Source(rows, partial(vectors_of, store, reader, rows))
+    return source.tasks({literals.names[number]: _column(literals, number) for number in chosen.tolist()}, documents_of)
+
+
+def labelled(
+    store: Store, labellers: Sequence[Labeller], names: Sequence[str] | None, limit: int, least: int
+) -> tuple[Int[np.ndarray, " N"], Literals, Int[np.ndarray, " N"]]:
+    """(the first `limit` held-out rows of a store but for special tokens, what labellers say of them as `label` has it, their documents).
+
+    Raises ValueError for a store without a tokenizer, or without such rows.
+    """
     tokenizer = store.tokenizer()
     if tokenizer is None:
         raise ValueError(
@@ -280,18 +268,8 @@ def column_tasks(
                 yield Stretch(stream, texts, documents, wanted)
                 bar.update(len(wanted))
 
-    literals = label(stretches(), labellers, only=names or None, least=1 if names else _LEAST)
-    documents_of = np.concatenate(of)
-    chosen = np.arange(len(names)) if names else _most_frequent(literals, documents_of, most)
-    for number in chosen.tolist() if names else ():
-        _check_column(literals, number, documents_of, store)
-    if not len(chosen):
-        raise ValueError(
-            f"nothing that {', '.join(each.name for each in labellers)} says holds, and does not, on {_LEAST} of {len(rows)} held-out rows "
-            f"of {store.folder}, in two documents: choose another --labeller, or harvest more tokens"
-        )
-    source = Source(rows, partial(_of_rows, store, reader, rows))
-    return source.tasks({literals.names[number]: _column(literals, number) for number in chosen.tolist()}, documents_of)
+    literals = label(stretches(), labellers, only=names, least=least)
+    return rows, literals, np.concatenate(of)
 
 
 def _column(literals: Literals, number: int) -> Bool[np.ndarray, " N"]:
@@ -343,12 +321,12 @@ def _held_out(store: Store, limit: int) -> Int[np.ndarray, " N"]:
     return rows
 
 
-def _of_rows(
+def vectors_of(
     store: Store, reader: Callable[[], Reader], rows: np.ndarray, wanted: np.ndarray, hooks: Hooks
 ) -> dict[str, Tensor]:
     """The vectors of some of the `rows` of a store: its own, and those of neurons by running its contexts."""
     taken: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
-    neurons = tuple(hook for hook in hooks if hook.endswith(_NEURONS))
+    neurons = tuple(filter(_is_of_neurons, set(hooks) - set(store.hooks)))
     size = max(1, (2048 if neurons else _AT_ONCE) // store.context) * store.context
     first, rows = 0, rows[wanted]
     bar = progress(len(rows), f"read {', '.join(hooks)}", "row", delay=1.0)
