@@ -11,6 +11,7 @@ from typing import Any
 
 from saebench import __version__
 from saebench.bench import BENCHES
+from saebench.bench.stability import table_of
 from saebench.browse.serve import AppConfig, serve
 from saebench.config import add_arguments, from_arguments
 from saebench.demo import demo
@@ -240,12 +241,14 @@ def _head_of(config: TrainConfig, behind: list[str]) -> tuple[HarvestConfig, Tex
 
 def _eval(arguments: argparse.Namespace) -> int:
     config = from_arguments(EvalConfig, arguments)
-    print(show_evaluation(write_report(config.run, evaluate(config), config.store), config.run))
+    summary = write_report(config.run, evaluate(config), config.store, more=[table_of(config.run)])
+    print(show_evaluation(summary, config.run))
     return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    print(show_evaluation(*report(ReportConfig(run=tuple(arguments.run), out=arguments.out))))
+    more = [table_of(run) for run in arguments.run]
+    print(show_evaluation(*report(ReportConfig(run=tuple(arguments.run), out=arguments.out), more)))
     return 0
 
 

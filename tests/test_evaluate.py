@@ -376,6 +376,9 @@ def test_several_runs_are_reported_on_as_one(trained: Path, tmp_path: Path, caps
     assert [entry["fvu"][1] for entry in summary["over_seeds"]] == [0.0, 0.0, 0.0]
     assert "other/topk-k6" in (tmp_path / "both/report.html").read_text()
     assert "least difference" in capsys.readouterr().out
+    more, _ = report(ReportConfig(run=(trained,), out=tmp_path / "one"), [[["heading", "x"], ["row", "1"]], []])
+    assert more["more"] == [[["heading", "x"], ["row", "1"]]]
+    assert "<td>row</td><td>1</td>" in (tmp_path / "one/report.html").read_text()
     with pytest.raises(ValueError, match="has no evaluated SAEs; expected a run after `saebench eval --run"):
         report(ReportConfig(run=(trained, tmp_path / "none")))
 

@@ -17,6 +17,7 @@ from saebench.bench.stability import (
     over_seeds,
     recorded,
     stability,
+    table_of,
 )
 from saebench.index import compare
 from saebench.index.compare import one_to_one
@@ -139,6 +140,11 @@ def test_seeds_of_a_run_are_found_and_matched(run: Path) -> None:
     assert untrained is not None
     assert other["pw_mcc", None].value == pytest.approx(untrained, abs=0.05)  # no more than chance has
 
+    heading, *rows = table_of(run)
+    assert [row[0] for row in rows] == sorted(row[0] for row in rows)
+    assert next(row for row in rows if row[0] == "relu-seed0 ~ relu-seed1")[1:4] == ["1.000", "1.000", "1.000"]
+    assert (len(rows), heading[1]) == (4, "PW-MCC")  # three pairs, and the untrained one
+    assert table_of(run / "elsewhere") == []
     written = (run / "bench/stability.json").stat().st_mtime_ns
     assert {(each.sae, each.figure, each.at): each for each in stability(config)} == figures
     assert (run / "bench/stability.json").stat().st_mtime_ns == written  # nothing was found anew

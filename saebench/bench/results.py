@@ -65,14 +65,14 @@ class Results:
         write_json(self.path, {"bench": self.bench, "version": _VERSION, "units": self._units})
         return figures
 
-    def units(self) -> Iterator[tuple[dict[str, Any], list[Figure]]]:
-        """(identity, figures) of every unit in the file."""
-        for unit in self._units.values():
-            yield unit["identity"], [Figure(*row) for row in unit["figures"]]
+    def units(self) -> Iterator[tuple[str, dict[str, Any], list[Figure]]]:
+        """(name, identity, figures) of every unit in the file, by their names."""
+        for name, unit in sorted(self._units.items()):
+            yield name, unit["identity"], [Figure(*row) for row in unit["figures"]]
 
     def all(self) -> list[Figure]:
         """Those of every unit in the file, by the units' names."""
-        return [Figure(*row) for _, unit in sorted(self._units.items()) for row in unit["figures"]]
+        return [figure for _, _, figures in self.units() for figure in figures]
 
 
 def over_units(figures: list[Figure]) -> list[Figure]:

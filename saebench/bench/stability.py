@@ -257,7 +257,21 @@ def recorded(run: Path, left: Path, right: Path) -> list[Figure] | None:
     if not path.exists():
         return None
     weights = sorted(hash_files([weights_of(folder)]) for folder in (left, right))
-    for identity, figures in Results(path, NAME).units():
+    for _, identity, figures in Results(path, NAME).units():
         if sorted(identity["weights"]) == weights and figures[0].sae != "untrained":
             return figures
     return None
+
+
+def table_of(run: Path) -> list[list[str]]:
+    """A heading and a row for every pair that a run's file has, and for the untrained ones; empty where it has none."""
+    path = run / "bench" / f"{NAME}.json"
+    if not path.exists():
+        return []
+    rows = [["stability", "PW-MCC", "back above 0.7", "back above 0.9", "encoders"]]
+    for unit, _, figures in Results(path, NAME).units():
+        values = {(figure.figure, figure.at): figure.value for figure in figures}
+        wanted = (("pw_mcc", None), ("returning", 0.7), ("returning", 0.9), ("encoder_cosine", None))
+        cells = ["—" if (value := values.get(name)) is None else f"{value:.3f}" for name in wanted]
+        rows.append([unit, *cells])
+    return rows

@@ -1,6 +1,7 @@
 """`summary.json` and `report.html` of a run, from what training and evaluation left on disk."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,14 +111,14 @@ class ReportConfig:
     """folder for summary.json and report.html (default: of one run its own, of several `report`)"""
 
 
-def report(config: ReportConfig) -> tuple[dict[str, Any], Path]:
+def report(config: ReportConfig, more: Sequence[list[list[str]]] = ()) -> tuple[dict[str, Any], Path]:
     """Report on one run anew, or on several as on one, their dictionaries named RUN/NAME; returns the summary and its folder.
 
-    Raises ValueError for a run without evaluated dictionaries.
+    `more` are tables, headings and rows, to be shown behind its own. Raises ValueError for a run without evaluated dictionaries.
     """
     runs = {run: _evaluated_in(run) for run in dict.fromkeys(config.run)}
     out = config.out or (config.run[0] if len(runs) == 1 else Path("report"))
-    return _write(out, runs, None, None), out
+    return _write(out, runs, None, None, more), out
 
 
 def _evaluated_in(run: Path) -> list[Path]:
@@ -139,14 +140,22 @@ def _evaluated_in(run: Path) -> list[Path]:
 
 
 def write_report(
-    run: Path, folders: list[Path], store: Path | None = None, seconds: dict[str, float] | None = None
+    run: Path,
+    folders: list[Path],
+    store: Path | None = None,
+    seconds: dict[str, float] | None = None,
+    more: Sequence[list[list[str]]] = (),
 ) -> dict[str, Any]:
-    """Write the run's summary and report; returns the summary."""
-    return _write(run, {run: folders}, store, seconds)
+    """Write the run's summary and report; returns the summary. `more` are tables to be shown behind its own."""
+    return _write(run, {run: folders}, store, seconds, more)
 
 
 def _write(
-    out: Path, runs: dict[Path, list[Path]], store: Path | None, seconds: dict[str, float] | None
+    out: Path,
+    runs: dict[Path, list[Path]],
+    store: Path | None,
+    seconds: dict[str, float] | None,
+    more: Sequence[list[list[str]]],
 ) -> dict[str, Any]:
     saes, sets, labels = [], [], {}
     found: list[Evaluated] = []
@@ -175,6 +184,7 @@ def _write(
         "over_seeds": over_seeds(compared),
         "equal_l0": at_equal_l0(found),
         **({"sets": sets} if sets else {}),
+        **({"more": [table for table in more if table]} if any(more) else {}),
     }
     write_json(out / SUMMARY, summary)
     logs = {name: log for name, folder in labels.items() if (log := folder / "metrics.jsonl").exists()}

@@ -59,6 +59,7 @@ def tables(summary: dict[str, Any]) -> list[list[list[str]]]:
         *([set_table(summary["sets"])] if "sets" in summary else []),
         *([seed_table(summary["over_seeds"])] if summary.get("over_seeds") else []),
         *equal_l0_tables(summary["equal_l0"]),
+        *summary.get("more", ()),
     ]
 
 
