@@ -45,6 +45,6 @@ def test_oracle_sae_and_untrained_rank_as_they_must(run: Path, tmp_path: Path) -
     before = (tmp_path / "bench/python.json").read_bytes()
     assert bench_python(config) == figures
     assert (tmp_path / "bench/python.json").read_bytes() == before
-    assert len(read_json(tmp_path / "bench/python.json")["units"]) == 2
+    assert len(read_json(tmp_path / "bench/python.json")["units"]) == 3
     with pytest.raises(ValueError, match="no label of 'python' holds on 50 rows in 3 documents of either half of"):
         bench_python(PythonConfig(run=tmp_path, sae=config.sae, store=config.store, device="cpu"))

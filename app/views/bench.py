@@ -30,7 +30,7 @@ def show_bench(name: str, figures: list[Figure]) -> None:
         wanted = st.segmented_control("Figure", names, default=names[0], key=f"figure_{name}", bind="query-params")
         of = subjects[0]
         if len(subjects) > 1:
-            first = subjects.index(ALL) if ALL in subjects else 0
+            first = next((n for n, subject in enumerate(subjects) if subject.startswith(ALL)), 0)
             of = st.selectbox("Of", subjects, index=first, key=f"of_{name}", width=320) or of
     wanted = wanted or names[0]
     shown = [figure for figure in figures if (figure.figure, figure.of) == (wanted, of)]

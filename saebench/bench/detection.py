@@ -111,6 +111,7 @@ def _of_store(
         shown += [figure for figure in figures if figure.of == "all"]
     everywhere = np.ones(len(rows), bool)
     oracle = _figures(config, "oracle", names, holds_NM.tocsr(), holds_NM, everywhere, chosen, documents)
+    results.put(f"oracle of {store.folder.name}", settings, oracle)
     return shown + [figure for figure in oracle if figure.of == "all"]
 
 

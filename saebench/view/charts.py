@@ -315,6 +315,6 @@ def measured(lines: Mapping[str, Sequence[Measured]], title: str, x: str, y: str
         )  # fmt: skip
     if not over:
         figure = _layout(figure, title, y, "").update_yaxes(autorange="reversed", type="category")
-        return figure.update_layout(height=140 + 34 * len(lines), margin={"l": 180})
+        return figure.update_layout(height=100 + 34 * len(lines), margin={"l": 180, "t": 20})
     figure.update_xaxes(_log_axis([at for points in lines.values() for at, *_ in points if at]))
     return _layout(figure, title, x, y)
