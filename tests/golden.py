@@ -43,7 +43,7 @@ def trained(architecture: str) -> str:
     """Of all that 80 steps change, dead latents revived among them."""
     recipe, rows = RECIPES[architecture], batches()
     level: dict[str, Any] = {"k": 4} if recipe.takes_k else {"target_l0": 4.0}
-    spec = Spec(name=architecture, architecture=architecture, d_sae=96, lr=2e-3, decay=0.2, seed=0, **level)
+    spec = Spec(name=architecture, architecture=architecture, d_sae=96, lr=2e-3, seed=0, **level)
     member = Member(spec, rows[0].mean(0), 12, 80, "cpu")
     for step, x in enumerate(rows):
         member.step(x, step)

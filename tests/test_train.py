@@ -28,7 +28,7 @@ from saebench.train.checkpoint import Checkpoint, begun_as
 from saebench.train.identity import Run
 from saebench.train.loop import Clock
 from saebench.train.memory import check_memory, need_of
-from saebench.train.recipes import EDITIONS, RECIPES
+from saebench.train.recipes import RECIPES
 from saebench.train.schedules import Sparsity, default_learning_rate, learning_rate, pace
 
 COMMON = {"d_sae": (64,), "tokens": 20_000, "batch": 100, "lr": (3e-3,)}
@@ -52,11 +52,11 @@ def arguments(store: Store, out: Path) -> list[str]:
 def test_learning_rate_warms_up_holds_and_decays_to_zero() -> None:
     rates = [learning_rate(step, 1000, 2.0) for step in range(1000)]
     assert rates[0] == pytest.approx(2.0 / 10)
-    assert rates[9] == rates[100] == rates[200] == 2.0
-    assert rates[600] == pytest.approx(1.0)
-    assert rates[999] == pytest.approx(2.0 / 800)
+    assert rates[9] == rates[500] == rates[800] == 2.0
+    assert rates[900] == pytest.approx(1.0)
+    assert rates[999] == pytest.approx(2.0 / 200)
     assert all(a <= b for a, b in pairwise(rates[:10]))
-    assert all(a >= b for a, b in pairwise(rates[200:]))
+    assert all(a >= b for a, b in pairwise(rates[800:]))
 
 
 def follow(lag: float, pace: float, n_steps: int) -> list[float]:
@@ -83,7 +83,7 @@ def test_at_a_lower_learning_rate_the_controller_takes_its_time() -> None:
 
 
 def test_the_pace_is_the_learning_rates(store: Store, tmp_path: Path) -> None:
-    own = default_learning_rate(WIDTH, 4000) / 2  # the rate at which the controller's gains were found
+    own = default_learning_rate(WIDTH, 4000)
     options = {"arch": ("relu", "topk"), "lr": (own, own / 4, 2 * own), "l1": (1.0,), "k": (6,), "target_l0": (6.0,)}
     specs = grid(config(store, tmp_path, **options), WIDTH)
     assert [(spec.name, spec.pace) for spec in specs if spec.pace != 1.0] == [(f"relu-l0-6-lr{own / 4:g}", 0.25)]
@@ -344,9 +344,7 @@ def test_runs_go_on_with_the_defaults_they_were_begun_with(
         raise InterruptedError("cut")
 
     monkeypatch.setattr("saebench.train.settings.pace", lambda *_: 1.0)
-    monkeypatch.setattr("saebench.train.settings.EDITIONS", {1: EDITIONS[1]})
-    monkeypatch.setattr("saebench.train.settings.DECAY", 0.2)
-    monkeypatch.setattr("saebench.train.settings.default_learning_rate", lambda *_: 2e-3)
+    monkeypatch.setitem(RECIPES, "relu", RECIPES["relu"]._replace(edition=1))
     train(config(store, whole, **options))
     monkeypatch.setattr("saebench.train.loop.CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(Checkpoint, "save", save_and_cut)
@@ -357,7 +355,8 @@ def test_runs_go_on_with_the_defaults_they_were_begun_with(
     for out in (whole, cut, now):
         train(config(store, out, **options))
     said = [begun_as(out / "saes")["relu-l0-6"] for out in (whole, cut, now)]
-    rates = (lr or (2e-3,))[0], (lr or (default_learning_rate(WIDTH, 40),))[0]
+    once = default_learning_rate(WIDTH, 40)
+    rates = (lr or (once,))[0], (lr or (2 * once,))[0]
     assert [(one["lr"], one["decay"]) for one in said] == [(rates[0], 0.2), (rates[0], 0.2), (rates[1], 0.8)]
     assert [one.get("edition") for one in said] == [None, None, 2]
     assert [one.get("pace", 1.0) for one in said] == [1.0, 1.0, pace(rates[1], WIDTH)]

@@ -21,10 +21,17 @@ class Edition(NamedTuple):
     """learning rate of W_dec, relative to that of the encoder"""
     shrink: float
     """weight decay of W_enc at the first step, as a share of its learning rate; it falls linearly to 0"""
+    rate: float
+    """learning rate where none is said, over `default_learning_rate`"""
+    decay: float
+    """share of the steps in which it falls, where none is said"""
 
 
-EDITIONS = {1: Edition(0.9, 0.999, decoder=1.0, shrink=0.0), 2: Edition(0.8, 0.95, decoder=2.0, shrink=2.0)}
-"""What is begun now has the last; what was begun with another goes on with it."""
+EDITIONS = {
+    1: Edition(0.9, 0.999, decoder=1.0, shrink=0.0, rate=1.0, decay=0.2),
+    2: Edition(0.8, 0.95, decoder=2.0, shrink=2.0, rate=2.0, decay=0.8),
+}
+"""What is begun now has that of its recipe; what was begun with another goes on with it."""
 
 
 class Recipe(NamedTuple):
@@ -40,6 +47,8 @@ class Recipe(NamedTuple):
     """norms of decoder rows and encoder columns at the start, as powers of 2D/F (`initialise`)"""
     momentum: bool
     """whether Adam's first moment is a mean over steps (`Edition.beta1`)"""
+    edition: int
+    """the row of `EDITIONS`"""
     objective: Objective
     gradients: Penalised | Kin
     """those of the objective, as `exact_gradients` takes them"""
@@ -47,27 +56,27 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "relu": Recipe(
-        ReLUSAE, takes_k=False, unit_rows=False, gains=(0.5, 0.5), momentum=True,
+        ReLUSAE, takes_k=False, unit_rows=False, gains=(0.5, 0.5), momentum=True, edition=2,
         objective=objectives.relu_objective, gradients=gradients.add_relu,
     ),
     "topk": Recipe(
-        TopKSAE, takes_k=True, unit_rows=True, gains=(0.0, 0.0), momentum=True,
+        TopKSAE, takes_k=True, unit_rows=True, gains=(0.0, 0.0), momentum=True, edition=2,
         objective=objectives.topk_objective, gradients=Kin(of_rows=True),
     ),
     "gated": Recipe(
-        GatedSAE, takes_k=False, unit_rows=True, gains=(0.0, 1.0), momentum=False,
+        GatedSAE, takes_k=False, unit_rows=True, gains=(0.0, 1.0), momentum=False, edition=2,
         objective=objectives.gated_objective, gradients=gradients.add_gated,
     ),
     "batchtopk": Recipe(
-        JumpReLUSAE, takes_k=True, unit_rows=True, gains=(0.0, 0.0), momentum=True,
+        JumpReLUSAE, takes_k=True, unit_rows=True, gains=(0.0, 0.0), momentum=True, edition=2,
         objective=objectives.batchtopk_objective, gradients=Kin(),
     ),
     "jumprelu": Recipe(
-        JumpReLUSAE, takes_k=False, unit_rows=False, gains=(0.5, 0.5), momentum=False,
+        JumpReLUSAE, takes_k=False, unit_rows=False, gains=(0.5, 0.5), momentum=False, edition=1,
         objective=objectives.jumprelu_objective, gradients=gradients.add_jumprelu,
     ),
     "matryoshka": Recipe(
-        JumpReLUSAE, takes_k=True, unit_rows=True, gains=(0.0, 0.0), momentum=True,
+        JumpReLUSAE, takes_k=True, unit_rows=True, gains=(0.0, 0.0), momentum=True, edition=2,
         objective=objectives.matryoshka_objective, gradients=Kin(nested=True),
     ),
 }  # fmt: skip

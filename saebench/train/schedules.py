@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 WARMUP = 0.01  # of all steps
-DECAY = 0.8
+DECAY = 0.2
 _SPARSITY_WARMUP = 0.05  # of λ
 
 # The controller sets log λ = P e + I ∫e + J ∬e of the relative error e of L0. P answers at once, which damps
@@ -31,23 +31,18 @@ def learning_rate(step: int, n_steps: int, peak: float, warmup: float = WARMUP, 
 
 
 def default_learning_rate(d_in: int, n_steps: int) -> float:
-    """6e-3 √(256/D) √(4000/steps), no more than 6e-3 √(256/D).
+    """3e-3 √(256/D) √(4000/steps), no more than 3e-3 √(256/D).
 
-    Measured (benchmarks/results/recipe_*, quality_*): the best rate falls with the length of the run and, since weights of a row of
+    Measured (benchmarks/results/recipe_*): the best rate falls with the length of the run and, since weights of a row of
     unit norm are of size 1/√D, with the width of the input; it hardly depends on the number of latents or the architecture.
     Higher rates leave dead latents behind.
     """
-    return 2 * _steady_rate(d_in) * min(1.0, math.sqrt(4000 / n_steps))
+    return 3e-3 * math.sqrt(256 / d_in) * min(1.0, math.sqrt(4000 / n_steps))
 
 
 def pace(lr: float, d_in: int) -> float:
-    """How fast L0 follows λ, relative to the runs in which the controller's gains were found: as the learning rate is, no more than 1."""
-    return min(1.0, lr / _steady_rate(d_in))
-
-
-def _steady_rate(d_in: int) -> float:
-    """The default of those runs, which it held for 80% of the steps."""
-    return 3e-3 * math.sqrt(256 / d_in)
+    """How fast L0 follows λ, relative to runs of up to 4,000 steps at their default rate: as the learning rate is, no more than 1."""
+    return min(1.0, lr / default_learning_rate(d_in, 1))
 
 
 class Sparsity:

@@ -15,7 +15,7 @@ from saebench.store.shuffle import BUFFER_ROWS
 from saebench.train.member import Spec
 from saebench.train.memory import total_memory
 from saebench.train.recipes import EDITIONS, RECIPES, Architecture
-from saebench.train.schedules import DECAY, WARMUP, default_learning_rate, pace
+from saebench.train.schedules import WARMUP, default_learning_rate, pace
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 Kind = Literal["sae", "transcoder", "crosscoder", "clt"]
@@ -63,11 +63,11 @@ class TrainConfig:
     batch: Count = 4096
     """rows in a step"""
     lr: tuple[float, ...] = ()
-    """peak learning rate, one or several (default: 6e-3 √(256/d_in), less after 4,000 steps, as 1/√steps)"""
+    """peak learning rate, one or several (default: 6e-3 √(256/d_in), half of it for jumprelu, less after 4,000 steps, as 1/√steps)"""
     warmup: float = WARMUP
     """share of the steps in which the learning rate rises"""
     decay: float | None = None
-    """share of the steps, at the end, in which it falls to 0 (default: 0.8, or as the run was begun)"""
+    """share of the steps, at the end, in which it falls to 0 (default: 0.8, 0.2 for jumprelu, or as the run was begun)"""
     dead_tokens: Count | None = None
     """rows without firing after which a latent counts as dead (default: a twentieth of the run, at most 10M)"""
     memory_gb: float | None = None
@@ -270,9 +270,10 @@ def grid(config: TrainConfig, d_in: int, places: Sequence[Place] = ("",)) -> lis
                 where["set"] = name if len(places) > 1 and not place.tied else ""
             if len(places) > 1:
                 name += f"-{place if isinstance(place, str) else '+'.join(place.reads if joint else place.writes)}"
-            rate = lr or default_learning_rate(d_in, config.n_steps)
-            decay = DECAY if config.decay is None else config.decay
-            schedule = {"lr": rate, "warmup": config.warmup, "decay": decay, "edition": max(EDITIONS)}
+            edition = EDITIONS[RECIPES[arch].edition]
+            rate = lr or edition.rate * default_learning_rate(d_in, config.n_steps)
+            decay = edition.decay if config.decay is None else config.decay
+            schedule = {"lr": rate, "warmup": config.warmup, "decay": decay, "edition": RECIPES[arch].edition}
             if sparsity == "target_l0":
                 schedule["pace"] = pace(rate, d_in)
             specs.append(Spec(name=name, architecture=arch, d_sae=d_sae, seed=seed, **where, **schedule, **level))
