@@ -454,9 +454,9 @@ def train(args: argparse.Namespace) -> None:
     seconds = time.perf_counter() - started
     version = importlib.metadata.version(DISTRIBUTIONS[args.package])
     peer = {"package": args.package, "version": version, "recipe": trained.recipe, "job": asdict(job)}
-    metadata = {"hook_name": args.hook, "peer": peer | {"seconds": round(seconds, 1)}}
-    config = config_of(trained, job, metadata)
+    config = config_of(trained, job, {"hook_name": args.hook})
     save(args.out, config, trained.tensors)
+    (args.out / "peer.json").write_text(json.dumps(peer | {"seconds": round(seconds, 1)}))
     with torch.no_grad():
         sample = x[:1024].float()
         apart = mismatch(args.out, sample, trained.reconstruct)

@@ -105,9 +105,9 @@ def test_a_grid_has_every_architecture_at_every_sparsity(store: Store, tmp_path:
     assert [spec.name for spec in specs] == [
         "relu-l0-8", "relu-l0-16", "relu-l1-2", "topk-k4", "topk-k8", "topk-k16", "gated-l0-8", "gated-l0-16", "gated-l1-2",
     ]  # fmt: skip
-    assert specs[0].lr == pytest.approx(3e-3 * math.sqrt(256 / WIDTH))
+    assert specs[0].lr == pytest.approx(6e-3 * math.sqrt(256 / WIDTH))
     long = config(store, tmp_path, tokens=1_600_000, lr=())
-    assert grid(long, WIDTH)[0].lr == pytest.approx(1.5e-3 * math.sqrt(256 / WIDTH))  # 16,000 steps
+    assert grid(long, WIDTH)[0].lr == pytest.approx(3e-3 * math.sqrt(256 / WIDTH))  # 16,000 steps
     assert grid(config(store, tmp_path, d_sae=()), WIDTH)[0].d_sae == 8 * WIDTH
 
 
@@ -330,12 +330,13 @@ def test_ctrl_c_saves_and_the_same_command_continues(run: Path, store: Store, tm
     assert same_saes(run, tmp_path)
 
 
-def test_runs_begun_before_the_pace_followed_the_learning_rate_go_on_at_1(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("lr", [(), (3e-3,)])
+def test_runs_go_on_with_the_defaults_they_were_begun_with(
+    lr: tuple[float, ...], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, whether done or in a checkpoint; a run begun now says its pace."""
+    """Bit for bit, whether done or in a checkpoint: rate, decay, edition, and the pace, which was 1 once. A run begun now says its own."""
     whole, cut, now = tmp_path / "whole", tmp_path / "cut", tmp_path / "now"
-    options = {"arch": ("relu",), "tokens": 4_000, "device": "cpu"}
+    options = {"arch": ("relu",), "tokens": 4_000, "device": "cpu", "lr": lr}
     save = Checkpoint.save
 
     def save_and_cut(self: Checkpoint, *args: Any) -> None:
@@ -343,6 +344,7 @@ def test_runs_begun_before_the_pace_followed_the_learning_rate_go_on_at_1(
         raise InterruptedError("cut")
 
     monkeypatch.setattr("saebench.train.settings.pace", lambda *_: 1.0)
+    monkeypatch.setitem(RECIPES, "relu", RECIPES["relu"]._replace(edition=1))
     train(config(store, whole, **options))
     monkeypatch.setattr("saebench.train.loop.CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(Checkpoint, "save", save_and_cut)
@@ -352,8 +354,12 @@ def test_runs_begun_before_the_pace_followed_the_learning_rate_go_on_at_1(
     assert read_json(cut / "saes" / "checkpoint.json")["step"] < 40
     for out in (whole, cut, now):
         train(config(store, out, **options))
-    said = {out: begun_as(out / "saes")["relu-l0-6"].get("pace") for out in (whole, cut, now)}
-    assert said == {whole: None, cut: None, now: pace(3e-3, WIDTH)}
+    said = [begun_as(out / "saes")["relu-l0-6"] for out in (whole, cut, now)]
+    once = default_learning_rate(WIDTH, 40)
+    rates = (lr or (once,))[0], (lr or (2 * once,))[0]
+    assert [(one["lr"], one["decay"]) for one in said] == [(rates[0], 0.2), (rates[0], 0.2), (rates[1], 0.8)]
+    assert [one.get("edition") for one in said] == [None, None, 2]
+    assert [one.get("pace", 1.0) for one in said] == [1.0, 1.0, pace(rates[1], WIDTH)]
     assert same_saes(whole, cut)
     assert not same_saes(whole, now)
 
@@ -494,6 +500,20 @@ def test_a_stop_between_the_last_saves_loses_nothing(
 def test_a_target_that_was_missed_is_said(store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train(config(store, tmp_path, arch=("relu",), tokens=2000))
     assert "relu-l0-6 ended at L0 " in caplog.text
+
+
+def test_a_step_moves_the_decoder_twice_as_far_and_shrinks_the_encoder(store: Store) -> None:
+    """Adam's first step moves each weight by its rate; the encoder has shrunk by 2 × the rate before, less and less over the run."""
+    x = next(shuffled_batches(store, HOOK, 400, seed=1))[0].float()
+    spec = Spec(name="s", architecture="relu", d_sae=32, l1=0.1, lr=1e-3, decay=0.2, seed=0, edition=2)
+    for first, rate, shrink in ((0, 1e-3, 2e-3), (50, 1e-3, 1e-3), (90, 5e-4, 1e-4)):
+        member = Member(spec, x.mean(0), 10**6, 100, "cpu")
+        before = {name: value.detach().clone() for name, value in member.parameters.items()}
+        member.step(x, first)
+        moved = {name: value.detach() - before[name] for name, value in member.parameters.items()}
+        moved["W_enc"] += shrink * before["W_enc"]
+        for name, value in moved.items():  # a gradient near 0 moves its weight less
+            assert float(value.abs().median()) == pytest.approx(2 * rate if name == "W_dec" else rate, rel=1e-3), name
 
 
 # ------------------------------------------------------------------------------------- dead latents

@@ -25,10 +25,9 @@ from saebench.train import Member, Spec
 from saebench.train.checkpoint import Checkpoint
 from saebench.train.loop import Clock
 from saebench.train.recipes import RECIPES, Architecture
-from saebench.train.schedules import default_learning_rate, pace
+from saebench.train.settings import dead_steps_of, schedule_of
 
 _log = logging.getLogger(__name__)
-_DEAD_SHARE = 1 / 20  # of the run, silent for which a latent counts as dead, as in `saebench train`
 _SCALE_ROWS = 8192
 _SCALE_SEED, _EVAL_SEED = 2_000_003, 1_000_003
 _VERSION = 1
@@ -134,10 +133,9 @@ def bench_synthetic(config: SyntheticConfig, data: Synthetic | None = None) -> l
 
 def _spec(config: SyntheticConfig, preset: Preset, arch: Architecture, seed: int) -> Spec:
     sparsity: dict[str, Any] = {"k": preset.l0} if RECIPES[arch].takes_k else {"target_l0": float(preset.l0)}
-    lr = config.lr or default_learning_rate(preset.data.d_in, preset.samples // config.batch)
     name = f"{config.preset}-{arch}-l0-{preset.l0}-seed{seed}"
-    own = pace(lr, preset.data.d_in)
-    return Spec(name=name, architecture=arch, d_sae=preset.d_sae, lr=lr, pace=own, seed=seed, **sparsity)
+    schedule = schedule_of(arch, preset.data.d_in, preset.samples // config.batch, config.lr)
+    return Spec(name=name, architecture=arch, d_sae=preset.d_sae, seed=seed, **schedule, **sparsity)
 
 
 def _identity(config: SyntheticConfig, preset: Preset, spec: Spec | None) -> dict[str, Any]:
@@ -166,7 +164,8 @@ def _trained(
     """The members, trained on the same batches: batch n of a seed is always the same."""
     n_steps = preset.samples // config.batch
     scale, mean_D, _ = _scale_and_mean(data)
-    members = [Member(spec, mean_D, math.ceil(_DEAD_SHARE * n_steps), n_steps, data.device) for spec in specs]
+    dead = [dead_steps_of(spec, n_steps * config.batch, config.batch) for spec in specs]
+    members = [Member(spec, mean_D, steps, n_steps, data.device) for spec, steps in zip(specs, dead, strict=True)]
     folder = config.out / "bench" / f"synthetic-{config.preset}-seed{seed}"
     checkpoint = Checkpoint(folder, {spec.name: units[spec.name] for spec in specs})
     first, _, seconds = checkpoint.restore(members)

@@ -57,10 +57,7 @@ class Run:
         specs = grid(config, sum(store.d_in(hook) for hook in first), places)
         window = None if config.rolling is None else window_shards(store, config.rolling, config.batch)
         begun = begun_as(config.out / "saes")
-        # The controller's pace was 1 before it followed the learning rate.
-        specs = [
-            replace(spec, pace=begun[spec.name].get("pace", 1.0)) if spec.name in begun else spec for spec in specs
-        ]
+        specs = [_as_begun(spec, begun[spec.name], config) if spec.name in begun else spec for spec in specs]
         streams = _streams([spec.ends.hooks for spec in specs])
         multiples = {}
         for stream in streams:
@@ -72,7 +69,6 @@ class Run:
             **{name: to_json(config)[name] for name in ("tokens", "batch", "dtype")},
             **buffer,
             "order": config.seed[0],
-            "dead_steps": config.dead_steps,
             "store": store.hash,
         }
         if isinstance(store, PairedStore):
@@ -85,7 +81,7 @@ class Run:
         for spec in specs:
             multiple = multiples[spec.ends.reads[0]]
             left_out = {} if multiple is None else {"exclude_outliers": multiple}
-            identity[spec.name] = {**spec.to_json(), **shared, **left_out}
+            identity[spec.name] = {**spec.to_json(), **shared, "dead_steps": config.dead_steps(spec), **left_out}
         return cls(
             config=config, specs=specs, store=store, window=window, buffers=buffers, streams=streams, multiples=multiples, identity=identity
         )  # fmt: skip
@@ -208,6 +204,14 @@ class Run:
     def _longest(self, hook: str) -> float:
         """The norm of the longest row to train on."""
         return (self.multiples[hook] or math.inf) * self.store.statistics(hook)["median_norm"]
+
+
+def _as_begun(spec: Spec, begun: dict[str, Any], config: TrainConfig) -> Spec:
+    """What is not said, and the pace, which was 1 before it followed the learning rate, as those of what this SAE was begun with."""
+    known = {"pace": begun.get("pace", 1.0), "edition": begun.get("edition", 1)}
+    known |= {} if config.lr else {"lr": begun["lr"]}
+    known |= {} if config.decay is not None else {"decay": begun["decay"]}
+    return replace(spec, **known)
 
 
 def _streams(groups: list[tuple[str, ...]]) -> list[tuple[str, ...]]:

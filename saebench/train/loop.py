@@ -116,7 +116,7 @@ def _member(run: Run, spec: Spec, inputs: Inputs, device: str) -> Member:
     if spec.joint:  # each hook has one bias, that of its own layer's member
         means[1][1:] = [torch.zeros_like(mean) for mean in means[1][1:]]
     return Member(
-        spec, _joined(means[0]), config.dead_steps, config.n_steps, device, config.dtype == "bfloat16",
+        spec, _joined(means[0]), config.dead_steps(spec), config.n_steps, device, config.dtype == "bfloat16",
         mean_E=None if spec.ends.tied else _joined(means[1]), parts=run.widths(writes),
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from saebench.sae.architectures import NOT_OF_LATENTS
 from saebench.train.controls import FROZEN, keep_near
 from saebench.train.gradients import Gradients, alone, shared_gradients
 from saebench.train.objectives import Context, bandwidth
-from saebench.train.recipes import RECIPES
+from saebench.train.recipes import EDITIONS, RECIPES
 from saebench.train.schedules import DECAY, WARMUP, Sparsity, learning_rate
 
 CLIP = 1.0
@@ -55,6 +55,8 @@ class Spec:
     lr: float
     warmup: float = WARMUP
     decay: float = DECAY
+    edition: int = 1
+    """the row of `EDITIONS`"""
     pace: float = 1.0
     """of the controller that meets target_l0"""
     control: str = ""
@@ -66,10 +68,11 @@ class Spec:
         return Ends(self.reads or (self.hook,), self.writes or (self.hook,))
 
     def to_json(self) -> dict[str, Any]:
-        """The fields; `pace` where it is not 1, which it was for all once, and of an SAE none that it had not then."""
+        """The fields; `edition` and `pace` where they are not 1, which they were for all once, and of an SAE none that it had not then."""
         values = asdict(self)
-        if self.pace == 1.0:
-            del values["pace"]
+        for name in ("edition", "pace"):
+            if values[name] == 1:
+                del values[name]
         if not self.control:
             del values["control"]
         if not self.joint:
@@ -93,7 +96,7 @@ class Member:
         self.spec, self.dead_steps, self.n_steps, self.bf16 = spec, dead_steps, n_steps, bf16
         self.company: Sequence[Member] = (self,)
         """those whose steps go together: the members of a joint set"""
-        self.recipe = RECIPES[spec.architecture]
+        self.recipe, self.edition = RECIPES[spec.architecture], EDITIONS[spec.edition]
         self.sae: SAE = new_sae(self.recipe.sae.architecture, len(mean_D), spec.d_sae, k=spec.k, writes=writes)
         initialise(self.sae, mean_D, torch.Generator().manual_seed(spec.seed), self.recipe.gains, mean_E)
         self.sae.to(device)
@@ -111,12 +114,14 @@ class Member:
         self.start_FD = (
             torch.nn.functional.normalize(self.sae.W_dec.detach()) if spec.control == "soft-frozen" else None
         )
-        paces = {name: self._pace(name) for name in self.parameters}
+        kinds = {name: (self._pace(name), self.edition.shrink * (name == "W_enc")) for name in self.parameters}
         groups = [
-            {"params": [self.parameters[name] for name in paces if paces[name] == pace], "scale": pace}
-            for pace in sorted(set(paces.values()))
+            {"params": [self.parameters[name] for name in kinds if kinds[name] == kind]}
+            | {"scale": kind[0], "shrink": kind[1]}
+            for kind in sorted(set(kinds.values()))
         ]
-        self.optimizer = torch.optim.Adam(groups, lr=spec.lr, betas=(self.recipe.beta1, 0.999), fused=True)
+        betas = self.edition.beta1 * self.recipe.momentum, self.edition.beta2
+        self.optimizer = torch.optim.Adam(groups, lr=spec.lr, betas=betas, fused=True, decoupled_weight_decay=True)
         self.sparsity = Sparsity(spec.l1, spec.target_l0, device, spec.pace)
         self.silent_steps = torch.zeros(spec.d_sae, dtype=torch.int32, device=device)
         self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)  # since the last line of the log
@@ -179,7 +184,7 @@ class Member:
 
     def _pace(self, name: str) -> float:
         """Learning rate relative to lr: √D for thresholds, which alone move where a row of weights turns D numbers."""
-        return self.sae.d_in**0.5 if name == "threshold" else 1.0
+        return {"threshold": self.sae.d_in**0.5, "W_dec": self.edition.decoder}.get(name, 1.0)
 
     def _look(self) -> None:
         """What decides the kind of the next steps' products; read from the device seldom, since it has to be waited for."""
@@ -229,6 +234,7 @@ class Member:
             parameter.grad = gradients.of[name]
         for group in self.optimizer.param_groups:
             group["lr"] = group["scale"] * self._learning_rate(step)
+            group["weight_decay"] = group["shrink"] * (1 - step / self.n_steps)
         self.optimizer.grad_scale = (norm / CLIP).clamp(min=1.0)  # type: ignore[attr-defined]
         self.optimizer.found_inf = bad.to(norm.dtype)  # type: ignore[attr-defined]
         self.optimizer.step()

@@ -15,8 +15,8 @@ from saebench.store.shuffle import BUFFER_ROWS
 from saebench.train.controls import Control
 from saebench.train.member import Spec
 from saebench.train.memory import total_memory
-from saebench.train.recipes import RECIPES, Architecture
-from saebench.train.schedules import DECAY, WARMUP, default_learning_rate, pace
+from saebench.train.recipes import EDITIONS, RECIPES, RESAMPLED, Architecture
+from saebench.train.schedules import WARMUP, default_learning_rate, pace
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 Kind = Literal["sae", "transcoder", "crosscoder", "clt"]
@@ -64,15 +64,15 @@ class TrainConfig:
     batch: Count = 4096
     """rows in a step"""
     lr: tuple[float, ...] = ()
-    """peak learning rate, one or several (default: 3e-3 √(256/d_in), less after 4,000 steps, as 1/√steps)"""
+    """peak learning rate, one or several (default: 6e-3 √(256/d_in), half of it for jumprelu, less after 4,000 steps, as 1/√steps)"""
     warmup: float = WARMUP
     """share of the steps in which the learning rate rises"""
-    decay: float = DECAY
-    """share of the steps, at the end, in which it falls to 0"""
+    decay: float | None = None
+    """share of the steps, at the end, in which it falls to 0 (default: 0.8, 0.2 for jumprelu, or as the run was begun)"""
     control: tuple[Control, ...] = ()
     """instead of SAEs, controls that must be beaten, trained alike but for a constraint: decoder rows stay at random (frozen-decoder), or within a cosine of 0.8 of it (soft-frozen), or the encoder's weights do (frozen-encoder; arXiv 2602.14111)"""
     dead_tokens: Count | None = None
-    """rows without firing after which a latent counts as dead (default: a twentieth of the run, at most 10M)"""
+    """rows without firing after which a latent counts as dead (default: a sixtieth of the run for topk, batchtopk and matryoshka, a twentieth for the others, at most 10M; or as the run was begun)"""
     memory_gb: float | None = None
     """memory for the two buffers that rows are shuffled in, for all hooks together (default: 2, or what 500,000 rows take)"""
     buffer_rows: Count | None = None
@@ -104,7 +104,7 @@ class TrainConfig:
             if not lr > 0:
                 raise ValueError(f"lr is {lr}; expected more than 0")
         for name in ("warmup", "decay"):
-            if not 0 <= getattr(self, name) <= 1:
+            if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a share of the steps, from 0 to 1")
         if self.exclude_outliers is not None and not self.exclude_outliers > 1:
             raise ValueError(
@@ -225,9 +225,9 @@ class TrainConfig:
         within = [math.ceil(gb * 2**30 / (2 * row_bytes)) for gb in (self.memory_gb or 2.0, total_memory() / 2**31)]
         return within[0] if self.memory_gb is not None else max(1, min(max(BUFFER_ROWS, within[0]), within[1]))
 
-    @property
-    def dead_steps(self) -> int:
-        return math.ceil((self.dead_tokens or min(10_000_000, self.tokens / 20)) / self.batch)
+    def dead_steps(self, spec: Spec) -> int:
+        """Steps without firing after which a latent counts as dead."""
+        return dead_steps_of(spec, self.tokens, self.batch, self.dead_tokens)
 
 
 _REMEDY = "harvest a store that has all of them (`saebench harvest --layers 3 --kinds mlp` takes what goes into an MLP and comes out of it)"
@@ -237,6 +237,26 @@ def _layers_of_mlps(hooks: Iterable[str]) -> tuple[int, ...]:
     """Those whose MLP's input and output are among these hooks."""
     layers = {int(found[1]) for hook in hooks if (found := re.match(r"blocks\.(\d+)\.", hook))}
     return tuple(layer for layer in sorted(layers) if all(name.format(layer) in hooks for name in _MLP))
+
+
+def schedule_of(
+    arch: str, d_in: int, n_steps: int, lr: float | None = None, decay: float | None = None
+) -> dict[str, Any]:
+    """`lr`, `decay`, `edition` and `pace` of what is begun now, by what is said and else by the edition of its recipe."""
+    edition = EDITIONS[RECIPES[arch].edition]
+    rate = lr or edition.rate * default_learning_rate(d_in, n_steps)
+    return {
+        "lr": rate,
+        "decay": edition.decay if decay is None else decay,
+        "edition": RECIPES[arch].edition,
+        "pace": pace(rate, d_in),
+    }
+
+
+def dead_steps_of(spec: Spec, tokens: int, batch: int, dead_tokens: int | None = None) -> int:
+    """Steps without firing after which a latent counts as dead, by what is said and else by the length of the run."""
+    part = EDITIONS[spec.edition].dead if RECIPES[spec.architecture].takes_k else RESAMPLED
+    return math.ceil((dead_tokens or min(10_000_000, tokens / part)) / batch)
 
 
 def grid(config: TrainConfig, d_in: int, places: Sequence[Place] = ("",)) -> list[Spec]:
@@ -274,9 +294,12 @@ def grid(config: TrainConfig, d_in: int, places: Sequence[Place] = ("",)) -> lis
                 where["set"] = name if len(places) > 1 and not place.tied else ""
             if len(places) > 1:
                 name += f"-{place if isinstance(place, str) else '+'.join(place.reads if joint else place.writes)}"
-            rate = lr or default_learning_rate(d_in, config.n_steps)
-            schedule: dict[str, Any] = {"lr": rate, "warmup": config.warmup, "decay": config.decay, "control": control}
-            if sparsity == "target_l0":
-                schedule["pace"] = pace(rate, d_in)
-            specs.append(Spec(name=name, architecture=arch, d_sae=d_sae, seed=seed, **where, **schedule, **level))
+            schedule = schedule_of(arch, d_in, config.n_steps, lr, config.decay) | {"warmup": config.warmup}
+            if sparsity != "target_l0":
+                del schedule["pace"]
+            specs.append(
+                Spec(
+                    name=name, architecture=arch, d_sae=d_sae, seed=seed, control=control, **where, **schedule, **level
+                )
+            )
     return list({spec.name: spec for spec in specs}.values())
