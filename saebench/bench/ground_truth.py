@@ -134,7 +134,7 @@ def bench_synthetic(config: SyntheticConfig, data: Synthetic | None = None) -> l
 def _spec(config: SyntheticConfig, preset: Preset, arch: Architecture, seed: int) -> Spec:
     sparsity: dict[str, Any] = {"k": preset.l0} if RECIPES[arch].takes_k else {"target_l0": float(preset.l0)}
     name = f"{config.preset}-{arch}-l0-{preset.l0}-seed{seed}"
-    schedule = schedule_of(arch, preset.data.d_in, preset.samples // config.batch, config.lr)
+    schedule = schedule_of(arch, preset.data.d_in, preset.d_sae, preset.samples // config.batch, config.lr)
     return Spec(name=name, architecture=arch, d_sae=preset.d_sae, seed=seed, **schedule, **sparsity)
 
 

@@ -23,6 +23,8 @@ class Edition(NamedTuple):
     """weight decay of W_enc at the first step, as a share of its learning rate; it falls linearly to 0"""
     rate: float
     """learning rate where none is said, over `default_learning_rate`"""
+    crowded: float
+    """where there are more than 8 latents to a dimension, power of 8D/F that it is multiplied by"""
     decay: float
     """share of the steps in which it falls, where none is said"""
     dead: int
@@ -30,8 +32,8 @@ class Edition(NamedTuple):
 
 
 EDITIONS = {
-    1: Edition(0.9, 0.999, decoder=1.0, shrink=0.0, rate=1.0, decay=0.2, dead=20),
-    2: Edition(0.8, 0.95, decoder=2.0, shrink=2.0, rate=2.0, decay=0.8, dead=60),
+    1: Edition(0.9, 0.999, decoder=1.0, shrink=0.0, rate=1.0, crowded=0.0, decay=0.2, dead=20),
+    2: Edition(0.8, 0.95, decoder=2.0, shrink=2.0, rate=2.0, crowded=0.25, decay=0.8, dead=60),
 }
 """What is begun now has that of its recipe; what was begun with another goes on with it."""
 

@@ -64,7 +64,7 @@ class TrainConfig:
     batch: Count = 4096
     """rows in a step"""
     lr: tuple[float, ...] = ()
-    """peak learning rate, one or several (default: 6e-3 √(256/d_in), half of it for jumprelu, less after 4,000 steps, as 1/√steps)"""
+    """peak learning rate, one or several (default: 6e-3 √(256/d_in), times (8 d_in/d_sae)^¼ where that is less; of jumprelu 3e-3 √(256/d_in); less after 4,000 steps, as 1/√steps)"""
     warmup: float = WARMUP
     """share of the steps in which the learning rate rises"""
     decay: float | None = None
@@ -239,12 +239,16 @@ def _layers_of_mlps(hooks: Iterable[str]) -> tuple[int, ...]:
     return tuple(layer for layer in sorted(layers) if all(name.format(layer) in hooks for name in _MLP))
 
 
+_ROOMY = 8  # latents to a dimension, beyond which the learning rate falls
+
+
 def schedule_of(
-    arch: str, d_in: int, n_steps: int, lr: float | None = None, decay: float | None = None
+    arch: str, d_in: int, d_sae: int, n_steps: int, lr: float | None = None, decay: float | None = None
 ) -> dict[str, Any]:
     """`lr`, `decay`, `edition` and `pace` of what is begun now, by what is said and else by the edition of its recipe."""
     edition = EDITIONS[RECIPES[arch].edition]
-    rate = lr or edition.rate * default_learning_rate(d_in, n_steps)
+    crowd = min(1.0, _ROOMY * d_in / d_sae) ** edition.crowded
+    rate = lr or edition.rate * crowd * default_learning_rate(d_in, n_steps)
     return {
         "lr": rate,
         "decay": edition.decay if decay is None else decay,
@@ -294,7 +298,7 @@ def grid(config: TrainConfig, d_in: int, places: Sequence[Place] = ("",)) -> lis
                 where["set"] = name if len(places) > 1 and not place.tied else ""
             if len(places) > 1:
                 name += f"-{place if isinstance(place, str) else '+'.join(place.reads if joint else place.writes)}"
-            schedule = schedule_of(arch, d_in, config.n_steps, lr, config.decay) | {"warmup": config.warmup}
+            schedule = schedule_of(arch, d_in, d_sae, config.n_steps, lr, config.decay) | {"warmup": config.warmup}
             if sparsity != "target_l0":
                 del schedule["pace"]
             specs.append(
