@@ -146,6 +146,9 @@ def test_lines_are_compared_where_their_l0s_overlap() -> None:
     assert (lines["topk"]["behind"], lines["relu"]["behind"]) == (0.0, pytest.approx(0.2))
     assert lines["topk"]["excess"] == pytest.approx(0.5 - 0.15)
     assert "behind" not in lines["PCA of rank L0"]
+    control = [entry(f"c{l0}", l0, 0.6, control="frozen-decoder") for l0 in (1.0, 100.0)]
+    (held,) = at_equal_l0([*saes[2:], *control])  # one line, and what it must beat
+    assert held["figures"]["fvu"]["topk"]["excess"] == pytest.approx(0.5 - held["figures"]["fvu"]["topk"]["mean"])
     assert at_equal_l0(saes[:3]) == []  # one TopK alone: nothing is extrapolated
     assert at_equal_l0([sae("relu", 1.0, 0.4), sae("relu", 2.0, 0.3), *saes[2:3], sae("topk", 50.0, 0.2)]) == []
     table, *_ = equal_l0_tables([found])

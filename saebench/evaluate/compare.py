@@ -215,7 +215,7 @@ def at_equal_l0(every: Sequence[Evaluated]) -> list[dict[str, Any]]:
     halves of their 95% intervals (`halves`); the `mean` over the range of log L0, which is the area under the line by its length;
     how far that is `behind` the best trained line (0 for itself), with `behind_half`; and its `excess` over the best baseline.
 
-    Monotone cubic interpolation on log L0 (Fritsch and Carlson 1980), nothing extrapolated: a line needs two L0s, a group two lines. Seeds
+    Monotone cubic interpolation on log L0 (Fritsch and Carlson 1980), nothing extrapolated: a line needs two L0s, a group two lines of dictionaries, controls among them. Seeds
     are averaged first. L0 itself is taken as known: over documents it varies little.
     """
     groups: dict[tuple[str, int], list[Recipe]] = {}
@@ -224,10 +224,10 @@ def at_equal_l0(every: Sequence[Evaluated]) -> list[dict[str, Any]]:
     found = []
     for (hook, d_sae), group in groups.items():
         lines = {figure: _lines(group, figure) for figure in FIGURES}
-        trained = [line for line in lines["fvu"].values() if not line.is_baseline]
+        own = {line_of(recipe.first) for recipe in group} & lines["fvu"].keys()
         low = max((line.log_l0s[0] for line in lines["fvu"].values()), default=math.inf)
         high = min((line.log_l0s[-1] for line in lines["fvu"].values()), default=0.0)
-        if len(trained) < 2 or low >= high:
+        if len(own) < 2 or low >= high:
             continue
         inside = [l0 for l0 in L0S if low + _APART < math.log(l0) < high - _APART]
         l0s = [math.exp(low), *inside, math.exp(high)]
