@@ -134,7 +134,7 @@ class _Pass:
         with torch.enable_grad():
             self.stream = of.stream.expand(size, -1, -1).clone().requires_grad_()
             self.written = {
-                layer: (of.written[layer] - of._skipped(layer, of.reads)).expand(size, -1, -1).clone().requires_grad_()
+                layer: (of.written[layer] - of.skipped(layer, of.reads)).expand(size, -1, -1).clone().requires_grad_()
                 for layer in of.layers
             }
             self.reads, self.states = of.run(self.stream, lambda layer, _: self.written[layer])

@@ -6,6 +6,7 @@ set, all of it is error. The stream that enters the set's first layer is a const
 B copies of the prompt, L positions, D d_model, N active latents, G latents chosen, V vocabulary.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -80,7 +81,7 @@ class Replacement:
         reads: Reads = {}
 
         def written(layer: int, value: Tensor) -> Tensor:
-            return write(layer, reads) + self._skipped(layer, reads)
+            return write(layer, reads) + self.skipped(layer, reads)
 
         changes = {hook_name(self.layers[0], "resid_pre"): lambda value: stream}
         changes |= {hook: lambda value, at=layer: reads.update({at: value}) for layer, hook in self._reading.items()}
@@ -112,7 +113,8 @@ class Replacement:
         """`[L, D]` that enters the first layer"""
         self.reads = {layer: seen[hook] for layer, hook in self._reading.items()}
         self.written = {layer: seen[hook_name(layer, "mlp_out")] for layer in self.layers}
-        alone = [left_alone(self.model, self.ids, seen[hook], bounds[hook]) for hook in seen if hook in bounds]
+        rows = {hook: value for hook, value in seen.items() if hook != entering}
+        alone = [left_alone(self.model, self.ids, rows[hook], bounds.get(hook, math.inf)) for hook in rows]
         self.alone: Bool[Tensor, " L"] = torch.stack(alone).any(0)
         """positions that have no latents"""
 
@@ -152,7 +154,7 @@ class Replacement:
     def _part(one: Dictionary, weights: Float[Tensor, "*N E"], hook: str) -> Float[Tensor, "*N D"]:
         return weights.split(one.sae.parts, -1)[one.ends.writes.index(hook)]
 
-    def _skipped(self, layer: int, reads: Reads) -> Tensor | float:
+    def skipped(self, layer: int, reads: Mapping[int, Tensor]) -> Tensor | float:
         """What skip paths add to what is written at a layer."""
         total: Tensor | float = 0.0
         for at, one in zip(self.member_layers, self.members, strict=True):
@@ -170,7 +172,7 @@ class Replacement:
 
     @torch.no_grad()
     def _error(self, layer: int) -> Float[Tensor, "L D"]:
-        made = self.bias[layer] + self._skipped(layer, self.reads)
+        made = self.bias[layer] + self.skipped(layer, self.reads)
         made.index_add_(0, self.latents.position, self.decoded(layer, self.latents) * self.latents.activation[:, None])
         return self.written[layer] - made
 
