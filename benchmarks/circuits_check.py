@@ -64,7 +64,9 @@ def theirs(out: Path) -> None:
     here = np.array([*both, *range(mine, mine + rest)])
     there = np.array([*(nodes[tuple(found["latents"][place])] for place in both), *range(n, n + rest)])
     left, right = found["adjacency"][np.ix_(here, here)], graph.adjacency_matrix.float().numpy()[np.ix_(there, there)]
-    print(f"latents: {mine} here, {n} there, {len(both)} of both; circuit-tracer took {seconds:.1f} s, ours {found['seconds']:.1f} s")
+    print(
+        f"latents: {mine} here, {n} there, {len(both)} of both; circuit-tracer took {seconds:.1f} s, ours {found['seconds']:.1f} s"
+    )
     print(f"largest difference of an edge: {abs(left - right).max():.2g}, of the largest edge {abs(right).max():.3g}")
     print(f"correlation of edges: {np.corrcoef(left.ravel(), right.ravel())[0, 1]:.8f}")
     print(f"replacement and completeness score: {found['scores']} here, {np.array(compute_graph_scores(graph))} there")
@@ -75,13 +77,15 @@ def _hooked(folder: str, transcoders):
     from circuit_tracer.replacement_model.replacement_model_transformerlens import TransformerLensReplacementModel
     from transformer_lens import HookedTransformerConfig
     from transformer_lens.pretrained.weight_conversions import convert_llama_weights
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from safetensors.torch import load_file
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     told = json.loads((Path(folder) / "config.json").read_text())
     theta = told.get("rope_theta") or told["rope_parameters"]["rope_theta"]
     hf = LlamaForCausalLM(LlamaConfig(**{name: value for name, value in told.items() if name != "rope_parameters"}))
-    state = {name: value.float() for file in Path(folder).glob("*.safetensors") for name, value in load_file(file).items()}
+    state = {
+        name: value.float() for file in Path(folder).glob("*.safetensors") for name, value in load_file(file).items()
+    }
     hf.load_state_dict(state, strict=False)
     hf.tie_weights()
     heads, groups = told["num_attention_heads"], told["num_key_value_heads"]
@@ -94,7 +98,10 @@ def _hooked(folder: str, transcoders):
         rotary_base=int(theta), final_rms=True, gated_mlp=True, device="cpu", dtype=torch.float32,
         use_attn_result=False, default_prepend_bos=True,
     )  # fmt: skip
-    model = TransformerLensReplacementModel(cfg, AutoTokenizer.from_pretrained(folder))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(folder) / "tokenizer.json"))
+    first = tokenizer.convert_ids_to_tokens(told["bos_token_id"])
+    tokenizer.add_special_tokens({"bos_token": first, "eos_token": first, "pad_token": first})
+    model = TransformerLensReplacementModel(cfg, tokenizer)
     model.load_and_process_state_dict(
         convert_llama_weights(hf, cfg), fold_ln=False, center_writing_weights=False, center_unembed=False,
         fold_value_biases=False,

@@ -106,6 +106,7 @@ def test_edges_and_bias_sum_to_what_the_model_has(
 ) -> None:
     """Also where the set begins behind the first layer, whose stream is then what embeddings are elsewhere, or ends before the last."""
     model = models[name]
+    before = model.module.config._attn_implementation
     of = replaced(model, kind, layers, read)
     graph = traced(of)
     assert graph.layers == tuple(range(layers.start, 3))
@@ -127,7 +128,7 @@ def test_edges_and_bias_sum_to_what_the_model_has(
     assert ((sums - graph.values).abs() <= 1e-4 * (graph.edges.abs().sum(1) + graph.bias.abs())).all()
     assert float(graph.left_out.abs().max()) == 0
     assert graph.bias.abs().max() > 0
-    assert model.module.config._attn_implementation == "sdpa"  # and the model is as it was
+    assert model.module.config._attn_implementation == before  # and the model is as it was
     assert torch.equal(last_states(model, ids), last_states(model, ids))
 
 
@@ -148,7 +149,7 @@ def test_edges_are_what_taking_a_source_away_changes(models: dict[str, LanguageM
     with torch.no_grad():
         clean = targets(of.stream, {})
         assert close(clean, graph.values)
-        for node in range(0, graph.n_latents, 17):
+        for node in range(0, graph.n_latents, 41):
             one = graph.latents.of(torch.tensor([node]))
             off = {layer: torch.zeros_like(of.stream) for layer in of.layers}
             for layer in of.layers:
@@ -182,7 +183,7 @@ def test_a_small_change_does_what_the_graph_says(models: dict[str, LanguageModel
     of = replaced(models["llama"], "clt")
     graph = traced(of)
     nodes = influence_of(graph)[: graph.n_latents].topk(8).indices.tolist()
-    clamps = [{node: 1.001 * float(graph.latents.activation[node])} for node in nodes]
+    clamps = [{node: 1.0001 * float(graph.latents.activation[node])} for node in nodes]
     clamps.append({node: value for clamp in clamps[:2] for node, value in clamp.items()})
     says, does = predicted(graph, clamps), measured(of, graph, clamps)
     assert (says.latents - does.latents).norm() <= 0.05 * says.latents.norm()
@@ -314,10 +315,14 @@ def test_what_cannot_be_held_is_refused(
     recurrent = load_model(str(families.make("qwen3_next", tmp_path, tokenizer)), device="cpu", dtype="float32")
     with pytest.raises(ValueError, match="is called with more than rows|has 3 layers, and 1 of them have attention"):
         replaced(recurrent, "relu", range(1))
-    beside = load_model(str(families.make("falcon_h1", tmp_path, tokenizer)), device="cpu", dtype="float32")
-    with pytest.raises(ValueError, match="is called with more than rows|is not linear once patterns"):
-        traced(replaced(beside, "relu", range(3)))
-    assert last_states(beside, ids[None] % 512).isfinite().all()
+    gate = llama.blocks[1].get_submodule("self_attn.o_proj").register_forward_hook(lambda _, __, y: y * y.sigmoid())
+    try:
+        with pytest.raises(
+            ValueError, match=r"is not linear once patterns and denominators are held: a target differs"
+        ):
+            traced(replaced(llama, "relu"))
+    finally:
+        gate.remove()
 
 
 def saved_run(folder: Path, model: LanguageModel, kind: str, **metadata: Any) -> Path:

@@ -6,6 +6,7 @@ set, all of it is error. The stream that enters the set's first layer is a const
 B copies of the prompt, L positions, D d_model, N active latents, G latents chosen, V vocabulary.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -87,10 +88,8 @@ class Replacement:
         changes |= {hook: lambda value, at=layer: reads.update({at: value}) for layer, hook in self._reading.items()}
         changes |= {hook_name(at, "mlp_out"): lambda value, at=at: written(at, value) for at in self.layers}
         ids = self.ids.expand(len(stream), -1)
-        if not frozen:
-            with edits(self.model, changes)():
-                return reads, first_of(self.model.base(ids, use_cache=False))
-        with self.frozen.held(), edits(self.model, changes)():
+        changed = edits(self.model, changes)  # which asks norms for their gain, before they are stood in for
+        with self.frozen.held() if frozen else contextlib.nullcontext(), changed():
             return reads, first_of(self.model.base(ids, use_cache=False))
 
     @torch.no_grad()
@@ -103,10 +102,8 @@ class Replacement:
         def take(hook: str, value: Tensor) -> None:
             seen[hook] = value[0].clone()
 
-        with (
-            self.frozen.recorded(),
-            edits(self.model, {hook: lambda value, hook=hook: take(hook, value) for hook in hooks})(),
-        ):
+        watched = edits(self.model, {hook: lambda value, hook=hook: take(hook, value) for hook in hooks})
+        with self.frozen.recorded(), watched():
             self.states = first_of(self.model.base(self.ids[None], use_cache=False))[0]
             """`[L, D]` of which the logits are made"""
         self.stream = seen[entering]
