@@ -43,7 +43,6 @@ def ours(out: Path, run: Path, name: str, prompt: str) -> None:
 
 def theirs(out: Path) -> None:
     from circuit_tracer.attribution.attribute import attribute
-    from circuit_tracer.graph import compute_graph_scores
     from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder_set
 
     found, folder = np.load(out / "ours.npz"), json.loads((out / "model.json").read_text())
@@ -67,17 +66,36 @@ def theirs(out: Path) -> None:
     print(
         f"latents: {mine} here, {n} there, {len(both)} of both; circuit-tracer took {seconds:.1f} s, ours {found['seconds']:.1f} s"
     )
-    print(f"largest difference of an edge: {abs(left - right).max():.2g}, of the largest edge {abs(right).max():.3g}")
-    print(f"correlation of edges: {np.corrcoef(left.ravel(), right.ravel())[0, 1]:.8f}")
-    print(f"replacement and completeness score: {found['scores']} here, {np.array(compute_graph_scores(graph))} there")
+    whole = _scores(graph, left)
+    length, logits = len(found["ids"]), len(found["logits"])
+    errors = slice(len(both), len(left) - length - logits)
+    left[:, errors][:, ::length] = 0  # which circuit-tracer sets to 0 at the first position
+    tokens = slice(errors.stop, errors.stop + length)
+    for kind, of in {
+        "latents": slice(0, len(both)),
+        "errors but the first position's": errors,
+        "tokens": tokens,
+    }.items():
+        print(
+            f"edges from {kind}: at most {abs(left[:, of] - right[:, of]).max():.2g} apart, of {abs(right[:, of]).max():.3g}"
+        )
+    print(f"scores of the whole graph: {found['scores']} here, {whole} by circuit-tracer's functions")
+    print(f"without errors of the first position: {_scores(graph, left)} here, {_scores(graph, right)} there")
+
+
+def _scores(graph, adjacency: np.ndarray) -> np.ndarray:
+    from circuit_tracer.graph import compute_graph_scores
+
+    graph.adjacency_matrix = torch.from_numpy(adjacency.copy())
+    return np.array(compute_graph_scores(graph))
 
 
 def _hooked(folder: str, transcoders):
     """circuit-tracer's model of a Llama-shaped checkpoint on disk, of which it knows names on the hub alone."""
     from circuit_tracer.replacement_model.replacement_model_transformerlens import TransformerLensReplacementModel
+    from safetensors.torch import load_file
     from transformer_lens import HookedTransformerConfig
     from transformer_lens.pretrained.weight_conversions import convert_llama_weights
-    from safetensors.torch import load_file
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     told = json.loads((Path(folder) / "config.json").read_text())
@@ -98,15 +116,16 @@ def _hooked(folder: str, transcoders):
         rotary_base=int(theta), final_rms=True, gated_mlp=True, device="cpu", dtype=torch.float32,
         use_attn_result=False, default_prepend_bos=True,
     )  # fmt: skip
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(folder) / "tokenizer.json"))
-    first = tokenizer.convert_ids_to_tokens(told["bos_token_id"])
-    tokenizer.add_special_tokens({"bos_token": first, "eos_token": first, "pad_token": first})
-    model = TransformerLensReplacementModel(cfg, tokenizer)
+    model = TransformerLensReplacementModel(cfg)
     model.load_and_process_state_dict(
         convert_llama_weights(hf, cfg), fold_ln=False, center_writing_weights=False, center_unembed=False,
         fold_value_biases=False,
     )  # fmt: skip
     model._configure_replacement_model(transcoders)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(Path(folder) / "tokenizer.json"))
+    first = tokenizer.convert_ids_to_tokens(told["bos_token_id"])
+    tokenizer.add_special_tokens({"bos_token": first, "eos_token": first, "pad_token": first})
+    model.tokenizer = tokenizer
     return model
 
 

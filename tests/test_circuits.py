@@ -346,7 +346,7 @@ def test_the_command_writes_what_viewers_take(
     command = ["circuits", "--run", str(run), "--set", "s", "--prompt", TEXT, "--device", "cpu"]
     assert main([*command, "--name", "g", "--target", " cat", "--against", " dog", "--nodes", "0.9"]) == 0
     out = capsys.readouterr().out
-    assert "' cat' less ' dog'" in out
+    assert "' cat' over ' dog'" in out
     assert "replacement score" in out
     assert "ablated one at a time" in out
     content = json.loads((run / "circuits" / "g.json").read_text())

@@ -46,8 +46,8 @@ def as_json(
 
 
 def logit_text(logit: Logit, token: Callable[[int], str]) -> str:
-    """`' a'`, or `' a' less ' b'`."""
-    return repr(token(logit.token)) + ("" if logit.against is None else f" less {token(logit.against)!r}")
+    """`' a'`, or `' a' over ' b'`."""
+    return repr(token(logit.token)) + ("" if logit.against is None else f" over {token(logit.against)!r}")
 
 
 def _node(id: str, js: str, feature: int, layer: str, position: int, kind: str, **more: Any) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _logit(graph: Graph, place: int, token: Callable[[int], str]) -> dict[str, A
 
 
 def told(path: Sequence[int], graph: Graph, named: Named, token: Callable[[int], str]) -> str:
-    """A path as a sentence: from a token, through latents, to a logit; what raises what by its edges' signs."""
+    """A path as a sentence: from a token, or the stream in its place, through latents, to a logit; what raises what by its edges' signs."""
     parts, size = [], graph.edges.shape[1]
     for place, node in enumerate(path):
         if node >= size:
@@ -106,6 +106,8 @@ def told(path: Sequence[int], graph: Graph, named: Named, token: Callable[[int],
         elif node >= graph.token_nodes.start:
             position = node - graph.token_nodes.start
             words = f"{token(int(graph.ids[position]))!r} ({position})"
+            if graph.layers[0]:  # what enters the set is more than the token
+                words = f"the stream into L{graph.layers[0]} at {words}"
         else:
             position, latent = int(graph.latents.position[node]), int(graph.latents.latent[node])
             name = f" {named(node)}" if named(node) else ""
