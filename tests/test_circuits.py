@@ -30,7 +30,7 @@ from saebench.circuits.influence import by_influence, influence_of
 from saebench.circuits.replacement import Latents
 from saebench.cli import main
 from saebench.evaluate.measure import Dictionary
-from saebench.models import LanguageModel, capture, hook_name, last_states, load_model, logits
+from saebench.models import LanguageModel, capture, edits, hook_name, last_states, load_model, logits
 from saebench.sae import SAE, Ends, Writes, new_sae, save_sae
 
 WIDTH, LATENTS = 32, 24
@@ -197,6 +197,23 @@ def test_ablations_of_one_layer_do_what_the_graph_says_of_the_logits(models: dic
     assert held.logits == pytest.approx(1, abs=1e-6)
     assert math.isnan(held.latents)
     assert held.logits_free != held.logits
+
+
+def test_free_an_ablation_is_what_it_is_in_the_model(models: dict[str, LanguageModel]) -> None:
+    """Of one layer, in whose own reading it changes nothing: what the latent writes is taken off, and the layers above do as they do."""
+    of = replaced(models["llama"], "relu", range(1, 2))
+    graph = traced(of)
+    node = int(influence_of(graph)[: graph.n_latents].argmax())
+    one = graph.latents.of(torch.tensor([node]))
+    off = torch.zeros_like(of.stream)
+    off[one.position] = of.decoded(1, one) * one.activation
+    with torch.no_grad():
+        before_V = logits(of.model, of.ids[None])[0, -1]
+        with edits(of.model, {"blocks.1.hook_mlp_out": lambda value: value - off})():
+            change_V = logits(of.model, of.ids[None])[0, -1] - before_V
+    want = change_V[[logit.token for logit in graph.logits]] - change_V.mean()
+    assert close(measured(of, graph, [{node: 0.0}], frozen=False).logits[0], want, 1e-3)
+    assert not close(measured(of, graph, [{node: 0.0}]).logits[0], want, 1e-2)
 
 
 def test_of_many_latents_the_most_influential_are_nodes(

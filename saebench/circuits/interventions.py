@@ -32,7 +32,7 @@ def measured(replacement: Replacement, graph: Graph, clamps: Sequence[Clamp], *,
     """What happens in the model whose MLPs are the set with its errors, where all other latents do as they do.
 
     Latents that the prompt leaves silent may become active, and act. With `frozen`, patterns and denominators stay those of the
-    prompt; else attention and norms do as they do. Errors stay. Raises ValueError for a node that is no latent.
+    prompt, and so do MLPs above the set; else attention, norms and these do as they do. Errors of the set stay. Raises ValueError for a node that is no latent.
     """
     for clamp in clamps:
         if wrong := [node for node in clamp if not 0 <= node < graph.n_latents]:
@@ -104,7 +104,7 @@ class Agreement(NamedTuple):
     logits: float
     """of those of the logits"""
     latents_free: float
-    """of latents, with attention and norms as they do"""
+    """of latents, with attention, norms and the MLPs above the set as they do"""
     logits_free: float
 
 

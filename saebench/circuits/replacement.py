@@ -55,13 +55,13 @@ class Replacement:
         self.model, self.members, self.ids = model, sorted(members, key=lambda one: parse_hook(one.ends.reads[0])), ids
         self.member_layers = [parse_hook(one.ends.reads[0])[0] for one in self.members]
         """the layer that each member reads"""
-        replaced = sorted({parse_hook(hook)[0] for one in members for hook in one.ends.writes})
-        if gap := sorted({*range(replaced[0], replaced[-1] + 1)} - set(replaced)):
+        self.replaced = sorted({parse_hook(hook)[0] for one in members for hook in one.ends.writes})
+        if gap := sorted({*range(self.replaced[0], self.replaced[-1] + 1)} - set(self.replaced)):
             raise ValueError(
-                f"the set replaces the MLPs of layers {', '.join(map(str, replaced))} and not of {', '.join(map(str, gap))}; "
+                f"the set replaces the MLPs of layers {', '.join(map(str, self.replaced))} and not of {', '.join(map(str, gap))}; "
                 "expected layers without a gap: train transcoders for those, too, or leave out the ones on one side"
             )
-        self.layers = range(replaced[0], model.n_layers)
+        self.layers = range(self.replaced[0], model.n_layers)
         """from the set's first to the model's last"""
         self.frozen = Frozen(model)
         self._reading = {layer: one.ends.reads[0] for layer, one in zip(self.member_layers, self.members, strict=True)}
@@ -77,12 +77,16 @@ class Replacement:
     ) -> tuple[Reads, Float[Tensor, "B L D"]]:
         """(what is read at each layer, what the logits are made of) of a pass in which `stream` enters the first layer of the set.
 
-        With `frozen`, patterns and denominators are those of the prompt.
+        With `frozen`, patterns and denominators are those of the prompt. Without, all is as it comes but for what the set writes: MLPs
+        above it, and at positions without latents, are the model's own.
         """
         reads: Reads = {}
 
-        def written(layer: int, value: Tensor) -> Tensor:
-            return write(layer, reads) + self.skipped(layer, reads)
+        def written(layer: int, value: Tensor) -> Tensor | None:
+            if not frozen and layer not in self.replaced:
+                return None
+            made = write(layer, reads) + self.skipped(layer, reads)
+            return made if frozen else torch.where(self.alone[:, None], value, made)
 
         changes = {hook_name(self.layers[0], "resid_pre"): lambda value: stream}
         changes |= {hook: lambda value, at=layer: reads.update({at: value}) for layer, hook in self._reading.items()}
