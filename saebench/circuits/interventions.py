@@ -18,6 +18,7 @@ from saebench.models import parse_hook
 Clamp = Mapping[int, float]
 """Activations that latents of a graph, by their nodes, are set to; 0 ablates."""
 _ROWS = 2048  # positions of a pass
+_SILENT = 1e-5  # of its activation, that a difference of a silent latent's may be by rounding
 
 
 class Response(NamedTuple):
@@ -101,6 +102,8 @@ class Agreement(NamedTuple):
     """nodes"""
     latents: float
     """of the changes of all later latents in the graph, patterns and denominators held; NaN where there are none"""
+    latents_active: float
+    """of those of them that stay active"""
     logits: float
     """of those of the logits"""
     latents_free: float
@@ -115,14 +118,16 @@ def agreement(replacement: Replacement, graph: Graph, n: int = 16) -> Agreement:
     says = predicted(graph, clamps)
     at, layers = graph.latents.position, graph.latent_layers
     later_BN = (layers > layers[nodes][:, None]) & (at >= at[nodes][:, None])
-    figures = []
-    for frozen in (True, False):
-        does = measured(replacement, graph, clamps, frozen=frozen)
-        figures += [
-            _correlation(says.latents[later_BN], does.latents[later_BN]),
-            _correlation(says.logits.flatten(), does.logits.flatten()),
-        ]
-    return Agreement(tuple(nodes), *figures)
+    held, free = (measured(replacement, graph, clamps, frozen=frozen) for frozen in (True, False))
+    active_BN = later_BN & (held.latents + graph.latents.activation > _SILENT * graph.latents.activation)
+    return Agreement(
+        tuple(nodes),
+        _correlation(says.latents[later_BN], held.latents[later_BN]),
+        _correlation(says.latents[active_BN], held.latents[active_BN]),
+        _correlation(says.logits.flatten(), held.logits.flatten()),
+        _correlation(says.latents[later_BN], free.latents[later_BN]),
+        _correlation(says.logits.flatten(), free.logits.flatten()),
+    )
 
 
 def _correlation(left: Float[Tensor, " n"], right: Float[Tensor, " n"]) -> float:

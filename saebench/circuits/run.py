@@ -89,8 +89,9 @@ class Circuit:
         return [
             *self.sentences,
             f"{graph.n_latents:,} latents{kept}; replacement score {self.scores.replacement:.3f}, completeness {self.scores.completeness:.3f}",
-            f"graph and model, {n} latents ablated one at a time (correlation of changes): later latents {held.latents:.3f}, logits "
-            f"{held.logits:.3f} with attention and norms held; {held.latents_free:.3f} and {held.logits_free:.3f} with both free",
+            f"graph and model, {n} latents ablated one at a time (correlation of changes): later latents {held.latents:.3f} "
+            f"({held.latents_active:.3f} of those that stay active), logits {held.logits:.3f} with attention and norms held; "
+            f"{held.latents_free:.3f} and {held.logits_free:.3f} with both free",
         ]
 
 
