@@ -199,6 +199,21 @@ def test_ablations_of_one_layer_do_what_the_graph_says_of_the_logits(models: dic
     assert held.logits_free != held.logits
 
 
+def test_massive_rows_have_errors_alone(models: dict[str, LanguageModel]) -> None:
+    """As BOS has, and at every layer; sums are met all the same."""
+    model, members = models["llama"], a_set(models["llama"], "clt+skip")
+    ids, hook = torch.tensor(model.tokens_of(TEXT)), "blocks.1.mlp.hook_in"
+    norms_L = capture(model, ids[None], [hook])[hook][0].norm(dim=1)
+    bound = float(norms_L[1:].sort().values[-2:].mean())
+    of = Replacement(model, members, ids, {hook: bound})
+    graph, longest = traced(of), int(norms_L[1:].argmax()) + 1
+    assert of.alone.nonzero()[:, 0].tolist() == [0, longest]
+    assert not torch.isin(graph.latents.position, torch.tensor([0, longest])).any()
+    for layer in of.layers:
+        assert torch.equal(of.errors[layer][of.alone], of.written[layer][of.alone])
+    assert ((graph.edges.sum(1) + graph.bias - graph.values).abs() <= 1e-4 * graph.edges.abs().sum(1)).all()
+
+
 def test_free_an_ablation_is_what_it_is_in_the_model(models: dict[str, LanguageModel]) -> None:
     """Of one layer, in whose own reading it changes nothing: what the latent writes is taken off, and the layers above do as they do."""
     of = replaced(models["llama"], "relu", range(1, 2))

@@ -1,6 +1,7 @@
 """A graph in circuit-tracer's JSON, which its viewer and Neuronpedia's show: metadata, qParams, nodes and links."""
 
 from collections.abc import Callable, Sequence
+from textwrap import shorten
 from typing import Any
 
 from saebench.circuits.graph import Graph, Logit
@@ -8,6 +9,7 @@ from saebench.circuits.influence import Pruned
 
 Named = Callable[[int], str]
 """What a latent of a graph is called, by its node; empty where it has no name."""
+_NAME = 60  # letters of a name in a sentence
 
 
 def as_json(
@@ -110,7 +112,7 @@ def told(path: Sequence[int], graph: Graph, named: Named, token: Callable[[int],
                 words = f"the stream into L{graph.layers[0]} at {words}"
         else:
             position, latent = int(graph.latents.position[node]), int(graph.latents.latent[node])
-            name = f" {named(node)}" if named(node) else ""
+            name = f" {shorten(named(node), _NAME, placeholder='…')}" if named(node) else ""
             words = (
                 f"L{int(graph.latent_layers[node])}/{latent}{name} at {token(int(graph.ids[position]))!r} ({position})"
             )
