@@ -13,6 +13,7 @@ from saebench import __version__
 from saebench.bench import BENCHES
 from saebench.bench.stability import table_of
 from saebench.browse.serve import AppConfig, serve
+from saebench.circuits import CircuitConfig, circuits
 from saebench.config import add_arguments, from_arguments
 from saebench.demo import demo
 from saebench.evaluate import CheckConfig, EvalConfig, ReportConfig, check, evaluate, report, write_report
@@ -134,6 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     command("explain", _explain, about, ExplainConfig)
     command("export", _export, "write latents of an index as a page, or in others' forms", ExportConfig)
     command("map", _map, "lay the latents of an index out in two dimensions, for the app's page", MapConfig)
+    about = "how a model gets from a prompt to a token: the attribution graph through a set of transcoders"
+    command("circuits", _circuits, about, CircuitConfig)
     steering = command("steer", _steer, "generate with latents turned up, down or off, beside controls", SteerConfig)
     steering.add_argument(
         "action", nargs="?", choices=("rank",), help="rank: list the latents that are best to steer with"
@@ -315,6 +318,15 @@ def _explain(arguments: argparse.Namespace) -> int:
         return 0
     print(format_table(explanations_table(found), left=(0, 7)))
     print("each figure is of the second half of the held-out documents, and chance is 0.5")
+    return 0
+
+
+def _circuits(arguments: argparse.Namespace) -> int:
+    found = circuits(from_arguments(CircuitConfig, arguments))
+    if found is None:
+        return INTERRUPTED
+    print("\n".join(found.lines()))
+    print(found.path)
     return 0
 
 
