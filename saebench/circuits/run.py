@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -134,26 +133,22 @@ def circuits(config: CircuitConfig) -> Circuit | None:
 
 def open_set(run: Path, name: str, device: str | None = None) -> list[Dictionary]:
     """The dictionaries of a run's set. Raises ValueError where there are none, and as `ends_of_set`."""
-    found: dict[Path, tuple[Ends, bool, dict[str, Any]]] = {}
+    members: dict[Path, Ends] = {}
     sets: set[str] = set()
     for path in sorted((run / "saes").glob("*/cfg.json")):
         settings = read_config(path.parent)
-        of, joint = set_of(path.parent, settings)
+        of, _ = set_of(path.parent, settings)
         sets |= {of} - {""}
         if of == name:
-            found[path.parent] = ends_of(path.parent, settings), joint, settings["metadata"]
-    if not found:
+            members[path.parent] = ends_of(path.parent, settings)
+    if not members:
         known = f"it has {', '.join(sorted(sets))}" if sets else "none of its SAEs says metadata.set in its cfg.json"
         raise ValueError(
             f"{run} has no set {name!r}; {known}. Train one with `train --kind transcoder` or `--kind clt`"
         )
-    joint = {joint for _, joint, _ in found.values()}
-    if len(joint) > 1:
-        raise ValueError(f"set {name!r} has members with and without metadata.joint; expected all of them or none")
-    known = {hook for *_, metadata in found.values() for hook in metadata.get("set_reads", ())}
-    ends_of_set(name, {folder: ends for folder, (ends, *_) in found.items()}, joint == {True}, known)
+    ends_of_set(name, members)
     device = choose_device(device)
-    return [Dictionary(folder, load_sae(folder, device=device), ends) for folder, (ends, *_) in found.items()]
+    return [Dictionary(folder, load_sae(folder, device=device), ends) for folder, ends in members.items()]
 
 
 def token_of(model: LanguageModel, text: str) -> int:

@@ -167,12 +167,7 @@ def _plan(config: EvalConfig, folders: list[Path]) -> list[_Planned]:
         if len(stores := sorted({str(member.store) for member in members})) > 1:
             raise ValueError(f"set {name!r} has members of stores {', '.join(stores)}; expected one: give --store")
         ends = {member.folder: member.ends for member in members}
-        settings = [read_config(folder) for folder in ends]
-        joint = {set_of(member.folder, of)[1] for member, of in zip(members, settings, strict=True)}
-        if len(joint) > 1:
-            raise ValueError(f"set {name!r} has members with and without metadata.joint; expected all of them or none")
-        known = {hook for of in settings for hook in of["metadata"].get("set_reads", ())}
-        whole = ends_of_set(name, ends, joint == {True}, known)
+        whole = ends_of_set(name, ends)
         found.append(_Planned(config.run / SETS / name, ends, members[0].store, whole, is_set=True))
     return found
 

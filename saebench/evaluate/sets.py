@@ -16,7 +16,7 @@ from torch import Tensor
 from saebench.evaluate.measure import ByHook, Dictionary, Measurement, Places, Subject, added, seen
 from saebench.metrics import total
 from saebench.models import MLP, hook_name, last_states, mlps_replaced, parse_hook
-from saebench.sae import Ends
+from saebench.sae import Ends, read_config
 
 SETS = "sets"
 """the directory of a run that has one for each set, with its figures"""
@@ -40,12 +40,18 @@ def set_of(folder: Path, config: dict[str, Any]) -> tuple[str, bool]:
     return name, joint
 
 
-def ends_of_set(name: str, members: Mapping[Path, Ends], joint: bool, known: Iterable[str] = ()) -> Ends:
-    """All that the members of a set read and write, in the order of layers.
+def ends_of_set(name: str, members: Mapping[Path, Ends]) -> Ends:
+    """All that the members of a set, by their directories, read and write, in the order of layers.
 
     Raises ValueError for members that cannot stand in for MLPs together, and for a joint set that lacks one: of those that read the
-    hooks `known`, or something of the MLPs that are written.
+    hooks that their cfg.json knows of, or something of the MLPs that are written.
     """
+    configs = {folder: read_config(folder) for folder in members}
+    kinds = {set_of(folder, config)[1] for folder, config in configs.items()}
+    if len(kinds) > 1:
+        raise ValueError(f"set {name!r} has members with and without metadata.joint; expected all of them or none")
+    joint = kinds == {True}
+    known = {hook for config in configs.values() for hook in config.get("metadata", {}).get("set_reads", ())}
     for folder, ends in members.items():
         read, written = [parse_hook(hook) for hook in ends.reads], [parse_hook(hook) for hook in ends.writes]
         if len(read) > 1 or read[0][1] not in _READ or {kind for _, kind in written} != {"mlp_out"}:
