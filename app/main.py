@@ -36,6 +36,7 @@ PAGES = [
     st.Page("views/steering.py", title="Steering"),
     st.Page("views/compare.py", title="Compare"),
     st.Page("views/diff.py", title="Diff"),
+    st.Page("views/circuits.py", title="Circuits"),
     st.Page("views/bench.py", title="Bench"),
 ]
 page = st.navigation(PAGES, position="hidden")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from streamlit.testing.v1 import AppTest
+from test_circuit_view import A_GRAPH
 
 from saebench.bench.results import Figure, Results
 from saebench.browse.runs import saes_of
@@ -63,7 +64,7 @@ def bare(markdown: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "page", ["overview", "features", "texts", "map", "prompt", "steering", "compare", "diff", "bench"]
+    "page", ["overview", "features", "texts", "map", "prompt", "steering", "compare", "diff", "circuits", "bench"]
 )
 def test_every_page_opens_without_an_error(opened: Any, page: str) -> None:
     app = opened(page)
@@ -86,7 +87,7 @@ def test_without_a_run_the_overview_says_how_to_make_one(opened: Any, tmp_path: 
     app = opened("overview", root=tmp_path / "nothing")
     assert app.title[0].value == "No run yet"
     assert "saebench demo --out" in said(app)
-    for page in ("features", "texts", "map", "prompt", "steering", "compare", "diff", "bench"):
+    for page in ("features", "texts", "map", "prompt", "steering", "compare", "diff", "circuits", "bench"):
         other = opened(page, root=tmp_path / "nothing")
         assert not other.exception
         assert other.info or other.warning
@@ -313,6 +314,19 @@ def test_an_sae_that_was_trained_again_is_noticed_whatever_its_files_are_dated(o
     os.utime(path, ns=(when.st_atime_ns, when.st_mtime_ns))
     assert torch.equal(weights_of(sae).W_dec, before.W_dec * 2)
     assert bench_of(sae)[0].key != bench.key
+
+
+def test_a_circuit_is_shown_with_the_inputs_of_a_node(opened: Any, copy: Path) -> None:
+    write_json(copy / "circuits/g.json", A_GRAPH)
+    app = opened("circuits", root=copy, node="0_7_1")
+    assert not app.exception
+    assert "a prompt" in app.code[0].value
+    shown = said(app)
+    assert "L0/7 <b>bold</b> at ' cat' (1)" in shown
+    assert "the first token raises it" in shown
+    assert "latent=7" in shown
+    (copy / "circuits/g.json").write_text("{}")
+    assert "is no graph that `saebench circuits` wrote" in bare(opened("circuits", root=copy).error[0].value)
 
 
 def test_what_benches_found_is_shown_with_its_intervals(opened: Any, copy: Path) -> None:

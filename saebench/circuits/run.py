@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from saebench.circuits.replacement import Replacement
 from saebench.config import Count
 from saebench.evaluate.measure import Dictionary
 from saebench.evaluate.sets import ends_of_set, set_of
-from saebench.files import write_json, writing
+from saebench.files import read_json, write_json, writing
 from saebench.index import IndexConfig, open_feature_index
 from saebench.index.explanations import read_explanations
 from saebench.index.names import Names
@@ -124,11 +125,23 @@ def circuits(config: CircuitConfig) -> Circuit | None:
     content["metadata"]["saebench"] = {
         "members": [one.folder.name for one in replacement.members], "model": model.id, "first_layer": graph.layers[0],
         "scores": found._asdict(), "agreement": {k: v if v == v else None for k, v in held._asdict().items()},
-        "active": graph.n_active,
+        "active": graph.n_active, "sentences": list(sentences),
     }  # fmt: skip
     with writing(path):
         write_json(path, content)
     return Circuit(path, graph, found, held, sentences)
+
+
+def read_circuit(path: Path) -> dict[str, Any]:
+    """A graph that `circuits` wrote, as JSON. Raises ValueError where the file is another's."""
+    found = read_json(path)
+    if (
+        not isinstance(found, dict)
+        or "saebench" not in found.get("metadata", {})
+        or not {"nodes", "links"} <= found.keys()
+    ):
+        raise ValueError(f"{path} is no graph that `saebench circuits` wrote: make it again, or move it away")
+    return found
 
 
 def open_set(run: Path, name: str, device: str | None = None) -> list[Dictionary]:
