@@ -83,7 +83,7 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Store]:
 
 
 def config(stores: tuple[Store, Store], out: Path, **options: Any) -> TrainConfig:
-    small = {"d_sae": (32,), "k": (3,), "tokens": 25_600, "batch": 128, "lr": (1e-2,), "device": "cpu"}
+    small = {"d_sae": (32,), "k": (3,), "tokens": 51_200, "batch": 128, "lr": (1e-2,), "device": "cpu"}
     pair = {"store": stores[0].folder, "beside": stores[1].folder, "kind": "crosscoder", "hook": (HOOK,)}
     return TrainConfig(out=out, **{**small, **pair, **options})
 
