@@ -20,7 +20,18 @@ from safetensors.torch import load_file, save_file
 from saebench.evaluate import EvalConfig, evaluate
 from saebench.files import read_json
 from saebench.index import IndexConfig, build_index, open_feature_index
-from saebench.sae import SAE, TopKSAE, ends_of, load_sae, read_config, save_sae, take_in, update_metadata, written_here
+from saebench.sae import (
+    SAE,
+    TopKSAE,
+    ends_of,
+    load_sae,
+    read_config,
+    save_sae,
+    take_in,
+    update_metadata,
+    weights_of,
+    written_here,
+)
 from saebench.sae.formats import FORMATS, found
 from saebench.steer import open_bench
 from saebench.store import Store
@@ -528,6 +539,11 @@ def test_a_set_of_circuit_tracer_says_one_thing_in_its_configuration_and_its_ten
             load_sae(given(name, **change))
     assert isinstance(load_sae(given("relu/layer_0.safetensors", activation="topk", k=3)), TopKSAE)
     part = given("clt/W_enc_0.safetensors")
+    assert [file.name for file in weights_of(part)] == [
+        "W_enc_0.safetensors",
+        "W_dec_0.safetensors",
+    ]  # what an index knows it by
+    assert [file.name for file in weights_of(given("relu/layer_0.safetensors"))] == ["layer_0.safetensors"]
     part.with_name("W_dec_0.safetensors").unlink()
     with pytest.raises(ValueError, match=r"W_dec_0\.safetensors does not hold the weights"):
         load_sae(part)

@@ -101,7 +101,7 @@ def absorption(config: AbsorptionConfig) -> list[Figure]:
             for folder in group:
                 name = folder.name if names.count(folder.name) == 1 else str(folder)
                 unit = f"{name}, {config.concepts}"
-                identity = asked.identity | {"weights": hash_files([weights_of(folder)])}
+                identity = asked.identity | {"weights": hash_files(weights_of(folder))}
                 if (figures := results.get(unit, identity)) is None:
                     made = asked.figures(load_sae(folder, device=asked.device), name)
                     figures = results.put(unit, identity, made)

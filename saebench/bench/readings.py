@@ -96,7 +96,7 @@ def dictionaries_of(store: Store, folders: Sequence[tuple[Path, Ends]], seed: in
     several = len({ends.reads for _, ends in folders}) > 1
     for name, (folder, ends) in zip(_names([folder for folder, _ in folders]), folders, strict=True):
         sae = load_sae(folder, device=device)
-        weights = {"weights": hash_files([weights_of(folder)])}
+        weights = {"weights": hash_files(weights_of(folder))}
         found.append(Reading(name, ends.reads, ends.reads, partial(_sparse, sae, ends.reads, 1.0), weights, False))
         k = min(_l0(sae, ends.reads, store), sae.d_sae)
         start = f"untrained, {sae.d_sae} latents, k {k}" + (f", {' + '.join(ends.reads)}" if several else "")

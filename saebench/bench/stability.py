@@ -110,7 +110,7 @@ class _Group:
             _Side(
                 folder.name if names.count(folder.name) == 1 else str(folder),
                 folder,
-                hash_files([weights_of(folder)]),
+                hash_files(weights_of(folder)),
             )
             for folder in folders
         ]
@@ -256,7 +256,7 @@ def recorded(run: Path, left: Path, right: Path) -> list[Figure] | None:
     path = run / "bench" / f"{NAME}.json"
     if not path.exists():
         return None
-    weights = sorted(hash_files([weights_of(folder)]) for folder in (left, right))
+    weights = sorted(hash_files(weights_of(folder)) for folder in (left, right))
     for _, identity, figures in Results(path, NAME).units():
         if sorted(identity["weights"]) == weights and figures[0].sae != "untrained":
             return figures

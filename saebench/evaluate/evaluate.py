@@ -190,7 +190,7 @@ def _identity(config: EvalConfig, planned: _Planned, store: Store) -> dict[str, 
         "model_dtype": config.model_dtype or store.manifest["identity"]["model_dtype"],
         "version": _VERSION,
         "store": store.hash,
-        "weights": hash_files([weights_of(folder) for folder in planned.members]),
+        "weights": hash_files([file for folder in planned.members for file in weights_of(folder)]),
         **members,
     }
 

@@ -16,7 +16,7 @@ INDEX_VERSIONS = (1, 2)
 
 def identity_of(sae: Path, store: Store | None) -> dict[str, str]:
     """Hashes of what an index is made from, as far as it is there."""
-    own = {"sae": hash_files([weights_of(sae)])}
+    own = {"sae": hash_files(weights_of(sae))}
     if store is None:
         return own
     made = store.manifest["identity"]

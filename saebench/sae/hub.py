@@ -100,7 +100,7 @@ def _fetched(remote: Remote, run: Path) -> Path:
         return target
     log.info("%s → %s", source, target)
     metadata = with_said(read_config(folder), remote.said)["metadata"]
-    said = {"source": {"path": source, "weights": hash_files([weights_of(folder)])}}
+    said = {"source": {"path": source, "weights": hash_files(weights_of(folder))}}
     save_sae(load_sae(folder, said=remote.said), target, remote.known | metadata | said)
     return target
 

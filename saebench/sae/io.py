@@ -156,9 +156,10 @@ def files_of(folder: Path | str) -> list[Path]:
     return [*(file for file in beside if file.exists()), weights]
 
 
-def weights_of(folder: Path | str) -> Path:
-    """The file that a dictionary's weights are in. Raises ValueError where there is no dictionary."""
-    return found(Path(folder))[1]
+def weights_of(folder: Path | str) -> list[Path]:
+    """The files that a dictionary's weights are in. Raises ValueError where there is no dictionary."""
+    format, weights = found(Path(folder))
+    return [weights, *format.more(weights)]
 
 
 def written_here(folder: Path | str) -> bool:
@@ -179,7 +180,7 @@ def take_in(
     `store` is noted as what it is of. One that was taken in already is left as it is. Raises ValueError where neither
     its files nor `hook` say what it reads.
     """
-    said = {"path": str(source.absolute()), "weights": hash_files([weights_of(source)])}
+    said = {"path": str(source.absolute()), "weights": hash_files(weights_of(source))}
     config = read_config(source, hook=hook, model=model)
     ends_of(source, config)
     metadata = config["metadata"] | {"source": said}

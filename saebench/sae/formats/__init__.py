@@ -48,6 +48,8 @@ class Format(NamedTuple):
     """the file of weights, where a folder or a file is of this format"""
     read: Callable[[Path], Read]
     """by the file of weights. Raises ValueError for what a configuration says that is not known here"""
+    more: Callable[[Path], list[Path]] = lambda weights: []
+    """the other files that weights are in, beside that one"""
 
 
 _BY_NAMES = (
@@ -60,7 +62,7 @@ _BY_NAMES = (
     Format("Gemma Scope", "params.npz", beside("params.npz"), gemma_scope.read_1),
     Format("Gemma Scope 2", "params.safetensors", beside("params.safetensors"), gemma_scope.read_2),
     Format(
-        "circuit-tracer", "config.yaml and one layer_N.safetensors or W_enc_N.safetensors", circuit_tracer.find, circuit_tracer.read
+        "circuit-tracer", "config.yaml and one layer_N.safetensors or W_enc_N.safetensors", circuit_tracer.find, circuit_tracer.read, circuit_tracer.more,
     ),
     Format(
         "Llama Scope", "hyperparams.json and checkpoints/final.safetensors",

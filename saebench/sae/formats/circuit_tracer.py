@@ -76,11 +76,16 @@ def _read_one(file: Path, source: Path, said: Config, layer: int) -> Read:
     return Read(config, lambda: _tensors(file, skip, chosen == "jumprelu"))
 
 
+def more(file: Path) -> list[Path]:
+    """The file of the decoder, where it is another."""
+    return [file.with_name(file.name.replace("W_enc", "W_dec"))] if file.name.startswith("W_enc") else []
+
+
 def _read_joint(file: Path, source: Path, said: Config, layer: int) -> Read:
     """The part that reads a layer, and writes to it and to each behind it; what is written at a layer is the sum over the parts."""
     into, out = _ends(source, said)
     d_sae, d_in = shape_of(file, f"W_enc_{layer}")
-    decoder = file.with_name(f"W_dec_{layer}.safetensors")
+    (decoder,) = more(file)
     shape = shapes_of(decoder).get(f"W_dec_{layer}", ())
     if len(shape) != 3 or shape[0] != d_sae:
         raise ValueError(
