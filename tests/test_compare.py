@@ -8,16 +8,15 @@ import pytest
 
 from saebench.evaluate.compare import (
     Evaluated,
-    at_equal_l0,
     difference,
-    equal_l0_tables,
     least_differences,
     over_seeds,
     recipes,
     seed_spread,
-    seed_table,
     undecided,
 )
+from saebench.evaluate.frontiers import at_equal_l0
+from saebench.evaluate.tables import equal_l0_tables, seed_table
 from saebench.metrics import reconstruction_metrics, resampled, total
 
 RNG = np.random.default_rng(0)

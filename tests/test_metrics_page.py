@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from saebench.evaluate.compare import Evaluated, at_equal_l0
+from saebench.evaluate.compare import Evaluated
+from saebench.evaluate.frontiers import at_equal_l0
 from saebench.metrics import fidelity_metrics, reconstruction_metrics, reconstruction_terms
 
 PAGE = (Path(__file__).parents[1] / "docs/metrics.md").read_text()

@@ -11,7 +11,6 @@ import xxhash
 from saebench.evaluate.compare import (
     FIGURES,
     Evaluated,
-    at_equal_l0,
     evaluated,
     least_differences,
     over_seeds,
@@ -19,6 +18,7 @@ from saebench.evaluate.compare import (
     undecided,
 )
 from saebench.evaluate.evaluate import EVALUATION
+from saebench.evaluate.frontiers import at_equal_l0
 from saebench.evaluate.page import page
 from saebench.evaluate.sets import SETS, set_of
 from saebench.files import found_from, read_json, write_json, write_text

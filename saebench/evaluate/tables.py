@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from saebench.evaluate.compare import equal_l0_tables, seed_table
+from saebench.evaluate.compare import FIGURES
 from saebench.store.schema import MASSIVE
 
 # name in summary.json -> (heading, format)
@@ -108,3 +108,56 @@ def massive_note(saes: list[dict[str, Any]]) -> str:
         f"{sae['massive_share']:.1%} of the variance; FVU with them is under 'all rows'."
         for hook, sae in shares.items()
     )
+
+
+def equal_l0_tables(comparisons: list[dict[str, Any]]) -> list[list[list[str]]]:
+    """For each group and figure headings and rows, a line a row."""
+    return [
+        _equal_l0_table(comparison, figure) for comparison in comparisons for figure in ("fvu", "delta_ce") if figure in comparison["figures"]
+    ]  # fmt: skip
+
+
+def _equal_l0_table(comparison: dict[str, Any], figure: str) -> list[list[str]]:
+    lines = comparison["figures"][figure]
+    heading = [
+        f"{FIGURES[figure]} at equal L0",
+        *(f"L0 {l0:.1f}" for l0 in comparison["l0s"]),
+        "mean",
+        "behind the best",
+    ]
+    beyond = any("excess" in entry for entry in lines.values())
+    rows = [heading + ["beyond baselines"] * beyond]
+    for name, entry in lines.items():
+        cells = [
+            f"{value:.4f}" + ("" if half is None else f" ±{half:.4f}")
+            for value, half in zip(entry["values"], entry["halves"], strict=True)
+        ]
+        rows.append(
+            [name, *cells, f"{entry['mean']:.4f}", _behind(entry)]
+            + [f"{entry['excess']:.4f}" if "excess" in entry else "—"] * beyond
+        )
+    return rows
+
+
+def _behind(entry: dict[str, Any]) -> str:
+    if "behind" not in entry:
+        return "—"
+    if entry["behind"] == 0:
+        return "best"
+    half = entry["behind_half"]
+    unclear = "≈ " if half is not None and entry["behind"] <= half else ""
+    return f"{unclear}{entry['behind']:.4f}" + ("" if half is None else f" ±{half:.4f}")
+
+
+def seed_table(entries: list[dict[str, Any]]) -> list[list[str]]:
+    """Of the entries of `over_seeds` headings and rows."""
+    rows = [["mean ± deviation over seeds", "seeds", "L0", *FIGURES.values()]]
+    for entry in entries:
+        cells = [_spread(entry[figure], 1 if figure == "l0" else 4) for figure in ("l0", *FIGURES)]
+        rows.append([entry["name"], str(entry["seeds"]), *cells])
+    return rows
+
+
+def _spread(figure: list[float | None], digits: int) -> str:
+    mean, spread = figure
+    return "—" if mean is None or spread is None else f"{mean:.{digits}f} ± {spread:.{digits}f}"

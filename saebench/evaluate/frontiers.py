@@ -1,0 +1,169 @@
+"""Architectures, kinds and baselines as lines over L0: where they are at equal L0, and the areas between them.
+
+P points of a line, R bootstrap samples, L places that lines are compared at.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy.interpolate import PchipInterpolator
+
+from saebench.evaluate.compare import (
+    BASELINES,
+    FIGURES,
+    WIDE,
+    Evaluated,
+    Recipe,
+    higher_is_better,
+    recipes,
+    seed_spread,
+)
+
+L0S = (16.0, 32.0, 64.0)
+"""where lines are compared, as far as all of them reach"""
+_APART = 0.05  # of log L0, between an end of the common range and one of L0S
+
+
+class _Line(NamedTuple):
+    """Figures of one architecture and kind, or of a baseline, over L0."""
+
+    log_l0s: Float[np.ndarray, " P"]
+    values: Float[np.ndarray, " P"]
+    draws: Float[np.ndarray, "P R"] | None
+    sample: str
+    is_baseline: bool
+
+    def through(self, do: Callable[[PchipInterpolator], Any]) -> tuple[float, Float[np.ndarray, " R"] | None]:
+        """Something of the curve through the points (monotone between them), and the same of every bootstrap sample."""
+        value = float(do(PchipInterpolator(self.log_l0s, self.values)))
+        return value, None if self.draws is None else do(PchipInterpolator(self.log_l0s, self.draws, axis=0))
+
+
+def at_equal_l0(every: Sequence[Evaluated]) -> list[dict[str, Any]]:
+    """Architectures and baselines that write the same hooks at the same width, where their L0s overlap.
+
+    One entry for each such group: `hook`, `d_sae`, `l0s`, and `figures`: for each figure and line the `values` at these L0s with
+    halves of their 95% intervals (`halves`); the `mean` over the range of log L0, which is the area under the line by its length;
+    how far that is `behind` the best trained line (0 for itself), with `behind_half`; and its `excess` over the best baseline.
+
+    Monotone cubic interpolation on log L0 (Fritsch and Carlson 1980), nothing extrapolated: a line needs two L0s, a group two lines of dictionaries, controls among them. Seeds
+    are averaged first. L0 itself is taken as known: over documents it varies little.
+    """
+    groups: dict[tuple[str, int], list[Recipe]] = {}
+    for recipe in recipes(every):
+        groups.setdefault(("+".join(recipe.first["writes"]), recipe.first["d_sae"]), []).append(recipe)
+    found = []
+    for (hook, d_sae), group in groups.items():
+        lines = {figure: _lines(group, figure) for figure in FIGURES}
+        own = {line_of(recipe.first) for recipe in group} & lines["fvu"].keys()
+        low = max((line.log_l0s[0] for line in lines["fvu"].values()), default=math.inf)
+        high = min((line.log_l0s[-1] for line in lines["fvu"].values()), default=0.0)
+        if len(own) < 2 or low >= high:
+            continue
+        inside = [l0 for l0 in L0S if low + _APART < math.log(l0) < high - _APART]
+        l0s = [math.exp(low), *inside, math.exp(high)]
+        reseeding = {figure: seed_spread(group, figure) for figure in FIGURES}
+        figures = {
+            figure: _compared(lines[figure], np.array([low, *np.log(inside), high]), figure, reseeding[figure])
+            for figure in FIGURES
+            if lines[figure]
+        }
+        found.append({"hook": hook, "d_sae": d_sae, "l0s": l0s, "figures": figures})
+    return found
+
+
+def _lines(group: Sequence[Recipe], figure: str) -> dict[str, _Line]:
+    """Those that have two L0s and more; of equal L0s the best."""
+    names = dict.fromkeys(line_of(recipe.first) for recipe in group)
+    members = {name: [recipe for recipe in group if line_of(recipe.first) == name] for name in names}
+    found = {}
+    for name, own in members.items():
+        points = [(recipe.mean("l0"), recipe.mean(figure), recipe) for recipe in own]
+        known = [(l0, value, recipe) for l0, value, recipe in points if l0 and value is not None]
+        if len(best := _best_by_l0(known, figure)) < 2:
+            continue
+        draws = [recipe.draws(figure) for *_, recipe in best]
+        samples = {one.sample for *_, recipe in best for one in recipe.members}
+        paired = (
+            None if None in map(_length, draws) or len(samples) > 1 else np.stack([d for d in draws if d is not None])
+        )
+        log_l0s, values = np.log([l0 for l0, *_ in best]), np.array([value for _, value, _ in best])
+        found[name] = _Line(log_l0s, values, paired, samples.pop(), bool(own[0].first.get("control")))
+    if figure == "fvu":
+        found |= _baseline_lines(group)
+    return found
+
+
+def _baseline_lines(group: Sequence[Recipe]) -> dict[str, _Line]:
+    found = {}
+    for name, label in BASELINES.items():
+        for kind in dict.fromkeys(recipe.first["kind"] for recipe in group if name in recipe.first["baselines"]):
+            entries = [r.first for r in group if r.first["kind"] == kind and name in r.first["baselines"]]
+            points = sorted({entry["l0"]: entry["baselines"][name] for entry in entries}.items())
+            if len(points) > 1:
+                l0s, fvus = np.array(points).T
+                found[label.replace("SAE", kind)] = _Line(np.log(l0s), fvus, None, "", True)
+    return found
+
+
+def _length(draws: np.ndarray | None) -> int | None:
+    return None if draws is None else len(draws)
+
+
+def _best_by_l0(points: list[tuple[float, float, Recipe]], figure: str) -> list[tuple[float, float, Recipe]]:
+    """In the order of L0; of those whose L0 is equal to a thousandth the best alone."""
+    sign = -1 if higher_is_better(figure) else 1
+    best: dict[float, tuple[float, float, Recipe]] = {}
+    for point in sorted(points, key=lambda point: sign * point[1]):
+        best.setdefault(round(math.log(point[0]), 3), point)
+    return [best[l0] for l0 in sorted(best)]
+
+
+def _compared(
+    lines: dict[str, _Line], log_l0s: Float[np.ndarray, " L"], figure: str, reseeding: float | None
+) -> dict[str, dict[str, Any]]:
+    """The entry of each line of a figure."""
+    low, high = float(log_l0s[0]), float(log_l0s[-1])
+    sign = 1 if higher_is_better(figure) else -1
+    lines = {name: line for name, line in lines.items() if line.log_l0s[0] <= low and line.log_l0s[-1] >= high}
+    means = {
+        name: line.through(lambda curve: curve.integrate(low, high) / (high - low)) for name, line in lines.items()
+    }
+    trained = [name for name, line in lines.items() if not line.is_baseline]
+    others = [name for name, line in lines.items() if line.is_baseline]
+    best = max(trained, key=lambda name: sign * means[name][0], default=None)
+    reference = max((sign * means[name][0] for name in others), default=None)
+    found = {}
+    for name, line in lines.items():
+        at = [line.through(lambda curve, log_l0=log_l0: curve(log_l0)) for log_l0 in log_l0s]
+        entry: dict[str, Any] = {
+            "values": [value for value, _ in at],
+            "halves": [None if draws is None else WIDE * float(np.std(draws, ddof=1)) for _, draws in at],
+            "mean": means[name][0],
+        }
+        if best is not None and name in trained:
+            entry["behind"] = sign * (means[best][0] - means[name][0])
+            entry["behind_half"] = _half(line, lines[best], means[name][1], means[best][1], reseeding)
+            if reference is not None:
+                entry["excess"] = sign * means[name][0] - reference
+        found[name] = entry
+    return found
+
+
+def _half(
+    line: _Line, best: _Line, draws: np.ndarray | None, best_draws: np.ndarray | None, reseeding: float | None
+) -> float | None:
+    """Half of the 95% interval of a difference of means; the seeds of the points of a line are taken to be independent."""
+    if draws is None or best_draws is None or line.sample != best.sample:
+        return None
+    seeds = (reseeding or 0.0) ** 2 * (1 / len(line.values) + 1 / len(best.values))
+    return WIDE * math.sqrt(float(np.var(draws - best_draws, ddof=1)) + seeds)
+
+
+def line_of(entry: dict[str, Any]) -> str:
+    """What a line of a comparison is of: an architecture, its kind, and the constraint under which it was trained."""
+    parts = [entry["architecture"], "" if entry["kind"] == "SAE" else entry["kind"], entry.get("control") or ""]
+    return " ".join(part for part in parts if part)
