@@ -78,7 +78,7 @@ def ours(number: int, chosen: np.ndarray) -> tuple[int, np.ndarray]:
     """(how many of the first features are the same, whatever the order of equals; the AUC of each k of those that were chosen there)."""
     from scipy import sparse
 
-    from saebench.bench.probes import auc, order_of
+    from saebench.bench.protocol import auc, order_of
 
     X, holds, X_test, truth = drawn(number)
     order = order_of(sparse.csr_array(X), holds)[: len(chosen)]

@@ -13,7 +13,8 @@ from conftest import HOOK, sentences
 from scipy import sparse, stats
 
 from saebench.bench import Figure
-from saebench.bench.probes import ProbesConfig, auc, interval, order_of, probe, probes, split, summary
+from saebench.bench.probes import ProbesConfig, probe, probes, summary
+from saebench.bench.protocol import auc, interval, order_of, split
 from saebench.bench.readings import Reading, _names
 from saebench.bench.tasks import Reader, Source, Task, column_tasks, neurons_hook, text_tasks
 from saebench.cli import main

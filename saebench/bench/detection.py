@@ -14,8 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from scipy import sparse
 
-from saebench.bench.probes import folders_by_store
-from saebench.bench.readings import Reading, dictionaries_of
+from saebench.bench.readings import Reading, dictionaries_of, folders_by_store
 from saebench.bench.results import Figure, Results
 from saebench.bench.tasks import labelled, vectors_of
 from saebench.config import Count

@@ -3,6 +3,7 @@
 Suffixes: N rows, F features, D the width of what is read.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -15,10 +16,24 @@ from scipy import sparse
 
 from saebench.bench.tasks import Hooks, Reader, Vectors, neurons_hook
 from saebench.evaluate.baselines import PCA, joined
+from saebench.evaluate.diffing import is_of_two_models
 from saebench.files import hash_files
-from saebench.sae import SAE, Ends, encode_sparse, initialise, load_sae, new_sae, weights_of
+from saebench.sae import (
+    SAE,
+    Ends,
+    encode_sparse,
+    ends_of,
+    initialise,
+    load_sae,
+    new_sae,
+    read_config,
+    weights_of,
+)
 from saebench.store import Store
 from saebench.store.norms import usual_moments
+from saebench.store.source import recorded_store
+
+_log = logging.getLogger(__name__)
 
 _L0_ROWS = 4096  # held-out rows that an SAE's L0 is of
 
@@ -123,3 +138,23 @@ def readings_of(
     sparse_ones = dictionaries_of(store, folders, seed, device)
     n = len(folders)
     return [*sparse_ones[:n], *found, *sparse_ones[n:]]
+
+
+def folders_by_store(run: Path, saes: Sequence[Path], store: Path | None) -> dict[Path, list[tuple[Path, Ends]]]:
+    """The directories of SAEs given, or of a run, by the store each was trained on, or all on `store`; those of two models are left out.
+
+    Raises ValueError where there are none, or one does not say its store.
+    """
+    folders = list(saes) or [path.parent for path in sorted((run / "saes").glob("*/cfg.json"))]
+    found: dict[Path, list[tuple[Path, Ends]]] = {}
+    for folder in folders:
+        ends, its_store = ends_of(folder, read_config(folder)), store or recorded_store(folder)
+        if is_of_two_models(ends):
+            _log.warning("%s is of two models, and is left out: what is read here are the vectors of one", folder)
+            continue
+        if its_store is None:
+            raise ValueError(f"{folder} does not say what it was trained on; give a store of its hook with --store")
+        found.setdefault(Path(its_store), []).append((folder, ends))
+    if not found:
+        raise ValueError(f"{run} has no SAEs in saes/ that can be read here; train some, or give --sae")
+    return found
