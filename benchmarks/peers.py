@@ -8,7 +8,7 @@ dictionary-learning`); it needs nothing of saebench. X.npy holds activations `[r
 
 Both drive each package's own training loop (`SAETrainer.fit`, sparsify's `Trainer.fit`, `trainSAE`), fed
 from the file, so that a step has all that theirs has: forward, backward, clipping, optimizer, projection,
-bookkeeping; logging to a server is off. CPU, float32.
+bookkeeping; logging to a server is off. float32, on the CPU unless `train` is given `--device cuda`.
 
 `step` prints a JSON line per package and architecture. A step's time is that between two batches being
 asked for, a median without the first; no latent is dead yet, so no AuxK is in it. The relu, gated and
@@ -16,7 +16,10 @@ jumprelu steps of the peers are dense: what they cost does not depend on L0. `fv
 batch after these few steps, to show that something was trained. `gemm_ms` is x @ W alone, in the same process.
 
 `train` writes an SAE directory in SAELens' layout and recomputes reconstructions from the file; they must
-agree with those of the package's own saved SAE. It prints a JSON line.
+agree with those of the package's own saved SAE. It prints a JSON line, with FVU and L0 of `--held-out` rows where
+those are given. `--scale` multiplies rows as they are read and is folded into the file's weights again.
+
+`serve` does many of these in one process: a JSON list of `train`'s arguments a line on stdin, a JSON line each on stdout.
 
 Recipes: the defaults of each package, read in its source at these versions. A dash: it has none.
 
@@ -48,8 +51,10 @@ prefixes end at 1/32, 3/32, 7/32, 15/32 and all of F for both packages.
 
 import argparse
 import contextlib
+import functools
 import gc
 import importlib.metadata
+import io
 import itertools
 import json
 import os
@@ -57,6 +62,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -92,6 +98,7 @@ class Job:
     seed: int = 0
     timed: bool = False
     """Only a few steps, for the clock: warm-ups are over from the start."""
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -108,6 +115,7 @@ class Rows:
 
     x: Tensor
     job: Job
+    scale: float = 1.0
     clock: list[float] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -115,11 +123,11 @@ class Rows:
             yield self.take(self.indices(index))
 
     def indices(self, batch: int) -> Tensor:
-        return torch.arange(batch * self.job.batch, (batch + 1) * self.job.batch) % len(self.x)
+        return torch.arange(batch * self.job.batch, (batch + 1) * self.job.batch, device=self.x.device) % len(self.x)
 
     def take(self, indices: Tensor) -> Tensor:
         self.clock.append(time.perf_counter())
-        return self.x[indices].float()
+        return self.x[indices].float() * self.scale
 
 
 class Trained(NamedTuple):
@@ -152,7 +160,7 @@ def train_saelens(job: Job, rows: Rows) -> Trained:
     )
     normalize = "expected_average_only_in" if job.normalize else "none"
     options = saelens_options(job) | {"normalize_activations": normalize}
-    sae = sae_class(config_class(d_in=job.d_in, d_sae=job.d_sae, **options))
+    sae = sae_class(config_class(d_in=job.d_in, d_sae=job.d_sae, device=job.device, **options))
     lr = 3e-4 if job.lr is None else job.lr
     config = SAETrainerConfig(
         total_training_samples=job.steps * job.batch,
@@ -160,6 +168,7 @@ def train_saelens(job: Job, rows: Rows) -> Trained:
         lr=lr,
         lr_end=lr / 10,
         lr_decay_steps=round(job.decay * job.steps),
+        device=job.device,
         logger=LoggingConfig(log_to_wandb=False),
     )
     trainer = SAETrainer(cfg=config, sae=sae, data_provider=iter(rows))
@@ -169,7 +178,7 @@ def train_saelens(job: Job, rows: Rows) -> Trained:
     trainer.fit()
     with tempfile.TemporaryDirectory() as folder:
         sae.save_inference_model(folder)
-        saved = SAE.load_from_disk(folder)
+        saved = SAE.load_from_disk(folder, device=job.device)
     tensors = {name: value.detach() for name, value in saved.state_dict().items()}
     return Trained(saved.cfg.architecture(), tensors, saved, options | {"lr": lr, "decay": job.decay})
 
@@ -190,12 +199,10 @@ def saelens_options(job: Job) -> dict[str, Any]:
 class RowSource(nn.Module):
     """Stands where sparsify expects a language model: its one module gives the rows that the "tokens" number."""
 
-    device = torch.device("cpu")
-
     def __init__(self, rows: Rows) -> None:
         super().__init__()
-        self.source, self.rows = rows, nn.Identity()
-        self.dummy_inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.long)}
+        self.source, self.rows, self.device = rows, nn.Identity(), torch.device(rows.job.device)
+        self.dummy_inputs = {"input_ids": torch.zeros(1, 1, dtype=torch.long, device=self.device)}
 
     @property
     def base_model(self) -> nn.Module:
@@ -225,7 +232,7 @@ def train_sparsify(job: Job, rows: Rows) -> Trained:
         trainer = Trainer(config, dataset, RowSource(rows))
         rows.clock.clear()  # the trainer has run the model to learn its width
         trainer.fit()
-        saved = Sae.load_from_disk(f"{folder}/unnamed/rows")
+        saved = Sae.load_from_disk(f"{folder}/unnamed/rows", device=job.device)
     tensors = {
         "W_enc": saved.encoder.weight.T,
         "b_enc": saved.encoder.bias,
@@ -278,14 +285,14 @@ def train_dictionary_learning(job: Job, rows: Rows) -> Trained:
     with tempfile.TemporaryDirectory() as folder:
         trainSAE(
             data=rows,
-            trainer_configs=[fixed | options | {"steps": job.steps, "seed": job.seed, "device": "cpu"}],
+            trainer_configs=[fixed | options | {"steps": job.steps, "seed": job.seed, "device": job.device}],
             steps=job.steps,
             save_dir=folder,
             normalize_activations=job.normalize,
-            device="cpu",
+            device=job.device,
         )
         keep_norms = {"normalize_decoder": False} if job.arch == "relu" else {}
-        saved = sae_class.from_pretrained(f"{folder}/trainer_0/ae.pt", **keep_norms)
+        saved = sae_class.from_pretrained(f"{folder}/trainer_0/ae.pt", device=job.device, **keep_norms)
     architecture = {"relu": "standard", "topk": "topk", "gated": "gated"}.get(job.arch, "jumprelu")
     tensors = dictionary_learning_tensors(saved, architecture)
     recipe = options | {"normalize_activations": job.normalize}
@@ -355,6 +362,20 @@ def quality(x_BD: Tensor, acts_BF: Tensor, tensors: dict[str, Tensor]) -> dict[s
     return {"fvu": round(fvu.item(), 4), "l0": round((acts_BF > 0).sum(1).float().mean().item(), 2)}
 
 
+def held_out(x_BD: Tensor, architecture: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, float]:
+    """FVU, L0 and the share of latents that fire on none of these rows, 4,096 rows at a time."""
+    error = active = 0.0
+    fires_F = torch.zeros(config["d_sae"], dtype=torch.bool, device=x_BD.device)
+    for part_BD in x_BD.split(4096):
+        acts_BF = activations(part_BD, architecture, config, tensors)
+        error += (part_BD - (acts_BF @ tensors["W_dec"] + tensors["b_dec"])).double().pow(2).sum().item()
+        active += (acts_BF > 0).sum().item()
+        fires_F |= (acts_BF > 0).any(0)
+    variance = (x_BD - x_BD.mean(0)).double().pow(2).sum().item()
+    dead = 1 - fires_F.float().mean().item()
+    return {"fvu": round(error / variance, 5), "l0": round(active / len(x_BD), 3), "dead": round(dead, 4)}
+
+
 def config_of(trained: Trained, job: Job, metadata: dict[str, Any]) -> dict[str, Any]:
     config = {
         "architecture": trained.architecture,
@@ -373,7 +394,7 @@ def config_of(trained: Trained, job: Job, metadata: dict[str, Any]) -> dict[str,
 def save(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights, described = folder / "sae_weights.safetensors", folder / "cfg.json"
-    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, f"{weights}.tmp")
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, f"{weights}.tmp")
     os.replace(f"{weights}.tmp", weights)
     Path(f"{described}.tmp").write_text(json.dumps(config, indent=2) + "\n")
     os.replace(f"{described}.tmp", described)
@@ -444,33 +465,69 @@ def step(args: argparse.Namespace) -> None:
             gc.collect()
 
 
+@functools.lru_cache(maxsize=4)
+def loaded(path: Path, device: str) -> Tensor:
+    """Rows of a file, kept for the next job where they lie on a GPU."""
+    rows = torch.from_numpy(np.load(path, mmap_mode="c"))
+    return rows if device == "cpu" else rows.to(device)
+
+
+def scaled_back(tensors: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Weights for rows as the file has them, of those for rows times `scale`."""
+    factors = {"W_enc": scale, "W_dec": 1 / scale, "b_dec": 1 / scale}
+    return {name: value * factors.get(name, 1.0) for name, value in tensors.items()}
+
+
 def train(args: argparse.Namespace) -> None:
-    x = torch.from_numpy(np.load(args.data, mmap_mode="c"))
+    x = loaded(args.data, args.device)
     normalize = args.normalize == "own" and args.package != "sparsify"
-    settings = {name: getattr(args, name) for name in ("arch", "k", "l1", "target_l0", "lr", "decay", "seed", "batch")}
+    names = ("arch", "k", "l1", "target_l0", "lr", "decay", "seed", "batch", "device")
+    settings = {name: getattr(args, name) for name in names}
     job = Job(d_in=x.shape[1], d_sae=args.f, steps=args.tokens // args.batch, normalize=normalize, **settings)
     started = time.perf_counter()
-    trained = run(args.package, job, Rows(x, job))
+    trained = run(args.package, job, Rows(x, job, args.scale))
     seconds = time.perf_counter() - started
     version = importlib.metadata.version(DISTRIBUTIONS[args.package])
     peer = {"package": args.package, "version": version, "recipe": trained.recipe, "job": asdict(job)}
-    config = config_of(trained, job, {"hook_name": args.hook})
-    save(args.out, config, trained.tensors)
-    (args.out / "peer.json").write_text(json.dumps(peer | {"seconds": round(seconds, 1)}))
+    config, tensors = config_of(trained, job, {"hook_name": args.hook}), scaled_back(trained.tensors, args.scale)
+    save(args.out, config, tensors)
+    (args.out / "peer.json").write_text(json.dumps(peer | {"scale": args.scale, "seconds": round(seconds, 1)}))
     with torch.no_grad():
-        sample = x[:1024].float()
-        apart = mismatch(args.out, sample, trained.reconstruct)
-        measured = quality(sample, activations(sample, trained.architecture, config, trained.tensors), trained.tensors)
+        sample, scale = x[:1024].float().cpu(), args.scale
+        apart = mismatch(
+            args.out, sample, lambda rows: trained.reconstruct((rows * scale).to(job.device)).cpu() / scale
+        )
+        sample = sample if args.held_out is None else loaded(args.held_out, args.device).float()
+        on_device = {name: value.to(sample.device) for name, value in tensors.items()}
+        measured = held_out(sample, trained.architecture, config, on_device)
     line = {"package": args.package, "version": version, "arch": args.arch, "tokens": job.steps * job.batch}
     print(json.dumps(line | {"seconds": round(seconds, 1), **measured, "mismatch": apart, "out": str(args.out)}))
     if not apart <= 1e-4:
         raise SystemExit(f"{args.out} does not reconstruct as {args.package} does: rows differ by {apart:.1e}")
 
 
+def serve(_: argparse.Namespace) -> None:
+    """A job a line; one that fails is answered with `error`, and the next goes on."""
+    for line in sys.stdin:
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(said):
+                arguments = parser().parse_args(["train", *json.loads(line)])
+                arguments.command(arguments)
+            answer = said.getvalue().strip().splitlines()[-1]
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            answer = json.dumps({"error": f"{type(error).__name__}: {error}"})
+        print(answer, flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     stepping, training = commands.add_parser("step"), commands.add_parser("train")
+    commands.add_parser("serve").set_defaults(command=serve)
     for command in (stepping, training):
         command.add_argument("--data", type=Path, required=True, help="activations [rows, d_in], .npy, shuffled")
         command.add_argument("--f", type=int, required=True, help="number of latents")
@@ -490,6 +547,11 @@ def parser() -> argparse.ArgumentParser:
     training.add_argument("--lr", type=float)
     training.add_argument("--decay", type=float, default=0.0, help="part of the steps in which the rate falls to 0")
     training.add_argument("--normalize", choices=("own", "none"), default="own", help="the package's input scale")
+    training.add_argument("--device", default="cpu")
+    training.add_argument("--scale", type=float, default=1.0, help="of rows, folded into the weights again")
+    training.add_argument(
+        "--held-out", type=Path, help=".npy of rows that FVU and L0 are of (default: 1,024 of --data)"
+    )
     training.add_argument("--hook", default="", help="hook_name in the SAE's metadata")
     training.add_argument("--out", type=Path, required=True)
     return parser
