@@ -6,6 +6,7 @@ Prints a JSON line per check with the largest error relative to the largest valu
 exits 1 when an error is beyond its tolerance, 2 without a GPU.
 """
 
+import gc
 import json
 import statistics
 import sys
@@ -155,10 +156,11 @@ def check_room(d_in: int, d_sae: int, k: int, rows: int) -> bool:
 
 
 def check_plan(d_in: int, d_sae: int, k: int, rows: int) -> bool:
-    """What a step takes at most is what the plan says, or up to 2.5 times less."""
+    """What a step takes at most is what the plan says, or up to three times less."""
     fine, x = True, torch.randn(rows, d_in, device="cuda")
     for architecture in RECIPES:
         forget_scratch()
+        gc.collect()
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -168,7 +170,7 @@ def check_plan(d_in: int, d_sae: int, k: int, rows: int) -> bool:
         most = torch.cuda.max_memory_allocated() - before
         need = need_of(member.spec, d_in, rows, torch.device("cuda"))
         planned = need.held + need.passing
-        ok = most <= planned <= 2.5 * most
+        ok = most <= planned <= 3 * most
         fine &= ok
         line = {"check": f"{architecture} memory", "most_mb": most >> 20, "planned_mb": planned >> 20, "ok": ok}
         print(json.dumps(line))

@@ -322,6 +322,12 @@ def test_facts_of_a_model(checkpoints: dict[str, Path]) -> None:
     assert model.n_vocab == VOCABULARY
 
 
+def test_a_model_is_where_its_weights_are() -> None:
+    """ "cuda" is the weights' "cuda:0", and not equal to it."""
+    model = load_model("embedded", device="cpu:0")
+    assert model.device == model.module.device
+
+
 def test_the_best_device_at_hand_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)

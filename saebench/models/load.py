@@ -184,7 +184,7 @@ def load_model(
         folder=folder,
         weights_hash=hash_files(_weight_files(folder)),
         tokenizer_files=tokenizer_files,
-        device=torch.device(device),
+        device=module.device,  # with its number: cuda and cuda:0 are not equal
         dtype=dtype,
     )
     _note_ids(model)
