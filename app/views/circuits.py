@@ -9,7 +9,8 @@ from opened import Files, files_of
 from shell import clickable, said
 from where import chosen_run, link_to, root
 
-from saebench.circuits.run import CIRCUITS, read_circuit
+from saebench.circuits.groups import read_circuit
+from saebench.circuits.run import CIRCUITS
 from saebench.view import circuit, grid
 from saebench.view.markdown import code, plain
 
