@@ -90,6 +90,17 @@ def change_marks(path: Path, change: Callable[[Marks], Marks]) -> None:
         write_json(path, graph | {"qParams": graph["qParams"] | marks.params()})
 
 
+def forget(path: Path, acts: str, constrained: bool) -> None:
+    """Take an intervention out of a graph's file."""
+    with writing(path):
+        graph = read_circuit(path)
+        own = graph["metadata"]["saebench"]
+        own["interventions"] = [
+            one for one in own.get("interventions", []) if (one["acts"], one["constrained"]) != (acts, constrained)
+        ]
+        write_json(path, graph)
+
+
 def read_circuit(path: Path) -> dict[str, Any]:
     """A graph that `circuits` wrote, as JSON. Raises ValueError where the file is another's."""
     found = read_json(path)
