@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_circuits import TEXT, models, replaced, saved_run, traced
+from safetensors.torch import load_file, save_file
+from test_circuits import TEXT, WIDTH, models, replaced, saved_run, traced
 
 from saebench.circuits import (
     CircuitConfig,
     Marks,
+    Replacement,
     change_marks,
     circuits,
     effects,
@@ -24,9 +26,11 @@ from saebench.circuits import (
 from saebench.circuits.export import node_ids
 from saebench.circuits.influence import influence_of
 from saebench.circuits.interventions import Act, clamp_of
+from saebench.circuits.opened import open_set
 from saebench.cli import main
 from saebench.files import read_json, write_json
 from saebench.models import LanguageModel
+from saebench.sae.formats.circuit_tracer import members as set_files
 
 __all__ = ["models"]  # the fixture
 
@@ -144,7 +148,7 @@ def run(models: dict[str, LanguageModel], tmp_path: Path) -> Path:
 
 def test_marks_outlive_their_graph(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings: dict[str, Any] = {"run": run, "set": "s", "prompt": TEXT, "device": "cpu", "target": " cat"}
-    made = circuits(CircuitConfig(**settings, nodes=0.6))
+    made = circuits(CircuitConfig(**settings, nodes=0.6, ablations=1))
     assert made is not None
     path = made.path
     assert path.name == "s-he-red-cat-sees-a-blue-dog-and-then-runs-cat.json"
@@ -198,3 +202,52 @@ def test_a_graph_is_not_overwritten_by_another(run: Path) -> None:
     with pytest.raises(ValueError, match="is of a version that did not note how it was made; give --set and --prompt"):
         circuits(CircuitConfig(run=run, name="g"))
     assert circuits(CircuitConfig(**settings, prompt="a dog")) is not None  # and is made anew
+
+
+@pytest.mark.parametrize("kind", ["jumprelu+skip", "clt"])
+def test_a_set_goes_out_and_comes_back_as_circuit_tracers(
+    models: dict[str, LanguageModel], tmp_path: Path, kind: str
+) -> None:
+    """By its folder, its config.yaml, and with files of other names, which that lists: the same graph."""
+    run, folder = saved_run(tmp_path / "run", models["llama"], kind), tmp_path / "theirs"
+    if kind == "clt":  # what a layer's own part does not write, none does
+        for path in (run / "saes").glob("*/sae_weights.safetensors"):
+            tensors = load_file(path)
+            tensors["b_dec"][WIDTH:] = 0
+            save_file(tensors, path)
+    settings: dict[str, Any] = {"prompt": "a red cat", "device": "cpu", "name": "g", "ablations": 1}
+    ours = circuits(CircuitConfig(run=run, set="s", export=folder, **settings))
+    assert ours is not None
+    with pytest.raises(ValueError, match="choose another"):
+        circuits(CircuitConfig(run=run, set="s", export=folder, **settings))
+    theirs = circuits(CircuitConfig(run=tmp_path / "again", set=str(folder), **settings))
+    assert theirs is not None
+    assert torch.allclose(theirs.graph.edges, ours.graph.edges, atol=1e-4 * float(ours.graph.edges.abs().max()))
+    assert theirs.graph.latents.latent.tolist() == ours.graph.latents.latent.tolist()
+    assert set_files(folder / "config.yaml") == set_files(folder)
+    if kind != "clt":
+        listed = tmp_path / "listed"
+        listed.mkdir()
+        for layer in range(3):
+            (listed / f"{'cab'[layer]}.safetensors").write_bytes((folder / f"layer_{layer}.safetensors").read_bytes())
+        said = (folder / "config.yaml").read_text()
+        (listed / "config.yaml").write_text(f"{said}transcoders: [c.safetensors, a.safetensors, b.safetensors]\n")
+        for one, other in zip(open_set(run, str(listed)), open_set(run, str(folder)), strict=True):
+            assert one.ends == other.ends
+            assert torch.equal(one.sae.W_dec, other.sae.W_dec)
+    last = sorted(folder.glob("layer_*" if kind != "clt" else "W_enc_*"))[1]
+    last.unlink()
+    with pytest.raises(ValueError, match="not of 1; expected layers without a gap|hook_in is missing"):
+        Replacement(models["llama"], open_set(run, str(folder), "cpu"), torch.tensor([0, 1]), {})
+
+
+def test_files_of_a_set_that_lie_elsewhere_are_asked_for(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("model_kind: transcoder_set\ntranscoders: [hf://a/b/c.safetensors]\n")
+    with pytest.raises(ValueError, match="expected names of files that lie beside it: download them there"):
+        open_set(tmp_path / "run", str(tmp_path))
+    config.write_text("model_kind: transcoder_set\ntranscoders: [c.safetensors]\n")
+    with pytest.raises(ValueError, match=r"names c.safetensors, which is not beside it; download it there"):
+        open_set(tmp_path / "run", str(tmp_path))
+    with pytest.raises(ValueError, match=r"has no set 'nothing'; .* no folder of circuit-tracer's of that name"):
+        open_set(tmp_path / "run", "nothing")

@@ -60,10 +60,12 @@ def edges(graph: dict[str, Any], node: dict[str, Any]) -> None:
             clickable(grid.grid_html(columns, rows, heading), f"edges {heading}", choose)
 
 
-def latents_page(graph: dict[str, Any], node: dict[str, Any]) -> str:
-    """Links to a latent's page, and to steering with it, as strongly as it is active here."""
+def latents_page(run: Path, graph: dict[str, Any], node: dict[str, Any]) -> str:
+    """Links to a latent's page, and to steering with it, as strongly as it is active here; of a set that lies elsewhere none."""
     own, latent = graph["metadata"]["saebench"], circuit.latent_of(node)
     sae = own["members"][int(node["layer"]) - own["first_layer"]]
+    if not (run / "saes" / sae).exists():
+        return f"Latent {latent} of {code(sae)}"
     turns = f"{latent}:add:{node['activation']:.3g}"
     return f"[Its page]({link_to('features', sae=sae, latent=latent)}) · [Steer with it]({link_to('steering', sae=sae, turns=turns)})"
 
@@ -181,7 +183,7 @@ def about(run: Path, path: Path, graph: dict[str, Any], chosen: list[dict[str, A
     st.subheader(plain(circuit.title_of(chosen[0], tokens) if len(chosen) == 1 else f"{len(chosen)} nodes"))
     members = [member for one in chosen for member in one.get("members", [one])]
     if members == chosen and len(chosen) == 1 and chosen[0]["feature_type"] == LATENT:
-        st.markdown(latents_page(graph, chosen[0]))
+        st.markdown(latents_page(run, graph, chosen[0]))
     mark(path, marks, [one["node_id"] for one in chosen])
     if members != chosen or len(chosen) > 1:
         rows = [grid.Row([html.escape(circuit.title_of(one, tokens))], one["node_id"]) for one in members]

@@ -15,11 +15,12 @@ from saebench.index.names import Names
 from saebench.index.notes import Notes
 from saebench.models import LanguageModel, check_hook, choose_device, load_model, widths_of
 from saebench.sae import Ends, ends_of, load_sae, read_config
+from saebench.sae.formats.circuit_tracer import members as set_files
 from saebench.store.source import check_origin, origin_of
 
 
 def open_set(run: Path, name: str, device: str | None = None) -> list[Dictionary]:
-    """The dictionaries of a run's set. Raises ValueError where there are none, and as `ends_of_set`."""
+    """The dictionaries of a run's set, or of the folder of one of circuit-tracer's. Raises ValueError where there are none, and as `ends_of_set`."""
     members: dict[Path, Ends] = {}
     sets: set[str] = set()
     for path in sorted((run / "saes").glob("*/cfg.json")):
@@ -29,9 +30,12 @@ def open_set(run: Path, name: str, device: str | None = None) -> list[Dictionary
         if of == name:
             members[path.parent] = ends_of(path.parent, settings)
     if not members:
+        members = {file: ends_of(file, read_config(file)) for file in set_files(Path(name))}
+    if not members:
         known = f"it has {', '.join(sorted(sets))}" if sets else "none of its SAEs says metadata.set in its cfg.json"
         raise ValueError(
-            f"{run} has no set {name!r}; {known}. Train one with `train --kind transcoder` or `--kind clt`"
+            f"{run} has no set {name!r}; {known}, and there is no folder of circuit-tracer's of that name. "
+            "Train one with `train --kind transcoder` or `--kind clt`"
         )
     ends_of_set(name, members)
     device = choose_device(device)
@@ -61,7 +65,9 @@ def model_of(
     origins = {one.folder: origin_of(one.folder) for one in members}
     for folder, origin in origins.items():
         if origin is None:
-            raise ValueError(f"{folder} does not say which model it is of: add metadata.model_name to its cfg.json")
+            raise ValueError(
+                f"{folder} does not say which model it is of: add metadata.model_name to its cfg.json, or model_name to circuit-tracer's config.yaml"
+            )
         first_folder, first = next(iter(origins.items()))
         assert first is not None
         if (origin.name, origin.weights) != (first.name, first.weights):

@@ -18,6 +18,7 @@ from saebench.circuits.replacement import Replacement
 from saebench.config import Count
 from saebench.files import read_json, write_json, writing
 from saebench.runlog import interruptible
+from saebench.sae.convert import ConvertConfig, convert
 from saebench.store.source import longest_of
 
 CIRCUITS = "circuits"
@@ -63,6 +64,8 @@ class CircuitConfig:
     """what to do to groups or latents, all at once: "opens*0" ablates, "opens*2; 2_7_9=1.5" doubles and sets; what changes is told beside what the graph says"""
     constrained: bool = False
     """with --intervene, hold all other latents up to the last layer of those that are set (constrained patching)"""
+    export: Path | None = None
+    """folder that gets the set's transcoders in circuit-tracer's format, too"""
     overwrite: bool = False
     """let the graph of another prompt, set or target that has this name go, with its pins and groups"""
     model: str | None = None
@@ -162,6 +165,9 @@ def circuits(config: CircuitConfig) -> Circuit | None:
     ids = torch.tensor(model.tokens_of(config.prompt), device=model.device)
     target, against = (None if text is None else token_of(model, text) for text in (config.target, config.against))
     bounds = {hook: longest_of(one.folder, hook) for one in members for hook in one.ends.hooks}
+    if config.export is not None:
+        for one in members:
+            convert(ConvertConfig(sae=one.folder, to="circuit-tracer", out=config.export))
     with interruptible() as interrupt:
         replacement = Replacement(model, members, ids, bounds)
         logits = chosen_logits(replacement, target, against)

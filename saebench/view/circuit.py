@@ -19,6 +19,7 @@ GROUP = "group:"
 _PINNED = KINDS["group"][2]
 _SIGNS = {1: ("raises", "#D55E00"), -1: ("lowers", "#56B4E9")}
 _EDGES = 200  # drawn at most, those of the largest weight
+_TALLEST = 900  # pixels of all layers
 _SPREAD = 0.8  # of a token's column that nodes of one place take
 _BESIDE = 4  # nodes in a column of the least width
 
@@ -129,8 +130,8 @@ def circuit(
     names = {"E": "tokens"} | {layer: f"L{layer}" for layer in heights if layer != "E"}
     top = max(heights, key=lambda layer: heights[layer])
     figure.update_layout(
-        template="plotly_white", height=140 + 90 * len(heights), margin={"l": 60, "r": 20, "t": 10, "b": 70},
-        legend={"orientation": "h", "y": 1.08}, hoverlabel={"align": "left"},
+        template="plotly_white", height=160 + min(90 * len(heights), _TALLEST), margin={"l": 60, "r": 20, "t": 50, "b": 70},
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom"}, hoverlabel={"align": "left"},
     )  # fmt: skip
     figure.update_xaxes(
         tickvals=middles, ticktext=[html.escape(token.replace("\n", "↵")) for token in tokens],
