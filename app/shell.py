@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ParamSpec
@@ -137,7 +138,7 @@ def missing(sae: Trained) -> None:
 
 def offer(label: str, arguments: list[str], folder: Path) -> None:
     """A button that begins a command, or the bar of the one that runs."""
-    command = "saebench " + " ".join(arguments)
+    command = "saebench " + shlex.join(arguments)
     job = jobs().get(arguments)
     if job is not None and job.running:
         st.caption(f"{code(command)} is running: see the sidebar")

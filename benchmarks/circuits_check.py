@@ -18,12 +18,12 @@ import torch
 
 def ours(out: Path, run: Path, name: str, prompt: str) -> None:
     from saebench.circuits import Replacement, chosen_logits, scores, trace
-    from saebench.circuits.run import CircuitConfig, _model_of, open_set
+    from saebench.circuits.opened import model_of, open_set
     from saebench.models import model_path
     from saebench.sae.convert import ConvertConfig, convert
 
     members = open_set(run, name, "cpu")
-    model = _model_of(members, CircuitConfig(run=run, set=name, prompt=prompt, device="cpu"))
+    model = model_of(members, device="cpu")
     for one in members:
         convert(ConvertConfig(sae=one.folder, to="circuit-tracer", out=out / "transcoders"))
     replacement = Replacement(model, members, torch.tensor(model.tokens_of(prompt)), {})

@@ -29,6 +29,7 @@ from saebench.index.layout import MapConfig, make_map
 from saebench.judge import ExplainConfig, explain
 from saebench.pipeline import RunConfig, run, run_stages
 from saebench.printed import (
+    effects_table,
     explanations_table,
     format_table,
     show_evaluation,
@@ -322,10 +323,13 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _circuits(arguments: argparse.Namespace) -> int:
-    found = circuits(from_arguments(CircuitConfig, arguments))
+    config = from_arguments(CircuitConfig, arguments)
+    found = circuits(config)
     if found is None:
         return INTERRUPTED
     print("\n".join(found.lines()))
+    for one in found.tried[: config.intervene is not None]:
+        print(f"\n{one.title}\n{format_table(effects_table(one))}")
     print(found.path)
     return 0
 

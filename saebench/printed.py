@@ -9,6 +9,7 @@ from jaxtyping import Int
 from numpy import ndarray
 
 from saebench.bench import Figure
+from saebench.circuits import Tried
 from saebench.evaluate import massive_note, tables
 from saebench.index.explanations import Explanation, Halves
 from saebench.index.names import Names
@@ -38,6 +39,12 @@ def _second(halves: Halves | None) -> float | None:
 
 def _figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
+
+
+def effects_table(found: Tried) -> list[list[str]]:
+    """A heading, and a row for each group, latent and logit that an intervention was held to."""
+    heading = ["sum of activations, or logit", "before", "predicted", "held", "free"]
+    return [heading, *([name, *(f"{value:z.2f}" for value in values)] for name, *values in found.effects)]
 
 
 def show_ranking(bench: Bench, scores: Scores, latents: Int[ndarray, " f"]) -> str:

@@ -329,6 +329,31 @@ def test_a_circuit_is_shown_with_the_inputs_of_a_node(opened: Any, copy: Path) -
     assert "is no graph that `saebench circuits` wrote" in bare(opened("circuits", root=copy).error[0].value)
 
 
+def test_a_circuits_nodes_are_pinned_and_grouped_on_its_page(opened: Any, copy: Path) -> None:
+    path = copy / "circuits/g.json"
+    tried = {"acts": "warm*0", "constrained": True, "groups": [], "effects": [["warm <b>", 2.0, 0.0, -0.0, 1.0]]}
+    own = A_GRAPH["metadata"]["saebench"] | {"interventions": [tried]}
+    write_json(path, A_GRAPH | {"metadata": A_GRAPH["metadata"] | {"saebench": own}})
+    app = opened("circuits", root=copy, node="0_7_1")
+    assert app.expander[0].label == r"**warm\*0, other latents up to its layers held**"
+    next(button for button in app.button if button.label == "Pin").click().run()
+    assert read_json(path)["qParams"] == {"pinnedIds": ["0_7_1"], "supernodes": []}
+    group = next(box for box in app.selectbox if box.label == "Group")
+    group.options.append("warm")  # as one is typed
+    group.select("warm").run()
+    assert not app.exception
+    assert read_json(path)["qParams"]["supernodes"] == [["warm", "0_7_1"]]
+    assert app.query_params["node"] == "group:warm"
+    assert "warm: 1 node together" in said(app)
+    assert "The groups were others then" in said(app)
+    assert any(f"circuits --run {copy} --name g --intervene 'warm*0'" in bare(one.value) for one in app.caption)
+    next(button for button in app.button if button.label == "Unpin").click().run()
+    next(button for button in app.button if button.label == "Forget").click().run()
+    assert not app.exception
+    assert read_json(path)["qParams"] == {"pinnedIds": [], "supernodes": []}
+    assert read_json(path)["metadata"]["saebench"]["interventions"] == []
+
+
 def test_what_benches_found_is_shown_with_its_intervals(opened: Any, copy: Path) -> None:
     results = Results(copy / "bench/synthetic.json", "synthetic")
     for seed, f1 in enumerate((0.5, 0.6, 0.7)):

@@ -9,7 +9,7 @@ import families
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from saebench.circuits import (
     Graph,
@@ -132,13 +132,32 @@ def test_edges_and_bias_sum_to_what_the_model_has(
     assert torch.equal(last_states(model, ids), last_states(model, ids))
 
 
+def in_float64(of: Replacement, kind: str) -> Replacement:
+    """The same model and set anew, in double precision."""
+    model, members = load_model(of.model.id, device="cpu", dtype="float32"), a_set(of.model, kind)
+    model.module.double()
+    for one in members:
+        one.sae.double()
+    return Replacement(model, members, of.ids, {})
+
+
 @pytest.mark.parametrize(
-    ("name", "kind"), [("llama", "relu+skip"), ("gemma2", "clt"), ("qwen3", "clt+skip"), ("gpt2", "relu")]
-)
-def test_edges_are_what_taking_a_source_away_changes(models: dict[str, LanguageModel], name: str, kind: str) -> None:
-    """With patterns and denominators held, and every other latent as it is."""
+    ("name", "kind", "double"),
+    [
+        ("llama", "relu+skip", False), ("gemma2", "clt", True), ("qwen3", "clt+skip", True), ("gpt2", "relu", False),
+        ("llama", "gated", True),
+    ],
+)  # fmt: skip
+def test_edges_are_what_taking_a_source_away_changes(
+    models: dict[str, LanguageModel], name: str, kind: str, double: bool
+) -> None:
+    """With patterns and denominators held, and every other latent as it is; and sums are of the values themselves, whatever cancels."""
     of = replaced(models[name], kind)
+    of, exact = (in_float64(of, kind), 1e-9) if double else (of, 2e-4)
     graph = traced(of)
+    if double:
+        sums = graph.edges.sum(1) + graph.bias
+        assert ((sums - graph.values).abs() <= 1e-9 * graph.values.abs()).all()
     into, offsets = directions(of.model, graph.logits)
     written = {layer: of.written[layer] - of.skipped(layer, of.reads) for layer in of.layers}
 
@@ -148,24 +167,23 @@ def test_edges_are_what_taking_a_source_away_changes(models: dict[str, LanguageM
 
     with torch.no_grad():
         clean = targets(of.stream, {})
-        assert close(clean, graph.values)
+        allowed = exact * clean.abs().max()
+        assert (clean - graph.values).abs().max() <= allowed
         for node in range(0, graph.n_latents, 41):
             one = graph.latents.of(torch.tensor([node]))
             off = {layer: torch.zeros_like(of.stream) for layer in of.layers}
             for layer in of.layers:
                 off[layer][one.position] = of.decoded(layer, one) * one.activation
-            assert (clean - targets(of.stream, off) - graph.edges[:, node]).abs().max() <= 2e-4 * clean.abs().max()
+            assert (clean - targets(of.stream, off) - graph.edges[:, node]).abs().max() <= allowed
         position, layer = 4, 1
         off = torch.zeros_like(of.stream)
         off[position] = of.errors[layer][position]
         error = graph.error_nodes.start + layer * len(graph.ids) + position
-        assert (
-            clean - targets(of.stream, {layer: off}) - graph.edges[:, error]
-        ).abs().max() <= 2e-4 * clean.abs().max()
+        assert (clean - targets(of.stream, {layer: off}) - graph.edges[:, error]).abs().max() <= allowed
         stream = of.stream.clone()
         stream[position] = 0
         token = graph.token_nodes.start + position
-        assert (clean - targets(stream, {}) - graph.edges[:, token]).abs().max() <= 2e-4 * clean.abs().max()
+        assert (clean - targets(stream, {}) - graph.edges[:, token]).abs().max() <= allowed
 
 
 def test_the_set_with_its_errors_is_the_model(models: dict[str, LanguageModel]) -> None:
@@ -414,6 +432,22 @@ def test_the_command_refuses_in_a_line(
     assert "target ' catdog' is 2 tokens" in refused("--target", " catdog")
     assert "the model takes at most 64" in refused("--prompt", TEXT * 9)
     assert "name is 'a/b'; expected letters, digits" in refused("--name", "a/b")
+    assert "the text is empty" in refused("--prompt", "")
+    assert "target '' is 0 tokens" in refused("--target", "")
+    assert "and no target is given" in refused("--against", " cat")
+    assert "node '0_99_1' is not in the graph" in refused("--pin", "0_99_1")
+    assert not (run / "circuits").exists() or not list((run / "circuits").glob("*.json"))
+    wider = models["llama"].module.config.to_dict() | {
+        "hidden_size": 64,
+        "num_attention_heads": 8,
+        "initializer_range": 0.5,
+    }
+    del wider["head_dim"]
+    other = LlamaForCausalLM(LlamaConfig(**wider))
+    other.save_pretrained(tmp_path / "wider")
+    for file in Path(models["llama"].id).glob("*token*"):
+        (tmp_path / "wider" / file.name).write_bytes(file.read_bytes())
+    assert "it is of another model" in refused("--model", str(tmp_path / "wider"))
     config = run / "saes" / "clt-1" / "cfg.json"
     said = config.read_text()
     config.write_text(said.replace(models["llama"].id, models["gpt2"].id))

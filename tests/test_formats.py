@@ -533,7 +533,7 @@ def test_a_set_of_circuit_tracer_says_one_thing_in_its_configuration_and_its_ten
         ("relu/layer_0.safetensors", {"activation": "topk"}, "lacks k"),
         ("relu/layer_0.safetensors", {"model_name": "google/gemma-2-2b"}, "'mlp.hook_out', what the MLP of 'google/gemma-2-2b' puts out"),
         ("relu/layer_0.safetensors", {"model_kind": "cross_layer_transcoder"}, "of which layer_0.safetensors is no file"),
-        ("relu/layer_0.safetensors", {"transcoders": ["hf://a/b/c"]}, "which is not known here"),
+        ("relu/layer_0.safetensors", {"transcoders": ["hf://a/b/c"]}, "names of files that lie beside it"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             load_sae(given(name, **change))

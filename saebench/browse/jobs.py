@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -41,7 +42,7 @@ class Job:
 
     @property
     def title(self) -> str:
-        return "saebench " + " ".join(self.arguments)
+        return "saebench " + shlex.join(self.arguments)
 
     @property
     def name(self) -> str:
@@ -52,7 +53,7 @@ class Job:
     @property
     def resumes(self) -> bool:
         """Whether what is done when it is stopped is kept."""
-        return self.arguments[0] not in ("steer", "map")
+        return self.arguments[0] not in ("steer", "map", "circuits")
 
     @property
     def running(self) -> bool:

@@ -5,6 +5,7 @@ the edge's size, relative to all. T targets with rows of edges, S sources, M nod
 """
 
 import heapq
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -53,10 +54,10 @@ def influence_of(graph: "Graph") -> Float[Tensor, " S"]:
     return by_influence(graph.edges, torch.arange(graph.n_latents, device=graph.edges.device), graph.weights)
 
 
-def prune(graph: "Graph", nodes: float = 0.8, edges: float = 0.98) -> Pruned:
+def prune(graph: "Graph", nodes: float = 0.8, edges: float = 0.98, always: Sequence[int] = ()) -> Pruned:
     """Keep the nodes that have so much of all influence, the most influential first, then edges in the same way.
 
-    Tokens and logits stay; other nodes that have lost all edges that leave, or latents all that enter, go. Raises ValueError for shares that are none.
+    Tokens and logits stay, and nodes that are `always` kept; other nodes that have lost all edges that leave, or latents all that enter, go. Raises ValueError for shares that are none.
     """
     for name, value in (("nodes", nodes), ("edges", edges)):
         if not 0 <= value <= 1:
@@ -65,7 +66,10 @@ def prune(graph: "Graph", nodes: float = 0.8, edges: float = 0.98) -> Pruned:
     adjacency, tokens = graph.adjacency, graph.token_nodes.start
     influence = torch.cat([influence_of(graph), graph.weights.new_zeros(len(graph.logits))])
     kept = influence >= _bound(influence, nodes)
-    kept[tokens:] = True
+    stays = torch.zeros_like(kept)
+    stays[tokens:] = True
+    stays[list(always)] = True
+    kept |= stays
     adjacency[~kept] = 0
     adjacency[:, ~kept] = 0
     pruned = torch.cat([adjacency[:n, :s], adjacency[s:, :s]])
@@ -77,6 +81,7 @@ def prune(graph: "Graph", nodes: float = 0.8, edges: float = 0.98) -> Pruned:
         before = kept.clone()
         kept[:tokens] &= left[:, :tokens].any(0)
         kept[:n] &= left[:n].any(1)
+        kept |= stays
         left &= kept[:, None] & kept
     order = influence.argsort(descending=True)
     reached = torch.empty_like(influence)

@@ -1,60 +1,73 @@
 """`saebench circuits`: a prompt's graph through a set of transcoders, held to interventions, in words and in a file."""
 
-import contextlib
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
-from saebench.circuits.export import Named, as_json, told
+from saebench.circuits.export import as_json, node_ids, title_of, told
 from saebench.circuits.graph import Graph, chosen_logits, trace
+from saebench.circuits.groups import Marks, marks_of, parse_groups, read_circuit
 from saebench.circuits.influence import Scores, paths, prune, scores
-from saebench.circuits.interventions import Agreement, agreement
+from saebench.circuits.interventions import Act, Agreement, Effect, agreement, clamp_of, effects, parse_acts
+from saebench.circuits.opened import model_of, names_of, open_set, token_of
 from saebench.circuits.replacement import Replacement
 from saebench.config import Count
-from saebench.evaluate.measure import Dictionary
-from saebench.evaluate.sets import ends_of_set, set_of
 from saebench.files import read_json, write_json, writing
-from saebench.index import IndexConfig, open_feature_index
-from saebench.index.explanations import read_explanations
-from saebench.index.names import Names
-from saebench.index.notes import Notes
-from saebench.models import LanguageModel, check_hook, choose_device, load_model, widths_of
 from saebench.runlog import interruptible
-from saebench.sae import Ends, ends_of, load_sae, read_config
-from saebench.store.source import check_origin, longest_of, origin_of
+from saebench.sae.convert import ConvertConfig, convert
+from saebench.store.source import longest_of
 
 CIRCUITS = "circuits"
 """the directory of a run that has a file for each graph"""
+LISTING = "graph-metadata.json"
+"""the file there by which circuit-tracer's server finds them"""
+
+
+_USUAL: dict[str, Any] = {"latents": 4096, "nodes": 0.8, "edges": 0.98, "ablations": 16}
+_SUBJECT = ("set", "prompt", "target", "against")  # what a graph is of
+_KEPT = (*_SUBJECT, *_USUAL, "model")  # what its file says of how it was made
 
 
 @dataclass(frozen=True, kw_only=True)
 class CircuitConfig:
-    """Which prompt to trace, through what, to which token."""
+    """Which prompt to trace, through what, to which token; and what to try on the graph."""
 
     run: Path
     """run directory with the set's transcoders in RUN/saes; the graph is written to RUN/circuits"""
-    set: str
-    """name of the set: transcoders of layers without a gap, or cross-layer ones (metadata.set of their cfg.json)"""
-    prompt: str
-    """text, of which the next token is explained"""
+    set: str | None = None
+    """name of the set: transcoders of layers without a gap, or cross-layer ones (metadata.set of their cfg.json); or the folder of a set of circuit-tracer's"""
+    prompt: str | None = None
+    """text, of which the next token is explained (default: the graph --name is traced again as it was, but for what is given)"""
     target: str | None = None
     """the token that is explained, with the space before it (default: the likeliest, up to 10 or 95% of the probability)"""
     against: str | None = None
     """another token: what is explained is by how much the target's logit is above its"""
-    latents: Count = 4096
-    """nodes that are latents at most: of more active ones, those of most influence"""
-    nodes: float = 0.8
-    """share of the influence on the logits that the nodes written have together"""
-    edges: float = 0.98
-    """share of it, of the edges among these"""
-    ablations: Count = 16
-    """latents that are ablated, one at a time, to hold the graph to what happens; the most influential ones"""
+    latents: Count | None = None
+    """nodes that are latents at most (default: 4096): of more active ones, those of most influence"""
+    nodes: float | None = None
+    """share of the influence on the logits that the nodes written have together (default: 0.8)"""
+    edges: float | None = None
+    """share of it, of the edges among these (default: 0.98)"""
+    ablations: Count | None = None
+    """latents that are ablated, one at a time, to hold the graph to what happens; the most influential ones (default: 16)"""
     name: str | None = None
-    """of the file (default: set and prompt)"""
+    """of the file (default: set, prompt and target)"""
+    pin: tuple[str, ...] = ()
+    """ids of nodes to pin, such as 2_417_12 (layer, latent, position): those are in the file whatever their influence"""
+    groups: Annotated[dict[str, tuple[str, ...]], parse_groups] | None = None
+    """nodes to group under a name: "opens=0_12_3,1_40_3; closes=2_7_9"; a name without ids takes its group away"""
+    intervene: Annotated[tuple[Act, ...], parse_acts] | None = None
+    """what to do to groups or latents, all at once: "opens*0" ablates, "opens*2; 2_7_9=1.5" doubles and sets; what changes is told beside what the graph says"""
+    constrained: bool = False
+    """with --intervene, hold all other latents up to the last layer of those that are set (constrained patching)"""
+    export: Path | None = None
+    """folder that gets the set's transcoders in circuit-tracer's format, too"""
+    overwrite: bool = False
+    """let the graph of another prompt, set or target that has this name go, with its pins and groups"""
     model: str | None = None
     """where the model is that the set is of, if not where its files say"""
     device: str | None = None
@@ -65,10 +78,48 @@ class CircuitConfig:
     @property
     def path(self) -> Path:
         """The file of the graph."""
-        name = self.name or re.sub(r"[^A-Za-z0-9_-]+", "-", f"{self.set}-{self.prompt[-40:]}").strip("-")
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        of = [Path(self.set or "").name, (self.prompt or "")[-40:], self.target or "", self.against or ""]
+        name = self.name or re.sub(r"[^A-Za-z0-9_]+", "-", "-".join(filter(None, of))).strip("-")
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name == Path(LISTING).stem:
             raise ValueError(f"name is {name!r}; expected letters, digits, - and _, which viewers have in an address")
         return self.run / CIRCUITS / f"{name}.json"
+
+    def whole(self) -> "CircuitConfig":
+        """With all that was not given: from the graph's file where there is no prompt, else as usual.
+
+        Raises ValueError without a prompt for a graph that is not there, or does not say what it was made with.
+        """
+        if self.prompt is not None:
+            if self.set is None:
+                raise ValueError("--prompt is given, and no --set; expected both, or --name of a graph that is there")
+            return self._with(_USUAL)
+        if self.name is None or not self.path.exists():
+            raise ValueError(
+                f"{self.run} has no graph {self.name or ''!r}; expected --set and --prompt, or --name of a graph that is there"
+            )
+        said = read_circuit(self.path)["metadata"]["saebench"].get("settings")
+        if said is None:
+            raise ValueError(
+                f"{self.path} is of a version that did not note how it was made; give --set and --prompt, and the rest"
+            )
+        return self._with(said)
+
+    def _with(self, others: Mapping[str, Any]) -> "CircuitConfig":
+        return replace(self, **{name: value for name, value in others.items() if getattr(self, name) is None})
+
+
+@dataclass(frozen=True)
+class Tried:
+    """An intervention, and what came of it."""
+
+    acts: tuple[Act, ...]
+    constrained: bool
+    effects: list[Effect]
+
+    @property
+    def title(self) -> str:
+        held = ", other latents up to its layers held" if self.constrained else ""
+        return "; ".join(map(str, self.acts)) + held
 
 
 @dataclass(frozen=True)
@@ -80,6 +131,8 @@ class Circuit:
     scores: Scores
     agreement: Agreement
     sentences: tuple[str, ...]
+    tried: tuple[Tried, ...] = ()
+    """interventions: the one asked for first, then those that the file had"""
 
     def lines(self) -> list[str]:
         """As text."""
@@ -98,135 +151,112 @@ class Circuit:
 def circuits(config: CircuitConfig) -> Circuit | None:
     """Trace a prompt and write RUN/circuits/NAME.json; None where Ctrl-C ended it early, and nothing is written.
 
-    Raises ValueError for a set that is not there, has a gap or lacks a member, for transcoders of other models or hooks than belong
-    together, a prompt that does not fit the model, a target that is not one token of it, and a graph that is too large.
+    What is pinned and grouped in the file stays, and interventions that it has are tried anew. Raises ValueError for a set that is not
+    there, has a gap or lacks a member, for transcoders of other models or hooks than belong together, a prompt that does not fit the model,
+    a target that is not one token of it, a graph that is too large, a name that another graph has, and nodes that the graph has not.
     """
+    config = config.whole()
+    assert config.set is not None
+    assert config.prompt is not None
     path = config.path
+    before_of(path, config)  # which another one's name ends at once
     members = open_set(config.run, config.set, config.device)
-    model = _model_of(members, config)
+    model = model_of(members, config.model, config.device, trust_remote_code=config.trust_remote_code)
     ids = torch.tensor(model.tokens_of(config.prompt), device=model.device)
     target, against = (None if text is None else token_of(model, text) for text in (config.target, config.against))
     bounds = {hook: longest_of(one.folder, hook) for one in members for hook in one.ends.hooks}
+    if config.export is not None:
+        for one in members:
+            convert(ConvertConfig(sae=one.folder, to="circuit-tracer", out=config.export))
     with interruptible() as interrupt:
         replacement = Replacement(model, members, ids, bounds)
         logits = chosen_logits(replacement, target, against)
-        graph = trace(replacement, logits, most=config.latents, stopped=lambda: interrupt.requested)
+        graph = trace(replacement, logits, most=config.latents or 0, stopped=lambda: interrupt.requested)
         if graph is None:
             return None
-        held = agreement(replacement, graph, config.ablations)
-    pruned, found = prune(graph, config.nodes, config.edges), scores(graph)
+        held = agreement(replacement, graph, config.ablations or 0)
+    with writing(path):
+        return _written(config, replacement, graph, held)
+
+
+def before_of(path: Path, config: CircuitConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(what viewers keep, interventions) of the file that a graph takes the place of. Raises ValueError where it is another's."""
+    if not path.exists() or config.overwrite:
+        return {}, []
+    there = read_circuit(path)
+    metadata, own = there["metadata"], there["metadata"]["saebench"]
+    said = own.get("settings") or {"set": metadata.get("scan"), "prompt": metadata.get("prompt")}
+    if differ := [
+        f"{name} {said[name]!r}" for name in _SUBJECT if name in said and said[name] != getattr(config, name)
+    ]:
+        raise ValueError(
+            f"{path} is a graph of {', '.join(differ)}, and this one is not; give it another --name, or --overwrite to let the other go"
+        )
+    return there["qParams"], own.get("interventions", [])
+
+
+def _written(config: CircuitConfig, of: Replacement, graph: Graph, held: Agreement) -> Circuit:
+    """Prune, try interventions, and write the file, which is held meanwhile: its pins and groups may have changed since."""
+    path, nodes = config.path, {id: node for node, id in enumerate(node_ids(graph))}
+    view, before = before_of(path, config)
+    marks = marks_of(view, path).pinned(config.pin).grouped(config.groups or {})
+    marks.check(nodes, path)
+    pruned = prune(graph, config.nodes or 0.0, config.edges or 0.0, [nodes[id] for id in marks.pins])
+    found, settings = scores(graph), {name: getattr(config, name) for name in _KEPT}
 
     def token(id: int) -> str:
-        return model.tokenizer.decode([id])
+        return of.model.tokenizer.decode([id])
 
-    with names_of(replacement, graph) as named:
+    with names_of(of, graph) as named:
+        tried = _tried(config, of, graph, nodes, marks, before, lambda node: title_of(node, graph, named, token))
         sentences = tuple(f"{path.share:.1%}: {told(path.nodes, graph, named, token)}" for path in paths(graph))
-        content = as_json(graph, pruned, path.stem, config.set, config.prompt, token, named, config.nodes)
+        content = as_json(
+            graph, pruned, path.stem, Path(settings["set"]).name, settings["prompt"], token, named, settings["nodes"], marks
+        )  # fmt: skip
+    content["qParams"] = content["qParams"] | view | marks.params()
     content["metadata"]["saebench"] = {
-        "members": [one.folder.name for one in replacement.members], "model": model.id, "first_layer": graph.layers[0],
+        "members": [one.folder.name for one in of.members], "model": of.model.id, "first_layer": graph.layers[0],
         "scores": found._asdict(), "agreement": {k: v if v == v else None for k, v in held._asdict().items()},
-        "active": graph.n_active, "sentences": list(sentences),
+        "active": graph.n_active, "sentences": list(sentences), "settings": settings,
+        "interventions": [
+            {"acts": "; ".join(map(str, one.acts)), "constrained": one.constrained, "effects": [list(row) for row in one.effects],
+             "groups": marks.params()["supernodes"]} for one in tried
+        ],
     }  # fmt: skip
-    with writing(path):
-        write_json(path, content)
-    return Circuit(path, graph, found, held, sentences)
+    write_json(path, content)
+    _listed(path.parent, {name: value for name, value in content["metadata"].items() if name != "saebench"})
+    return Circuit(path, graph, found, held, sentences, tried)
 
 
-def read_circuit(path: Path) -> dict[str, Any]:
-    """A graph that `circuits` wrote, as JSON. Raises ValueError where the file is another's."""
-    found = read_json(path)
-    if (
-        not isinstance(found, dict)
-        or "saebench" not in found.get("metadata", {})
-        or not {"nodes", "links"} <= found.keys()
-    ):
-        raise ValueError(f"{path} is no graph that `saebench circuits` wrote: make it again, or move it away")
-    return found
+def _listed(folder: Path, metadata: dict[str, Any]) -> None:
+    """Have a graph among those that circuit-tracer's server shows."""
+    with writing(folder / LISTING):
+        others = read_json(folder / LISTING)["graphs"] if (folder / LISTING).exists() else []
+        graphs = [*(one for one in others if one["slug"] != metadata["slug"]), metadata]
+        write_json(folder / LISTING, {"graphs": graphs})
 
 
-def open_set(run: Path, name: str, device: str | None = None) -> list[Dictionary]:
-    """The dictionaries of a run's set. Raises ValueError where there are none, and as `ends_of_set`."""
-    members: dict[Path, Ends] = {}
-    sets: set[str] = set()
-    for path in sorted((run / "saes").glob("*/cfg.json")):
-        settings = read_config(path.parent)
-        of, _ = set_of(path.parent, settings)
-        sets |= {of} - {""}
-        if of == name:
-            members[path.parent] = ends_of(path.parent, settings)
-    if not members:
-        known = f"it has {', '.join(sorted(sets))}" if sets else "none of its SAEs says metadata.set in its cfg.json"
-        raise ValueError(
-            f"{run} has no set {name!r}; {known}. Train one with `train --kind transcoder` or `--kind clt`"
-        )
-    ends_of_set(name, members)
-    device = choose_device(device)
-    return [Dictionary(folder, load_sae(folder, device=device), ends) for folder, ends in members.items()]
+def graphs_of(run: Path) -> dict[str, Path]:
+    """The graphs of a run, by name."""
+    return {path.stem: path for path in sorted((run / CIRCUITS).glob("*.json")) if path.name != LISTING}
 
 
-def token_of(model: LanguageModel, text: str) -> int:
-    """The one token that a text is. Raises ValueError where it is none, or several, or one beyond the model's embedding."""
-    ids = model.encoder.encode([text])[0]
-    if len(ids) != 1:
-        pieces = ", ".join(repr(model.tokenizer.decode([id])) for id in ids)
-        raise ValueError(
-            f"target {text!r} is {len(ids)} tokens of model {model.id!r}{': ' * bool(ids)}{pieces}; expected one, with the space before it"
-        )
-    model.check_tokens(list(ids))
-    return int(ids[0])
-
-
-def _model_of(members: list[Dictionary], config: CircuitConfig) -> LanguageModel:
-    """The model that all members are of, in float32. Raises ValueError where they are of several, or do not fit it."""
-    origins = {one.folder: origin_of(one.folder) for one in members}
-    for folder, origin in origins.items():
-        if origin is None:
-            raise ValueError(f"{folder} does not say which model it is of: add metadata.model_name to its cfg.json")
-        first_folder, first = next(iter(origins.items()))
-        assert first is not None
-        if (origin.name, origin.weights) != (first.name, first.weights):
-            raise ValueError(
-                f"{first_folder} is of model {first.name!r}, {folder} of {origin.name!r}; expected a set of one model"
-            )
-    _, origin = next(iter(origins.items()))
-    assert origin is not None
-    device = choose_device(config.device)
-    model = load_model(
-        config.model or origin.name,
-        device=device,
-        dtype="float32",
-        revision=origin.revision,
-        trust_remote_code=config.trust_remote_code,
+def _tried(
+    config: CircuitConfig, of: Replacement, graph: Graph, nodes: Mapping[str, int], marks: Marks,
+    before: list[dict[str, Any]], title: Callable[[int], str],
+) -> tuple[Tried, ...]:  # fmt: skip
+    """The intervention asked for, and those of the file whose groups and latents are still there."""
+    asked = [] if config.intervene is None else [(config.intervene, config.constrained)]
+    for one in before:
+        acts = parse_acts(one["acts"])
+        if all(act.on in marks.groups or act.on in nodes for act in acts) and (acts, one["constrained"]) not in asked:
+            asked.append((acts, one["constrained"]))
+    grouped = {id for own in marks.groups.values() for id in own}
+    rows = {name: [nodes[id] for id in own] for name, own in marks.groups.items()}
+    rows |= {title(nodes[id]): [nodes[id]] for id in marks.pins if id not in grouped and nodes[id] < graph.n_latents}
+    rows = {name: [node for node in own if node < graph.n_latents] for name, own in rows.items()}
+    rows = {name: own for name, own in rows.items() if own}
+    return tuple(
+        Tried(acts, held, effects(of, graph, clamp_of(acts, graph, nodes, marks.groups), rows, title, constrained=held))
+        for acts, held in asked
     )
-    check_origin(model, origin)
-    for one in members:
-        for hook in one.ends.hooks:
-            check_hook(model, hook)
-        read, *written = widths_of(model, one.ends.hooks).values()
-        if one.sae.d_in != read or one.sae.parts != tuple(written):
-            raise ValueError(
-                f"{one.folder} reads {one.sae.d_in} and writes {one.sae.parts}, model {model.id!r} has {read} and {tuple(written)} there; "
-                "it is of another model"
-            )
-    return model
-
-
-@contextlib.contextmanager
-def names_of(replacement: Replacement, graph: Graph) -> Iterator[Named]:
-    """What latents are called in the indexes of their dictionaries; nothing where there is none, or none that fits."""
-    with contextlib.ExitStack() as stack:
-        known: dict[int, Names] = {}
-        for number, one in enumerate(replacement.members):
-            path = IndexConfig(sae=one.folder).path
-            if not path.exists():
-                continue
-            with contextlib.suppress(ValueError):
-                index = stack.enter_context(open_feature_index(path, sae=one.folder, need_store=False))
-                notes = Notes(path.with_suffix(".notes.json"), index.identity["sae"], index.d_sae)
-                known[number] = Names(index, notes, read_explanations(index))
-
-        def named(node: int) -> str:
-            names = known.get(int(graph.latents.member[node]))
-            return "" if names is None else f"‘{names[int(graph.latents.latent[node])].text}’"
-
-        yield named

@@ -1,5 +1,5 @@
-"""circuit-tracer: `config.yaml`, and of each layer `layer_N.safetensors` (a set of transcoders) or `W_enc_N.safetensors` and
-`W_dec_N.safetensors` (a cross-layer transcoder). Nothing is taken off what is read.
+"""circuit-tracer: `config.yaml`, and of each layer `layer_N.safetensors` or the file that its `transcoders` name (a set of transcoders), or
+`W_enc_N.safetensors` and `W_dec_N.safetensors` (a cross-layer transcoder). Nothing is taken off what is read.
 
 Its loader goes by the tensors alone: JumpReLU where there are thresholds, else ReLU. So TopK is read where `activation` says it, and not written.
 """
@@ -39,17 +39,52 @@ _CONFIG = "config.yaml"
 _SET, _JOINT = "transcoder_set", "cross_layer_transcoder"
 _FILE = re.compile(r"(layer|W_enc)_(\d+)\.safetensors")
 _THRESHOLD = "activation_function.threshold"
-_USED = ("model_name", "model_kind", "feature_input_hook", "feature_output_hook", "activation", "k")
+_USED = ("model_name", "model_kind", "feature_input_hook", "feature_output_hook", "activation", "k", "transcoders")
 _KNOWN = ("scan", "revision")  # where its pages are, and of which state of a repository it is
 
 
 def find(path: Path) -> Path | None:
     """The file of a layer, by its own path or as the only one of a set."""
-    files = [path] if path.is_file() else sorted(path.glob("*_*.safetensors"))
-    files = [file for file in files if _FILE.fullmatch(file.name) and file.with_name(_CONFIG).is_file()]
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    files = [file for file in files if file.with_name(_CONFIG).is_file() and _place(file)]
     if len(files) > 1:
         raise ValueError(f"{path} holds several transcoders; give the path of one: {', '.join(f.name for f in files)}")
     return files[0] if files else None
+
+
+def members(path: Path) -> list[Path]:
+    """The files of a whole set, by its folder or its `config.yaml`, in the order of layers; none where it is no set of these.
+
+    Raises ValueError for a layer whose file is missing.
+    """
+    folder = path.parent if path.name == _CONFIG else path
+    if not (folder / _CONFIG).is_file():
+        return []
+    for name in _named(folder / _CONFIG):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / _CONFIG} names {name}, which is not beside it; download it there")
+    places = {file: place for file in folder.glob("*.safetensors") if (place := _place(file))}
+    return sorted(places, key=lambda file: places[file][1])
+
+
+def _place(file: Path) -> tuple[str, int] | None:
+    """(what a file is of, its layer), by its name or where the configuration lists it; None of others."""
+    if file.suffix != ".safetensors":
+        return None
+    if names := _named(file.with_name(_CONFIG)):
+        return ("layer", names.index(file.name)) if file.name in names else None
+    match = _FILE.fullmatch(file.name)
+    return None if match is None else (match[1], int(match[2]))
+
+
+def _named(source: Path) -> list[str]:
+    """The files that a configuration lists, by layer. Raises ValueError for those that lie elsewhere."""
+    names = _yaml(source).get("transcoders") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and "/" not in name for name in names):
+        raise ValueError(
+            f"{source} says transcoders: {names!r}; expected names of files that lie beside it: download them there, and say so in a copy"
+        )
+    return names
 
 
 def read(file: Path) -> Read:
@@ -57,10 +92,12 @@ def read(file: Path) -> Read:
     said = _yaml(source)
     check_fields(source, said, _USED, _KNOWN)
     kind = expect(source, said, "model_kind", _SET, _JOINT)
-    name, layer = _FILE.fullmatch(file.name).groups()  # type: ignore[union-attr]
+    place = _place(file)
+    assert place is not None  # it was found by that
+    name, layer = place
     if (name == "W_enc") != (kind == _JOINT):
         raise ValueError(f"{source} says model_kind: {kind!r}, of which {file.name} is no file")
-    return (_read_joint if kind == _JOINT else _read_one)(file, source, said, int(layer))
+    return (_read_joint if kind == _JOINT else _read_one)(file, source, said, layer)
 
 
 def _read_one(file: Path, source: Path, said: Config, layer: int) -> Read:
