@@ -170,6 +170,7 @@ def _masked(
         places = torch.arange(start, stop, device=ids_BL.device).expand_as(ids_BL)
         yield ids_BL, options | {"attention_mask": (~hidden_BL).long(), "position_ids": places}
     elif mask.way == "neutral":
+        assert mask.token is not None
         yield torch.where(own_BL, mask.token, ids_BL), options
     else:
         vector = mask.vector
