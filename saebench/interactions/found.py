@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from saebench.interactions.mobius import Split, Vector, orders
 
 SALIENT = 0.05
-"""of the strongest interaction, from where on one counts"""
+"""of the size of the largest interaction, from where on one counts"""
 _CURVE = 100  # interactions that the curve goes to
 
 Kind = Literal["and", "or"]
@@ -29,6 +29,11 @@ class Interaction(NamedTuple):
     @property
     def order(self) -> int:
         return len(self.units)
+
+    @property
+    def size(self) -> float:
+        """The standard deviation over all maskings of what it adds: an AND of ten shows in one masking of 1,024, whatever its strength."""
+        return abs(self.strength) * _spread(self.order)
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,9 @@ class Interactions:
     empty: float
     """with all units masked"""
     sets: tuple[Interaction, ...]
-    """the salient ones, strongest first"""
+    """the salient ones, largest first"""
     curve: tuple[float, ...]
-    """R² over all maskings of the k strongest interactions, salient or not, from k = 0 on"""
+    """R² over all maskings of a constant and the k largest interactions, salient or not, from k = 0 on"""
     agreement: float | None
     """of the interactions that are salient under either way of masking, the share that are under both"""
     gap: float
@@ -89,7 +94,7 @@ class Interactions:
             *(self._line(one) for one in self.sets[:most]),
         ]
         if len(self.sets) > most:
-            lines.append(f"and {len(self.sets) - most} more, to {SALIENT:.0%} of the strongest")
+            lines.append(f"and {len(self.sets) - most} more, to {SALIENT:.0%} of the size of the first")
         marks = ", ".join(f"{self.curve[k]:.3f} by {k}" for k in (5, 10, 20, 50) if k < len(self.curve))
         return [
             *lines,
@@ -107,42 +112,47 @@ class Interactions:
             **{name: getattr(self, name) for name in said},
             **{name: list(getattr(self, name)) for name in ("tokens", "pieces", "curve")},
             "units": [{"positions": list(places), "text": self.text(unit)} for unit, places in enumerate(self.units)],
-            "sets": [{**one._asdict(), "units": list(one.units), "order": one.order} for one in self.sets],
+            "sets": [{**one._asdict(), "units": list(one.units), "order": one.order, "size": one.size} for one in self.sets],
             "by_order": [list(row) for row in self.by_order()],
         }  # fmt: skip
 
 
 def ranked(split: Split) -> tuple[Int[np.ndarray, " I"], Float[np.ndarray, " I"]]:
-    """(which, strengths) of a split's interactions, strongest first: S for an AND, 2^n + S for an OR."""
-    strengths = np.concatenate([split.ands, split.ors])
-    one = orders(len(split.ands).bit_length() - 1) == 1
-    there = np.flatnonzero(np.concatenate([np.arange(len(one)) > 0, (np.arange(len(one)) > 0) & ~one]))
-    which = there[np.argsort(-np.abs(strengths[there]), kind="stable")]
+    """(which, strengths) of a split's interactions, largest first: S for an AND, 2^n + S for an OR."""
+    strengths, count = np.concatenate([split.ands, split.ors]), orders(len(split.ands).bit_length() - 1)
+    there = np.flatnonzero(np.concatenate([count > 0, count > 1]))
+    which = there[np.argsort(-_sizes(strengths, count)[there], kind="stable")]
     return which, strengths[which]
 
 
 def salient(split: Split) -> list[Interaction]:
-    """Those above a share SALIENT of the strongest, strongest first."""
+    """Those above a share SALIENT of the size of the largest, largest first."""
     which, strengths = ranked(split)
-    kept = np.abs(strengths) > SALIENT * np.abs(strengths).max(initial=0.0)
-    return [
-        _interaction(int(one), float(strength), len(split.ands))
-        for one, strength in zip(which[kept], strengths[kept], strict=True)
+    n = len(split.ands).bit_length() - 1
+    found = [
+        Interaction("or" if one >> n else "and", tuple(unit for unit in range(n) if one >> unit & 1), strength)
+        for one, strength in zip(which.tolist(), strengths.tolist(), strict=True)
     ]
-
-
-def _interaction(which: int, strength: float, subsets: int) -> Interaction:
-    units = tuple(unit for unit in range(subsets.bit_length() - 1) if which >> unit & 1)
-    return Interaction("or" if which >= subsets else "and", units, strength)
+    return [one for one in found if one.size > SALIENT * found[0].size]
 
 
 def curve(split: Split, v: Vector, most: int = _CURVE) -> Float[np.ndarray, " K"]:
-    """R² over all maskings of v(∅) and the k strongest interactions, k from 0 to `most`."""
+    """R² over all maskings of a constant and the k largest interactions, k from 0 to `most`."""
     which, strengths = (column[:most, None] for column in ranked(split))
     sets, subsets = np.arange(len(v)), which % len(v)
     holds = np.where(which >= len(v), (sets & subsets) > 0, (sets & subsets) == subsets)
-    rebuilt = split.empty + np.concatenate([np.zeros((1, len(v))), (holds * strengths).cumsum(0)])
-    return 1 - ((rebuilt - v) ** 2).sum(1) / ((v - v.mean()) ** 2).sum()
+    rebuilt = np.concatenate([np.zeros((1, len(v))), (holds * strengths).cumsum(0)])
+    return 1 - (v - rebuilt).var(1) / v.var()
+
+
+def _spread(order: int | Int[np.ndarray, "*P"]) -> Any:
+    """The standard deviation of an AND or OR of so many units over all maskings, each as likely as the next."""
+    share = 0.5**order
+    return (share * (1 - share)) ** 0.5
+
+
+def _sizes(strengths: Float[np.ndarray, " Q"], count: Int[np.ndarray, " P"]) -> Float[np.ndarray, " Q"]:
+    return np.abs(strengths) * np.tile(_spread(count), 2)
 
 
 def agreed(sets: Sequence[Interaction], others: Sequence[Interaction]) -> tuple[tuple[Interaction, ...], float]:

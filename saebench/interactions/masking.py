@@ -22,7 +22,7 @@ from saebench.models import LanguageModel, capturer, check_hook, head
 from saebench.models.checks import probe_tokens
 from saebench.models.passes import first_of
 
-Way = Literal["mean", "neutral", "unattended"]
+Way = Literal["unattended", "neutral", "mean"]
 _BYTES = 2**28  # of keys and values of maskings that are run together
 _MOST = 256  # maskings run together
 _CLOSE = 1e-2  # of the largest entry: the rounding of half-precision types

@@ -50,10 +50,10 @@ class WhyConfig:
     """units before the position among which these are; what lies before them stays"""
     words: bool = False
     """mask words, not tokens"""
-    way: Way = "mean"
-    """what a masked token is: the corpus' mean embedding, a neutral token, or left out of attention"""
-    other: Way | None = "unattended"
-    """another way, to say which interactions do not depend on it"""
+    way: Way = "unattended"
+    """what a masked token is: left out of attention, a neutral token, or the corpus' mean embedding"""
+    other: Way | None = None
+    """another way, to say which interactions do not depend on it (default: neutral; of neutral, unattended)"""
     json: bool = False
     """print JSON"""
     hook: str | None = None
@@ -79,6 +79,10 @@ class WhyConfig:
             raise ValueError("there is no --text; expected one, since only a --latent has examples")
         if self.example == 0:
             raise ValueError("example is 0; expected 1, the strongest, or more")
+        if self.other == self.way:
+            raise ValueError(
+                f"way and other are both {self.way!r}; expected two, of which one is held against the other"
+            )
         check_n(self.n)
 
 
@@ -93,8 +97,12 @@ def why(config: WhyConfig) -> Interactions:
     )
     ids, scalar = _where(config, bench), _scalar(config, bench)
     counts = corpus_counts(bench)
-    masks = [mask_of(bench.model, way, counts) for way in dict.fromkeys((config.way, config.other)) if way is not None]
-    return interactions(bench.model, ids, scalar, *masks, n=config.n, reach=config.reach, words=config.words)
+    mask, other = (mask_of(bench.model, way, counts) for way in (config.way, config.other or _other(config.way)))
+    return interactions(bench.model, ids, scalar, mask, other, n=config.n, reach=config.reach, words=config.words)
+
+
+def _other(way: Way) -> Way:
+    return "unattended" if way == "neutral" else "neutral"
 
 
 def corpus_counts(bench: Bench) -> Int[np.ndarray, " V"] | None:
