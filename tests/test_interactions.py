@@ -1,5 +1,6 @@
 """Interactions of tokens: known functions come out as they are, every split is faithful, and shared passes are the plain ones."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,14 @@ from conftest import HOOK, VOCABULARY, WIDTH, an_sae
 from scipy.optimize import linprog
 from transformers import AutoModelForCausalLM, BloomConfig
 
+from saebench.cli import main
+from saebench.index import open_feature_index
+from saebench.interactions import interactions
+from saebench.interactions.found import agreed, curve, salient
 from saebench.interactions.masking import Masked, Way, mask_of, resumes_maskings
 from saebench.interactions.mobius import and_only, mobius, orders, split, zeta
 from saebench.interactions.scalars import Scalar, activation, error, log_probability
-from saebench.models import EMBEDDED_MODEL, LanguageModel, capture, load_model
+from saebench.models import EMBEDDED_MODEL, LanguageModel, capture, load_model, logits
 from saebench.sae import Ends
 from saebench.store import Store
 
@@ -198,3 +203,131 @@ def test_the_mean_embedding_is_that_of_the_corpus(checkpoints: dict[str, Path]) 
     counts[[7, 9]] = 3, 1
     vector = mask_of(model, "mean", counts).vector
     torch.testing.assert_close(vector, (3 * weight[7] + weight[9]) / 4)
+
+
+# ------------------------------------------------------------------------------------------ found
+
+
+def test_interactions_are_ranked_by_what_they_change_over_all_maskings() -> None:
+    v = 1.0 * present(4)[:, 0] + 1.5 * present(4).all(1)  # 1 in half of 16 maskings; 1.5 in one
+    found = salient(split(v))
+    assert [(one.kind, one.units, one.order) for one in found] == [("and", (0,), 1), ("and", (0, 1, 2, 3), 4)]
+    assert found[0].size == pytest.approx(0.5, abs=1e-3)
+    assert found[1].size == pytest.approx(1.5 * (15 / 16 / 16) ** 0.5, abs=1e-3)
+    rebuilt = curve(split(v), v)
+    assert rebuilt[0] == 0.0
+    assert rebuilt[1] == pytest.approx(1 - np.var(v - present(4)[:, 0]) / np.var(v), abs=1e-3)
+    assert rebuilt[2] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_agreement_is_the_share_of_sets_in_both() -> None:
+    a, b, c = present(3).T
+    marked, share = agreed(salient(split(2.0 * (a & b) + c)), salient(split(2.0 * (a & b) + 1.0 * (b | c))))
+    assert [(one.units, one.agreed) for one in marked] == [((0, 1), True), ((2,), False)]
+    assert share == pytest.approx(1 / 3)  # {a, b}; c; b or c
+
+
+def test_the_units_that_matter_are_found_and_the_others_stay(checkpoints: dict[str, Path]) -> None:
+    model = load_model(str(checkpoints["llama"]), device="cpu", dtype="float32")
+    ids = np.array([0, *range(30, 50)])
+    scalar = log_probability(model, 40)
+    heard: list[tuple[int, int]] = []
+    found = interactions(
+        model, ids, scalar, mask_of(model, "unattended"), mask_of(model, "neutral"), n=3, reach=8,
+        step=lambda done, total: heard.append((done, total)),
+    )  # fmt: skip
+    assert heard[-1] == (16, 16)
+    assert (len(found.units), found.left_out) == (3, 5)
+    assert all(12 <= place < 20 for (place,) in found.units)
+    np.testing.assert_allclose(found.split.rebuilt(), found.values, rtol=1e-10)
+    assert found.curve[-1] == pytest.approx(1.0)
+    told = json.loads(json.dumps(found.to_json()))
+    assert told["sets"][0]["kind"] in ("and", "or")
+    assert told["units"][0]["positions"] == list(found.units[0])
+    assert found.whole == pytest.approx(float(scalar.of({"logits": logits(model, torch.tensor(ids)[None])[:, -1]})))
+    # Of units that stay, one that matters less when masked and when present alone than each that was taken.
+    every = interactions(model, ids, scalar, mask_of(model, "unattended"), n=8, reach=8, step=lambda *_: None)
+    v, whole = every.values, 2**8 - 1
+    matter = [max(abs(v[whole - 2**unit] - v[whole]), abs(v[2**unit] - v[0])) for unit in range(8)]
+    assert sorted(np.argsort(matter)[-3:] + 12) == [place for (place,) in found.units]
+
+
+def test_a_step_that_raises_ends_it(checkpoints: dict[str, Path]) -> None:
+    model = load_model(str(checkpoints["gpt2"]), device="cpu", dtype="float32")
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interactions(model, np.arange(30, 40), log_probability(model, 40), mask_of(model, "mean"), step=stop)
+    handles = [module for module in model.module.modules() if len(module._forward_hooks) > 1]
+    assert not handles
+
+
+@pytest.mark.parametrize(
+    ("ids", "n", "token", "message"),
+    [
+        ([0, 31], 4, 40, "there is nothing to mask before token 1"),
+        ([0, 31, 32], 13, 40, r"n is 13, with 2\^13 maskings; expected 1 to 12"),
+        ([0, 31, 32], 0, 40, "n is 0"),
+    ],
+)
+def test_what_cannot_be_explained_is_refused(
+    ids: list[int], n: int, token: int, message: str, checkpoints: dict[str, Path]
+) -> None:
+    model = load_model(str(checkpoints["gpt2"]), device="cpu", dtype="float32")
+    with pytest.raises(ValueError, match=message):
+        interactions(model, np.array(ids), log_probability(model, token), mask_of(model, "mean"), n=n)
+
+
+def test_a_constant_and_a_latent_that_does_not_fire_are_refused(checkpoints: dict[str, Path]) -> None:
+    model = load_model(str(checkpoints["gpt2"]), device="cpu", dtype="float32")
+    ids, mask = np.array([0, 31, 32, 33]), mask_of(model, "mean")
+    with pytest.raises(ValueError, match=r"latent 5 at token 3 .* is 0: it does not fire there"):
+        interactions(model, ids, Scalar("latent 5", (HOOK,), lambda at: at[HOOK][:, 0] * 0, True), mask)
+    with pytest.raises(ValueError, match="same at token 3 .* is 7 whatever is masked by 'mean'"):
+        interactions(model, ids, Scalar("same", (HOOK,), lambda at: at[HOOK][:, 0] * 0 + 7), mask)
+
+
+def test_words_are_masked_whole(checkpoints: dict[str, Path]) -> None:
+    model = load_model(str(checkpoints["llama"]), device="cpu", dtype="float32")
+    ids = np.array(model.tokens_of("the qzx cat qzx runs"))
+    assert len(ids) > 7  # with BOS: some words are several tokens
+    found = interactions(
+        model, ids, log_probability(model, 40), mask_of(model, "mean"), words=True, step=lambda *_: None
+    )
+    assert [found.text(unit) for unit in range(len(found.units))] == ["the", " qzx", " cat", " qzx"]
+
+
+# ---------------------------------------------------------------------------------------- command
+
+
+def test_why_explains_a_latent_and_a_token(run: Path, capsys: pytest.CaptureFixture) -> None:
+    path = next((run / "index").glob("*.h5"))
+    sae = run / "saes" / path.stem
+    with open_feature_index(path) as index:
+        latent = next(
+            one for one in range(index.d_sae) if index[one].top and index.context_of(index[one].top[0].row).peak > 4
+        )
+        example = index[latent].top[0]
+    command = ["why", "--sae", str(sae), "--latent", str(latent), "--n", "4"]
+    assert main([*command, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["whole"] == pytest.approx(example.value, rel=1e-3)
+    assert told["way"] == "unattended"
+    assert 0 <= told["agreement"] <= 1
+    text = ["why", "--sae", str(sae), "--text", "the red cat sees a blue dog", "--n", "5", "--words"]
+    assert main([*text, "--token", "·house", "--against", "·dog"]) == 0
+    assert "R² over 32 maskings" in capsys.readouterr().out
+    assert main([*text, "--error"]) == 0
+    assert capsys.readouterr().out.startswith("norm of the SAE's error at ")
+    for wrong, message in (
+        ([*command, "--position", "0"], f"latent {latent} does not fire at token 0"),
+        ([*command, "--example", "999"], "example is 999; the index has"),
+        ([*command, "--text", "a", "--example", "1"], "--text and --example are both given"),
+        (["why", "--sae", str(sae), "--text", "the cat"], "expected one of --latent N, --error and --token TOKEN"),
+        ([*text, "--error", "--position", "99"], "position is 99; the text has tokens 0 to"),
+        ([*text, "--error", "--other", "unattended"], "way and other are both 'unattended'"),
+    ):
+        assert main(wrong) == 2
+        assert message in capsys.readouterr().err

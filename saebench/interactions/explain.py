@@ -107,7 +107,8 @@ def _units(model: LanguageModel, ids: Int[np.ndarray, " L"], words: bool) -> lis
     special = model.encoder.special
     units: list[list[int]] = []
     for place, token in enumerate(ids.tolist()):
-        goes_on = words and place > 0 and pieces[place][:1].isalnum() and pieces[place - 1][-1:].isalnum()
+        before = pieces[place - 1]
+        goes_on = words and pieces[place][:1].isalnum() and (before[-1:].isalnum() or before == " ")
         if goes_on and units and units[-1][-1] == place - 1:
             units[-1].append(place)
         elif place > 0 and token not in special:

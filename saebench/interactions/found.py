@@ -77,7 +77,7 @@ class Interactions:
         found = []
         for order in sorted({one.order for one in self.sets}):
             strengths = [one.strength for one in self.sets if one.order == order]
-            found.append((order, sum(x for x in strengths if x > 0), sum(x for x in strengths if x < 0)))
+            found.append((order, sum((x for x in strengths if x > 0), 0.0), sum((x for x in strengths if x < 0), 0.0)))
         return found
 
     def lines(self, most: int = 12) -> list[str]:

@@ -7,6 +7,7 @@ B maskings at once, n units, P = 2^n, L positions, D d_model, V vocabulary.
 
 import contextlib
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -23,7 +24,9 @@ from saebench.models.checks import probe_tokens
 from saebench.models.passes import first_of
 
 Way = Literal["unattended", "neutral", "mean"]
-_BYTES = 2**28  # of keys and values of maskings that are run together
+_BYTES = (
+    2**25
+)  # of a layer's keys and values, of the maskings run together: larger pieces of memory are had anew each time, and slowly
 _MOST = 256  # maskings run together
 _CLOSE = 1e-2  # of the largest entry: the rounding of half-precision types
 
@@ -80,7 +83,7 @@ class Masked:
             if (
                 cache.get_seq_length() == self._starts[0]
             ):  # nothing is kept of a pass that ends before the first attention
-                self._cache = cache
+                self._cache = _branching(cache)
 
     def values(self, present_Bn: Bool[np.ndarray, "B n"]) -> Float[np.ndarray, " B"]:
         """The scalar where these units are present and the others masked, each from the first of all units on."""
@@ -130,8 +133,8 @@ class Masked:
         """How many maskings are run at once."""
         if self._cache is None:
             return _MOST
-        one = sum(layer.keys.nbytes + layer.values.nbytes for layer in self._cache.layers if layer.get_seq_length())
-        return int(np.clip(_BYTES * self._starts[0] / max(1, one * len(self.ids)), 1, _MOST))
+        one = max(sum(part.nbytes for part in layer.shared) for layer in self._cache.layers if layer.get_seq_length())
+        return int(np.clip(_BYTES * self._starts[0] / (one * len(self.ids)), 1, _MOST))
 
     @torch.inference_mode()
     def _run(self, cache: Any, start: int, stop: int, present_Bj: Bool[Tensor, "B j"]) -> dict[str, Tensor]:
@@ -190,6 +193,41 @@ def _new_cache() -> Any:
     return DynamicCache()  # of whole texts, whatever the windows: what is masked is the model's own affair
 
 
+@functools.cache
+def _branch() -> type:
+    from transformers.cache_utils import DynamicLayer
+
+    class Branch(DynamicLayer):
+        """A layer's keys and values: one row of those that all texts begin with, and of each text those behind them."""
+
+        def __init__(self, shared: Any) -> None:
+            super().__init__()
+            self.lazy_initialization(shared.keys, shared.values)
+            self.shared = shared.keys, shared.values
+            self.keys, self.values = (part[..., :0, :] for part in self.shared)
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            own = super().update(key_states, value_states, *args, **kwargs)
+            keys, values = (
+                torch.cat([first.expand(len(part), -1, -1, -1), part], -2)
+                for first, part in zip(self.shared, own, strict=True)
+            )
+            return keys, values
+
+        def get_seq_length(self) -> int:
+            assert self.keys is not None
+            return self.shared[0].shape[-2] + self.keys.shape[-2]
+
+    return Branch
+
+
+def _branching(cache: Any) -> Any:
+    """A cache that goes on from the one text of another, into many."""
+    other = copy.copy(cache)
+    other.layers = [_branch()(layer) if layer.get_seq_length() else layer for layer in cache.layers]
+    return other
+
+
 def _repeated(cache: Any, times: int) -> Any:
     """A cache of its own with every text so many times in a row. Keys and values are never written in place, and so may be shared."""
     other = copy.copy(cache)
@@ -211,7 +249,7 @@ def resumes_maskings(model: LanguageModel) -> bool:
 def _steps_agree(model: LanguageModel) -> bool:
     if "past_key_values" not in inspect.signature(model.base.forward).parameters:
         return False
-    ids_BL = probe_tokens(model)
+    ids_BL = probe_tokens(model)[:1]
     hidden_BL = torch.zeros_like(ids_BL, dtype=torch.bool)
     hidden_BL[:, [2, 5]] = True
     mask = Mask("unattended") if _attends(model) else Mask("neutral", token=int(ids_BL[0, 0]))
@@ -220,7 +258,7 @@ def _steps_agree(model: LanguageModel) -> bool:
     cache, states = _new_cache(), whole
     try:
         for start, stop in ((0, 2), (2, 3), (3, 8)):
-            cache = _repeated(cache, 1)
+            cache = _branching(cache) if start == 2 else _repeated(cache, 1)
             with _masked(model, mask, ids_BL[:, start:stop], hidden_BL[:, :stop], cache) as (ids, options):
                 states = first_of(model.base(ids, **options))[:, -1]
     except Exception:  # whatever a family makes of a cache that is not its own

@@ -139,7 +139,7 @@ def _where(config: WhyConfig, bench: Bench) -> Int[np.ndarray, " L"]:
     else:
         ids = np.array(bench.model.tokens_of(config.text), np.int64)
     if config.latent is not None:
-        acts = _activations(bench, ids, config.latent)
+        acts = activations(bench, ids, config.latent)
         position = int(acts.argmax()) if position is None else position
         if position < len(ids) and acts[position] <= 0:
             fires = ", ".join(map(str, np.argsort(-acts)[: min(8, (acts > 0).sum())].tolist()))
@@ -170,7 +170,7 @@ def _example(config: WhyConfig, bench: Bench) -> tuple[Int[np.ndarray, " L"], in
 
 
 @torch.no_grad()
-def _activations(bench: Bench, ids: Int[np.ndarray, " L"], latent: int) -> np.ndarray:
+def activations(bench: Bench, ids: Int[np.ndarray, " L"], latent: int) -> np.ndarray:
     """A latent's activation on each token of a text; 0 on special ones and massive vectors, which are none of its."""
     tokens = torch.from_numpy(ids).to(bench.model.device)
     encode = latent_encoder(bench.sae, [latent])
