@@ -323,6 +323,7 @@ def test_why_explains_a_latent_and_a_token(run: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.startswith("norm of the SAE's error at ")
     for wrong, message in (
         ([*command, "--position", "0"], f"latent {latent} does not fire at token 0"),
+        ([*command, "--text", "."], f"latent {latent} fires nowhere in this text"),
         ([*command, "--example", "999"], "example is 999; the index has"),
         ([*command, "--text", "a", "--example", "1"], "--text and --example are both given"),
         (["why", "--sae", str(sae), "--text", "the cat"], "expected one of --latent N, --error and --token TOKEN"),

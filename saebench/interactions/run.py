@@ -140,12 +140,16 @@ def _where(config: WhyConfig, bench: Bench) -> Int[np.ndarray, " L"]:
         ids = np.array(bench.model.tokens_of(config.text), np.int64)
     if config.latent is not None:
         acts = activations(bench, ids, config.latent)
+        if not acts.any():
+            raise ValueError(
+                f"latent {config.latent} fires nowhere in this text; choose one in which it does, or an --example"
+            )
         position = int(acts.argmax()) if position is None else position
         if position < len(ids) and acts[position] <= 0:
             fires = ", ".join(map(str, np.argsort(-acts)[: min(8, (acts > 0).sum())].tolist()))
             raise ValueError(
-                f"latent {config.latent} does not fire at token {position} ({bench.model.pieces.text(ids[position : position + 1].tolist())!r}); "
-                + (f"expected one at which it does, strongest first: {fires}" if fires else "nor anywhere in this text")
+                f"latent {config.latent} does not fire at token {position} "
+                f"({bench.model.pieces.text(ids[position : position + 1].tolist())!r}); expected one at which it does, strongest first: {fires}"
             )
     position = len(ids) - 1 if position is None else position
     if position >= len(ids):
