@@ -80,6 +80,8 @@ class Circuit:
     scores: Scores
     agreement: Agreement
     sentences: tuple[str, ...]
+    replacement: Replacement
+    """what it is a graph of, for interventions"""
 
     def lines(self) -> list[str]:
         """As text."""
@@ -129,7 +131,7 @@ def circuits(config: CircuitConfig) -> Circuit | None:
     }  # fmt: skip
     with writing(path):
         write_json(path, content)
-    return Circuit(path, graph, found, held, sentences)
+    return Circuit(path, graph, found, held, sentences, replacement)
 
 
 def read_circuit(path: Path) -> dict[str, Any]:
