@@ -36,7 +36,7 @@ def run(model: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
         with torch.no_grad():
             for name in ("W_enc", "W_dec"):
                 sae.get_parameter(name).copy_(torch.randn(sae.get_parameter(name).shape, generator=generator))
-            sae.b_enc.copy_(-(capture(model, ids, [read])[read][0] @ sae.W_enc).quantile(0.5, dim=0))
+            sae.get_parameter("b_enc").copy_(-(capture(model, ids, [read])[read][0] @ sae.W_enc).quantile(0.5, dim=0))
         said = {
             "model_name": model.id,
             "set": "s",
@@ -104,6 +104,7 @@ def test_lines_of_a_picture_are_as_broad_as_the_walks_that_take_them() -> None:
     """Of the logit's two edges, 1 and -3, a quarter and three quarters; each latent has one of its token."""
     graph = copy.deepcopy(A_GRAPH)
     graph["nodes"][1]["clerp"] = "<b> &"
+    graph["metadata"]["prompt_tokens"][0] = "\n       "
     graph["qParams"] = {"supernodes": [["pair", "0_7_1", "0_8_1"]]}
     drawn = picture(graph, ["a < b"])
     lines = re.findall(r'<path class="(\w+)" stroke-width="([\d.]+)".*?<title>([\d.]+%)', drawn)
@@ -112,5 +113,6 @@ def test_lines_of_a_picture_are_as_broad_as_the_walks_that_take_them() -> None:
     assert "&lt;b&gt; &amp;" in drawn
     assert ">pair<" in drawn
     assert ">a &lt; b<" in drawn
+    assert ">↵7␣<" in drawn
     assert "L0/8" in drawn
     assert "L0/7" not in picture(graph, latents=1)

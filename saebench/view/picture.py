@@ -5,6 +5,7 @@ logits against the edges that pruning has left (`circuits.influence`).
 """
 
 import html
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ svg { font: 12px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; --ink: #1c
 @media (prefers-color-scheme: dark) { svg { --ink: #eceef1; --faint: #a3acb8; --paper: #14171a; --box: #202a35; --up: #e0853d; --down: #7cc4fa; --group: #4ade80; } }
 .paper { fill: var(--paper); } text { fill: var(--ink); } .faint { fill: var(--faint); } .token { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, monospace; }
 .box { fill: var(--box); stroke: var(--faint); stroke-width: .6; } .up, .down { fill: none; stroke: var(--up); } .down { stroke: var(--down); stroke-dasharray: 6 3; }
-.group { fill: none; stroke: var(--group); stroke-width: 2; } .of { fill: var(--group); font-weight: 600; }
+.group { fill: none; stroke: var(--group); stroke-width: 2; } .of { fill: var(--group); font-weight: 600; paint-order: stroke; stroke: var(--paper); stroke-width: 4px; }
 """
 
 
@@ -62,7 +63,7 @@ def picture(graph: Mapping[str, Any], caption: Sequence[str] = (), *, latents: i
             lines[_cell(nodes[link["source"]]), _cell(nodes[link["target"]]), link["weight"] > 0] += size  # type: ignore[assignment]
     drawn = {line: size for line, size in lines.most_common() if size >= least}
     used = {cell for source, target, _ in drawn for cell in (source, target)}
-    tokens = [visible(token) for token in graph["metadata"]["prompt_tokens"]]
+    tokens = [_plain(token) for token in graph["metadata"]["prompt_tokens"]]
     boxes = _boxes({cell: len(own) for cell, own in cells.items() if cell in used}, tokens)
     parts = [
         _line(boxes[source], boxes[target], up, drawn[source, target, up]) for source, target, up in [*drawn][::-1]
@@ -74,6 +75,11 @@ def picture(graph: Mapping[str, Any], caption: Sequence[str] = (), *, latents: i
             _frame(boxes[cell], name) for cell in boxes if {*ids} & {node["node_id"] for node in cells.get(cell, ())}
         ]
     return _whole(parts, boxes, caption, f"What a model makes of {graph['metadata']['prompt']!r}")
+
+
+def _plain(text: str) -> str:
+    """As it is drawn: control characters as pictures, long runs of spaces by their number."""
+    return visible(re.sub(" {3,}", lambda run: f"{len(run[0])}␣", text))
 
 
 def _cell(node: Node) -> Cell:
@@ -148,11 +154,12 @@ def _nodes(box: _Box, nodes: Iterable[Node]) -> list[str]:
             above, _, below = node["clerp"].removeprefix("Output ").rstrip(")").partition(" (")
         else:
             above, below = node["clerp"].strip("‘’").split("; ")[0], f"L{node['layer']}/{latent_of(node)}"
+        above = _plain(above)
         above = above if len(above) <= _LETTERS else above[: _LETTERS - 1] + "…"
         at = f'x="{box.left + 8:.0f}" y="{{:.0f}}"'
         parts += [
             f"<g><title>{html.escape(node['clerp'])}</title>"
-            f"<text {at.format(box.top + _NODE * place + 14)}>{html.escape(visible(above))}</text>"
+            f"<text {at.format(box.top + _NODE * place + 14)}>{html.escape(above)}</text>"
             f'<text class="faint" {at.format(box.top + _NODE * place + 28)}>{html.escape(below)}</text></g>'
         ]
     return parts
@@ -160,7 +167,7 @@ def _nodes(box: _Box, nodes: Iterable[Node]) -> list[str]:
 
 def _frame(box: _Box, name: str) -> str:
     around = _Box(box.left - 4, box.top - 4, box.width + 8, box.height + 8)
-    return f'{_rectangle(around, "group")}<text class="of" x="{box.left:.0f}" y="{box.top - 9:.0f}">{html.escape(name)}</text>'
+    return f'{_rectangle(around, "group")}<text class="of" x="{box.left:.0f}" y="{box.top - 9:.0f}">{html.escape(_plain(name))}</text>'
 
 
 def _rectangle(box: _Box, kind: str) -> str:
@@ -177,7 +184,8 @@ def _whole(parts: Sequence[str], boxes: Mapping[Cell, _Box], caption: Sequence[s
         f'<text class="faint" x="12" y="{y:.0f}">{names.get(layer, f"L{layer}")}</text>' for layer, y in layers.items()
     ]
     texts += [
-        f'<text x="{_LEFT}" y="{bottom + 20 * n:.0f}">{html.escape(line)}</text>' for n, line in enumerate(caption)
+        f'<text x="{_LEFT}" y="{bottom + 20 * n:.0f}">{html.escape(_plain(line))}</text>'
+        for n, line in enumerate(caption)
     ]
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" role="img" '
