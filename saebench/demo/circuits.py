@@ -100,7 +100,7 @@ def stages(out: Path) -> Stages:
         TrainConfig(
             store=STORE, kind="transcoder", out=out, arch=("batchtopk",), k=(32,), d_sae=(1024,), tokens=800_000, batch=2048
         ),
-        EvalConfig(run=out, tokens=20_000),
+        EvalConfig(run=out, tokens=10_000, dead_rows=200_000),
         None,
     )  # fmt: skip
 
