@@ -119,6 +119,8 @@ def graphs(out: Path, cases: Sequence[Case] = CASES, name: str = SET) -> list[Sh
         )
         if _made(config.path, case, made_of) is None:
             log.info("graph %d of %d: %s", number, len(cases), case.about)
+            if config.path.exists() and _noted(config.path):  # of other weights, whose groups are nothing here
+                config.path.unlink()
             circuit = circuits(config)
             if circuit is None:
                 return None
@@ -129,12 +131,17 @@ def graphs(out: Path, cases: Sequence[Case] = CASES, name: str = SET) -> list[Sh
     return found
 
 
+def _noted(path: Path) -> dict[str, Any]:
+    """What a demonstration notes of itself in a graph's file; nothing in that of another graph."""
+    return read_circuit(path)["metadata"]["saebench"].get("demonstration", {})
+
+
 def _made(path: Path, case: Case, made_of: str) -> Shown | None:
     """What is there of a case; None where it is of another one, or of other weights."""
-    own = read_circuit(path)["metadata"]["saebench"] if path.exists() else {}
-    tried = own.get("demonstration", {})
+    tried = _noted(path) if path.exists() else {}
     if (tried.get("case"), tried.get("weights")) != ([*case[:-1], [*case.at]], made_of):
         return None
+    own = read_circuit(path)["metadata"]["saebench"]
     return Shown(case, path, own["scores"], own["sentences"], [Ablation(*one) for one in tried["ablations"]])
 
 
