@@ -16,6 +16,7 @@ from saebench.bench.stability import table_of
 from saebench.browse.serve import AppConfig, serve
 from saebench.circuits import CircuitConfig, circuits
 from saebench.config import add_arguments, from_arguments
+from saebench.demo import circuits as traced_demo
 from saebench.demo import demo
 from saebench.evaluate import CheckConfig, EvalConfig, ReportConfig, check, evaluate, report, write_report
 from saebench.evaluate.diffing import DiffConfig, diff
@@ -34,6 +35,7 @@ from saebench.printed import (
     effects_table,
     explanations_table,
     format_table,
+    show_cases,
     show_evaluation,
     show_figures,
     show_ranking,
@@ -151,7 +153,10 @@ def _parser() -> argparse.ArgumentParser:
         "run", type=Path, nargs="?", default=Path("runs"), help="a run, or a folder of runs (default: runs)"
     )
     small = command("demo", _demo, "the whole pipeline on the embedded model and corpus")
-    small.add_argument("--out", type=Path, default=Path("runs/demo"), help="run directory (default: runs/demo)")
+    small.add_argument(
+        "of", nargs="?", choices=("circuits",), help="circuits: transcoders instead, and the graphs of a few prompts"
+    )
+    small.add_argument("--out", type=Path, help="run directory (default: runs/demo, of circuits runs/demo-circuits)")
     about = "what SAEs are worth beyond their reconstruction"
     benches = commands.add_parser("bench", help=about, description=about).add_subparsers(required=True, metavar="BENCH")
     for name, bench in BENCHES.items():
@@ -363,11 +368,20 @@ def _app(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    summary = run_stages(demo.stages(arguments.out))
+    traced = arguments.of == "circuits"
+    out = arguments.out or Path("runs/demo-circuits" if traced else "runs/demo")
+    summary = run_stages((traced_demo if traced else demo).stages(out))
     if summary is None:
         return INTERRUPTED
-    print(show_run(summary, arguments.out))
-    print(f"next: saebench app {arguments.out}, or saebench steer rank --sae {arguments.out}/saes/{demo.INDEXED}")
+    shown = traced_demo.graphs(out) if traced else []
+    if shown is None:
+        return INTERRUPTED
+    print(show_run(summary, out))
+    print(
+        show_cases(shown)
+        if traced
+        else f"next: saebench app {out}, or saebench steer rank --sae {out}/saes/{demo.INDEXED}"
+    )
     return 0
 
 

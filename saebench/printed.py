@@ -10,6 +10,7 @@ from numpy import ndarray
 
 from saebench.bench import Figure
 from saebench.circuits import Tried
+from saebench.demo.circuits import Shown, told
 from saebench.evaluate import massive_note, tables
 from saebench.index.explanations import Explanation, Halves
 from saebench.index.names import Names
@@ -144,6 +145,26 @@ def _with_interval(figure: Figure | None) -> str:
     if figure is None or figure.value is None:
         return "–"
     return f"{figure.value:.3f}" + ("" if figure.low is None else f" ({figure.low:.3f} to {figure.high:.3f})")
+
+
+def show_cases(shown: Sequence[Shown]) -> str:
+    """Of each circuit of the demonstration its strongest paths and what ablations do; then what graphs foretell beside what is measured."""
+    rows = [["latents ablated", "logit", "foretold", "held", "free"]]
+    lines: list[str] = []
+    for case, _, scores, sentences, ablations in shown:
+        logit = f"{case.target!r} over {case.against!r}"
+        lines += ["", f"=== {case.about}: {logit} after …{case.prompt[-24:]!r}", *sentences[:3]]
+        lines += [f"replacement score {scores['replacement']:.3f}, completeness {scores['completeness']:.3f}"]
+        lines += [told(case, one) for one in ablations]
+        for one in ablations:
+            changes = (f"{change:+.2f}" for change in (one.predicted, one.held, one.free))
+            rows.append([f"{len(one.latents)} at {one.at!r}", logit, *changes])
+    notes = [
+        "changes of the logit in nats: foretold by the graph; measured with attention and norms held, and with both free",
+        f"pictures: {', '.join(str(one.picture) for one in shown)}",
+        f"next: saebench app {shown[0].path.parent.parent}, page Circuits",
+    ]
+    return "\n".join([*lines, "", format_table(rows, left=(0, 1)), *notes])
 
 
 def format_table(rows: list[list[str]], left: Sequence[int] = (0,)) -> str:

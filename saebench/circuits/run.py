@@ -131,6 +131,8 @@ class Circuit:
     scores: Scores
     agreement: Agreement
     sentences: tuple[str, ...]
+    replacement: Replacement
+    """what it is a graph of, for interventions"""
     tried: tuple[Tried, ...] = ()
     """interventions: the one asked for first, then those that the file had"""
 
@@ -225,7 +227,7 @@ def _written(config: CircuitConfig, of: Replacement, graph: Graph, held: Agreeme
     }  # fmt: skip
     write_json(path, content)
     _listed(path.parent, {name: value for name, value in content["metadata"].items() if name != "saebench"})
-    return Circuit(path, graph, found, held, sentences, tried)
+    return Circuit(path, graph, found, held, sentences, of, tried)
 
 
 def _listed(folder: Path, metadata: dict[str, Any]) -> None:
