@@ -199,8 +199,9 @@ def _train(arguments: argparse.Namespace) -> int:
     folders = train(config, model_device=device, trust_remote_code=trusted)
     if folders is None:
         return INTERRUPTED
-    print("\n".join(map(str, folders)))
-    print(f"next: saebench eval --run {config.out}")
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(map(str, folders)))
+        print(f"next: saebench eval --run {config.out}")
     return 0
 
 
