@@ -4,6 +4,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,11 +14,13 @@ import processes
 import pytest
 import ranked
 import torch
+import torch.distributed as dist
 from conftest import HOOK
 from test_faults import KILLS
 from test_train import log_of, same_saes
 
 from saebench.files import read_json
+from saebench.harvest.ranks import Watch
 from saebench.sae import load_sae
 from saebench.store import Store
 from saebench.train.shares import Share
@@ -121,6 +124,20 @@ def test_a_rank_that_hangs_is_named_by_those_who_wait(store: Store, tmp_path: Pa
     assert re.search(rf"process 1 \(\S+, pid {stopped}\) of this training has ended early or stands still", printed)
 
 
+def test_a_rank_that_lives_and_does_not_come_is_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saebench.harvest.ranks._BEAT", 0.05)
+    monkeypatch.setattr("saebench.harvest.ranks._QUIET", 1.0)
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    watches = [Watch(store, rank, 3) for rank in range(3)]
+    for watch, met in zip(watches, (5, 4, 5), strict=True):
+        watch.met = met
+    assert watches[0].missing() == f"process 1 ({socket.gethostname()}, pid {os.getpid()})"
+    watches[2].end()
+    assert watches[0].missing().startswith("process 2 (")
+    for watch in watches[:2]:
+        watch.end()
+
+
 def test_a_full_disk_on_one_rank_ends_all_with_that_message(store: Store, tmp_path: Path) -> None:
     """Of the second, which trains TopK."""
     command = arguments(store, tmp_path)
@@ -202,14 +219,15 @@ def test_a_shared_sae_goes_on_from_its_state_with_the_same_bits(shared: list[lis
     assert compared == 2 * 2 * len(ranked.RESUMED)
 
 
+@pytest.mark.parametrize("seed", range(1 if KILLS <= 3 else KILLS // 2))
 @pytest.mark.parametrize("over", ["rows", "latents"])
 def test_a_shared_run_is_saved_as_by_one_process_and_goes_on_after_a_kill(
-    over: str, store: Store, whole: Path, tmp_path: Path
+    over: str, seed: int, store: Store, whole: Path, tmp_path: Path
 ) -> None:
     command = arguments(store, tmp_path, "--ranks", over)
     ranks = processes.start_ranks(2, *command, slow=SLOW, checkpoint_seconds=0.0)
-    begun = tmp_path / "saes" / "checkpoint.json"
-    processes.signal_when(ranks[1], begun.exists, signal.SIGKILL)
+    begun, wait = tmp_path / "saes" / "checkpoint.json", random.Random(seed).uniform(0, 0.3) * (seed > 0)
+    processes.signal_when(ranks[1], lambda: begun.exists() and not time.sleep(wait), signal.SIGKILL)
     status, printed = ranks[0].ends()
     assert status == 2, printed
     assert re.search(rf"process 1 \(\S+, pid {ranks[1].process.pid}\) of this training has ended early", printed), (
