@@ -35,7 +35,7 @@ matrix: # install and suite on every supported Python at hand, or on PYTHON=… 
 	scripts/matrix.sh $(if $(filter file,$(origin PYTHON)),,$(PYTHON))
 
 faults: install
-	SAEBENCH_KILLS=20 $(BIN)/pytest tests/test_faults.py tests/test_store.py -k "killed or every_byte or lost"
+	SAEBENCH_KILLS=20 $(BIN)/pytest tests/test_faults.py tests/test_store.py tests/test_ranks.py -k "kill or every_byte or lost or shared"
 
 bench: install
 	$(BIN)/python benchmarks/train_step.py

@@ -64,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     behind = argv[cut + 1 :] if "train" in argv[:cut] else []
     arguments = _parser().parse_args(argv[:cut] if behind else argv)
     arguments.behind = behind
+    usual = logging.INFO if _speaks() else logging.WARNING
     logging.basicConfig(
-        level=logging.DEBUG if arguments.verbose else logging.INFO, format="%(message)s", stream=sys.stderr, force=True
+        level=logging.DEBUG if arguments.verbose else usual, format="%(message)s", stream=sys.stderr, force=True
     )
     if not arguments.verbose:
         for name in ("datasets", "fsspec", "h5py", "httpx", "httpx2", "huggingface_hub", "transformers", "urllib3"):
@@ -179,6 +180,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _speaks() -> bool:
+    """Whether this process tells what all would: of several under torchrun, the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _run(arguments: argparse.Namespace) -> int:
     config = from_arguments(RunConfig, arguments)
     summary = run(config)
@@ -193,7 +199,7 @@ def _harvest(arguments: argparse.Namespace) -> int:
     store = harvest(from_arguments(HarvestConfig, arguments), from_arguments(TextConfig, arguments))
     if store is None:
         return INTERRUPTED
-    if os.environ.get("RANK", "0") == "0":  # of several processes under torchrun, one says it
+    if _speaks():
         print(describe(store))
     return 0
 
@@ -209,8 +215,9 @@ def _train(arguments: argparse.Namespace) -> int:
     folders = train(config, model_device=device, trust_remote_code=trusted)
     if folders is None:
         return INTERRUPTED
-    print("\n".join(map(str, folders)))
-    print(f"next: saebench eval --run {config.out}")
+    if _speaks():
+        print("\n".join(map(str, folders)))
+        print(f"next: saebench eval --run {config.out}")
     return 0
 
 

@@ -3,6 +3,7 @@
 Children are forked from a server that has imported everything once: they start in milliseconds.
 """
 
+import datetime
 import multiprocessing
 import os
 import resource
@@ -13,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["processes", "saebench.cli", "transformers.models.llama"])
@@ -44,33 +46,54 @@ def start(
     unit_rows: int | None = None,
     environment: dict[str, str] | None = None,
     folder: Path | None = None,
+    patience: float | None = None,
 ) -> Child:
     """`saebench ARGV` in a child, in `folder`. `file_limit` is the largest file it may write, in bytes.
 
     `slow` makes every training step, forward pass and unit of an index wait that many seconds; checkpoints are
-    written every `checkpoint_seconds`. An index goes in units of `unit_rows`, and writes a snapshot after each.
+    written every `checkpoint_seconds`, and of several processes none waits longer than `patience` for another. An index goes in units of `unit_rows`, and writes a snapshot after each.
     """
     return Child(
         argv, file_limit=file_limit, slow=slow, checkpoint_seconds=checkpoint_seconds, unit_rows=unit_rows,
-        environment=environment, folder=folder,
+        environment=environment, folder=folder, patience=patience,
     )  # fmt: skip
 
 
-def start_ranks(size: int, *argv: str, slow: float = 0.0) -> list[Child]:
-    """`saebench ARGV` in `size` children that are told of one another as torchrun does it, with nobody watching over them."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+def start_ranks(size: int, *argv: str, last: dict[str, Any] | None = None, **conditions: Any) -> list[Child]:
+    """`saebench ARGV` in `size` children that are told of one another as torchrun does it, with nobody watching over them.
+
+    `last` are conditions of the last alone, and under `argv` what more it is told.
+    """
     known = {
         "TORCHELASTIC_RUN_ID": "test",
         "WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
     }
-    return [
-        start(*argv, slow=slow, environment=known | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(size)
-    ]
+    children = []
+    for rank in range(size):
+        own = dict(last or {}) if rank + 1 == size else {}
+        told = (*argv, *own.pop("argv", ()))
+        environment = known | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        children.append(start(*told, environment=environment, **conditions | own))
+    return children
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def together(target: Callable[..., None], size: int, *arguments: object) -> None:
+    """`target(rank, size, port, *arguments)` in `size` children, to their end."""
+    port = free_port()
+    children = [_CONTEXT.Process(target=target, args=(rank, size, port, *arguments)) for rank in range(size)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(_PATIENCE)
+        assert child.exitcode == 0, child.exitcode
 
 
 def run(*argv: str, file_limit: int | None = None, folder: Path | None = None) -> tuple[int, str]:
@@ -100,6 +123,7 @@ def _main(
     unit_rows: int | None,
     environment: dict[str, str] | None,
     folder: Path | None,
+    patience: float | None,
 ) -> None:
     import torch
 
@@ -122,6 +146,8 @@ def _main(
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if checkpoint_seconds is not None:
         saebench.train.loop.CHECKPOINT_SECONDS = checkpoint_seconds
+    if patience is not None:
+        saebench.train.loop.PATIENCE = datetime.timedelta(seconds=patience)
     if unit_rows is not None:
         saebench.index.plan.UNIT_ROWS = unit_rows
         saebench.index.publish.SNAPSHOT_SECONDS, saebench.index.publish.SNAPSHOT_SHARE = 0.0, 1.0

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from saebench.sae import JumpReLUSAE, Writes, new_sae, topk_relu
 from saebench.sae.sparse import BLOCK_VALUES, Encoder, SparseCode, rowwise_topk
 from saebench.train import Member, Spec
-from saebench.train.gradients import exact_gradients, shared_gradients, together, variance_of
+from saebench.train.gradients import exact_gradients, shared_gradients, together
 from saebench.train.objectives import AUX_WEIGHT, Context, bandwidth, prefixes
 from saebench.train.recipes import RECIPES
+from saebench.train.shares import Share
 
 
 @pytest.fixture(autouse=True)
@@ -251,7 +252,7 @@ def test_gradients_of_those_that_write_to_the_same_hooks_equal_dense_autograd(
         y = torch.cat([target[hook] if hook == hooks[0] else torch.zeros_like(target[hook]) for hook in hooks], 1)
         given_.append((x, y))
     n_hooks = range(len(writes))
-    variances = [sum(variance_of(target[hook]) for hook in hooks) for hooks in writes]
+    variances = [sum(Share().variance_of(target[hook]) for hook in hooks) for hooks in writes]
     found: dict[int, Any] = {}
 
     def run(n: int) -> Any:

@@ -1,12 +1,16 @@
-"""Several processes on one harvest, started by torchrun: what they tell one another.
+"""Several processes on one harvest or training, started by torchrun: what they tell one another.
 
-Only a few words are exchanged, over gloo: rows go from each process to its own shards on the disk that all share.
+Words are exchanged over gloo, and so are tensors of a CPU; those of GPUs go over NCCL. Whatever is large and lies on the disk that all
+share goes from each process to it.
 """
 
 import contextlib
 import datetime
 import importlib
 import os
+import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,8 +19,52 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-# A rank waits for the others at the end. One that died is noticed at once, by its closed connection.
+# Until all are there, and for a rank of a harvest at its end. One that died is noticed at once, by its closed connection.
 _PATIENCE = datetime.timedelta(days=7)
+_BEAT = 0.5  # seconds between a process's signs of life
+_QUIET = 2.5  # seconds without one, after which it is taken for gone
+
+
+class Watch:
+    """Signs of life of all processes, in the store at which they met; so that one that is waited for in vain can be named."""
+
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        self._store, self._rank, self._size = store.clone(), rank, size
+        self.met = 0
+        """how often this process came to where all meet"""
+        self._who, self._beats, self._over = f"{socket.gethostname()}, pid {os.getpid()}", 0, threading.Event()
+        self._sign()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def missing(self) -> str:
+        """Whom the others wait for: those that give no more signs of life, or else those that have met the others least often."""
+        try:
+            before = self._signs()
+            time.sleep(_QUIET)
+            after = self._signs()
+        except RuntimeError:
+            return "process 0 or the machine at which all met"
+        silent = [rank for rank in range(self._size) if before[rank] == after[rank] and rank != self._rank]
+        fewest = min(int(sign[1]) for sign in after)
+        named = silent or [rank for rank, sign in enumerate(after) if int(sign[1]) == fewest < self.met]
+        return " and ".join(f"process {rank} ({after[rank][2]})" for rank in named) or "another process"
+
+    def _run(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the store ended with the process that held it
+            while not self._over.wait(_BEAT):
+                self._sign()
+
+    def _sign(self) -> None:
+        self._beats += 1
+        self._store.set(f"saebench/{self._rank}", f"{self._beats};{self.met};{self._who}")
+
+    def _signs(self) -> list[list[str]]:
+        return [self._store.get(f"saebench/{rank}").decode().split(";") for rank in range(self._size)]
 
 
 @dataclass(frozen=True)
@@ -25,11 +73,20 @@ class World:
 
     rank: int = 0
     size: int = 1
+    work: str = "harvest"
+    safe: str = "whole shards are"
+    """what a process that ends early leaves"""
+    watch: Watch | None = None
 
     @property
     def leads(self) -> bool:
         """Whether this one holds the lock, writes the manifest and shows progress."""
         return self.rank == 0
+
+    @property
+    def neighbours(self) -> int:
+        """Processes on this machine, with this one."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.size > 1 else 1
 
     def device(self, asked: str | None) -> str | None:
         """The device asked for; of several GPUs, the one that is this process's own."""
@@ -37,18 +94,27 @@ class World:
             return asked
         return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
 
+    @contextlib.contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Around what all processes do together. Raises ValueError naming the one that is no longer there, or does not come."""
+        if self.watch is not None:
+            self.watch.met += 1
+        try:
+            yield
+        except RuntimeError as error:
+            who = self.watch.missing() if self.watch is not None else "another process"
+            raise ValueError(
+                f"{who} of this {self.work} has ended early or stands still; see what it printed. {self.safe.capitalize()} safe: "
+                "run the same command again to continue"
+            ) from error
+
     def gather(self, word: Any) -> list[Any]:
         """The words of all, in order, once each has come here. Raises ValueError when one is no longer there."""
         words: list[Any] = [word]
         if self.size > 1:
             words = [None] * self.size
-            try:
+            with self.meeting():
                 dist.all_gather_object(words, word)
-            except RuntimeError as error:
-                raise ValueError(
-                    "another process of this harvest has ended early, with the message that it printed; whole shards are safe: "
-                    "run the same command again to continue"
-                ) from error
         return words
 
     def agreed(self, action: Callable[[], T]) -> T:
@@ -63,21 +129,32 @@ class World:
             raise error
         for rank, message in enumerate(messages):
             if message is not None:
-                raise ValueError(f"process {rank} of this harvest failed: {message}")
+                raise ValueError(f"process {rank} of this {self.work} failed: {message}")
         return result  # type: ignore[return-value]
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[World]:
-    """The processes that torchrun started, or this one alone."""
+def joined(
+    work: str = "harvest", safe: str = "whole shards are", patience: datetime.timedelta = _PATIENCE
+) -> Iterator[World]:
+    """The processes that torchrun started, or this one alone; they wait for each other as long as `patience`."""
     if not dist.is_torchelastic_launched():
-        yield World()
+        yield World(work=work)
         return
     # Its functions have the group of their import as a default, which would outlive its end here: threads that are
     # still running as a process exits abort it now and then.
     importlib.import_module("torch.distributed.nn.functional")
-    dist.init_process_group("gloo", timeout=_PATIENCE)
+    store, rank, size = next(dist.rendezvous("env://", timeout=_PATIENCE))  # type: ignore[operator]
+    # NCCL has no two processes on one GPU.
+    own_gpu = torch.cuda.is_available() and int(os.environ.get("LOCAL_WORLD_SIZE", size)) <= torch.cuda.device_count()
+    backend = "cpu:gloo,cuda:nccl" if own_gpu else "gloo"
+    store = dist.PrefixStore(work, store)  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+    watch = Watch(store, rank, size)
+    world = World(rank, size, work, safe, watch)
     try:
-        yield World(dist.get_rank(), dist.get_world_size())
+        world.gather("here")  # each has given a first sign
+        yield world
     finally:
+        watch.end()
         dist.destroy_process_group()

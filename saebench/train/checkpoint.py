@@ -6,15 +6,17 @@ one that a resumed run reads. Tensors and JSON only, no pickle.
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from saebench.config import differences
 from saebench.files import read_json, replacing, write_json
+from saebench.harvest.ranks import World
 from saebench.sae import read_config
 from saebench.store import Cursor
 from saebench.train.member import Member
@@ -25,9 +27,12 @@ POINTER = "checkpoint.json"
 class Checkpoint:
     """The resumable state of a grid under `folder`; `identity` maps each SAE, also those done, to what decides its training."""
 
-    def __init__(self, folder: Path, identity: dict[str, dict[str, Any]]) -> None:
-        self.folder = folder
-        self.identity = identity
+    def __init__(
+        self, folder: Path, identity: dict[str, dict[str, Any]], world: World = World(), over: str = "grid"
+    ) -> None:
+        """Of several processes each writes what it alone holds, and the leading one the pointer, once all have."""
+        self.folder, self.identity, self.world = folder, identity, world
+        self.ranks = {"processes": world.size, "over": over} if world.size > 1 else {"processes": 1}
 
     @property
     def exists(self) -> bool:
@@ -35,18 +40,33 @@ class Checkpoint:
 
     def save(self, members: list[Member], step: int, cursors: dict[str, Cursor], seconds: float) -> None:
         """Write all SAEs, then point to them. A full disk is a ValueError; the last checkpoint stays."""
-        with full_disk_is_a_value_error(f"the checkpoint of step {step} in {self.folder}"):
-            for member in members:
-                file = self._file(member.spec.name, step)
-                state = {name: value.detach().cpu().contiguous() for name, value in member.state().items()}
-                with replacing(file) as temporary:
-                    save_file(state, temporary)
-            pointer = {"step": step, "cursors": cursors, "seconds": seconds, "identity": self.identity}
-            write_json(self.folder / POINTER, pointer)
-        for member in members:
-            for old in self._file(member.spec.name, step).parent.glob("step-*.safetensors"):
-                if old != self._file(member.spec.name, step):
+        states = {member.spec.name: member.state() for member in members}
+        if self.ranks.get("over") == "rows" and not self.world.leads:
+            states = {}  # all hold the same
+        self.world.agreed(lambda: self._write(states, step))
+        # Of a grid dealt out, each process draws from the streams that its own SAEs need.
+        everyones = {hook: cursor for mine in self.world.gather(cursors) for hook, cursor in mine.items()}
+        pointer = {"step": step, "cursors": everyones, "seconds": seconds, "identity": self.identity}
+        if self.world.size > 1:
+            pointer["ranks"] = self.ranks
+        self.world.agreed(lambda: self._point(pointer) if self.world.leads else None)
+        for name in states:
+            for old in self._file(name, step).parent.glob(f"step-?????????{self._part}.safetensors"):
+                if old != self._file(name, step):
                     old.unlink()
+
+    def _write(self, states: dict[str, dict[str, Tensor]], step: int) -> None:
+        with self._whole_before(step):
+            for name, state in states.items():
+                with replacing(self._file(name, step)) as temporary:
+                    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, temporary)
+
+    def _point(self, pointer: dict[str, Any]) -> None:
+        with self._whole_before(pointer["step"]):
+            write_json(self.folder / POINTER, pointer)
+
+    def _whole_before(self, step: int) -> AbstractContextManager[None]:
+        return full_disk_is_a_value_error(f"the checkpoint of step {step} in {self.folder}")
 
     def restore(self, members: list[Member]) -> tuple[int, dict[str, Cursor], float]:
         """(steps done, position in each hook's stream, seconds spent); zeros when there is no checkpoint.
@@ -63,6 +83,11 @@ class Checkpoint:
                     f"{self.folder} holds a checkpoint of other settings: {name}: {'; '.join(changed)}. "
                     f"Use the same settings to continue it, delete {path} to start again, or choose another --out"
                 )
+        if changed := differences(pointer.get("ranks", {"processes": 1}), self.ranks):
+            raise ValueError(
+                f"{self.folder} holds a checkpoint of another number of processes or another --ranks: {'; '.join(changed)}. "
+                f"Start as many, with the same --ranks, to continue it, or delete {path} to start again"
+            )
         for member in members:
             file = self._file(member.spec.name, pointer["step"])
             try:
@@ -85,7 +110,12 @@ class Checkpoint:
             path.unlink()
 
     def _file(self, name: str, step: int) -> Path:
-        return self.folder / name / "checkpoint" / f"step-{step:09d}.safetensors"
+        return self.folder / name / "checkpoint" / f"step-{step:09d}{self._part}.safetensors"
+
+    @property
+    def _part(self) -> str:
+        """In the name of a file that has a part of an SAE, which part."""
+        return f"-{self.world.rank + 1}-of-{self.world.size}" if self.ranks.get("over") == "latents" else ""
 
 
 def begun_as(folder: Path) -> dict[str, dict[str, Any]]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from saebench.sae import SAE, GatedSAE, JumpReLUSAE, ReLUSAE, topk_relu
 from saebench.sae.sparse import Code, DenseCode, Encoder, rows_of_a_block
 from saebench.train.objectives import AUX_WEIGHT, Context, Loss, bandwidth, prefixes
+from saebench.train.shares import Share
 
 Result = TypeVar("Result")
 _DENSE_SHARE = {
@@ -39,7 +40,7 @@ class Kin(NamedTuple):
 
 @dataclass
 class Gradients:
-    """Sums over the rows seen so far, divided by the whole batch's rows.
+    """Sums over the rows seen so far, divided by the whole batch's rows: of this process's share, until that is settled.
 
     `of` maps a parameter's name to the loss's gradient; that of W_enc is `[F, D]`, as it lies in memory.
     """
@@ -52,6 +53,8 @@ class Gradients:
     """whether `errors` is wanted"""
     most: int | None = None
     """room for active pairs in each block of rows; None: as many as there are"""
+    share: Share = field(default_factory=Share)
+    """what other processes do of the step"""
     of: dict[str, Tensor] = field(default_factory=dict)
     squared_errors: list[Float[Tensor, " R"]] = field(default_factory=list)
     errors: list[Float[Tensor, "R E"]] = field(default_factory=list)
@@ -63,6 +66,10 @@ class Gradients:
     """least positive activation: what BatchTopK's threshold is learned from"""
     fullest: Int[Tensor, ""] | None = None
     """active pairs of the block of rows that has most; where that is `most`, some may have been left out"""
+    fired: Float[Tensor, ""] | None = None
+    """active pairs"""
+    reconstruction: Float[Tensor, ""] | None = None
+    """mean ‖x − x̂‖², where not all rows are here"""
     sparsity: Float[Tensor, ""] | None = None
     auxiliary: Float[Tensor, ""] | None = None
     total: Float[Tensor, ""] | None = None
@@ -82,7 +89,7 @@ class Gradients:
     @property
     def loss(self) -> Loss:
         assert self.total is not None
-        reconstruction = self.error_B.mean()
+        reconstruction = self.error_B.mean() if self.reconstruction is None else self.reconstruction
         zero = torch.zeros_like(reconstruction)
         return Loss(
             self.total,
@@ -126,6 +133,7 @@ def shared_gradients(
     bf16: bool = False,
     most: int | None = None,
     keeps_errors: bool = False,
+    share: Share | None = None,
 ) -> Generator[Tensor, Tensor, Gradients]:
     """As `exact_gradients`, of a dictionary beside which others may write; it gives errors and is sent those of all.
 
@@ -133,11 +141,13 @@ def shared_gradients(
     written at this one's hooks in all. `dense` takes all latents of a row as active, for ReLU, Gated and JumpReLU early in training; the
     result is the same. `guess` is what BatchTopK's least activation may be expected to exceed. `bf16`
     rounds what the encoder multiplies to bfloat16 (sums in float32), and nothing else. With `most`, room for the
-    active pairs of a block of rows, no such search waits for a GPU; `fullest` says whether it was enough.
+    active pairs of a block of rows, no such search waits for a GPU; `fullest` says whether it was enough. What is not of this process's
+    `share` is asked of others, and `x` and `y` are its rows.
     """
     y_BE = x_BD if y_BE is None else y_BE
-    variance = variance_of(y_BE) if variance is None else variance
-    gradients = Gradients(len(x_BD), variance, bf16, keeps_errors, most)
+    share = share or Share()
+    variance = share.variance_of(y_BE) if variance is None else variance
+    gradients = Gradients(share.n_rows(len(x_BD)), variance, bf16, keeps_errors, most, share)
     if isinstance(rule, Kin):
         yield from _topk_kin(rule, sae, x_BD, y_BE, context, gradients, guess)
         return gradients
@@ -145,11 +155,6 @@ def shared_gradients(
     for x_RD, y_RE in zip(x_BD.split(at_once), y_BE.split(at_once), strict=True):
         yield from rule(sae, x_RD, y_RE, context, gradients, dense)
     return gradients
-
-
-def variance_of(y_BE: Float[Tensor, "B E"]) -> Float[Tensor, ""]:
-    """Σ_e var_e."""
-    return (y_BE - y_BE.mean(0)).norm().square() / len(y_BE)
 
 
 @torch.no_grad()
@@ -194,10 +199,10 @@ def rows_at_once(d_sae: int, n_rows: int, device: torch.device, dense: bool) -> 
 
 
 def add_relu(sae: ReLUSAE, x_RD: Tensor, y_RE: Tensor, context: Context, gradients: Gradients, dense: bool) -> Errors:
-    z_RD, t_RE = _ends(sae, x_RD, y_RE)
+    z_RD, t_RE = _ends(sae, x_RD, y_RE, gradients.share)
     code, h = _positive(Encoder(z_RD, sae.W_enc, sae.b_enc, gradients.bf16), dense, gradients)
     acts = torch.relu(h)
-    error_RE = yield code.decode(acts, sae.W_dec).sub_(t_RE)
+    error_RE = yield gradients.share.written(code.decode(acts, sae.W_dec).sub_(t_RE))
     lengths_FH, weight, share = sae.lengths_FH, 2 / gradients.n_rows, context.coefficient / gradients.n_rows
     norms_F, sums_F = lengths_FH.sum(1), code.sum_latents(acts)
     dh = (code.products(error_RE, sae.W_dec).mul_(weight) + share * code.at(norms_F)).mul_(acts > 0)
@@ -214,13 +219,13 @@ def add_relu(sae: ReLUSAE, x_RD: Tensor, y_RE: Tensor, context: Context, gradien
 
 
 def add_gated(sae: GatedSAE, x_RD: Tensor, y_RE: Tensor, context: Context, gradients: Gradients, dense: bool) -> Errors:
-    z_RD, t_RE = _ends(sae, x_RD, y_RE)
+    z_RD, t_RE = _ends(sae, x_RD, y_RE, gradients.share)
     code, gate = _positive(Encoder(z_RD, sae.W_enc, sae.b_gate, gradients.bf16), dense, gradients)
     h, scale_F = gate - code.at(sae.b_gate), sae.r_mag.exp()
     opens, gate = gate > 0, torch.relu(gate)
     acts = torch.relu(h * code.at(scale_F) + code.at(sae.b_mag)) * opens
-    error_RE = yield code.decode(acts, sae.W_dec).sub_(t_RE)
-    frozen_RE = yield code.decode(gate, sae.W_dec).sub_(t_RE)
+    error_RE = yield gradients.share.written(code.decode(acts, sae.W_dec).sub_(t_RE))
+    frozen_RE = yield gradients.share.written(code.decode(gate, sae.W_dec).sub_(t_RE))
     weight, share = 2 / gradients.n_rows, context.coefficient / gradients.n_rows
     dmag = code.products(error_RE, sae.W_dec).mul_(weight).mul_(acts > 0)
     dgate = (code.products(frozen_RE, sae.W_dec).mul_(weight) + share).mul_(opens)
@@ -231,7 +236,7 @@ def add_gated(sae: GatedSAE, x_RD: Tensor, y_RE: Tensor, context: Context, gradi
     gradients.add("r_mag", code.sum_latents(dmag * h) * scale_F)
     _others(sae, code, dgate + dmag * code.at(scale_F), z_RD, error_RE, weight, gradients)
     sparsity = gate.sum() / gradients.n_rows
-    auxiliary = frozen_RE.norm().square() / gradients.n_rows
+    auxiliary = gradients.share.once(frozen_RE.norm().square() / gradients.n_rows)
     gradients.count("auxiliary", auxiliary)
     _observe(gradients, code, acts > 0, sparsity, error_RE, context.coefficient * sparsity + auxiliary)
 
@@ -240,13 +245,13 @@ def add_jumprelu(
     sae: JumpReLUSAE, x_RD: Tensor, y_RE: Tensor, context: Context, gradients: Gradients, dense: bool
 ) -> Errors:
     epsilon = bandwidth(sae.d_in)
-    z_RD, t_RE = _ends(sae, x_RD, y_RE)
+    z_RD, t_RE = _ends(sae, x_RD, y_RE, gradients.share)
     floor_F = sae.threshold - epsilon / 2  # entries below θ are needed to learn it
     code, above = _positive(Encoder(z_RD, sae.W_enc, sae.b_enc - floor_F, gradients.bf16), dense, gradients)
     pre, threshold = above + code.at(floor_F), code.at(sae.threshold)
     active, near = pre > threshold, (pre - threshold).abs() < epsilon / 2
     acts = pre * active
-    error_RE = yield code.decode(acts, sae.W_dec).sub_(t_RE)
+    error_RE = yield gradients.share.written(code.decode(acts, sae.W_dec).sub_(t_RE))
     weight, share = 2 / gradients.n_rows, context.coefficient / gradients.n_rows
     dacts = code.products(error_RE, sae.W_dec).mul_(weight)
     gradients.add("W_dec", code.accumulate(acts * weight, error_RE))
@@ -256,13 +261,13 @@ def add_jumprelu(
     _observe(gradients, code, active, sparsity, error_RE, context.coefficient * sparsity)
 
 
-def _ends(sae: SAE, x_RD: Tensor, y_RE: Tensor) -> tuple[Tensor, Tensor]:
+def _ends(sae: SAE, x_RD: Tensor, y_RE: Tensor, share: Share) -> tuple[Tensor, Tensor]:
     """(z, t)."""
     z_RD = x_RD - sae.b_pre
     if sae.tied:
-        return z_RD, z_RD
+        return z_RD, share.once(z_RD)
     t_RE = y_RE - sae.b_dec
-    return z_RD, t_RE if sae.W_skip is None else t_RE.addmm_(z_RD, sae.W_skip, alpha=-1)
+    return z_RD, share.once(t_RE if sae.W_skip is None else t_RE.addmm_(z_RD, sae.W_skip, alpha=-1))
 
 
 def _positive(encoder: Encoder, dense: bool, gradients: Gradients) -> tuple[Code, Tensor]:
@@ -280,10 +285,10 @@ def _others(
     """Gradients of W_enc, b_dec and W_skip, where dLoss/dx̂ is `weight` times the error; returns Σ_r dh `[F]`, that of a bias on h."""
     sums_F = code.sum_latents(dh)
     gradients.add("W_enc", code.accumulate(dh, z_RD))
-    db_E = error_RE.sum(0) * weight
+    db_E = gradients.share.once(error_RE.sum(0) * weight)
     gradients.add("b_dec", db_E - sae.W_enc @ sums_F if sae.tied else db_E)  # z is less b_dec as well
     if sae.W_skip is not None:
-        gradients.add("W_skip", (z_RD.T @ error_RE).mul_(weight))
+        gradients.add("W_skip", gradients.share.once((z_RD.T @ error_RE).mul_(weight)))
     return sums_F
 
 
@@ -296,7 +301,7 @@ def _observe(
     gradients.squared_errors.append(squared_R)
     gradients.count("fires_F", code.sum_latents(active.to(squared_R.dtype)))
     gradients.count("sparsity", sparsity)
-    gradients.count("total", squared_R.sum() / gradients.n_rows + penalty)
+    gradients.count("total", gradients.share.once(squared_R.sum() / gradients.n_rows) + penalty)
 
 
 # ----------------------------------------------------------------- TopK and its kin: a fixed number
@@ -307,20 +312,23 @@ def _topk_kin(
 ) -> Errors:
     """The nested SAEs of Matryoshka are further rows of the code; TopK and BatchTopK have one per row."""
     assert context.k is not None
-    sizes = prefixes(sae.d_sae) if kin.nested else [sae.d_sae]
-    n_rows, n_nested = len(x_BD), len(sizes)
-    z_BD, t_BE = _ends(sae, x_BD, y_BE)
+    share, n_rows = gradients.share, gradients.n_rows
+    sizes = prefixes(share.n_latents(sae.d_sae)) if kin.nested else [sae.d_sae]
+    n_nested = len(sizes)
+    z_BD, t_BE = _ends(sae, x_BD, y_BE, share)
     encoder = Encoder(z_BD, sae.W_enc, sae.b_enc, gradients.bf16)
-    code, h_N = encoder.topk(context.k) if kin.of_rows else encoder.batch_topk(context.k, guess)
+    code, h_N = share.topk(encoder, context.k) if kin.of_rows else share.batch_topk(encoder, context.k, guess)
     acts_N = torch.relu(h_N)
     weight = 2 / (n_rows * n_nested * gradients.variance)  # dLoss/dx̂ is this times the error
     if n_nested == 1:
-        nested, error_BE = code, (yield code.decode(acts_N, sae.W_dec).sub_(t_BE))
+        nested, error_BE = code, (yield share.written(code.decode(acts_N, sae.W_dec).sub_(t_BE)))
         later_RE = sum_BE = error_BE
         total = squared_B = error_BE.norm(dim=1).square()
     else:
-        nested = code.split([0, *sizes[:-1]])
-        error_BSE = yield nested.decode(acts_N, sae.W_dec).view(n_rows, n_nested, -1).cumsum(1).sub_(t_BE[:, None])
+        first = share.first_latent(sae.d_sae)
+        nested = code.split([0, *(size - first for size in sizes[:-1])])
+        x_hat_BSE = nested.decode(acts_N, sae.W_dec).view(len(x_BD), n_nested, -1).cumsum(1)
+        error_BSE = yield share.written(x_hat_BSE.sub_(t_BE[:, None]))
         later_BSE = error_BSE.flip(1).cumsum(1).flip(1)  # a latent is part of all nested SAEs from its own on
         later_RE, sum_BE, error_BE = later_BSE.flatten(0, 1), later_BSE[:, 0], error_BSE[:, -1]
         total = error_BSE.norm(dim=2).square()
@@ -334,26 +342,40 @@ def _topk_kin(
     infinity = acts_N.new_full((1,), torch.inf)
     gradients.least_active = torch.cat([torch.where(acts_N > 0, acts_N, infinity), infinity]).min()
     gradients.auxiliary = torch.zeros_like(gradients.variance)
-    if len(context.dead):
-        gradients.auxiliary = _auxiliary(sae, z_BD, error_BE, context.dead, AUX_WEIGHT / gradients.variance, gradients)
-    gradients.total = (total.sum() / (n_rows * n_nested) + AUX_WEIGHT * gradients.auxiliary) / gradients.variance
+    if n_dead := share.count(len(context.dead)):
+        gradients.auxiliary = _auxiliary(sae, z_BD, error_BE, context.dead, n_dead, gradients)
+    gradients.auxiliary = share.once(gradients.auxiliary)
+    total = share.once(total.sum()) / (n_rows * n_nested)
+    gradients.total = (total + AUX_WEIGHT * gradients.auxiliary) / gradients.variance
 
 
 def _auxiliary(
-    sae: ReLUSAE, z_BD: Tensor, error_BE: Tensor, dead: Int[Tensor, " n_dead"], weight: Tensor, gradients: Gradients
+    sae: ReLUSAE,
+    z_BD: Tensor,
+    error_BE: Tensor,
+    dead: Int[Tensor, " here"],
+    n_dead: int,
+    gradients: Gradients,
 ) -> Tensor:
-    """AuxK: the dead latents' own small SAE, asked for -error. Adds to the gradients; returns mean squared error."""
+    """AuxK: the dead latents' own small SAE, asked for -error. Adds to the gradients; returns mean squared error.
+
+    `n_dead` are dead in all, and `dead` those of this process.
+    """
+    share = gradients.share
     W_enc, W_dec, b_enc = sae.W_enc[:, dead], sae.W_dec[dead], sae.b_enc[dead]
-    k = min(sae.d_in // 2, len(dead))
+    k = min(sae.d_in // 2, n_dead)
     encoder = Encoder(z_BD, W_enc, b_enc, gradients.bf16)
     code: Code
-    if len(dead) < _SPARSE_AUX * k:
+    if n_dead < _SPARSE_AUX * k and share.n_latents(1) == 1:
         code, acts = DenseCode(), topk_relu(encoder.dense(), k)
     else:
-        code, values = encoder.topk(k)
+        code, values = share.topk(encoder, k)
         acts = torch.relu(values)
-    aux_error_BE = code.decode(acts, W_dec) + error_BE
-    weight = 2 * weight / len(z_BD)
+    aux_error_BE = share.written(code.decode(acts, W_dec)) + error_BE
+    auxiliary = aux_error_BE.norm().square() / gradients.n_rows
+    if len(dead) == 0:
+        return auxiliary
+    weight = 2 * (AUX_WEIGHT / gradients.variance) / gradients.n_rows
     dh = code.products(aux_error_BE, W_dec).mul_((acts > 0) * weight)
     sums = code.sum_latents(dh)
     gradients.of["W_dec"].index_add_(0, dead, code.accumulate(acts * weight, aux_error_BE))
@@ -363,4 +385,4 @@ def _auxiliary(
     gradients.of["b_enc"].index_add_(0, dead, sums)
     if sae.tied:
         gradients.of["b_dec"] -= W_enc @ sums
-    return aux_error_BE.norm().square() / len(z_BD)
+    return auxiliary

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,23 @@ import torch
 from torch import Tensor
 
 from saebench.files import locked
+from saebench.harvest.ranks import World, joined
 from saebench.harvest.window import delete_windows
 from saebench.models import choose_device
 from saebench.runlog import MetricsLog, interruptible, progress
-from saebench.sae import fold, save_sae
+from saebench.sae import SAE, fold, save_sae
 from saebench.sae.sparse import forget_scratch
+from saebench.store import Store
 from saebench.store.pair import open_pair
 from saebench.train.checkpoint import Checkpoint, full_disk_is_a_value_error
-from saebench.train.gradients import together, variance_of
+from saebench.train.gradients import together
 from saebench.train.identity import Run
 from saebench.train.member import LOOK_EVERY, Member, Spec
 from saebench.train.memory import check_memory
+from saebench.train.ranks import PATIENCE, Ranks, Wish, check_alike, told
 from saebench.train.rolling import Stopped, rows_offered, source_of
 from saebench.train.settings import TrainConfig
+from saebench.train.shares import Share
 
 log = logging.getLogger(__name__)
 
@@ -37,49 +42,80 @@ def train(
 ) -> list[Path] | None:
     """Train the grid; returns the SAEs' directories, or None when Ctrl-C ended it early.
 
-    The same call continues a run that was interrupted or killed, and skips SAEs that are done. Of a rolling run,
-    `model_device` is where the harvester's model runs (default: the first of cuda, mps and cpu at hand).
+    The same call continues a run that was interrupted or killed, and skips SAEs that are done. Under torchrun the processes
+    share the work, and each comes back with all directories. Of a rolling run, `model_device` is where the harvester's model
+    runs (default: the first of cuda, mps and cpu at hand).
     Raises ValueError for a store, hook or checkpoint that does not fit; and, once the others are
     trained and saved, for SAEs whose loss stopped being finite.
     """
-    store = open_pair(config.store, config.beside)
-    device = choose_device(config.device, float64=True)
-    with locked(config.out), _products(config.dtype), contextlib.ExitStack() as held:
-        run = Run.of(config, store)
-        checkpoint = Checkpoint(run.folder, run.identity)
-        todo = run.to_do()
-        if not todo:
-            _clear_away(run, checkpoint)
-            return run.folders
+    with (
+        joined("training", "the last checkpoint is", PATIENCE) as world,
+        _products(config.dtype),
+        contextlib.ExitStack() as held,
+    ):
+        check_alike(world, told(config))
+        store = world.agreed(lambda: _opened(config, world))
+        device = world.agreed(lambda: choose_device(world.device(config.device), float64=True))
+        world.agreed(lambda: held.enter_context(locked(config.out)) if world.leads else None)
+        run = world.agreed(lambda: Run.of(config, store))
+        ranks = world.agreed(lambda: Ranks(world, config, run.specs))
+        made = {"device": model_device, "trust_remote_code": trust_remote_code}
+        return _train(run, ranks, device, made)
 
-        widths = [sum(run.widths(spec.ends.reads + spec.ends.writes)) // 2 for spec in todo]
-        check_memory(todo, widths, config.batch, device, run.buffer_bytes)
-        run.say_how_well_it_shuffles()
-        inputs = {hook: run.inputs(hook) for hook in dict.fromkeys(hook for spec in todo for hook in spec.ends.hooks)}
-        members = [_member(run, spec, inputs, device) for spec in todo]
-        first, cursors, seconds = checkpoint.restore(members)
-        logs = {spec.name: MetricsLog(run.folder / spec.name / "metrics.jsonl", first) for spec in todo}
+
+def _train(run: Run, ranks: Ranks, device: str, made: dict[str, Any]) -> list[Path] | None:
+    """`train`, of a run whose folder is held; `made` is how a harvester's model runs."""
+    config, store, world = run.config, run.store, ranks.world
+    check_alike(world, run.identity)
+    checkpoint = Checkpoint(run.folder, run.identity, world, ranks.over)
+    todo = world.agreed(run.to_do)
+    if not todo:
+        world.agreed(lambda: _clear_away(run, checkpoint) if world.leads else None)
+        return run.folders
+    mine = [spec for spec in todo if spec.team in ranks.own]
+    with contextlib.ExitStack() as held:
+        world.agreed(lambda: _check_memory(run, mine, ranks, device))
+        if world.leads:
+            run.say_how_well_it_shuffles()
+        hooks = dict.fromkeys(hook for spec in mine for hook in spec.ends.hooks)
+        inputs = world.agreed(lambda: {hook: run.inputs(hook) for hook in hooks})
+        members = [_member(run, spec, inputs, device, ranks.share) for spec in mine]
+        first, cursors, seconds = world.agreed(lambda: checkpoint.restore(members))
+        spoken = mine if ranks.speaks else []
+        logs = {spec.name: MetricsLog(run.folder / spec.name / "metrics.jsonl", first) for spec in spoken}
         active = [member for member in members if member.diverged is None]
         total, done = config.n_steps * config.batch, first * config.batch
         clock = Clock(seconds, done)
         interrupt = held.enter_context(interruptible())
-        bar = held.enter_context(progress(total, f"train {len(active)} SAEs", "row", done))
-        made = {"device": model_device, "trust_remote_code": trust_remote_code}
+        shown = f"train {len(active)} SAEs" + f", of {len(todo)} with those of other processes" * (mine != todo)
+        bar = held.enter_context(progress(total, shown, "row", done, shown=world.leads))
         source = source_of(store, run.window, total, cursors.values(), lambda: interrupt.requested, **made)
         held.enter_context(source)
         teams, streams = _teams(active), [stream for stream in run.streams if stream[0] in inputs]
         batches = [
             source.served(run.batches(stream, cursors.get(stream[0]), source.shards, device)) for stream in streams
         ]
+        cursors = {hook: cursor for hook, cursor in cursors.items() if hook in inputs}
         for step in range(first, config.n_steps):
             # All hooks' before the first SAE takes a step: what cannot be had leaves all of them where they are.
+            drawn, failure = [], None
             try:
                 drawn = [next(rows) for rows in batches]
             except (Stopped, ValueError) as end:
+                if world.size == 1:
+                    checkpoint.save(members, step, cursors, clock.total)
+                    return _stopped(step, config, end)
+                failure = end
+            wish = ranks.agree(step, Wish(clock.save_is_due, interrupt.requested, not active), failure)
+            if wish.idle:
                 checkpoint.save(members, step, cursors, clock.total)
-                return _stopped(step, config, end)
+                break
             cursors |= {hook: cursor for rows, cursor in drawn for hook in rows}
-            rows = {hook: vectors.float() * inputs[hook][0] for rows, _ in drawn for hook, vectors in rows.items()}
+            rows = {
+                hook: ranks.share.rows_of(vectors).float() * inputs[hook][0]
+                for rows, _ in drawn
+                for hook, vectors in rows.items()
+            }
             for team in teams:
                 team_step(team, rows, step)
             bar.update(config.batch)
@@ -87,22 +123,25 @@ def train(
             if (step + 1) % LOG_EVERY == 0 or last:
                 active = _log(active, logs, bar, step, config.batch, clock)
                 teams = _teams(active)
-            if last or clock.save_is_due or source.left(cursors.values()) or not active or interrupt.requested:
+            if last or wish.save or wish.stop or source.left(cursors.values()):
                 with clock.saving():
                     checkpoint.save(members, step + 1, cursors, clock.total)
                 source.release(cursors.values())
-            if not active:
-                break
-            if interrupt.requested and not last:
+            if wish.stop and not last:
                 return _stopped(step + 1, config)
         bar.close()
         epochs = total / rows_offered(store, run.window, cursors.values())
-        for member in active:
-            _save(run, member, inputs, clock.total / len(members), epochs)
+        whole = [(member, ranks.share.whole(member.sae)) for member in active]
+        if ranks.speaks:
+            _warn_of_missed_targets(active)
+        else:
+            whole = []
+        seconds = clock.total / max(len(members), 1)
+        world.agreed(lambda: [_save(run, member, sae, inputs, seconds, epochs) for member, sae in whole])
         source.delete()
-        _warn_of_missed_targets(active)
-        _refuse_diverged(members, checkpoint)
-        checkpoint.remove()
+        world.agreed(lambda: _refuse_diverged(members, checkpoint))
+        if world.leads:
+            checkpoint.remove()
     return run.folders
 
 
@@ -110,22 +149,38 @@ Inputs = dict[str, tuple[float, Tensor]]
 """For each hook, what its vectors are multiplied by, and the mean of what that makes of them."""
 
 
-def _member(run: Run, spec: Spec, inputs: Inputs, device: str) -> Member:
+def _opened(config: TrainConfig, world: World) -> Store:
+    if world.size > 1 and config.rolling is not None:
+        raise ValueError(
+            f"rolling is {config.rolling} in {world.size} processes; expected one: windows are deleted behind it. "
+            "Harvest the store first, which torchrun does in several"
+        )
+    return open_pair(config.store, config.beside)
+
+
+def _member(run: Run, spec: Spec, inputs: Inputs, device: str, share: Share) -> Member:
     config, (reads, writes) = run.config, spec.ends
     means = [[inputs[hook][1] for hook in hooks] for hooks in (reads, writes)]
     if spec.joint:  # each hook has one bias, that of its own layer's member
         means[1][1:] = [torch.zeros_like(mean) for mean in means[1][1:]]
     return Member(
         spec, _joined(means[0]), config.dead_steps(spec), config.n_steps, device, config.dtype == "bfloat16",
-        mean_E=None if spec.ends.tied else _joined(means[1]), parts=run.widths(writes),
+        mean_E=None if spec.ends.tied else _joined(means[1]), parts=run.widths(writes), share=share,
     )  # fmt: skip
 
 
+def _check_memory(run: Run, specs: list[Spec], ranks: Ranks, device: str) -> None:
+    widths = [sum(run.widths(spec.ends.reads + spec.ends.writes)) // 2 for spec in specs]
+    parts = [replace(spec, d_sae=spec.d_sae // ranks.share.n_latents(1)) for spec in specs]
+    if specs:
+        batch = run.config.batch // ranks.share.n_rows(1)
+        check_memory(parts, widths, batch, device, run.buffer_bytes, ranks.world.neighbours)
+
+
 def _teams(members: list[Member]) -> list[list[Member]]:
-    """Those that take their steps together: the members of a joint set, and every other alone."""
     teams: dict[str, list[Member]] = {}
     for member in members:
-        teams.setdefault(member.spec.set if member.spec.joint else member.spec.name, []).append(member)
+        teams.setdefault(member.spec.team, []).append(member)
     for team in teams.values():
         for member in team:
             member.company = team
@@ -139,7 +194,7 @@ def team_step(team: list[Member], rows: dict[str, Tensor], step: int) -> None:
         y_BE = None if ends.tied else _joined([rows[hook] for hook in ends.writes])
         member.step(_joined([rows[hook] for hook in ends.reads]), step, y_BE)
         return
-    variances = {hook: variance_of(rows[hook]) for hook in ends.writes}
+    variances = {hook: member.share.variance_of(rows[hook]) for hook in ends.writes}
     steps = []
     for member in team:
         (read,), (own, *others) = member.spec.ends
@@ -218,14 +273,14 @@ def _stopped(steps: int, config: TrainConfig, end: Exception | None = None) -> N
     log.warning("stopped after step %d of %d; the same command continues", steps, config.n_steps)
 
 
-def _save(run: Run, member: Member, inputs: Inputs, seconds: float, epochs: float) -> None:
+def _save(run: Run, member: Member, sae: SAE, inputs: Inputs, seconds: float, epochs: float) -> None:
     """The SAE as its own, of inputs as the model has them."""
     folder = run.folder / member.spec.name
     facts = run.facts(member, seconds, epochs)
     scales = [_scale(run, inputs, hooks) for hooks in member.spec.ends]
-    fold(member.sae.cpu(), *scales)
+    fold(sae.cpu(), *scales)
     with full_disk_is_a_value_error(f"{folder} (its checkpoint is safe)"):
-        save_sae(member.sae, folder, facts)
+        save_sae(sae, folder, facts)
 
 
 def _scale(run: Run, inputs: Inputs, hooks: tuple[str, ...]) -> float | Tensor:
@@ -275,6 +330,7 @@ def _log(
             )
             continue
         line = member.log_line(step)
-        logs[member.spec.name].write(**common, **line)
+        if member.spec.name in logs:
+            logs[member.spec.name].write(**common, **line)
         bar.set_postfix_str(f"{member.spec.name}: L0 {line['l0']:.1f}, FVU {line['fvu']:.3f}", refresh=False)
     return [member for member in members if member.diverged is None]

@@ -11,13 +11,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from saebench.metrics import DUPLICATE
-from saebench.sae import SAE, Ends, JumpReLUSAE, Writes, initialise, new_sae, reconstruct_sparse
+from saebench.sae import SAE, Ends, JumpReLUSAE, Writes, initialise, new_sae
 from saebench.sae.architectures import NOT_OF_LATENTS
 from saebench.train.controls import FROZEN, keep_near
 from saebench.train.gradients import Gradients, alone, shared_gradients
 from saebench.train.objectives import Context, bandwidth
 from saebench.train.recipes import EDITIONS, RECIPES
 from saebench.train.schedules import DECAY, WARMUP, Sparsity, learning_rate
+from saebench.train.shares import Share
 
 CLIP = 1.0
 LOOK_EVERY = 50  # steps on a GPU between moments when the host reads from it
@@ -67,6 +68,11 @@ class Spec:
     def ends(self) -> Ends:
         return Ends(self.reads or (self.hook,), self.writes or (self.hook,))
 
+    @property
+    def team(self) -> str:
+        """Those that take their steps together: the members of a joint set, and every other alone."""
+        return self.set if self.joint else self.name
+
     def to_json(self) -> dict[str, Any]:
         """The fields; `edition` and `pace` where they are not 1, which they were for all once, and of an SAE none that it had not then."""
         values = asdict(self)
@@ -89,17 +95,21 @@ class Member:
 
     def __init__(
         self, spec: Spec, mean_D: Float[Tensor, " D"], dead_steps: int, n_steps: int, device: str, bf16: bool = False,
-        *, mean_E: Float[Tensor, " E"] | None = None, parts: tuple[int, ...] = (),
+        *, mean_E: Float[Tensor, " E"] | None = None, parts: tuple[int, ...] = (), share: Share | None = None,
     ) -> None:  # fmt: skip
-        """On rows of a mean; with `mean_E` it writes other vectors, of that mean, and with `parts` those of hooks of such widths."""
+        """On rows of a mean; with `mean_E` it writes other vectors, of that mean, and with `parts` those of hooks of such widths.
+
+        With `share` it is this process's part of an SAE.
+        """
         writes = Writes(d_out=None if mean_E is None else len(mean_E), skip=spec.skip, parts=parts)
         self.spec, self.dead_steps, self.n_steps, self.bf16 = spec, dead_steps, n_steps, bf16
+        self.share = share or Share()
         self.company: Sequence[Member] = (self,)
         """those whose steps go together: the members of a joint set"""
         self.recipe, self.edition = RECIPES[spec.architecture], EDITIONS[spec.edition]
-        self.sae: SAE = new_sae(self.recipe.sae.architecture, len(mean_D), spec.d_sae, k=spec.k, writes=writes)
-        initialise(self.sae, mean_D, torch.Generator().manual_seed(spec.seed), self.recipe.gains, mean_E)
-        self.sae.to(device)
+        sae = new_sae(self.recipe.sae.architecture, len(mean_D), spec.d_sae, k=spec.k, writes=writes)
+        initialise(sae, mean_D, torch.Generator().manual_seed(spec.seed), self.recipe.gains, mean_E)
+        self.sae: SAE = self.share.part(sae).to(device)
         if isinstance(self.sae, JumpReLUSAE):
             self.sae.threshold.requires_grad_(not self.recipe.takes_k)
             self.sae.threshold.data.fill_(0.0 if self.recipe.takes_k else bandwidth(self.sae.d_in))
@@ -123,7 +133,7 @@ class Member:
         betas = self.edition.beta1 * self.recipe.momentum, self.edition.beta2
         self.optimizer = torch.optim.Adam(groups, lr=spec.lr, betas=betas, fused=True, decoupled_weight_decay=True)
         self.sparsity = Sparsity(spec.l1, spec.target_l0, device, spec.pace)
-        self.silent_steps = torch.zeros(spec.d_sae, dtype=torch.int32, device=device)
+        self.silent_steps = torch.zeros(self.sae.d_sae, dtype=torch.int32, device=device)
         self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)  # since the last line of the log
         self.fullest = torch.zeros((), dtype=torch.int32, device=device)  # since the host last looked
         self.left_out = torch.zeros((), dtype=torch.int32, device=device)  # steps, since the last line of the log
@@ -154,7 +164,11 @@ class Member:
         gradients = yield from shared_gradients(
             self.recipe.gradients, self.sae, x_BD, context, y_BE, variance=variance,
             dense=self._dense, guess=self._guess, bf16=self.bf16, most=self._most, keeps_errors=pools and self.spec.joint,
+            share=self.share,
         )  # fmt: skip
+        assert gradients.fires_F is not None
+        gradients.fired = gradients.fires_F.sum()
+        self.share.settle(gradients)
         if self.recipe.unit_rows:
             # Take from the gradient of each unit row its part along the row.
             assert gradients.along_F is not None
@@ -162,19 +176,19 @@ class Member:
         if self.spec.joint:
             # Each hook has one bias: that of the dictionary of its own layer, which writes there first.
             gradients.of["b_dec"][self.sae.parts[0] :] = 0.0
-        counted = [value for name, value in gradients.of.items() if name in self.parameters and name != "threshold"]
-        norm = torch.nn.utils.get_total_norm(counted)
+        counted = {name: g for name, g in gradients.of.items() if name in self.parameters and name != "threshold"}
+        norm = self.share.norm(counted)
         assert gradients.total is not None
         fine = norm.isfinite() & gradients.total.isfinite()
         bad = ~(fine & gradients.of["threshold"].isfinite().all() if "threshold" in gradients.of else fine)
         bad |= self.diverged_at >= 0  # no step more: what is kept are the weights of before
-        full = self._full(gradients)
+        bad, full = self.share.either(bad, self._full(gradients))
         self._update(gradients, norm, bad | full, step)
         with self._kept_where(full):
-            self._observe(x_BD, gradients, norm, bad, context, step)
+            self._observe(gradients, norm, bad, context, step)
             if pools:
                 if gradients.errors:
-                    y_BE = reconstruct_sparse(self.sae, x_BD)[0] - torch.cat(gradients.errors)
+                    y_BE = self.share.reconstructed(self.sae, x_BD) - torch.cat(gradients.errors)
                 self._pool(x_BD if y_BE is None else torch.cat([x_BD, y_BE], 1), gradients.error_B * ~full, step)
         if self._steps_to_resampling(step) == 0:
             self._resample()
@@ -235,8 +249,8 @@ class Member:
         for group in self.optimizer.param_groups:
             group["lr"] = group["scale"] * self._learning_rate(step)
             group["weight_decay"] = group["shrink"] * (1 - step / self.n_steps)
-        self.optimizer.grad_scale = (norm / CLIP).clamp(min=1.0)  # type: ignore[attr-defined]
-        self.optimizer.found_inf = bad.to(norm.dtype)  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = (norm / CLIP).clamp(min=1.0).float()  # type: ignore[attr-defined]
+        self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.start_FD is not None:
@@ -250,14 +264,13 @@ class Member:
                 rate, least = max(_THRESHOLD_RATE, 1 / (step + 1)), gradients.least_active
                 self.sae.threshold += torch.where(least.isfinite() & ~bad, rate * (least - self.sae.threshold), 0.0)
 
-    def _observe(
-        self, x_BD: Tensor, gradients: Gradients, norm: Tensor, bad: Tensor, context: Context, step: int
-    ) -> None:
+    def _observe(self, gradients: Gradients, norm: Tensor, bad: Tensor, context: Context, step: int) -> None:
         assert gradients.fires_F is not None
+        assert gradients.fired is not None
         loss = gradients.loss
         self.diverged_at = torch.where(bad & (self.diverged_at < 0), step, self.diverged_at)
         self.silent_steps = torch.where(gradients.fires_F > 0, 0, self.silent_steps + 1).int()
-        l0 = gradients.fires_F.sum() / len(x_BD)
+        l0 = gradients.fired / gradients.n_rows
         self.sparsity.observe(l0, step, self.n_steps)
         values = (
             loss.total,
@@ -282,7 +295,7 @@ class Member:
         *sums, steps = self.sums.tolist()
         means = {name: value / steps if steps else math.nan for name, value in zip(_SUMS, sums, strict=False)}
         self.sums = torch.zeros_like(self.sums)
-        alive = int((self.silent_steps < self.dead_steps).sum())
+        alive = self.share.count(int((self.silent_steps < self.dead_steps).sum()))
         line = {name: means[name] for name in ("loss", "mse", "sparsity", "aux", "l0", "grad_norm")}
         line |= {
             "fvu": means["mse"] / means["variance"],
@@ -310,14 +323,16 @@ class Member:
 
     def _pool(self, x_BD: Float[Tensor, "B D"], error_B: Float[Tensor, " B"], step: int) -> None:
         """Draw from the rows of several batches by their squared loss, without replacement: the pool keeps as many as a batch has.
+        What it has of the rows of this process is all that matters of them in the end.
 
         The rows of the largest u^(1/weight), u uniform, are such a draw (Efraimidis and Spirakis 2006, algorithm A-Res).
         """
         generator = torch.Generator(device=x_BD.device).manual_seed(self.spec.seed * 1_000_003 + step)
         weights_B = error_B.double().pow(2).nan_to_num(0.0, 0.0, 0.0)
-        u_B = torch.rand(len(x_BD), dtype=torch.float64, generator=generator, device=x_BD.device)
-        keys = torch.cat([self.pool_keys, u_B.log() / weights_B.clamp(min=1e-30)])
-        self.pool_keys, best = keys.topk(min(len(x_BD), len(keys)))
+        n_rows = self.share.n_rows(len(x_BD))
+        u_B = torch.rand(n_rows, dtype=torch.float64, generator=generator, device=x_BD.device)
+        keys = torch.cat([self.pool_keys, self.share.rows_of(u_B).log() / weights_B.clamp(min=1e-30)])
+        self.pool_keys, best = keys.topk(min(n_rows, len(keys)))
         self.pool = torch.cat([self.pool, x_BD])[best]
 
     def _resample(self) -> None:
@@ -327,20 +342,26 @@ class Member:
         Other than there, the bias lets them fire on what is at least half as far along as their input, and not on half of all.
         Where there are fewer inputs than dead latents, the rest stay dead until the next time.
         """
-        x, y = self.pool[:, : self.sae.d_in], self.pool[:, self.sae.d_in :]
+        pool, _ = self.share.pooled(self.pool, self.pool_keys)
+        x, y = pool[:, : self.sae.d_in], pool[:, self.sae.d_in :]
         offsets = x - self.sae.b_pre
         self.pool, self.pool_keys = self.pool[:0], self.pool_keys[:0]
         dead = (self.silent_steps >= self.dead_steps).nonzero().flatten()
-        if len(dead) == 0 or len(dead) == self.spec.d_sae or self.diverged is not None:
+        n_dead = self.share.count(len(dead))
+        if n_dead == 0 or n_dead == self.spec.d_sae or self.diverged is not None:
             return
-        sae = self.sae
+        sae, mean = self.sae, self.share.mean
         alive = self.silent_steps < self.dead_steps
-        chosen = _apart(offsets).nonzero()[: len(dead), 0]
+        chosen = _apart(offsets).nonzero()[:n_dead, 0]
+        x_hat = self.share.reconstructed(sae, x[chosen]) if not sae.tied else None
+        start = self.share.before(len(dead))
+        own = slice(start, start + len(dead))
+        chosen = chosen[own]
         offsets, dead = offsets[chosen], dead[: len(chosen)]
         directions = written = torch.nn.functional.normalize(offsets, dim=1)
-        if not sae.tied:
-            written = torch.nn.functional.normalize(y[chosen] - reconstruct_sparse(sae, x[chosen])[0], dim=1)
-        encoder_norm = _ENCODER_SHARE * self.parameters["W_enc"][alive].norm(dim=1).mean()
+        if x_hat is not None:
+            written = torch.nn.functional.normalize(y[chosen] - x_hat[own], dim=1)
+        encoder_norm = _ENCODER_SHARE * mean(self.parameters["W_enc"][alive].norm(dim=1))
         biases = () if "threshold" in self.parameters else ("b_enc", "b_gate", "b_mag")
         for name, parameter in self.parameters.items():
             if name in NOT_OF_LATENTS:
@@ -348,7 +369,7 @@ class Member:
             if name == "W_enc":
                 parameter[dead] = directions * encoder_norm
             elif name == "W_dec":
-                parameter[dead] = written * parameter[alive].norm(dim=1).mean()
+                parameter[dead] = written * mean(parameter[alive].norm(dim=1))
             elif name in biases:
                 parameter[dead] = -0.5 * encoder_norm * offsets.norm(dim=1)
             else:
@@ -356,17 +377,19 @@ class Member:
             # With no second moment Adam's next step would be many times lr, and undo the direction.
             moments = self.optimizer.state[parameter]
             moments["exp_avg"][dead] = 0.0
-            moments["exp_avg_sq"][dead] = moments["exp_avg_sq"][alive].mean()
+            moments["exp_avg_sq"][dead] = mean(moments["exp_avg_sq"][alive])
         self.silent_steps[dead] = 0
 
     # ------------------------------------------------------------------------------ checkpoint
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that a step reads or writes."""
+        """Every tensor that a step reads or writes: of a share of rows all, of one of latents this process's."""
         state = {f"sae.{name}": value for name, value in self.sae.state_dict().items()}
         for name, parameter in self.parameters.items():
             state |= {f"adam.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
-        return state | {name: getattr(self, name) for name in _OWN} | self.sparsity.state()
+        state |= {name: getattr(self, name) for name in _OWN} | self.sparsity.state()
+        state["pool"], state["pool_keys"] = self.share.pooled(self.pool, self.pool_keys)
+        return state
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """The inverse of `state`. Raises ValueError when the tensors are those of another SAE."""
@@ -385,6 +408,7 @@ class Member:
         for name in _OWN:
             if name in state:  # checkpoints of before there was a pool have none
                 setattr(self, name, state[name].to(device))
+        self.pool, self.pool_keys = self.share.own_pool(self.pool, self.pool_keys)
         self.sparsity.restore(state)
         self._look()
 

@@ -66,8 +66,10 @@ def need_of(spec: Spec, d_in: int, batch: int, device: torch.device) -> Need:
     return Need(weights, 2 * weights, weights, scratch)
 
 
-def check_memory(specs: Sequence[Spec], widths: Sequence[int], batch: int, device: str, buffers: int) -> None:
-    """Say what a grid takes, of vectors of these `widths` and beside `buffers` that a CPU has to hold as well.
+def check_memory(
+    specs: Sequence[Spec], widths: Sequence[int], batch: int, device: str, buffers: int, processes: int = 1
+) -> None:
+    """Say what a grid takes, of vectors of these `widths` and beside `buffers` that a CPU has to hold as well, in one of so many `processes`.
 
     Raises ValueError where its device has less, with how many of its SAEs would fit.
     """
@@ -75,7 +77,7 @@ def check_memory(specs: Sequence[Spec], widths: Sequence[int], batch: int, devic
     total = sum(need.held for need in needs) + max(need.passing for need in needs)
     free = free_memory(torch.device(device))
     if torch.device(device).type == "cpu":
-        free -= buffers
+        free = free // processes - buffers
     for spec, need in {(s.architecture, s.d_sae): (s, n) for s, n in zip(specs, needs, strict=True)}.values():
         log.info(
             "%s of %s latents: weights %s, moments %s; in its step gradients %s, scratch %s MB",

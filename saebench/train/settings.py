@@ -15,6 +15,7 @@ from saebench.store.shuffle import BUFFER_ROWS
 from saebench.train.controls import Control
 from saebench.train.member import Spec
 from saebench.train.memory import total_memory
+from saebench.train.ranks import Over
 from saebench.train.recipes import EDITIONS, RECIPES, RESAMPLED, Architecture
 from saebench.train.schedules import WARMUP, default_learning_rate, pace
 
@@ -87,6 +88,8 @@ class TrainConfig:
     """of the encoder's product: tf32 and bfloat16 for GPUs that have them; weights stay float32 (on the demo bfloat16 changed FVU by at most 0.0004)"""
     device: str | None = None
     """cuda or cpu (default: cuda where it is at hand)"""
+    ranks: Over | None = None
+    """what several processes that torchrun started share: the SAEs of a grid, dealt out; the rows of each batch; or the latents of each SAE, for one that outgrows a device (default: grid, or latents where there are fewer SAEs than processes)"""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch", "expansion", "memory_gb", "buffer_rows"):

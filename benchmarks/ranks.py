@@ -1,0 +1,83 @@
+"""Bytes that a process sends in a training step that it shares with others, beside the arithmetic of docs/scaling.md.
+
+torchrun --nproc-per-node 2 benchmarks/ranks.py
+"""
+
+import argparse
+import contextlib
+import os
+import socket
+import stat
+import struct
+from typing import Any
+
+import torch
+
+from saebench.harvest.ranks import World, joined
+from saebench.train import Member, Spec
+from saebench.train.objectives import prefixes
+from saebench.train.recipes import RECIPES
+from saebench.train.shares import SHARES
+
+_ACKED = struct.Struct("@Q"), 120  # tcpi_bytes_acked of Linux' struct tcp_info
+
+
+def sent() -> int:
+    """Bytes that others have received over the open TCP connections of this process."""
+    total = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # closed meanwhile, or not connected
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                with socket.socket(fileno=os.dup(int(name))) as found:
+                    if found.type == socket.SOCK_STREAM and found.family in (socket.AF_INET, socket.AF_INET6):
+                        info = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
+                        total += _ACKED[0].unpack_from(info, _ACKED[1])[0]
+    return total
+
+
+def expected(over: str, architecture: str, n: int, d: int, f: int, b: int, k: int) -> float:
+    """Of an all-reduce of s bytes, 2 s (n - 1) / n; of a gather of s, s (n - 1)."""
+    kin = RECIPES[architecture].takes_k
+    reduce, others = 2 * (n - 1) / n, n - 1
+    if over == "rows":
+        chosen = 4 * k * b / n * others * (architecture != "topk" and kin)
+        return reduce * 4 * (2 * f * d + 2 * f + f * kin + 2 * d) + chosen
+    chosen = 4 * k * b * others * kin if architecture == "topk" else 4 * k * b / n * others * kin
+    passes = {"gated": 2, "matryoshka": len(prefixes(f))}.get(architecture, 1)
+    return reduce * 4 * passes * b * d + chosen
+
+
+def measured(world: World, over: str, architecture: str, told: argparse.Namespace) -> float:
+    """Mean over some steps after the first."""
+    level: dict[str, Any] = {"k": told.k} if RECIPES[architecture].takes_k else {"l1": 1.0}
+    spec = Spec(name=architecture, hook="x", architecture=architecture, d_sae=told.f, lr=1e-3, seed=0, **level)
+    share = SHARES[over](world, told.b)
+    member = Member(spec, torch.zeros(told.d), 10**6, 1000, "cpu", share=share)
+    generator, before = torch.Generator().manual_seed(1), 0
+    for step in range(1 + told.steps):
+        if step == 1:
+            world.gather(None)
+            before = sent()
+        member.step(share.rows_of(torch.randn(told.b, told.d, generator=generator)), step)
+    world.gather(None)
+    return (sent() - before) / told.steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, default in (("d", 256), ("f", 2048), ("b", 1024), ("k", 32), ("steps", 8)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    told = parser.parse_args()
+    with joined("training") as world:
+        for over in SHARES:
+            for architecture in RECIPES:
+                found = measured(world, over, architecture, told)
+                by_hand = expected(over, architecture, world.size, told.d, told.f, told.b, told.k)
+                if world.leads:
+                    print(
+                        f"{over:8} {architecture:11} {found / 1e6:8.3f} MB a step, {by_hand / 1e6:8.3f} by arithmetic ({found / by_hand:.3f})"
+                    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Several processes on one training, started by torchrun: who trains what, and what they agree on between steps.
+
+`World` is who is there. Of a grid dealt out, processes meet every `MEET_EVERY` steps; where they share each SAE, in every step, whose sums are
+in `shares.py`.
+"""
+
+import datetime
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from saebench.config import differences, flat, to_json
+from saebench.harvest.ranks import World
+from saebench.train.member import Spec
+from saebench.train.shares import SHARES, Share
+
+Over = Literal["grid", "rows", "latents"]
+PATIENCE = datetime.timedelta(minutes=10)  # for a process that does not come to where all meet
+MEET_EVERY = 10  # steps of a grid that is dealt out
+_OWN = ("store", "beside", "out", "device")  # where things lie, which may differ: what lies there is compared
+
+
+def check_alike(world: World, known: dict[str, Any]) -> None:
+    """Raises ValueError naming what differs from one process to another."""
+    words = world.gather(flat(known))
+    for rank, word in enumerate(words):
+        if changed := differences(words[0], word):
+            raise ValueError(
+                f"process 0 and process {rank} of this {world.work} were told otherwise: {'; '.join(changed)}. "
+                "Start all of them with the same options, on the same store"
+            )
+
+
+def told(config: Any) -> dict[str, Any]:
+    """The options of a config that are the same on every machine."""
+    return {name: value for name, value in to_json(config).items() if name not in _OWN}
+
+
+class Wish(NamedTuple):
+    """What is to be done at the end of a step."""
+
+    save: bool = False
+    stop: bool = False
+    idle: bool = False
+    """no process has an SAE left to train"""
+
+
+class Ranks:
+    """Which SAEs, or what share of them, are this process's, and when all processes save, stop or fail."""
+
+    def __init__(self, world: World, config: Any, specs: Sequence[Spec]) -> None:
+        """Raises ValueError for what so many processes cannot share."""
+        self.world = world
+        teams = list(dict.fromkeys(spec.team for spec in specs))
+        self.over: Over = config.ranks or ("grid" if world.size <= len(teams) else "latents")
+        shared = self.over if world.size > 1 else "grid"
+        self.share = Share() if shared == "grid" else SHARES[shared](world, config.batch)
+        """what each member is a part of"""
+        self.meet_every = MEET_EVERY if shared == "grid" else 1
+        self.own = teams[world.rank :: world.size] if shared == "grid" else teams
+        """the teams whose SAEs are trained here"""
+        if shared == "grid" and world.size > len(teams):
+            raise ValueError(
+                f"there are {world.size} processes and {len(teams)} SAEs to deal out; expected no more processes than SAEs "
+                f"(a cross-layer set is one): start torchrun with --nproc-per-node {len(teams)} or fewer, or use --ranks latents"
+            )
+        if shared == "rows" and config.batch % world.size:
+            raise ValueError(
+                f"batch is {config.batch} in {world.size} processes; expected a multiple of {world.size}: each takes as many rows"
+            )
+        if shared == "latents" and (wrong := [spec.d_sae for spec in specs if spec.d_sae % world.size]):
+            less = wrong[0] // world.size * world.size
+            raise ValueError(
+                f"d_sae is {wrong[0]} in {world.size} processes; expected a multiple of {world.size}: each holds as many "
+                f"latents. {less} would do, or {less + world.size}"
+            )
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process writes what is known of its SAEs: of those that are shared, the leading one."""
+        return self.world.leads or self.over == "grid"
+
+    def agree(self, step: int, wish: Wish, failure: Exception | None = None) -> Wish:
+        """What all do at the end of this step. Raises the failure, or a ValueError that says which process's it was."""
+        if self.world.size == 1:
+            return wish
+        if failure is None and step % self.meet_every:
+            return Wish()
+        words = self.world.gather((wish, None if failure is None else str(failure)))
+        if failure is not None:
+            raise failure
+        for rank, (_, message) in enumerate(words):
+            if message is not None:
+                raise ValueError(f"process {rank} of this training failed: {message}")
+        wishes = [said for said, _ in words]
+        return Wish(any(w.save for w in wishes), any(w.stop for w in wishes), all(w.idle for w in wishes))

@@ -1,0 +1,134 @@
+"""Members trained step by step on made rows, in one process or in several that share them, for tests to compare."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saebench.harvest.ranks import joined
+from saebench.train import Member, Spec
+from saebench.train.loop import _joined, _teams, team_step
+from saebench.train.shares import SHARES, Share
+
+D, F, B = 16, 64, 48
+HOOKS = ("a", "b", "c")
+ENDS: dict[str, dict[str, Any]] = {
+    "sae": {"hook": "a"},
+    "transcoder": {"reads": ("a",), "writes": ("b",), "skip": True},
+    "crosscoder": {"reads": ("a", "b"), "writes": ("a", "b")},
+}
+
+
+class Case(NamedTuple):
+    architecture: str
+    kind: str = "sae"
+    n_steps: int = 20
+    dtype: torch.dtype = torch.float64
+
+    @property
+    def specs(self) -> list[Spec]:
+        sparsity: dict[str, Any] = (
+            {"k": 4} if self.architecture in ("topk", "batchtopk", "matryoshka") else {"target_l0": 4.0}
+        )
+        common: dict[str, Any] = {
+            "architecture": self.architecture,
+            "d_sae": F,
+            "lr": 3e-3,
+            "edition": 2,
+            "seed": 0,
+            **sparsity,
+        }
+        if self.kind != "clt":
+            return [Spec(name=self.kind, **ENDS[self.kind], **common)]
+        later = {"a": ("b", "c"), "b": ("c",)}
+        return [
+            Spec(name=read, reads=(read,), writes=writes, set="clt", joint=True, **common)
+            for read, writes in later.items()
+        ]
+
+
+ARCHITECTURES = ("relu", "topk", "gated", "batchtopk", "jumprelu", "matryoshka")
+RESUMED = ("relu", "batchtopk")
+LONG = 200 if int(os.environ.get("SAEBENCH_KILLS", "3")) > 3 else 40  # steps
+CASES = [
+    *(Case(architecture, n_steps=LONG) for architecture in ARCHITECTURES),
+    *(Case(*of, n_steps=20) for of in (
+        ("relu", "transcoder"), ("topk", "transcoder"), ("gated", "crosscoder"), ("matryoshka", "clt"), ("jumprelu", "clt"),
+    )),
+    *(Case(architecture, n_steps=20, dtype=torch.float32) for architecture in ARCHITECTURES),
+]  # fmt: skip
+
+
+def batches(case: Case) -> Iterator[dict[str, Tensor]]:
+    """Rows of few of 40 directions, the same for all processes."""
+    generator = torch.Generator().manual_seed(1)
+    directions = {hook: torch.randn(40, D, generator=generator) for hook in HOOKS}
+    for _ in range(case.n_steps):
+        active = (torch.rand(B, 40, generator=generator) < 0.08) * torch.rand(B, 40, generator=generator)
+        rows = {hook: active @ directions[hook] + 0.3 for hook in HOOKS}
+        yield {hook: x * (D / x.square().sum(1).mean()).sqrt() for hook, x in rows.items()}
+
+
+def members_of(case: Case, share: Share) -> list[Member]:
+    made = []
+    for spec in case.specs:
+        means = [_joined([torch.full((D,), 0.3) for _ in hooks]) for hooks in spec.ends]
+        other = None if spec.ends.tied else means[1]
+        parts = (D,) * len(spec.ends.writes)
+        member = Member(spec, means[0], 8, case.n_steps, "cpu", mean_E=other, parts=parts, share=share)
+        first = share.first_latent(member.sae.d_sae)
+        for name in {"b_enc", "b_gate", "b_mag"} & {*member.parameters}:
+            for dead in (3, 20, 21, 50):  # not as many for each of two processes
+                if 0 <= dead - first < member.sae.d_sae:
+                    member.parameters[name].data[dead - first] = -20.0
+        made.append(member)
+    return made
+
+
+def course(case: Case, share: Share, stop: int = 0) -> tuple[list[list[float]], list[dict[str, Tensor]]]:
+    """(what the log says of each step, of all members; their whole weights in the end). With `stop`, state goes through that of a
+    checkpoint and into new members after as many steps."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(case.dtype)
+    try:
+        members = members_of(case, share)
+        lines = []
+        for step, rows in enumerate(batches(case)):
+            if stop and step == stop:
+                saved = [{name: value.clone() for name, value in member.state().items()} for member in members]
+                members = members_of(case, share)
+                for member, state in zip(members, saved, strict=True):
+                    member.restore(state)
+            for team in _teams(members):
+                team_step(team, {hook: share.rows_of(x) for hook, x in rows.items()}, step)
+            lines.append([float(value) for member in members for value in member.log_line(step).values()])
+        return lines, [{k: v.clone() for k, v in share.whole(member.sae).state_dict().items()} for member in members]
+    finally:
+        torch.set_default_dtype(before)
+
+
+def run(rank: int, size: int, port: int, folder: Path) -> None:
+    """What each process of some has of each case, shared in either way, once without and once with a restored state; `[case][over]`."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        "TORCHELASTIC_RUN_ID": "test",
+        "WORLD_SIZE": str(size),
+        "RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+    }
+    os.environ |= {"MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
+    found = []
+    with joined("training") as world:
+        for case in CASES:
+            shares = {over: kind(world, B) for over, kind in SHARES.items()}
+            resumed = case.architecture in RESUMED and case.n_steps == LONG
+            found.append(
+                {
+                    over: (course(case, share), course(case, share, 27) if resumed else None)
+                    for over, share in shares.items()
+                }
+            )
+    torch.save(found, folder / f"{rank}.pt")

@@ -1,0 +1,245 @@
+"""Training by several processes: the figures of one, and what they say when one of them fails. `make faults` kills it twenty times."""
+
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import processes
+import pytest
+import ranked
+import torch
+import torch.distributed as dist
+from conftest import HOOK
+from test_faults import KILLS
+from test_train import log_of, same_saes
+
+from saebench.files import read_json
+from saebench.harvest.ranks import Watch
+from saebench.sae import load_sae
+from saebench.store import Store
+from saebench.train.shares import Share
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "train.py"
+SLOW = 0.004  # seconds by which a step is longer
+
+
+def arguments(store: Store, out: Path, *more: str) -> tuple[str, ...]:
+    """Three SAEs of 60 steps."""
+    return (
+        "train", "--store", str(store.folder), "--hook", HOOK, "--out", str(out), "--arch", "relu,topk,gated", "--target-l0", "6",
+        "--d-sae", "64", "--tokens", "6000", "--batch", "100", "--lr", "0.003", "--device", "cpu", *more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A grid trained by one process."""
+    out = tmp_path_factory.mktemp("whole")
+    status, printed = processes.run(*arguments(store, out))
+    assert status == 0, printed
+    return out
+
+
+def assert_finished(out: Path, whole: Path) -> None:
+    assert same_saes(out, whole)
+    assert len(log_of(out / "saes" / "topk-k6")) == 2
+    assert not list(out.rglob("checkpoint*"))
+
+
+# ----------------------------------------------------------------------------------- a grid dealt out
+
+
+def test_torchrun_deals_out_a_grid_to_two_nodes_and_it_ends_as_by_one_process(
+    store: Store, whole: Path, tmp_path: Path
+) -> None:
+    """Two agents that meet at a rendezvous, a process for each."""
+    launcher = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d",
+        "--rdzv-id", "test", "--rdzv-endpoint", f"127.0.0.1:{processes.free_port()}",
+    ]  # fmt: skip
+    command = [*launcher, str(SCRIPT), *arguments(store, tmp_path)[1:]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    nodes = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
+    printed = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], printed
+    assert sum(text.count("next: saebench eval") for text in printed) == 1
+    assert_finished(tmp_path, whole)
+
+
+@pytest.mark.parametrize("seed", range(1 if KILLS <= 3 else KILLS))
+def test_killed_with_a_rank_and_resumed_equals_uninterrupted(
+    seed: int, store: Store, whole: Path, tmp_path: Path
+) -> None:
+    victim, command, generator = seed % 2, arguments(store, tmp_path), random.Random(seed)
+    ranks = processes.start_ranks(2, *command, slow=SLOW, checkpoint_seconds=0.0)
+    logs = tmp_path / "saes" / "topk-k6" / "metrics.jsonl"
+    wait = generator.uniform(0, 0.5)
+    processes.signal_when(ranks[victim], lambda: logs.exists() and not time.sleep(wait), signal.SIGKILL)
+    status, printed = ranks[1 - victim].ends()
+    assert status == 2, printed
+    assert re.search(rf"process {victim} (\(\S+, pid {ranks[victim].process.pid}\)|or the machine)", printed), printed
+    assert "ended early or stands still" in printed
+    assert "Traceback" not in printed
+    for child in processes.start_ranks(2, *command):
+        status, printed = child.ends()
+        assert status == 0, printed
+    assert_finished(tmp_path, whole)
+
+
+def test_ctrl_c_stops_all_at_one_step_and_another_number_of_processes_is_refused(store: Store, tmp_path: Path) -> None:
+    command = arguments(store, tmp_path)
+    ranks = processes.start_ranks(2, *command, slow=5 * SLOW, checkpoint_seconds=0.0)
+    begun = tmp_path / "saes" / "checkpoint.json"
+    status, printed = processes.signal_when(ranks[0], begun.exists, signal.SIGINT)
+    other = ranks[1].ends()
+    assert status == other[0] == 130, printed
+    stopped = re.compile(r"stopped after step (\d+) of 60")
+    assert stopped.findall(printed) == stopped.findall(other[1]) == [str(read_json(tmp_path / "saes/checkpoint.json")["step"])]  # fmt: skip
+    status, printed = processes.run(*command)
+    assert status == 2
+    assert "processes: 2 -> 1. Start as many, with the same --ranks, to continue it" in printed
+
+
+def test_a_rank_that_hangs_is_named_by_those_who_wait(store: Store, tmp_path: Path) -> None:
+    ranks = processes.start_ranks(2, *arguments(store, tmp_path), slow=5 * SLOW, patience=4.0)
+    logs = tmp_path / "saes" / "topk-k6" / "metrics.jsonl"
+    while not logs.exists():
+        time.sleep(0.01)
+    stopped = ranks[1].process.pid
+    assert stopped is not None
+    os.kill(stopped, signal.SIGSTOP)
+    status, printed = ranks[0].ends()
+    os.kill(stopped, signal.SIGKILL)
+    ranks[1].ends()
+    assert status == 2
+    assert re.search(rf"process 1 \(\S+, pid {stopped}\) of this training has ended early or stands still", printed)
+
+
+def test_a_rank_that_lives_and_does_not_come_is_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saebench.harvest.ranks._BEAT", 0.05)
+    monkeypatch.setattr("saebench.harvest.ranks._QUIET", 1.0)
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    watches = [Watch(store, rank, 3) for rank in range(3)]
+    for watch, met in zip(watches, (5, 4, 5), strict=True):
+        watch.met = met
+    assert watches[0].missing() == f"process 1 ({socket.gethostname()}, pid {os.getpid()})"
+    watches[2].end()
+    assert watches[0].missing().startswith("process 2 (")
+    for watch in watches[:2]:
+        watch.end()
+
+
+def test_a_full_disk_on_one_rank_ends_all_with_that_message(store: Store, tmp_path: Path) -> None:
+    """Of the second, which trains TopK."""
+    command = arguments(store, tmp_path)
+    ranks = processes.start_ranks(2, *command, last={"file_limit": 20_000})
+    (leader, first), (other, second) = (child.ends() for child in ranks)
+    assert leader == other == 2
+    said = "writing the checkpoint of step 60 in .* failed"
+    assert re.search(f"process 1 of this training failed: {said}", first), first
+    assert re.search(said, second)
+
+
+@pytest.mark.parametrize(
+    ("more", "last", "message"),
+    [
+        ((), ("--k", "8"), r"process 0 and process 1 of this training were told otherwise: k: \[\] -> \[8\]"),
+        (
+            ("--arch", "topk", "--ranks", "grid"),
+            (),
+            r"there are 2 processes and 1 SAEs to deal out; expected no more processes than SAEs",
+        ),
+        (("--rolling", "5"), (), "rolling is 5 in 2 processes; expected one"),
+        (
+            ("--ranks", "latents", "--d-sae", "65"),
+            (),
+            "d_sae is 65 in 2 processes; expected a multiple of 2: .* 64 would do, or 66",
+        ),
+        (("--ranks", "rows", "--batch", "101"), (), "batch is 101 in 2 processes; expected a multiple of 2"),
+    ],
+)
+def test_what_processes_cannot_share_is_refused_by_all(
+    more: tuple[str, ...], last: tuple[str, ...], message: str, store: Store, tmp_path: Path
+) -> None:
+    for child in processes.start_ranks(2, *arguments(store, tmp_path, *more), last={"argv": last}):
+        status, printed = child.ends()
+        assert status == 2
+        assert re.search(message, printed), printed
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+# ------------------------------------------------------------------------- an SAE shared, by rows or latents
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> list[list]:
+    """What each of two processes has of every case."""
+    folder = tmp_path_factory.mktemp("shared")
+    processes.together(ranked.run, 2, folder)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("number", range(len(ranked.CASES)), ids=lambda n: "-".join(map(str, ranked.CASES[n])))
+def test_shared_by_two_processes_an_sae_learns_what_it_learns_in_one(number: int, shared: list[list]) -> None:
+    """AuxK and resampling included: four latents are dead from the first step on, and count as such from the eighth."""
+    case = ranked.CASES[number]
+    lines, weights = ranked.course(case, Share())
+    expected = torch.tensor(lines, dtype=torch.float64)
+    revived = [w["b_gate" if "b_gate" in w else "b_enc"][3] > -10.0 for w in weights]
+    assert all(revived) if case.specs[0].k is None else expected[8, 7] <= ranked.F - 4
+    rtol, atol = (1e-9, 1e-12) if case.dtype == torch.float64 else (1e-5, 1e-6)
+    for over in ("rows", "latents"):
+        (found, _), (others, _) = (of[number][over][0] for of in shared)
+        torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected, rtol=rtol, atol=atol)
+        assert found == others
+        for one, two, other in zip(weights, *(of[number][over][0][1] for of in shared), strict=True):
+            assert all(torch.equal(two[name], other[name]) for name in one)
+            if case.dtype == torch.float64:
+                assert all(torch.allclose(one[name], two[name], rtol=1e-6, atol=1e-9) for name in one)
+
+
+def test_a_shared_sae_goes_on_from_its_state_with_the_same_bits(shared: list[list]) -> None:
+    compared = 0
+    for of in shared:
+        for case, found in zip(ranked.CASES, of, strict=True):
+            for whole, resumed in found.values():
+                if resumed is not None:
+                    assert whole[0] == resumed[0], case
+                    assert all(torch.equal(a[n], b[n]) for a, b in zip(whole[1], resumed[1], strict=True) for n in a)
+                    compared += 1
+    assert compared == 2 * 2 * len(ranked.RESUMED)
+
+
+@pytest.mark.parametrize("seed", range(1 if KILLS <= 3 else KILLS // 2))
+@pytest.mark.parametrize("over", ["rows", "latents"])
+def test_a_shared_run_is_saved_as_by_one_process_and_goes_on_after_a_kill(
+    over: str, seed: int, store: Store, whole: Path, tmp_path: Path
+) -> None:
+    command = arguments(store, tmp_path, "--ranks", over)
+    ranks = processes.start_ranks(2, *command, slow=SLOW, checkpoint_seconds=0.0)
+    begun, wait = tmp_path / "saes" / "checkpoint.json", random.Random(seed).uniform(0, 0.3) * (seed > 0)
+    processes.signal_when(ranks[1], lambda: begun.exists() and not time.sleep(wait), signal.SIGKILL)
+    status, printed = ranks[0].ends()
+    assert status == 2, printed
+    assert re.search(rf"process 1 \(\S+, pid {ranks[1].process.pid}\) of this training has ended early", printed), (
+        printed
+    )
+    for child in processes.start_ranks(2, *command):
+        status, printed = child.ends()
+        assert status == 0, printed
+    for folder in (whole / "saes").iterdir():
+        mine = tmp_path / "saes" / folder.name
+        one, two = log_of(folder), log_of(mine)
+        assert two[-1]["fvu"] == pytest.approx(one[-1]["fvu"], rel=0.01)
+        assert [line["step"] for line in two] == [line["step"] for line in one]
+        assert load_sae(mine).W_dec.shape == load_sae(folder).W_dec.shape
+    assert not list(tmp_path.rglob("checkpoint*"))
