@@ -28,7 +28,7 @@ from saebench.runlog import progress
 from saebench.sae import SAE, Ends, encode_sparse, ends_of, load_sae, read_config, weights_of
 from saebench.sae.hub import SaePath
 from saebench.store import Store
-from saebench.store.source import model_of, recorded_store, store_of
+from saebench.store.source import model_of, store_for, store_of
 
 log = logging.getLogger(__name__)
 
@@ -89,10 +89,8 @@ def absorption(config: AbsorptionConfig) -> list[Figure]:
         )
     groups: dict[tuple[Path, Ends], list[Path]] = {}
     for folder in folders:
-        store = config.store or recorded_store(folder)
-        if store is None:
-            raise ValueError(f"{folder} does not say what it was trained on; give a store of its hook with --store")
-        groups.setdefault((store, ends_of(folder, read_config(folder))), []).append(folder)
+        place = store_for(folder, config.store), ends_of(folder, read_config(folder))
+        groups.setdefault(place, []).append(folder)
     names = [folder.name for folder in folders]
     results, found = Results(config.run / "bench" / f"{NAME}.json", NAME), []
     for (path, ends), group in groups.items():

@@ -31,7 +31,7 @@ from saebench.sae import (
 )
 from saebench.store import Store
 from saebench.store.norms import usual_moments
-from saebench.store.source import recorded_store
+from saebench.store.source import store_for
 
 _log = logging.getLogger(__name__)
 
@@ -148,13 +148,11 @@ def folders_by_store(run: Path, saes: Sequence[Path], store: Path | None) -> dic
     folders = list(saes) or [path.parent for path in sorted((run / "saes").glob("*/cfg.json"))]
     found: dict[Path, list[tuple[Path, Ends]]] = {}
     for folder in folders:
-        ends, its_store = ends_of(folder, read_config(folder)), store or recorded_store(folder)
+        ends = ends_of(folder, read_config(folder))
         if is_of_two_models(ends):
             _log.warning("%s is of two models, and is left out: what is read here are the vectors of one", folder)
             continue
-        if its_store is None:
-            raise ValueError(f"{folder} does not say what it was trained on; give a store of its hook with --store")
-        found.setdefault(Path(its_store), []).append((folder, ends))
+        found.setdefault(store_for(folder, store), []).append((folder, ends))
     if not found:
         raise ValueError(f"{run} has no SAEs in saes/ that can be read here; train some, or give --sae")
     return found

@@ -23,7 +23,7 @@ from saebench.runlog import progress
 from saebench.sae import SAE, encode_sparse, ends_of, load_sae, read_config, weights_of
 from saebench.sae.hub import SaePath
 from saebench.store import Store
-from saebench.store.source import recorded_store, store_of
+from saebench.store.source import store_for, store_of
 
 NAME, VERSION = "stability", 1
 RETURNS = (0.7, 0.9)
@@ -114,10 +114,7 @@ class _Group:
             )
             for folder in folders
         ]
-        path = config.store or recorded_store(folders[0])
-        if path is None:
-            raise ValueError(f"{folders[0]} does not say what it was trained on; give a store of its hook with --store")
-        self.store: Store = store_of(folders[0], path)
+        self.store: Store = store_of(folders[0], store_for(folders[0], config.store))
         self.device = choose_device(config.device, float64=True)
         self._draws = config.resamples, config.seed
         self._open: dict[str, tuple[SAE, np.ndarray]] = {}

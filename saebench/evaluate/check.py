@@ -29,7 +29,7 @@ from saebench.models import choose_device
 from saebench.sae import ends_of, load_sae, read_config
 from saebench.sae.hub import SaePath
 from saebench.store import Store, open_store
-from saebench.store.source import recorded_store
+from saebench.store.source import store_for
 
 log = logging.getLogger(__name__)
 _DOUBTFUL = 0.3  # FVU from which on causes are looked for
@@ -86,10 +86,8 @@ class Look(NamedTuple):
 
 def check(config: CheckConfig) -> Look:
     """Look at an SAE. Raises ValueError where it cannot be opened, or the store does not have what it reads and writes."""
-    folder = config.store or recorded_store(config.sae)
-    if folder is None:
-        raise ValueError(f"{config.sae} does not say what it was trained on; give a store of its hook with --store")
-    return look(config.sae, open_store(folder), rows=config.rows, device=config.device, hook=config.hook)
+    store = open_store(store_for(config.sae, config.store))
+    return look(config.sae, store, rows=config.rows, device=config.device, hook=config.hook)
 
 
 def look_at_others(folder: Path, store: Store, device: str | None = None, hook: str | None = None) -> None:

@@ -14,7 +14,7 @@ from saebench.sae import SAE, Ends, ends_of, load_sae, read_config, written_here
 from saebench.sae.hub import SaePath
 from saebench.store import Store
 from saebench.store.shard import Shard
-from saebench.store.source import recorded_store, store_of
+from saebench.store.source import store_for, store_of
 
 UNIT_ROWS = 2048
 
@@ -100,13 +100,8 @@ def plan_of(config: IndexConfig) -> Plan:
         )
     device = choose_device(config.device, float64=True)
     sae = load_sae(config.sae, device=device)
-    folder, ends = (
-        config.store or recorded_store(config.sae),
-        ends_of(config.sae, read_config(config.sae, hook=config.hook)),
-    )
-    if folder is None:
-        raise ValueError(f"{config.sae} does not say what it was trained on; give a store of its hook with --store")
-    store = store_of(config.sae, folder)
+    ends = ends_of(config.sae, read_config(config.sae, hook=config.hook))
+    store = store_of(config.sae, store_for(config.sae, config.store))
     for what, width, hooks in (("d_in", sae.d_in, ends.reads), ("d_out", sae.d_out, ends.writes)):
         widths = [store.d_in(hook) for hook in hooks]
         if sum(widths) != width or (what == "d_out" and tuple(widths) != sae.parts):

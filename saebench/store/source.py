@@ -18,6 +18,13 @@ def recorded_store(sae: Path, which: Literal["store", "beside"] = "store") -> Pa
     return None if recorded is None else found_from(sae, Path(recorded))
 
 
+def store_for(sae: Path, given: Path | None) -> Path:
+    """The store given, or the one that an SAE was trained on. Raises ValueError where it does not say."""
+    if (store := given or recorded_store(sae)) is None:
+        raise ValueError(f"{sae} does not say what it was trained on; give a store of its hook with --store")
+    return store
+
+
 def store_of(sae: Path, folder: Path) -> Store:
     """A store as an SAE reads it: with the one beside it that it was trained on, where there were two."""
     return open_pair(folder, recorded_store(sae, "beside"))
