@@ -7,29 +7,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saebench.files import first_line, hash_files, read_json
+from saebench.files import first_line, hash_files
+from saebench.models.devices import ModelDtype, choose_device, default_dtype
+from saebench.models.files import checkpoint_folder, path_of, tokenizer_of, weight_files
 from saebench.pieces import TokenBytes
 from saebench.text import Encoder, encoder_of
 
 log = logging.getLogger(__name__)
 
-EMBEDDED_MODEL = "embedded"
-EMBEDDED_MODEL_PATH = Path(__file__).parent.parent / "demo" / "model"
-
-ModelDtype = Literal["float32", "bfloat16", "float16"]
 UNLIMITED = 2**31 - 1
 """the context of a model that knows no longest one"""
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
-_WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
-_WEIGHT_INDEX = "pytorch_model*.bin.index.json"  # may name others
-_TOKENIZER_FILES = (
-    "tokenizer", "vocab", "merges", "special_tokens_map", "added_tokens", "spiece", "chat_template",
-)  # fmt: skip
 
 
 @dataclass
@@ -115,38 +108,6 @@ class LanguageModel:
                 )
 
 
-# ---------------------------------------------------------------------------------------- devices
-
-
-def choose_device(device: str | None, *, float64: bool = False) -> str:
-    """The device asked for, or else CUDA, then MPS, then CPU. Raises ValueError for one that is not at hand.
-
-    With `float64`, in which training and evaluation add up, MPS does not count: it has none.
-    """
-    mps = torch.backends.mps.is_available() and not float64
-    at_hand = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
-    if device is None:
-        return next(name for name, here in at_hand.items() if here)
-    if not at_hand.get(device.split(":")[0], False):
-        raise ValueError(
-            f"device {device!r} is not at hand; expected {' or '.join(n for n, h in at_hand.items() if h)}"
-        )
-    return device
-
-
-def default_dtype(device: str) -> ModelDtype:
-    """bfloat16 on a GPU that computes in it, else float32."""
-    return "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
-
-
-# ---------------------------------------------------------------------------------------- loading
-
-
-def model_path(name: str) -> str:
-    """A path or hub id: the name itself, but for the embedded model."""
-    return str(EMBEDDED_MODEL_PATH) if name == EMBEDDED_MODEL else name
-
-
 def load_model(
     name: str,
     *,
@@ -164,12 +125,12 @@ def load_model(
 
     device = choose_device(device)
     dtype = dtype or default_dtype(device)
-    path = _path(name)
+    path = path_of(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _silent():
         module = _load_module(name, path, dtype, options)
-        tokenizer, tokenizer_files = _tokenizer(name, path, options)
-        folder = _checkpoint_folder(path, revision)
+        tokenizer, tokenizer_files = tokenizer_of(name, path, options)
+        folder = checkpoint_folder(path, revision)
     module.to(device).eval().requires_grad_(False)  # gradients are asked of vectors alone
     n_vocab = module.get_input_embeddings().weight.shape[0]
     if tokenizer is not None and tokenizer.vocab_size > n_vocab:
@@ -182,7 +143,7 @@ def load_model(
         id=name,
         tokenizer=tokenizer,
         folder=folder,
-        weights_hash=hash_files(_weight_files(folder)),
+        weights_hash=hash_files(weight_files(folder)),
         tokenizer_files=tokenizer_files,
         device=module.device,  # with its number: cuda and cuda:0 are not equal
         dtype=dtype,
@@ -246,22 +207,6 @@ def wrapped(module: Any) -> Iterator[LanguageModel]:
         handle.remove()
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model alone. Raises ValueError where it cannot be loaded."""
-    return _load_tokenizer(name, _path(name), {})
-
-
-def _path(name: str) -> str:
-    path = Path(model_path(name)).expanduser()
-    if path.is_dir():
-        return str(path)
-    if name.startswith((".", "/", "~")):
-        raise ValueError(
-            f"model {name!r} is not a directory; give a folder made by save_pretrained, 'embedded' or a hub id"
-        )
-    return model_path(name)
-
-
 def _load_module(name: str, path: str, dtype: ModelDtype, options: dict[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM
 
@@ -295,33 +240,6 @@ _NOT_CAUSAL = (
     "no decoder of text from left to right, for which alone loss recovered, logit effects and generation are defined. "
     "Its vectors can be kept in a store with saebench.store.StoreWriter, and SAEs be trained and indexed on them"
 )
-
-
-def _load_tokenizer(name: str, path: str, options: dict[str, Any]) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, **options)
-    except Exception as error:
-        raise ValueError(f"the tokenizer of model {name!r} cannot be loaded: {first_line(error)}") from error
-
-
-def _tokenizer(name: str, path: str, options: dict[str, Any]) -> tuple[Any, tuple[Path, ...]]:
-    """(the tokenizer, its files); (None, none) where the model came without."""
-
-    def files() -> tuple[Path, ...]:
-        folder = _checkpoint_folder(path, options["revision"])
-        return tuple(sorted(file for file in folder.iterdir() if file.name.startswith(_TOKENIZER_FILES)))
-
-    if Path(path).is_dir() and not files():
-        return None, ()
-    try:
-        tokenizer = _load_tokenizer(name, path, options)  # from the hub its files are fetched here
-    except ValueError:
-        if files():
-            raise
-        return None, ()
-    return (tokenizer if files() else None), files()
 
 
 def _blocks(name: str, module: Any, n_layers: int) -> tuple[nn.Module, ...]:
@@ -361,25 +279,6 @@ def _end_tokens(module: Any, tokenizer: Any) -> frozenset[int]:
     named = [getattr(getattr(module, part, None), "eos_token_id", None) for part in ("config", "generation_config")]
     named.append(getattr(tokenizer, "eos_token_id", None))
     return frozenset(token for ids in named for token in (ids if isinstance(ids, list) else [ids]) if token is not None)
-
-
-def _checkpoint_folder(path: str, revision: str | None) -> Path:
-    """Where the files of a loaded model lie: the folder given, or the hub's local snapshot."""
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-
-    return Path(
-        snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.txt", "*.model"], local_files_only=True)
-    )
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """What holds weights: *.bin may as well be the state of an optimizer, arguments of a training, or a tokenizer."""
-    files = {file for pattern in _WEIGHT_PATTERNS for file in folder.glob(pattern)}
-    for index in folder.glob(_WEIGHT_INDEX):
-        files |= {folder / name for name in read_json(index)["weight_map"].values()}
-    return sorted(file for file in files if file.exists())
 
 
 @contextlib.contextmanager
