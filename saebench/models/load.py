@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from saebench.files import first_line, hash_files
-from saebench.models.devices import ModelDtype, choose_device, default_dtype
+from saebench.models.devices import ALL, Memory, ModelDtype, choose_device, default_dtype, device_of, placed
 from saebench.models.files import checkpoint_folder, path_of, tokenizer_of, weight_files
 from saebench.pieces import TokenBytes
 from saebench.text import Encoder, encoder_of
@@ -60,6 +60,7 @@ class LanguageModel:
     end_tokens: frozenset[int]
     """each of them ends a text"""
     device: torch.device
+    """of tokens, of vectors at hooks and of logits; of all weights, unless the model lies on several"""
     dtype: ModelDtype
     passing: Passing = field(default_factory=Passing)
     checked: dict[str, str | None] = field(default_factory=dict)
@@ -115,23 +116,28 @@ def load_model(
     dtype: ModelDtype | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    max_memory: Memory | None = None,
 ) -> LanguageModel:
     """Load a hub model or a local `save_pretrained` directory; `embedded` is the model shipped here.
 
+    Device `all` is for a model that is too large for one GPU: accelerate lays its layers over all of them, within `max_memory` if given.
     No process is started for it, nothing is installed, and of a folder nothing is downloaded. Raises ValueError when there is
     no such model, its weights are not all there, or it is not what `check_model` expects.
     """
     from saebench.models.checks import check_model  # which runs it
 
-    device = choose_device(device)
+    spread = device == ALL
+    device = choose_device(None if spread else device)
     dtype = dtype or default_dtype(device)
+    layout = {"device_map": "auto", "max_memory": max_memory and dict(max_memory)} if spread else {}
     path = path_of(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _silent():
-        module = _load_module(name, path, dtype, options)
+        module = _load_module(name, path, dtype, options, layout)
         tokenizer, tokenizer_files = tokenizer_of(name, path, options)
         folder = checkpoint_folder(path, revision)
-    module.to(device).eval().requires_grad_(False)  # gradients are asked of vectors alone
+    placed(module, name, ALL if spread else device)
+    module.eval().requires_grad_(False)  # gradients are asked of vectors alone
     n_vocab = module.get_input_embeddings().weight.shape[0]
     if tokenizer is not None and tokenizer.vocab_size > n_vocab:
         raise ValueError(
@@ -145,7 +151,6 @@ def load_model(
         folder=folder,
         weights_hash=hash_files(weight_files(folder)),
         tokenizer_files=tokenizer_files,
-        device=module.device,  # with its number: cuda and cuda:0 are not equal
         dtype=dtype,
     )
     _note_ids(model)
@@ -157,12 +162,13 @@ def _described(module: Any, *, id: str, tokenizer: Any, **known: Any) -> Languag
     """A model with what is read from its module."""
     text_config = module.config.get_text_config(decoder=True)
     blocks = _blocks(id, module, text_config.num_hidden_layers)
+    device = device_of(module)
     return LanguageModel(
         id=id,
         module=module,
         tokenizer=tokenizer,
         encoder=encoder_of(tokenizer),
-        base=_base(id, module, blocks[0]),
+        base=_base(id, module, blocks[0], device),
         blocks=blocks,
         d_model=text_config.hidden_size,
         n_vocab=module.get_input_embeddings().weight.shape[0],
@@ -170,6 +176,7 @@ def _described(module: Any, *, id: str, tokenizer: Any, **known: Any) -> Languag
             (value for key in _CONTEXT_FIELDS if isinstance(value := getattr(text_config, key, None), int)), UNLIMITED
         ),
         end_tokens=_end_tokens(module, tokenizer),
+        device=device,
         **known,
     )
 
@@ -177,7 +184,7 @@ def _described(module: Any, *, id: str, tokenizer: Any, **known: Any) -> Languag
 def _note_ids(model: LanguageModel) -> Any:
     """Have a model's passes say which tokens they are given; returns the handle that ends it."""
     embedding = model.module.get_input_embeddings()
-    return embedding.register_forward_pre_hook(lambda _, args: setattr(model.passing, "ids", args[0]))
+    return embedding.register_forward_pre_hook(lambda _, args: setattr(model.passing, "ids", args[0].to(model.device)))
 
 
 _tried: weakref.WeakKeyDictionary[nn.Module, dict[str, str | None]] = weakref.WeakKeyDictionary()
@@ -196,7 +203,7 @@ def wrapped(module: Any) -> Iterator[LanguageModel]:
         raise ValueError(f"the {name} is in training, where dropout makes each pass another; call its eval() first")
     known = {"folder": Path(), "weights_hash": "", "tokenizer_files": (), "checked": _tried.setdefault(module, {})}
     dtype = str(module.dtype).removeprefix("torch.")
-    model = _described(module, id=name, tokenizer=None, device=module.device, dtype=dtype, **known)
+    model = _described(module, id=name, tokenizer=None, dtype=dtype, **known)
     handle = _note_ids(model)
     try:
         if "" not in model.checked:
@@ -207,7 +214,7 @@ def wrapped(module: Any) -> Iterator[LanguageModel]:
         handle.remove()
 
 
-def _load_module(name: str, path: str, dtype: ModelDtype, options: dict[str, Any]) -> Any:
+def _load_module(name: str, path: str, dtype: ModelDtype, options: dict[str, Any], layout: dict[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM
 
     try:
@@ -224,7 +231,7 @@ def _load_module(name: str, path: str, dtype: ModelDtype, options: dict[str, Any
         raise ValueError(f"model {name!r} ({architecture}) is {_NOT_CAUSAL}")
     try:
         module, loaded = auto.from_pretrained(
-            path, config=config, dtype=getattr(torch, dtype), output_loading_info=True, **options
+            path, config=config, dtype=getattr(torch, dtype), output_loading_info=True, **options, **layout
         )
     except Exception as error:
         raise ValueError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
@@ -255,13 +262,13 @@ def _blocks(name: str, module: Any, n_layers: int) -> tuple[nn.Module, ...]:
 
 
 @torch.inference_mode()
-def _base(name: str, module: Any, block: nn.Module) -> Any:
+def _base(name: str, module: Any, block: nn.Module, device: torch.device) -> Any:
     """The outermost part around the layers that a pass calls. Raises ValueError where no pass runs."""
     called: list[Any] = []
     around = [part for part in module.modules() if part not in (module, block) and block in part.modules()]
     handles = [part.register_forward_hook(lambda part, *_: called.append(part)) for part in around]
     try:
-        module(torch.ones(1, 1, dtype=torch.long, device=module.device), use_cache=False)
+        module(torch.ones(1, 1, dtype=torch.long, device=device), use_cache=False)
     except Exception as error:
         raise ValueError(f"model {name!r} does not run on token ids alone: {first_line(error)}") from error
     finally:
