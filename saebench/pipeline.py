@@ -119,6 +119,7 @@ def run(config: RunConfig) -> dict[str, Any] | None:
 
     Before it starts, the plan is logged. Raises ValueError as the stages do.
     """
+    choose_device(config.device)  # it trains as well, where a model has no place on several
     given = _given(config)
     if given:
         config = dataclasses.replace(config, **_places(config, given))

@@ -1,6 +1,7 @@
 """What the documentation shows can be typed: its commands parse, its Python runs, its links lead somewhere."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -79,3 +80,9 @@ def test_the_guides_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert l0 <= 16.0
     assert 0 < fvu < 0.5
     assert 0.5 < recovered < 1
+
+
+def test_the_arithmetic_of_scaling_is_what_its_script_prints() -> None:
+    page = (ROOT / "docs/scaling.md").read_text()
+    script = runpy.run_path(str(ROOT / "scripts/scaling.py"))
+    assert [table for table in script["tables"]() if table not in page] == []

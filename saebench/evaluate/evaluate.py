@@ -36,7 +36,7 @@ from saebench.metrics import (
     total,
     total_variance,
 )
-from saebench.models import LanguageModel, ModelDtype, check_hook, choose_device
+from saebench.models import ALL, LanguageModel, ModelDtype, check_hook, choose_device
 from saebench.runlog import progress, provenance
 from saebench.sae import Ends, ends_of, load_sae, read_config, take_in, update_metadata, weights_of, written_here
 from saebench.sae.hub import SaePath
@@ -81,7 +81,7 @@ class EvalConfig:
     model_dtype: ModelDtype | None = None
     """how the model computes (default: as it did when the store was made)"""
     device: str | None = None
-    """cuda or cpu (default: cuda where it is at hand)"""
+    """cuda or cpu (default: cuda where it is at hand), or all: a model that is too large for one GPU lies on all of them"""
     trust_remote_code: bool = False
     """run code that comes with a hub model"""
     force: bool = False
@@ -121,7 +121,8 @@ def evaluate(config: EvalConfig) -> list[Path]:
     groups: dict[tuple[Path, Ends, bool], list[_Planned]] = {}
     for planned in _plan(config, folders):
         groups.setdefault((planned.store, planned.ends, planned.is_set), []).append(planned)
-    device = choose_device(config.device, float64=True)
+    alone = None if config.device == ALL else config.device  # of what is no model
+    device = config.device if config.device == ALL else choose_device(alone, float64=True)
     models: dict[Path, LanguageModel] = {}
     for (path, ends, _), group in groups.items():
         store = open_store(path)
@@ -130,7 +131,7 @@ def evaluate(config: EvalConfig) -> list[Path]:
         if todo := [planned for planned in group if config.force or not _is_current(config, planned, store)]:
             for planned in todo:
                 if not planned.is_set:
-                    look_at_others(planned.folder, store, config.device)
+                    look_at_others(planned.folder, store, alone)
             if path not in models:  # one at a time
                 models.clear()
                 models[path] = model_of(store, device, config.model_dtype, trust_remote_code=config.trust_remote_code)

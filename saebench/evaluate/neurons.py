@@ -12,6 +12,7 @@ from torch import Tensor
 from saebench.evaluate.measure import Batch, Places, validation_batches
 from saebench.metrics import Sums, total, total_variance
 from saebench.models import LanguageModel, capture, check_hook, hook_name, parse_hook
+from saebench.models.devices import through, weights_in
 from saebench.models.places import place_of
 from saebench.sae import Ends
 from saebench.store import Store
@@ -57,8 +58,8 @@ def neuron_fvus(
         order_NK = (a_NF.float().abs() * norms_F).topk(min(max(ks), a_NF.shape[1]), dim=1).indices
         for k in ks:
             kept_NF = torch.zeros_like(a_NF).scatter_(1, order_NK[:, :k], a_NF.gather(1, order_NK[:, :k]))
-            error[k] += float((last(kept_NF).float() * scale - y_ND).double().pow(2).sum())
-        whole += float((last(a_NF).float() * scale - y_ND).double().pow(2).sum())
+            error[k] += float((through(last, kept_NF).float() * scale - y_ND).double().pow(2).sum())
+        whole += float((through(last, a_NF).float() * scale - y_ND).double().pow(2).sum())
         squared += float(y_ND.double().pow(2).sum())
         docs_N = batch.doc_id[usual_BL]
         sums.add(docs_N, {"rows": torch.ones_like(docs_N), "squared_norm": y_ND.double().pow(2).sum(1), "vector": y_ND})
@@ -70,7 +71,8 @@ def neuron_fvus(
 
 def _norms(last: torch.nn.Module, a_NF: Float[Tensor, "N F"]) -> Float[Tensor, " F"] | None:
     """‖w_j‖ of every neuron, whichever way round the map keeps them; None where its weight is no matrix of them."""
-    weight = getattr(last, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or a_NF.shape[1] not in weight.shape:
-        return None
-    return weight.float().norm(dim=0 if isinstance(last, torch.nn.Linear) else 1)
+    with weights_in(last):
+        weight = getattr(last, "weight", None)
+        if not isinstance(weight, Tensor) or weight.dim() != 2 or a_NF.shape[1] not in weight.shape:
+            return None
+        return weight.to(a_NF.device).float().norm(dim=0 if isinstance(last, torch.nn.Linear) else 1)

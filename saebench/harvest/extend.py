@@ -24,7 +24,7 @@ class ExtendConfig:
     tokens: Count
     """training tokens to add"""
     device: str | None = None
-    """cuda, mps or cpu (default: the first of these at hand)"""
+    """cuda, mps or cpu (default: the first of these at hand), or all: a model that is too large for one GPU lies on all of them"""
     trust_remote_code: bool = False
     """run code that comes with a hub model"""
 

@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from saebench.models import ALL
+
 T = TypeVar("T")
 # Until all are there, and for a rank of a harvest at its end. One that died is noticed at once, by its closed connection.
 _PATIENCE = datetime.timedelta(days=7)
@@ -89,7 +91,12 @@ class World:
         return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.size > 1 else 1
 
     def device(self, asked: str | None) -> str | None:
-        """The device asked for; of several GPUs, the one that is this process's own."""
+        """The device asked for; of several GPUs, the one that is this process's own. Raises ValueError where processes would share all."""
+        if asked == ALL and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                f"device is 'all' in {os.environ['LOCAL_WORLD_SIZE']} processes of one machine, each of which would take all of its GPUs; "
+                "expected one process a machine: torchrun --nproc-per-node 1"
+            )
         if self.size == 1 or asked not in (None, "cuda") or not torch.cuda.is_available():
             return asked
         return f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"

@@ -46,7 +46,7 @@ class HarvestConfig:
     model_dtype: ModelDtype | None = None
     """how the model computes (default: bfloat16 on GPUs that have it, else float32)"""
     device: str | None = None
-    """cuda, mps or cpu (default: the first of these at hand)"""
+    """cuda, mps or cpu (default: the first of these at hand), or all: a model that is too large for one GPU lies on all of them"""
     trust_remote_code: bool = False
     """run code that comes with a hub model"""
     out: Path

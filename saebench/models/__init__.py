@@ -4,18 +4,10 @@ A model is the Hugging Face module, which runs as it does without us. What is as
 """
 
 from saebench.models.checks import check_hook, check_padding, has_place
+from saebench.models.devices import ALL, ModelDtype, choose_device, default_dtype
+from saebench.models.files import EMBEDDED_MODEL, EMBEDDED_MODEL_PATH, load_tokenizer, model_path
 from saebench.models.lens import Predictions, logit_lens, next_tokens
-from saebench.models.load import (
-    EMBEDDED_MODEL,
-    EMBEDDED_MODEL_PATH,
-    LanguageModel,
-    ModelDtype,
-    choose_device,
-    default_dtype,
-    load_model,
-    load_tokenizer,
-    model_path,
-)
+from saebench.models.load import LanguageModel, load_model
 from saebench.models.names import same_model
 from saebench.models.passes import (
     MLP,
@@ -38,6 +30,7 @@ from saebench.models.resume import CleanPass, clean_pass, resumed_states, resume
 from saebench.models.unembedding import Unembedding, unembedding
 
 __all__ = [
+    "ALL",
     "EMBEDDED_MODEL",
     "EMBEDDED_MODEL_PATH",
     "HOOK",

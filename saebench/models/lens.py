@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saebench.models.devices import through
 from saebench.models.load import LanguageModel
 from saebench.models.passes import capturer, head, last_states
 from saebench.models.places import hook_name
@@ -49,7 +50,7 @@ def logit_lens(
     capturer(model, hooks)(ids, lambda name, value: streams.update({name: value[0, -1].clone()}))
     x_ND = torch.stack([streams[hook] for hook in hooks])
     norm, _ = final_norm(model, ids)
-    logits_NV = head(model, norm(x_ND[None])[0]).float()
+    logits_NV = head(model, through(norm, x_ND[None])[0]).float()
     own_V = _logits(model, ids)[0]
     if float((logits_NV[-1] - own_V).norm() / (own_V - own_V.mean()).norm()) > _CLOSE:
         raise ValueError(

@@ -7,29 +7,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saebench.files import first_line, hash_files, read_json
+from saebench.files import first_line, hash_files
+from saebench.models.devices import ALL, Memory, ModelDtype, choose_device, default_dtype, device_of, placed
+from saebench.models.files import checkpoint_folder, path_of, tokenizer_of, weight_files
 from saebench.pieces import TokenBytes
 from saebench.text import Encoder, encoder_of
 
 log = logging.getLogger(__name__)
 
-EMBEDDED_MODEL = "embedded"
-EMBEDDED_MODEL_PATH = Path(__file__).parent.parent / "demo" / "model"
-
-ModelDtype = Literal["float32", "bfloat16", "float16"]
 UNLIMITED = 2**31 - 1
 """the context of a model that knows no longest one"""
 _CONTEXT_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
-_WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
-_WEIGHT_INDEX = "pytorch_model*.bin.index.json"  # may name others
-_TOKENIZER_FILES = (
-    "tokenizer", "vocab", "merges", "special_tokens_map", "added_tokens", "spiece", "chat_template",
-)  # fmt: skip
 
 
 @dataclass
@@ -67,6 +60,7 @@ class LanguageModel:
     end_tokens: frozenset[int]
     """each of them ends a text"""
     device: torch.device
+    """of tokens, of vectors at hooks and of logits; of all weights, unless the model lies on several"""
     dtype: ModelDtype
     passing: Passing = field(default_factory=Passing)
     checked: dict[str, str | None] = field(default_factory=dict)
@@ -115,38 +109,6 @@ class LanguageModel:
                 )
 
 
-# ---------------------------------------------------------------------------------------- devices
-
-
-def choose_device(device: str | None, *, float64: bool = False) -> str:
-    """The device asked for, or else CUDA, then MPS, then CPU. Raises ValueError for one that is not at hand.
-
-    With `float64`, in which training and evaluation add up, MPS does not count: it has none.
-    """
-    mps = torch.backends.mps.is_available() and not float64
-    at_hand = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
-    if device is None:
-        return next(name for name, here in at_hand.items() if here)
-    if not at_hand.get(device.split(":")[0], False):
-        raise ValueError(
-            f"device {device!r} is not at hand; expected {' or '.join(n for n, h in at_hand.items() if h)}"
-        )
-    return device
-
-
-def default_dtype(device: str) -> ModelDtype:
-    """bfloat16 on a GPU that computes in it, else float32."""
-    return "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
-
-
-# ---------------------------------------------------------------------------------------- loading
-
-
-def model_path(name: str) -> str:
-    """A path or hub id: the name itself, but for the embedded model."""
-    return str(EMBEDDED_MODEL_PATH) if name == EMBEDDED_MODEL else name
-
-
 def load_model(
     name: str,
     *,
@@ -154,23 +116,28 @@ def load_model(
     dtype: ModelDtype | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    max_memory: Memory | None = None,
 ) -> LanguageModel:
     """Load a hub model or a local `save_pretrained` directory; `embedded` is the model shipped here.
 
+    Device `all` is for a model that is too large for one GPU: accelerate lays its layers over all of them, within `max_memory` if given.
     No process is started for it, nothing is installed, and of a folder nothing is downloaded. Raises ValueError when there is
     no such model, its weights are not all there, or it is not what `check_model` expects.
     """
     from saebench.models.checks import check_model  # which runs it
 
-    device = choose_device(device)
+    spread = device == ALL
+    device = choose_device(None if spread else device)
     dtype = dtype or default_dtype(device)
-    path = _path(name)
+    layout = {"device_map": "auto", "max_memory": max_memory and dict(max_memory)} if spread else {}
+    path = path_of(name)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _silent():
-        module = _load_module(name, path, dtype, options)
-        tokenizer, tokenizer_files = _tokenizer(name, path, options)
-        folder = _checkpoint_folder(path, revision)
-    module.to(device).eval().requires_grad_(False)  # gradients are asked of vectors alone
+        module = _load_module(name, path, dtype, options, layout)
+        tokenizer, tokenizer_files = tokenizer_of(name, path, options)
+        folder = checkpoint_folder(path, revision)
+    placed(module, name, ALL if spread else device)
+    module.eval().requires_grad_(False)  # gradients are asked of vectors alone
     n_vocab = module.get_input_embeddings().weight.shape[0]
     if tokenizer is not None and tokenizer.vocab_size > n_vocab:
         raise ValueError(
@@ -182,9 +149,8 @@ def load_model(
         id=name,
         tokenizer=tokenizer,
         folder=folder,
-        weights_hash=hash_files(_weight_files(folder)),
+        weights_hash=hash_files(weight_files(folder)),
         tokenizer_files=tokenizer_files,
-        device=module.device,  # with its number: cuda and cuda:0 are not equal
         dtype=dtype,
     )
     _note_ids(model)
@@ -196,12 +162,13 @@ def _described(module: Any, *, id: str, tokenizer: Any, **known: Any) -> Languag
     """A model with what is read from its module."""
     text_config = module.config.get_text_config(decoder=True)
     blocks = _blocks(id, module, text_config.num_hidden_layers)
+    device = device_of(module)
     return LanguageModel(
         id=id,
         module=module,
         tokenizer=tokenizer,
         encoder=encoder_of(tokenizer),
-        base=_base(id, module, blocks[0]),
+        base=_base(id, module, blocks[0], device),
         blocks=blocks,
         d_model=text_config.hidden_size,
         n_vocab=module.get_input_embeddings().weight.shape[0],
@@ -209,6 +176,7 @@ def _described(module: Any, *, id: str, tokenizer: Any, **known: Any) -> Languag
             (value for key in _CONTEXT_FIELDS if isinstance(value := getattr(text_config, key, None), int)), UNLIMITED
         ),
         end_tokens=_end_tokens(module, tokenizer),
+        device=device,
         **known,
     )
 
@@ -216,7 +184,7 @@ def _described(module: Any, *, id: str, tokenizer: Any, **known: Any) -> Languag
 def _note_ids(model: LanguageModel) -> Any:
     """Have a model's passes say which tokens they are given; returns the handle that ends it."""
     embedding = model.module.get_input_embeddings()
-    return embedding.register_forward_pre_hook(lambda _, args: setattr(model.passing, "ids", args[0]))
+    return embedding.register_forward_pre_hook(lambda _, args: setattr(model.passing, "ids", args[0].to(model.device)))
 
 
 _tried: weakref.WeakKeyDictionary[nn.Module, dict[str, str | None]] = weakref.WeakKeyDictionary()
@@ -235,7 +203,7 @@ def wrapped(module: Any) -> Iterator[LanguageModel]:
         raise ValueError(f"the {name} is in training, where dropout makes each pass another; call its eval() first")
     known = {"folder": Path(), "weights_hash": "", "tokenizer_files": (), "checked": _tried.setdefault(module, {})}
     dtype = str(module.dtype).removeprefix("torch.")
-    model = _described(module, id=name, tokenizer=None, device=module.device, dtype=dtype, **known)
+    model = _described(module, id=name, tokenizer=None, dtype=dtype, **known)
     handle = _note_ids(model)
     try:
         if "" not in model.checked:
@@ -246,23 +214,7 @@ def wrapped(module: Any) -> Iterator[LanguageModel]:
         handle.remove()
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model alone. Raises ValueError where it cannot be loaded."""
-    return _load_tokenizer(name, _path(name), {})
-
-
-def _path(name: str) -> str:
-    path = Path(model_path(name)).expanduser()
-    if path.is_dir():
-        return str(path)
-    if name.startswith((".", "/", "~")):
-        raise ValueError(
-            f"model {name!r} is not a directory; give a folder made by save_pretrained, 'embedded' or a hub id"
-        )
-    return model_path(name)
-
-
-def _load_module(name: str, path: str, dtype: ModelDtype, options: dict[str, Any]) -> Any:
+def _load_module(name: str, path: str, dtype: ModelDtype, options: dict[str, Any], layout: dict[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMaskedLM
 
     try:
@@ -279,7 +231,7 @@ def _load_module(name: str, path: str, dtype: ModelDtype, options: dict[str, Any
         raise ValueError(f"model {name!r} ({architecture}) is {_NOT_CAUSAL}")
     try:
         module, loaded = auto.from_pretrained(
-            path, config=config, dtype=getattr(torch, dtype), output_loading_info=True, **options
+            path, config=config, dtype=getattr(torch, dtype), output_loading_info=True, **options, **layout
         )
     except Exception as error:
         raise ValueError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
@@ -297,33 +249,6 @@ _NOT_CAUSAL = (
 )
 
 
-def _load_tokenizer(name: str, path: str, options: dict[str, Any]) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, **options)
-    except Exception as error:
-        raise ValueError(f"the tokenizer of model {name!r} cannot be loaded: {first_line(error)}") from error
-
-
-def _tokenizer(name: str, path: str, options: dict[str, Any]) -> tuple[Any, tuple[Path, ...]]:
-    """(the tokenizer, its files); (None, none) where the model came without."""
-
-    def files() -> tuple[Path, ...]:
-        folder = _checkpoint_folder(path, options["revision"])
-        return tuple(sorted(file for file in folder.iterdir() if file.name.startswith(_TOKENIZER_FILES)))
-
-    if Path(path).is_dir() and not files():
-        return None, ()
-    try:
-        tokenizer = _load_tokenizer(name, path, options)  # from the hub its files are fetched here
-    except ValueError:
-        if files():
-            raise
-        return None, ()
-    return (tokenizer if files() else None), files()
-
-
 def _blocks(name: str, module: Any, n_layers: int) -> tuple[nn.Module, ...]:
     """The list of so many modules that lies outermost in the text's part of a model."""
     decoder = module.get_decoder() if hasattr(module, "get_decoder") else module
@@ -337,13 +262,13 @@ def _blocks(name: str, module: Any, n_layers: int) -> tuple[nn.Module, ...]:
 
 
 @torch.inference_mode()
-def _base(name: str, module: Any, block: nn.Module) -> Any:
+def _base(name: str, module: Any, block: nn.Module, device: torch.device) -> Any:
     """The outermost part around the layers that a pass calls. Raises ValueError where no pass runs."""
     called: list[Any] = []
     around = [part for part in module.modules() if part not in (module, block) and block in part.modules()]
     handles = [part.register_forward_hook(lambda part, *_: called.append(part)) for part in around]
     try:
-        module(torch.ones(1, 1, dtype=torch.long, device=module.device), use_cache=False)
+        module(torch.ones(1, 1, dtype=torch.long, device=device), use_cache=False)
     except Exception as error:
         raise ValueError(f"model {name!r} does not run on token ids alone: {first_line(error)}") from error
     finally:
@@ -361,25 +286,6 @@ def _end_tokens(module: Any, tokenizer: Any) -> frozenset[int]:
     named = [getattr(getattr(module, part, None), "eos_token_id", None) for part in ("config", "generation_config")]
     named.append(getattr(tokenizer, "eos_token_id", None))
     return frozenset(token for ids in named for token in (ids if isinstance(ids, list) else [ids]) if token is not None)
-
-
-def _checkpoint_folder(path: str, revision: str | None) -> Path:
-    """Where the files of a loaded model lie: the folder given, or the hub's local snapshot."""
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import snapshot_download
-
-    return Path(
-        snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.txt", "*.model"], local_files_only=True)
-    )
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """What holds weights: *.bin may as well be the state of an optimizer, arguments of a training, or a tokenizer."""
-    files = {file for pattern in _WEIGHT_PATTERNS for file in folder.glob(pattern)}
-    for index in folder.glob(_WEIGHT_INDEX):
-        files |= {folder / name for name in read_json(index)["weight_map"].values()}
-    return sorted(file for file in files if file.exists())
 
 
 @contextlib.contextmanager

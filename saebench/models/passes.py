@@ -26,7 +26,7 @@ MLP = Callable[[Float[Tensor, "N D"]], Float[Tensor, "N D"]]
 
 
 def attach(model: LanguageModel, place: Place, function: Edit) -> Any:
-    """Put a function in the way of the vectors of a place; returns the handle that takes it away again."""
+    """Put a function in the way of the vectors of a place, on the model's device; returns the handle that takes it away again."""
     if place.block is not None:
         return _Between(model, place, place.block, function)
     plain = isinstance(place.scale, float) and place.scale == 1
@@ -36,10 +36,11 @@ def attach(model: LanguageModel, place: Place, function: Edit) -> Any:
         if value.dim() == 2:  # some families run their MLP on positions in one row
             assert model.passing.ids is not None
             shaped = value.view(*model.passing.ids.shape, -1)
+        shaped = shaped.to(model.device)
         new = function(shaped if plain else (shaped * place.scale).to(value.dtype))
         if new is None:
             return None
-        return (new if plain else (new / place.scale).to(value.dtype)).view(value.shape)
+        return (new if plain else (new / place.scale).to(value.dtype)).view(value.shape).to(value.device)
 
     def see_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
@@ -279,7 +280,7 @@ def spliced_logits(
 @torch.inference_mode()
 def last_states(model: LanguageModel, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
     """What the logits are made of, at every position: the vectors behind the final norm."""
-    return first_of(model.base(tokens, use_cache=False))
+    return first_of(model.base(tokens, use_cache=False)).to(model.device)
 
 
 @torch.inference_mode()
@@ -293,14 +294,15 @@ def head(model: LanguageModel, states_ND: Float[Tensor, "N D"]) -> Float[Tensor,
 @contextlib.contextmanager
 def standing_in(modules: Iterable[nn.Module], output: Any) -> Iterator[None]:
     """Every one of `modules` returns `output` without running."""
-    modules = list(modules)
+    own = [(vars(module), vars(module).get("forward")) for module in modules]  # accelerate puts one there
     try:
-        for module in modules:
-            vars(module)["forward"] = lambda *args, **kwargs: output
+        for names, _ in own:
+            names["forward"] = lambda *args, **kwargs: output
         yield
     finally:
-        for module in modules:
-            vars(module).pop("forward", None)
+        for names, forward in own:
+            names.pop("forward")
+            names |= {} if forward is None else {"forward": forward}
 
 
 # ------------------------------------------------------------------------------------- generation
@@ -333,7 +335,7 @@ def next_logits(
         masks = {"attention_mask": (places >= 0).long(), "position_ids": places[:, seen:].clamp(min=0)}
         extra |= {name: value for name, value in masks.items() if name in taken}
     output = model.base(tokens, use_cache=use_cache, **extra)
-    states_BkD = first_of(output)[:, -keep:]
+    states_BkD = first_of(output)[:, -keep:].to(model.device)
     logits_NV = head(model, rearrange(states_BkD, "b k d -> (b k) d"))
     found = getattr(output, name, None) if name and use_cache else None
     return rearrange(logits_NV, "(b k) v -> b k v", b=len(states_BkD)), found if isinstance(found, Cache) else None

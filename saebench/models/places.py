@@ -5,7 +5,6 @@ MLP write to the stream, which module an MLP is, the norm before it and the last
 family: `transformer_lens_paths`, the only place that imports more of it than names.
 """
 
-import copy
 import inspect
 import re
 import weakref
@@ -16,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from saebench.models.devices import copied
 from saebench.models.load import LanguageModel
 
 HookKind = Literal[
@@ -115,9 +115,10 @@ def _gain(model: LanguageModel, hook: str, norm: nn.Module) -> Float[Tensor, " D
     """What a norm multiplies each number by, by what it makes of rows that are normalised already."""
     signs = torch.ones(model.d_model, device=model.device)
     signs[1::2] = -1
-    tried: Any = copy.deepcopy(norm).float()
+    tried = copied(norm, model.device, torch.float32)
+    forward: Any = type(tried).forward
     up, down = (
-        tried.forward(1e4 * sign * signs[None, None])[0, 0] for sign in (1, -1)
+        forward(tried, 1e4 * sign * signs[None, None])[0, 0] for sign in (1, -1)
     )  # an ε of the norm is nothing to it
     gain, bias = (up - down) / 2 * signs, (up + down) / 2
     if bias.abs().max() > 1e-4 * gain.abs().max():

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from saebench.models.checks import probe_tokens
+from saebench.models.devices import through, weights_in
 from saebench.models.load import LanguageModel
 from saebench.models.passes import attach, last_states, logits
 from saebench.models.places import Place
@@ -45,9 +46,10 @@ def unembedding(model: LanguageModel) -> Unembedding:
     matrix = model.module.get_output_embeddings()
     if matrix is None or matrix.weight.shape[1] != normed_BLD.shape[2]:
         raise ValueError(_unknown(model, "it has no unembedding of the width of its residual stream"))
-    plain = torch.nn.functional.linear(normed_BLD.float(), matrix.weight.float())
-    bias = getattr(matrix, "bias", None)
-    plain += 0 if bias is None else bias.float()
+    with weights_in(matrix):
+        W_VD, bias = matrix.weight.to(model.device), getattr(matrix, "bias", None)
+        plain = torch.nn.functional.linear(normed_BLD.float(), W_VD.float())
+        plain += 0 if bias is None else bias.to(model.device).float()
     found = logits(model, tokens).float()
     text_config = model.module.config.get_text_config(decoder=True)
     if cap := next((value for name in _CAPS if (value := getattr(text_config, name, None))), None):
@@ -58,10 +60,10 @@ def unembedding(model: LanguageModel) -> Unembedding:
         raise ValueError(_unknown(model, "its logits are not its final norm times its unembedding"))
     sign_D = torch.ones(model.d_model, device=model.device, dtype=getattr(torch, model.dtype))
     sign_D[::2] = -1.0
-    outputs = [norm(x_D[None, None]).float()[0, 0] for x_D in (sign_D, -sign_D, sign_D + 3.0)]
+    outputs = [through(norm, x_D[None, None]).float()[0, 0] for x_D in (sign_D, -sign_D, sign_D + 3.0)]
     gamma_D = (outputs[0] - outputs[1]) / 2 * sign_D.float()
     centred = torch.allclose(outputs[2], outputs[0], rtol=1e-2, atol=1e-3)
-    return Unembedding(matrix.weight.T, gamma_D, centred, float(f"{scale:.3g}"))
+    return Unembedding(W_VD.T, gamma_D, centred, float(f"{scale:.3g}"))
 
 
 def final_norm(model: LanguageModel, tokens: Tensor) -> tuple[nn.Module, Tensor]:
@@ -77,9 +79,9 @@ def final_norm(model: LanguageModel, tokens: Tensor) -> tuple[nn.Module, Tensor]
             and isinstance(x, Tensor)
             and isinstance(y, Tensor)
             and x.shape == y.shape == last[0].shape
-            and torch.equal(x, last[0])
+            and torch.equal(x.to(model.device), last[0])
         ):
-            found.append((module, y))
+            found.append((module, y.to(model.device)))
 
     handles = [
         part.register_forward_hook(see)
