@@ -68,10 +68,8 @@ def _say_where(module: Any, name: str) -> None:
         places.setdefault(str(device), []).append(part)
     for device, parts in places.items():
         log.info("%s: %s on %s", name, parts[0] if len(parts) == 1 else f"{parts[0]} to {parts[-1]}", device)
-    if slow := [device for device in places if device in ("cpu", "disk")]:
-        log.warning(
-            "%s has weights in %s, from where every pass copies them: give it more GPUs", name, " and on ".join(slow)
-        )
+    if slow := places.keys() & ({"cpu", "disk"} if torch.cuda.is_available() else {"disk"}):
+        log.warning("%s has weights on %s, from where every pass copies them", name, " and ".join(sorted(slow)))
 
 
 def device_of(module: Any) -> torch.device:
