@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BloomConfig
 from saebench.cli import main
 from saebench.index import open_feature_index
 from saebench.interactions import interactions
-from saebench.interactions.found import agreed, curve, salient
+from saebench.interactions.found import agreed, curve, likeness, salient
 from saebench.interactions.masking import Masked, Way, mask_of, resumes_maskings
 from saebench.interactions.mobius import and_only, mobius, orders, split, zeta
 from saebench.interactions.scalars import Scalar, activation, error, log_probability
@@ -227,6 +227,15 @@ def test_agreement_is_the_share_of_sets_in_both() -> None:
     assert share == pytest.approx(1 / 3)  # {a, b}; c; b or c
 
 
+def test_likeness_is_the_cosine_of_what_sets_add() -> None:
+    a, b, c = present(3).T
+    one, other = split(2.0 * a + 4.0 * (b & c)), split(6.0 * a - 4.0 * (b & c))
+    assert likeness(one, one) == pytest.approx(1.0)
+    # A unit is there in 1/2 of the maskings, two in 1/4: variances 1/4 and 3/16.
+    assert likeness(one, other) == pytest.approx((12 / 4 - 16 * 3 / 16) / np.sqrt(4 * (9 + 3)), abs=1e-3)
+    assert likeness(one, split(np.zeros(8))) == 0.0
+
+
 def test_the_units_that_matter_are_found_and_the_others_stay(checkpoints: dict[str, Path]) -> None:
     model = load_model(str(checkpoints["llama"]), device="cpu", dtype="float32")
     ids = np.array([0, *range(30, 50)])
@@ -243,6 +252,10 @@ def test_the_units_that_matter_are_found_and_the_others_stay(checkpoints: dict[s
     assert found.curve[-1] == pytest.approx(1.0)
     told = json.loads(json.dumps(found.to_json()))
     assert told["sets"][0]["kind"] in ("and", "or")
+    total = np.abs(found.split.ands).sum() + np.abs(found.split.ors).sum()
+    assert told["shares"][0] == pytest.approx(np.abs(found.split.ands[[1, 2, 4]]).sum() / total)
+    assert len(told["shares"]) == 3
+    assert sum(told["shares"]) == pytest.approx(1.0)
     assert told["units"][0]["positions"] == list(found.units[0])
     assert found.whole == pytest.approx(float(scalar.of({"logits": logits(model, torch.tensor(ids)[None])[:, -1]})))
     # Of units that stay, one that matters less when masked and when present alone than each that was taken.

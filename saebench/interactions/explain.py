@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from saebench.interactions.found import Interactions, agreed, curve, salient
+from saebench.interactions.found import Interactions, agreed, curve, likeness, salient
 from saebench.interactions.masking import Mask, Masked
 from saebench.interactions.mobius import Vector, split
 from saebench.interactions.scalars import Scalar
@@ -59,9 +59,10 @@ def interactions(
     v = found[0]
     _check_values(model, ids, scalar, v, mask)
     splits = [split(each) for each in found]
-    sets, agreement = tuple(salient(splits[0])), None
+    sets, agreement, alike = tuple(salient(splits[0])), None, None
     if other is not None:
         sets, agreement = agreed(sets, salient(splits[1]))
+        alike = likeness(*splits)
     return Interactions(
         scalar=scalar.name,
         tokens=tuple(map(int, ids)),
@@ -75,6 +76,7 @@ def interactions(
         sets=sets,
         curve=tuple(curve(splits[0], v).tolist()),
         agreement=agreement,
+        likeness=alike,
         gap=splits[0].gap,
         split=splits[0],
         values=v,

@@ -62,6 +62,8 @@ class Interactions:
     """R² over all maskings of a constant and the k largest interactions, salient or not, from k = 0 on"""
     agreement: float | None
     """of the interactions that are salient under either way of masking, the share that are under both"""
+    likeness: float | None
+    """cosine of all interactions under the two ways, by what each adds: 1 where they are the same, 0 where nothing is"""
     gap: float
     """by which share a sparser split could be less in L1 norm at most"""
     split: Split
@@ -80,13 +82,18 @@ class Interactions:
             found.append((order, sum((x for x in strengths if x > 0), 0.0), sum((x for x in strengths if x < 0), 0.0)))
         return found
 
+    def shares(self) -> list[float]:
+        """Σ |strength| of the sets of k units over that of all sets, salient or not, for k from 1 on."""
+        count, strengths = orders(len(self.units)), np.abs(self.split.ands) + np.abs(self.split.ors)
+        return (np.bincount(count, strengths)[1:] / strengths.sum()).tolist()
+
     def lines(self, most: int = 12) -> list[str]:
         """As text, with at most so many sets."""
         shown = ["".join(self.pieces[-40:-1]), self.pieces[-1]]
         agreed = (
             ""
             if self.other is None
-            else f"; * salient when masked by {self.other!r}, too: {self.agreement:.0%} of those salient by either"
+            else f"; * salient when masked by {self.other!r}, too: {self.agreement:.0%} of those salient by either; likeness of all {self.likeness:.2f}"
         )
         rest = f", those that matter most of {len(self.units) + self.left_out}" if self.left_out else ""
         lines = [
@@ -107,13 +114,14 @@ class Interactions:
 
     def to_json(self) -> dict[str, Any]:
         """All that is shown, as JSON."""
-        said = ("scalar", "left_out", "way", "other", "whole", "empty", "agreement", "gap")
+        said = ("scalar", "left_out", "way", "other", "whole", "empty", "agreement", "likeness", "gap")
         return {
             **{name: getattr(self, name) for name in said},
             **{name: list(getattr(self, name)) for name in ("tokens", "pieces", "curve")},
             "units": [{"positions": list(places), "text": self.text(unit)} for unit, places in enumerate(self.units)],
             "sets": [{**one._asdict(), "units": list(one.units), "order": one.order, "size": one.size} for one in self.sets],
             "by_order": [list(row) for row in self.by_order()],
+            "shares": self.shares(),
         }  # fmt: skip
 
 
@@ -160,3 +168,13 @@ def agreed(sets: Sequence[Interaction], others: Sequence[Interaction]) -> tuple[
     here, there = ({(one.kind, one.units) for one in some} for some in (sets, others))
     marked = tuple(one._replace(agreed=(one.kind, one.units) in there) for one in sets)
     return marked, len(here & there) / max(1, len(here | there))
+
+
+def likeness(split: Split, other: Split) -> float:
+    """The cosine of two splits of as many units, each interaction signed and by its size; 0 where one has none."""
+    sizes = [
+        np.concatenate([one.ands, one.ors]) * np.tile(_spread(orders(len(one.ands).bit_length() - 1)), 2)
+        for one in (split, other)
+    ]
+    length = float(np.linalg.norm(sizes[0]) * np.linalg.norm(sizes[1]))
+    return float(sizes[0] @ sizes[1]) / length if length else 0.0
