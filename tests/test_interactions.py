@@ -87,10 +87,23 @@ def test_the_split_is_that_of_a_linear_program(n: int) -> None:
     sets = np.arange(2**n)[:, None]
     rows = np.concatenate([(sets & subsets) == subsets, (sets & subsets) > 0], 1).astype(float)
     least = linprog(np.ones(4 * len(subsets)), A_eq=np.concatenate([rows, -rows], 1), b_eq=v - v[0]).fun
-    found = split(v)
+    found = split(v, again=0)
     norm = np.abs(found.ands).sum() + np.abs(found.ors).sum()
     assert norm == pytest.approx(least, rel=1e-4)
     assert norm * (1 - found.gap) <= least * (1 + 1e-9)  # the bound is one
+
+
+def test_weights_make_a_split_sparser_and_leave_it_faithful() -> None:
+    bits = present(7)
+    fewer = []
+    for seed in range(6):  # what a threshold makes of a few sets
+        sums = bits[:, :5] @ np.random.default_rng(seed).standard_normal(5) + 2.0 * (bits[:, 5] | bits[:, 6])
+        v = np.maximum(sums - 0.3, 0)
+        plain, weighted = split(v, again=0), split(v)
+        np.testing.assert_allclose(weighted.rebuilt(), v, atol=1e-10)
+        fewer.append([int(np.argmax(curve(one, v) >= 0.95)) for one in (and_only(v), plain, weighted)])
+    ands, plain, weighted = np.sum(fewer, 0)
+    assert weighted < plain < ands
 
 
 def test_shapiq_has_the_same_dividends() -> None:
