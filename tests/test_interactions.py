@@ -1,6 +1,7 @@
 """Interactions of tokens: known functions come out as they are, every split is faithful, and shared passes are the plain ones."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from saebench.interactions.found import agreed, curve, likeness, salient
 from saebench.interactions.masking import Masked, Way, mask_of, resumes_maskings
 from saebench.interactions.mobius import and_only, mobius, orders, split, zeta
 from saebench.interactions.scalars import Scalar, activation, error, log_probability
+from saebench.interactions.sparse import _proxyspex, check_sparse, sparse_interactions
 from saebench.models import EMBEDDED_MODEL, LanguageModel, capture, load_model, logits
 from saebench.sae import Ends
 from saebench.store import Store
@@ -294,7 +296,7 @@ def test_a_step_that_raises_ends_it(checkpoints: dict[str, Path]) -> None:
     ("ids", "n", "token", "message"),
     [
         ([0, 31], 4, 40, "there is nothing to mask before token 1"),
-        ([0, 31, 32], 13, 40, r"n is 13, with 2\^13 maskings; expected 1 to 12"),
+        ([0, 31, 32], 13, 40, r"n is 13, with 2\^13 maskings; expected 1 to 12.* by some maskings \(sparse\)"),
         ([0, 31, 32], 0, 40, "n is 0"),
     ],
 )
@@ -323,6 +325,49 @@ def test_words_are_masked_whole(checkpoints: dict[str, Path]) -> None:
         model, ids, log_probability(model, 40), mask_of(model, "mean"), words=True, step=lambda *_: None
     )
     assert [found.text(unit) for unit in range(len(found.units))] == ["the", " qzx", " cat", " qzx"]
+
+
+# ----------------------------------------------------------------------------------------- sparse
+
+
+def test_ands_of_many_units_are_found_by_some_maskings(checkpoints: dict[str, Path]) -> None:
+    pytest.importorskip("shapiq")
+    pytest.importorskip("lightgbm")
+    known = {(2,): 2.0, (5, 11): 3.0, (): 1.0}
+    found = _proxyspex(lambda rows: sum(x * rows[:, list(s)].all(1) for s, x in known.items()), 20, 300, 2)
+    assert {members: round(x, 1) for members, x in found.items() if abs(x) > 0.05} == known
+    model = load_model(str(checkpoints["llama"]), device="cpu", dtype="float32")
+    heard: list[tuple[int, int]] = []
+    told = sparse_interactions(
+        model, np.array([0, *range(30, 46)]), log_probability(model, 40), mask_of(model, "unattended"), n=14,
+        maskings=150, order=2, step=lambda done, total: heard.append((done, total)),
+    )  # fmt: skip
+    assert heard[-1] == (150, 150)
+    assert (len(told.units), told.left_out, told.held) == (14, 1, 30)
+    assert told.held_out < 1
+    assert all(one.kind == "and" and one.order <= 2 for one in told.sets)
+    assert "R² over 30 held-out maskings" in told.lines()[-1]
+    assert json.loads(json.dumps(told.to_json()))["held"] == 30
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((12, 1024, 3), "n is 12; expected 13 to 100 with sparse"),
+        ((101, 1024, 3), "n is 101; expected 13 to 100"),
+        ((60, 99, 3), "maskings is 99; expected 100 or more"),
+        ((60, 1024, 6), "order is 6; expected 1 to 5"),
+    ],
+)
+def test_what_sparse_cannot_look_for_is_refused(given: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_sparse(*given)
+
+
+def test_sparse_without_its_libraries_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "shapiq", None)
+    with pytest.raises(ValueError, match=r"pip install 'saebench\[interactions\]'"):
+        check_sparse(60, 1024, 3)
 
 
 # ---------------------------------------------------------------------------------------- command

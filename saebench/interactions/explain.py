@@ -38,12 +38,12 @@ def interactions(
     """
     check_n(n)
     tokens = torch.as_tensor(ids, device=model.device).long()
-    units = _units(model, ids, words)[-reach:]
+    units = units_before(model, ids, words)[-reach:]
     if not units:
         raise ValueError(
             f"there is nothing to mask before token {len(ids) - 1}: the first token, special ones and that one stay; choose a later position"
         )
-    chosen = _that_matter(Masked(model, tokens, units, scalar, mask), n) if len(units) > n else units
+    chosen = that_matter(Masked(model, tokens, units, scalar, mask), n) if len(units) > n else units
     masks = [one for one in (mask, other) if one is not None]
     total, done = len(masks) * 2 ** len(chosen), 0
     with progress(total, "maskings", unit="", shown=step is None, delay=1.0) as bar:
@@ -84,11 +84,11 @@ def interactions(
 
 
 def check_n(n: int) -> None:
-    """Raises ValueError unless so many units can be masked in every way."""
+    """Raises ValueError unless so many units can be masked in every combination."""
     if not 1 <= n <= MOST:
         raise ValueError(
             f"n is {n}, with 2^{n} maskings; expected 1 to {MOST}, which are run exactly: those that matter most are chosen, "
-            "of tokens or, with words, of words"
+            "of tokens or, with words, of words; or look for ANDs of few units by some maskings (sparse), up to 100 units"
         )
 
 
@@ -103,7 +103,7 @@ def _check_values(model: LanguageModel, ids: Int[np.ndarray, " L"], scalar: Scal
         )
 
 
-def _units(model: LanguageModel, ids: Int[np.ndarray, " L"], words: bool) -> list[list[int]]:
+def units_before(model: LanguageModel, ids: Int[np.ndarray, " L"], words: bool) -> list[list[int]]:
     """Positions of each unit before the last token, in order. What belongs to the last token's word is masked with none."""
     pieces = show_text([model.pieces[int(token)] for token in ids])
     special = model.encoder.special
@@ -118,7 +118,7 @@ def _units(model: LanguageModel, ids: Int[np.ndarray, " L"], words: bool) -> lis
     return [unit for unit in units if unit[-1] < len(ids) - 1]
 
 
-def _that_matter(masked: Masked, n: int) -> list[list[int]]:
+def that_matter(masked: Masked, n: int) -> list[list[int]]:
     """The n units that change the scalar most when masked alone, as members of an AND do, or when present alone, as those of an OR do."""
     count = len(masked.units)
     alone = np.eye(count, dtype=bool)

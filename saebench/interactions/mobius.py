@@ -88,11 +88,11 @@ def split(v: Vector, *, again: int = 2, close: float = 1e-5, most: int = 2000) -
     Each is found to a share `close`, or to what `most` iterations come to. Raises ValueError for a length that is no power of 2.
     """
     count, weights = orders(_units(v)), np.ones((2, len(v)))
-    for left in range(again, -1, -1):
-        found = _least(v, weights, max(close, _ROUGH) if left else close, most)
-        sizes = np.abs(np.stack([found.ands, np.where(count == 1, found.ands, found.ors)])) * spread(count)
+    for _ in range(again):
+        rough = _least(v, weights, max(close, _ROUGH), most)
+        sizes = np.abs(np.stack([rough.ands, np.where(count == 1, rough.ands, rough.ors)])) * spread(count)
         weights = 1 / (1 + sizes / (_SMALL * float(sizes.max()) or 1.0))
-    return found
+    return _least(v, weights, close, most)
 
 
 def _least(v: Vector, costs: Float[np.ndarray, "2 P"], close: float, most: int) -> Split:
