@@ -18,7 +18,7 @@ import torch
 
 from saebench.interactions import activation, corpus_counts, interactions, mask_of
 from saebench.interactions.found import curve
-from saebench.interactions.mobius import and_only
+from saebench.interactions.mobius import and_only, split
 from saebench.interactions.run import activations
 from saebench.steer import open_bench
 
@@ -79,11 +79,13 @@ def main() -> None:
         ands, row["salient"] = curve(and_only(v), v), len(found.sets)
         for k in KS:
             row[f"R² by {k}"], row[f"R² by {k} ANDs"] = found.curve[k], ands[k]
-        row["terms for 0.9"] = int(np.argmax(np.array(found.curve) >= 0.9)) or 101
-        row["ANDs for 0.9"] = int(np.argmax(ands >= 0.9)) or 101
+        plain = curve(split(v, again=0), v)
+        for least in (0.8, 0.9, 0.95, 0.97, 0.99):
+            for name, rebuilt in (("terms", np.array(found.curve)), ("terms, L1", plain), ("ANDs", ands)):
+                row[f"{name} for {least}"] = int(np.argmax(rebuilt >= least)) or 101
         row |= {"10 linear": least_squares(v, False), "10 linear, 45 pairs": least_squares(v, True)}
         row["best 20 of linear and pairs"] = least_squares(v, True, 20)
-        row["agreement"] = found.agreement or 0.0
+        row["agreement"], row["likeness"] = found.agreement or 0.0, found.likeness or 0.0
         acts = activations(bench, ids, latent)
         first = next((one for one in found.sets if one.strength > 0), found.sets[0])
         strongest = sorted(range(len(found.units)), key=lambda unit: -max(acts[list(found.units[unit])]))[: first.order]

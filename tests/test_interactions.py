@@ -1,6 +1,7 @@
 """Interactions of tokens: known functions come out as they are, every split is faithful, and shared passes are the plain ones."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from transformers import AutoModelForCausalLM, BloomConfig
 from saebench.cli import main
 from saebench.index import open_feature_index
 from saebench.interactions import interactions
-from saebench.interactions.found import agreed, curve, salient
+from saebench.interactions.found import agreed, curve, likeness, salient
 from saebench.interactions.masking import Masked, Way, mask_of, resumes_maskings
 from saebench.interactions.mobius import and_only, mobius, orders, split, zeta
 from saebench.interactions.scalars import Scalar, activation, error, log_probability
+from saebench.interactions.sparse import _proxyspex, check_sparse, sparse_interactions
 from saebench.models import EMBEDDED_MODEL, LanguageModel, capture, load_model, logits
 from saebench.sae import Ends
 from saebench.store import Store
@@ -87,10 +89,23 @@ def test_the_split_is_that_of_a_linear_program(n: int) -> None:
     sets = np.arange(2**n)[:, None]
     rows = np.concatenate([(sets & subsets) == subsets, (sets & subsets) > 0], 1).astype(float)
     least = linprog(np.ones(4 * len(subsets)), A_eq=np.concatenate([rows, -rows], 1), b_eq=v - v[0]).fun
-    found = split(v)
+    found = split(v, again=0)
     norm = np.abs(found.ands).sum() + np.abs(found.ors).sum()
     assert norm == pytest.approx(least, rel=1e-4)
     assert norm * (1 - found.gap) <= least * (1 + 1e-9)  # the bound is one
+
+
+def test_weights_make_a_split_sparser_and_leave_it_faithful() -> None:
+    bits = present(7)
+    fewer = []
+    for seed in range(6):  # what a threshold makes of a few sets
+        sums = bits[:, :5] @ np.random.default_rng(seed).standard_normal(5) + 2.0 * (bits[:, 5] | bits[:, 6])
+        v = np.maximum(sums - 0.3, 0)
+        plain, weighted = split(v, again=0), split(v)
+        np.testing.assert_allclose(weighted.rebuilt(), v, atol=1e-10)
+        fewer.append([int(np.argmax(curve(one, v) >= 0.95)) for one in (and_only(v), plain, weighted)])
+    ands, plain, weighted = np.sum(fewer, 0)
+    assert weighted < plain < ands
 
 
 def test_shapiq_has_the_same_dividends() -> None:
@@ -227,6 +242,15 @@ def test_agreement_is_the_share_of_sets_in_both() -> None:
     assert share == pytest.approx(1 / 3)  # {a, b}; c; b or c
 
 
+def test_likeness_is_the_cosine_of_what_sets_add() -> None:
+    a, b, c = present(3).T
+    one, other = split(2.0 * a + 4.0 * (b & c)), split(6.0 * a - 4.0 * (b & c))
+    assert likeness(one, one) == pytest.approx(1.0)
+    # A unit is there in 1/2 of the maskings, two in 1/4: variances 1/4 and 3/16.
+    assert likeness(one, other) == pytest.approx((12 / 4 - 16 * 3 / 16) / np.sqrt(4 * (9 + 3)), abs=1e-3)
+    assert likeness(one, split(np.zeros(8))) == 0.0
+
+
 def test_the_units_that_matter_are_found_and_the_others_stay(checkpoints: dict[str, Path]) -> None:
     model = load_model(str(checkpoints["llama"]), device="cpu", dtype="float32")
     ids = np.array([0, *range(30, 50)])
@@ -243,6 +267,10 @@ def test_the_units_that_matter_are_found_and_the_others_stay(checkpoints: dict[s
     assert found.curve[-1] == pytest.approx(1.0)
     told = json.loads(json.dumps(found.to_json()))
     assert told["sets"][0]["kind"] in ("and", "or")
+    total = np.abs(found.split.ands).sum() + np.abs(found.split.ors).sum()
+    assert told["shares"][0] == pytest.approx(np.abs(found.split.ands[[1, 2, 4]]).sum() / total)
+    assert len(told["shares"]) == 3
+    assert sum(told["shares"]) == pytest.approx(1.0)
     assert told["units"][0]["positions"] == list(found.units[0])
     assert found.whole == pytest.approx(float(scalar.of({"logits": logits(model, torch.tensor(ids)[None])[:, -1]})))
     # Of units that stay, one that matters less when masked and when present alone than each that was taken.
@@ -268,7 +296,7 @@ def test_a_step_that_raises_ends_it(checkpoints: dict[str, Path]) -> None:
     ("ids", "n", "token", "message"),
     [
         ([0, 31], 4, 40, "there is nothing to mask before token 1"),
-        ([0, 31, 32], 13, 40, r"n is 13, with 2\^13 maskings; expected 1 to 12"),
+        ([0, 31, 32], 13, 40, r"n is 13, with 2\^13 maskings; expected 1 to 12.* by some maskings \(sparse\)"),
         ([0, 31, 32], 0, 40, "n is 0"),
     ],
 )
@@ -297,6 +325,49 @@ def test_words_are_masked_whole(checkpoints: dict[str, Path]) -> None:
         model, ids, log_probability(model, 40), mask_of(model, "mean"), words=True, step=lambda *_: None
     )
     assert [found.text(unit) for unit in range(len(found.units))] == ["the", " qzx", " cat", " qzx"]
+
+
+# ----------------------------------------------------------------------------------------- sparse
+
+
+def test_ands_of_many_units_are_found_by_some_maskings(checkpoints: dict[str, Path]) -> None:
+    pytest.importorskip("shapiq")
+    pytest.importorskip("lightgbm")
+    known = {(2,): 2.0, (5, 11): 3.0, (): 1.0}
+    found = _proxyspex(lambda rows: sum(x * rows[:, list(s)].all(1) for s, x in known.items()), 20, 300, 2)
+    assert {members: round(x, 1) for members, x in found.items() if abs(x) > 0.05} == known
+    model = load_model(str(checkpoints["llama"]), device="cpu", dtype="float32")
+    heard: list[tuple[int, int]] = []
+    told = sparse_interactions(
+        model, np.array([0, *range(30, 46)]), log_probability(model, 40), mask_of(model, "unattended"), n=14,
+        maskings=150, order=2, step=lambda done, total: heard.append((done, total)),
+    )  # fmt: skip
+    assert heard[-1] == (150, 150)
+    assert (len(told.units), told.left_out, told.held) == (14, 1, 30)
+    assert told.held_out < 1
+    assert all(one.kind == "and" and one.order <= 2 for one in told.sets)
+    assert "R² over 30 held-out maskings" in told.lines()[-1]
+    assert json.loads(json.dumps(told.to_json()))["held"] == 30
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((12, 1024, 3), "n is 12; expected 13 to 100 with sparse"),
+        ((101, 1024, 3), "n is 101; expected 13 to 100"),
+        ((60, 99, 3), "maskings is 99; expected 100 or more"),
+        ((60, 1024, 6), "order is 6; expected 1 to 5"),
+    ],
+)
+def test_what_sparse_cannot_look_for_is_refused(given: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_sparse(*given)
+
+
+def test_sparse_without_its_libraries_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "shapiq", None)
+    with pytest.raises(ValueError, match=r"pip install 'saebench\[interactions\]'"):
+        check_sparse(60, 1024, 3)
 
 
 # ---------------------------------------------------------------------------------------- command

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from jaxtyping import Int
 
-from saebench.interactions.found import Interactions, agreed, curve, salient
+from saebench.interactions.found import Interactions, agreed, curve, likeness, salient
 from saebench.interactions.masking import Mask, Masked
 from saebench.interactions.mobius import Vector, split
 from saebench.interactions.scalars import Scalar
@@ -38,12 +38,12 @@ def interactions(
     """
     check_n(n)
     tokens = torch.as_tensor(ids, device=model.device).long()
-    units = _units(model, ids, words)[-reach:]
+    units = units_before(model, ids, words)[-reach:]
     if not units:
         raise ValueError(
             f"there is nothing to mask before token {len(ids) - 1}: the first token, special ones and that one stay; choose a later position"
         )
-    chosen = _that_matter(Masked(model, tokens, units, scalar, mask), n) if len(units) > n else units
+    chosen = that_matter(Masked(model, tokens, units, scalar, mask), n) if len(units) > n else units
     masks = [one for one in (mask, other) if one is not None]
     total, done = len(masks) * 2 ** len(chosen), 0
     with progress(total, "maskings", unit="", shown=step is None, delay=1.0) as bar:
@@ -59,9 +59,10 @@ def interactions(
     v = found[0]
     _check_values(model, ids, scalar, v, mask)
     splits = [split(each) for each in found]
-    sets, agreement = tuple(salient(splits[0])), None
+    sets, agreement, alike = tuple(salient(splits[0])), None, None
     if other is not None:
         sets, agreement = agreed(sets, salient(splits[1]))
+        alike = likeness(*splits)
     return Interactions(
         scalar=scalar.name,
         tokens=tuple(map(int, ids)),
@@ -75,6 +76,7 @@ def interactions(
         sets=sets,
         curve=tuple(curve(splits[0], v).tolist()),
         agreement=agreement,
+        likeness=alike,
         gap=splits[0].gap,
         split=splits[0],
         values=v,
@@ -82,11 +84,11 @@ def interactions(
 
 
 def check_n(n: int) -> None:
-    """Raises ValueError unless so many units can be masked in every way."""
+    """Raises ValueError unless so many units can be masked in every combination."""
     if not 1 <= n <= MOST:
         raise ValueError(
             f"n is {n}, with 2^{n} maskings; expected 1 to {MOST}, which are run exactly: those that matter most are chosen, "
-            "of tokens or, with words, of words"
+            "of tokens or, with words, of words; or look for ANDs of few units by some maskings (sparse), up to 100 units"
         )
 
 
@@ -101,7 +103,7 @@ def _check_values(model: LanguageModel, ids: Int[np.ndarray, " L"], scalar: Scal
         )
 
 
-def _units(model: LanguageModel, ids: Int[np.ndarray, " L"], words: bool) -> list[list[int]]:
+def units_before(model: LanguageModel, ids: Int[np.ndarray, " L"], words: bool) -> list[list[int]]:
     """Positions of each unit before the last token, in order. What belongs to the last token's word is masked with none."""
     pieces = show_text([model.pieces[int(token)] for token in ids])
     special = model.encoder.special
@@ -116,7 +118,7 @@ def _units(model: LanguageModel, ids: Int[np.ndarray, " L"], words: bool) -> lis
     return [unit for unit in units if unit[-1] < len(ids) - 1]
 
 
-def _that_matter(masked: Masked, n: int) -> list[list[int]]:
+def that_matter(masked: Masked, n: int) -> list[list[int]]:
     """The n units that change the scalar most when masked alone, as members of an AND do, or when present alone, as those of an OR do."""
     count = len(masked.units)
     alone = np.eye(count, dtype=bool)

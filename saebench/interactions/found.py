@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from saebench.interactions.mobius import Split, Vector, orders
+from saebench.interactions.mobius import Split, Vector, orders, spread
 
 SALIENT = 0.05
 """of the size of the largest interaction, from where on one counts"""
@@ -33,12 +33,12 @@ class Interaction(NamedTuple):
     @property
     def size(self) -> float:
         """The standard deviation over all maskings of what it adds: an AND of ten shows in one masking of 1,024, whatever its strength."""
-        return abs(self.strength) * _spread(self.order)
+        return abs(self.strength) * spread(self.order)
 
 
 @dataclass(frozen=True)
-class Interactions:
-    """Why a scalar is what it is at the last token of a text; all but `split` and `values` as JSON (`to_json`)."""
+class Explained:
+    """Of what there are interactions."""
 
     scalar: str
     tokens: tuple[int, ...]
@@ -50,27 +50,79 @@ class Interactions:
     left_out: int
     """units near enough that were not among those that matter most"""
     way: str
-    other: str | None
-    """another way of masking, whose salient interactions were held against these"""
     whole: float
     """the scalar with nothing masked"""
     empty: float
     """with all units masked"""
     sets: tuple[Interaction, ...]
     """the salient ones, largest first"""
-    curve: tuple[float, ...]
-    """R² over all maskings of a constant and the k largest interactions, salient or not, from k = 0 on"""
-    agreement: float | None
-    """of the interactions that are salient under either way of masking, the share that are under both"""
-    gap: float
-    """by which share a sparser split could be less in L1 norm at most"""
-    split: Split
-    values: Vector
-    """the scalar at each masking"""
 
     def text(self, unit: int) -> str:
         """What a unit says."""
         return "".join(self.pieces[place] for place in self.units[unit])
+
+    def _head(self, most: int) -> list[str]:
+        shown = ["".join(self.pieces[-40:-1]), self.pieces[-1]]
+        rest = f", those that matter most of {len(self.units) + self.left_out}" if self.left_out else ""
+        lines = [
+            f"{self.scalar} at {shown[1]!r} behind {shown[0]!r}: {self.whole:.4g}, and {self.empty:.4g} with all {len(self.units)} units masked{rest}",
+            *(self._line(one) for one in self.sets[:most]),
+        ]
+        if len(self.sets) > most:
+            lines.append(f"and {len(self.sets) - most} more, to {SALIENT:.0%} of the size of the first")
+        return lines
+
+    def _line(self, one: Interaction) -> str:
+        told = f" {one.kind.upper()} ".join(repr(self.text(unit)) for unit in one.units)
+        return f"{one.strength:+9.3g} {'*' if one.agreed else ' '} {told}"
+
+    def _json(self, said: Sequence[str]) -> dict[str, Any]:
+        return {
+            **{name: getattr(self, name) for name in ("scalar", "left_out", "way", "whole", "empty", *said)},
+            **{name: list(getattr(self, name)) for name in ("tokens", "pieces")},
+            "units": [{"positions": list(places), "text": self.text(unit)} for unit, places in enumerate(self.units)],
+            "sets": [{**one._asdict(), "units": list(one.units), "order": one.order, "size": one.size} for one in self.sets],
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sampled(Explained):
+    """Why a scalar is what it is, by some of the maskings of many units: a fit, not exact."""
+
+    maskings: int
+    """that were run"""
+    held: int
+    """of these, those that nothing was fitted to"""
+    held_out: float
+    """R² of all sets over them"""
+
+    def lines(self, most: int = 12) -> list[str]:
+        """As text, with at most so many sets."""
+        fitted = f"a fit of ANDs to {self.maskings - self.held:,} of the 2^{len(self.units)} maskings, not exact"
+        return [*self._head(most), f"R² over {self.held:,} held-out maskings: {self.held_out:.3f}, of {fitted}"]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, as JSON."""
+        return self._json(("maskings", "held", "held_out"))
+
+
+@dataclass(frozen=True)
+class Interactions(Explained):
+    """Why a scalar is what it is at the last token of a text; all but `split` and `values` as JSON (`to_json`)."""
+
+    other: str | None
+    """another way of masking, whose salient interactions were held against these"""
+    curve: tuple[float, ...]
+    """R² over all maskings of a constant and the k largest interactions, salient or not, from k = 0 on"""
+    agreement: float | None
+    """of the interactions that are salient under either way of masking, the share that are under both"""
+    likeness: float | None
+    """cosine of all interactions under the two ways, by what each adds: 1 where they are the same, 0 where nothing is"""
+    gap: float
+    """by which share another split could be less in the norm it is chosen by, at most"""
+    split: Split
+    values: Vector
+    """the scalar at each masking"""
 
     def by_order(self) -> list[tuple[int, float, float]]:
         """(order, sum of the positive, of the negative strengths) of the salient interactions."""
@@ -80,41 +132,31 @@ class Interactions:
             found.append((order, sum((x for x in strengths if x > 0), 0.0), sum((x for x in strengths if x < 0), 0.0)))
         return found
 
+    def shares(self) -> list[float]:
+        """Σ |strength| of the sets of k units over that of all sets, salient or not, for k from 1 on."""
+        count, strengths = orders(len(self.units)), np.abs(self.split.ands) + np.abs(self.split.ors)
+        return (np.bincount(count, strengths)[1:] / strengths.sum()).tolist()
+
     def lines(self, most: int = 12) -> list[str]:
         """As text, with at most so many sets."""
-        shown = ["".join(self.pieces[-40:-1]), self.pieces[-1]]
         agreed = (
             ""
             if self.other is None
-            else f"; * salient when masked by {self.other!r}, too: {self.agreement:.0%} of those salient by either"
+            else f"; * salient when masked by {self.other!r}, too: {self.agreement:.0%} of those salient by either; likeness of all {self.likeness:.2f}"
         )
-        rest = f", those that matter most of {len(self.units) + self.left_out}" if self.left_out else ""
-        lines = [
-            f"{self.scalar} at {shown[1]!r} behind {shown[0]!r}: {self.whole:.4g}, and {self.empty:.4g} with all {len(self.units)} units masked{rest}",
-            *(self._line(one) for one in self.sets[:most]),
-        ]
-        if len(self.sets) > most:
-            lines.append(f"and {len(self.sets) - most} more, to {SALIENT:.0%} of the size of the first")
         marks = ", ".join(f"{self.curve[k]:.3f} by {k}" for k in (5, 10, 20, 50) if k < len(self.curve))
         return [
-            *lines,
+            *self._head(most),
             f"R² over {len(self.values):,} maskings: {marks or f'{self.curve[-1]:.3f} by all {len(self.curve) - 1}'}{agreed}",
         ]
 
-    def _line(self, one: Interaction) -> str:
-        told = f" {one.kind.upper()} ".join(repr(self.text(unit)) for unit in one.units)
-        return f"{one.strength:+9.3g} {'*' if one.agreed else ' '} {told}"
-
     def to_json(self) -> dict[str, Any]:
         """All that is shown, as JSON."""
-        said = ("scalar", "left_out", "way", "other", "whole", "empty", "agreement", "gap")
-        return {
-            **{name: getattr(self, name) for name in said},
-            **{name: list(getattr(self, name)) for name in ("tokens", "pieces", "curve")},
-            "units": [{"positions": list(places), "text": self.text(unit)} for unit, places in enumerate(self.units)],
-            "sets": [{**one._asdict(), "units": list(one.units), "order": one.order, "size": one.size} for one in self.sets],
+        return self._json(("other", "agreement", "likeness", "gap")) | {
+            "curve": list(self.curve),
             "by_order": [list(row) for row in self.by_order()],
-        }  # fmt: skip
+            "shares": self.shares(),
+        }
 
 
 def ranked(split: Split) -> tuple[Int[np.ndarray, " I"], Float[np.ndarray, " I"]]:
@@ -133,6 +175,11 @@ def salient(split: Split) -> list[Interaction]:
         Interaction("or" if one >> n else "and", tuple(unit for unit in range(n) if one >> unit & 1), strength)
         for one, strength in zip(which.tolist(), strengths.tolist(), strict=True)
     ]
+    return counting(found)
+
+
+def counting(found: Sequence[Interaction]) -> list[Interaction]:
+    """Of sets, largest first, those that count beside the first."""
     return [one for one in found if one.size > SALIENT * found[0].size]
 
 
@@ -145,14 +192,8 @@ def curve(split: Split, v: Vector, most: int = _CURVE) -> Float[np.ndarray, " K"
     return 1 - (v - rebuilt).var(1) / v.var()
 
 
-def _spread(order: int | Int[np.ndarray, "*P"]) -> Any:
-    """The standard deviation of an AND or OR of so many units over all maskings, each as likely as the next."""
-    share = 0.5**order
-    return (share * (1 - share)) ** 0.5
-
-
 def _sizes(strengths: Float[np.ndarray, " Q"], count: Int[np.ndarray, " P"]) -> Float[np.ndarray, " Q"]:
-    return np.abs(strengths) * np.tile(_spread(count), 2)
+    return np.abs(strengths) * np.tile(spread(count), 2)
 
 
 def agreed(sets: Sequence[Interaction], others: Sequence[Interaction]) -> tuple[tuple[Interaction, ...], float]:
@@ -160,3 +201,13 @@ def agreed(sets: Sequence[Interaction], others: Sequence[Interaction]) -> tuple[
     here, there = ({(one.kind, one.units) for one in some} for some in (sets, others))
     marked = tuple(one._replace(agreed=(one.kind, one.units) in there) for one in sets)
     return marked, len(here & there) / max(1, len(here | there))
+
+
+def likeness(split: Split, other: Split) -> float:
+    """The cosine of two splits of as many units, each interaction signed and by its size; 0 where one has none."""
+    sizes = [
+        np.concatenate([one.ands, one.ors]) * np.tile(spread(orders(len(one.ands).bit_length() - 1)), 2)
+        for one in (split, other)
+    ]
+    length = float(np.linalg.norm(sizes[0]) * np.linalg.norm(sizes[1]))
+    return float(sizes[0] @ sizes[1]) / length if length else 0.0

@@ -11,9 +11,10 @@ from saebench.config import Count
 from saebench.evaluate.attribution import left_alone, read
 from saebench.index.search import token_of
 from saebench.interactions.explain import check_n, interactions
-from saebench.interactions.found import Interactions
+from saebench.interactions.found import Interactions, Sampled
 from saebench.interactions.masking import Way, mask_of
 from saebench.interactions.scalars import Scalar, activation, error, log_probability
+from saebench.interactions.sparse import check_sparse, sparse_interactions
 from saebench.sae import latent_encoder
 from saebench.sae.hub import SaePath
 from saebench.steer import Bench, open_bench
@@ -45,9 +46,15 @@ class WhyConfig:
     position: Count | None = None
     """number of the token, 0 for BOS, at which it is explained (default: where the latent fires most; the last for others)"""
     n: Count = 10
-    """units that are masked, at most 12: all of a short text, else those that matter most when masked or present alone"""
+    """units that are masked, at most 12 (100 with --sparse): all of a short text, else those that matter most when masked or present alone"""
     reach: Count = 32
-    """units before the position among which these are; what lies before them stays"""
+    """units before the position among which these are, n at least; what lies before them stays"""
+    sparse: bool = False
+    """of 13 to 100 units: ANDs of few, fitted to some of the maskings, with R² on others"""
+    maskings: Count = 1024
+    """of --sparse: how many are run"""
+    order: Count = 3
+    """of --sparse: how many units an AND has at most"""
     words: bool = False
     """mask words, not tokens"""
     way: Way = "unattended"
@@ -83,10 +90,15 @@ class WhyConfig:
             raise ValueError(
                 f"way and other are both {self.way!r}; expected two, of which one is held against the other"
             )
-        check_n(self.n)
+        if self.sparse and self.other is not None:
+            raise ValueError("--other is of all maskings, --sparse of some; expected one of them")
+        if self.sparse:
+            check_sparse(self.n, self.maskings, self.order)
+        else:
+            check_n(self.n)
 
 
-def why(config: WhyConfig) -> Interactions:
+def why(config: WhyConfig) -> Interactions | Sampled:
     """Explain one number of a model on one text.
 
     Raises ValueError for an example that there is not, a position beyond the text, a latent that does not fire there, a token that is
@@ -97,8 +109,14 @@ def why(config: WhyConfig) -> Interactions:
     )
     ids, scalar = _where(config, bench), _scalar(config, bench)
     counts = corpus_counts(bench)
-    mask, other = (mask_of(bench.model, way, counts) for way in (config.way, config.other or _other(config.way)))
-    return interactions(bench.model, ids, scalar, mask, other, n=config.n, reach=config.reach, words=config.words)
+    mask = mask_of(bench.model, config.way, counts)
+    units = {"n": config.n, "reach": max(config.reach, config.n), "words": config.words}
+    if config.sparse:
+        return sparse_interactions(
+            bench.model, ids, scalar, mask, **units, maskings=config.maskings, order=config.order
+        )
+    other = mask_of(bench.model, config.other or _other(config.way), counts)
+    return interactions(bench.model, ids, scalar, mask, other, **units)
 
 
 def _other(way: Way) -> Way:
