@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import logging
 import os
 import sys
@@ -26,6 +27,7 @@ from saebench.harvest.settings import settled
 from saebench.index import IndexConfig, build_index
 from saebench.index.export import ExportConfig, export
 from saebench.index.layout import MapConfig, make_map
+from saebench.interactions import WhyConfig, why
 from saebench.judge import ExplainConfig, explain
 from saebench.pipeline import RunConfig, run, run_stages
 from saebench.printed import (
@@ -137,6 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     command("map", _map, "lay the latents of an index out in two dimensions, for the app's page", MapConfig)
     about = "how a model gets from a prompt to a token: the attribution graph through a set of transcoders"
     command("circuits", _circuits, about, CircuitConfig)
+    about = "which tokens a latent, or the next token, needs together (AND), and which in place of each other (OR)"
+    command("why", _why, about, WhyConfig)
     steering = command("steer", _steer, "generate with latents turned up, down or off, beside controls", SteerConfig)
     steering.add_argument(
         "action", nargs="?", choices=("rank",), help="rank: list the latents that are best to steer with"
@@ -327,6 +331,13 @@ def _circuits(arguments: argparse.Namespace) -> int:
         return INTERRUPTED
     print("\n".join(found.lines()))
     print(found.path)
+    return 0
+
+
+def _why(arguments: argparse.Namespace) -> int:
+    config = from_arguments(WhyConfig, arguments)
+    found = why(config)
+    print(json.dumps(found.to_json()) if config.json else "\n".join(found.lines()))
     return 0
 
 

@@ -110,18 +110,16 @@ class _AllCaptured(Exception):
     """Ends a forward pass once the last hook wanted has fired."""
 
 
-def capturer(
-    model: LanguageModel, hooks: Sequence[str]
-) -> Callable[[Int[Tensor, "B L"], Callable[[str, Tensor], None]], None]:
+def capturer(model: LanguageModel, hooks: Sequence[str]) -> Callable[..., None]:
     """A forward pass, to be run many times, that hands each vector wanted to a function and ends after the deepest.
 
     The function gets the hook's name and a tensor `[B, L, D]` in the model's dtype, which later layers may write over.
-    Keeps no keys and values. Raises ValueError for a hook that the model does not have.
+    Keeps no keys and values, unless options of the pass, which may follow the function, say so. Raises ValueError for a hook that the model does not have.
     """
     places = {name: place_of(model, name) for name in hooks}
 
     @torch.inference_mode()
-    def run(tokens: Int[Tensor, "B L"], take: Callable[[str, Tensor], None]) -> None:
+    def run(tokens: Int[Tensor, "B L"], take: Callable[[str, Tensor], None], **options: Any) -> None:
         missing = set(hooks)
 
         def see(name: str, value: Tensor) -> None:
@@ -132,7 +130,7 @@ def capturer(
 
         handles = [attach(model, place, lambda value, name=name: see(name, value)) for name, place in places.items()]
         try:
-            model.base(tokens, use_cache=False)
+            model.base(tokens, **({"use_cache": False} | options))
         except _AllCaptured:
             return
         finally:
