@@ -97,11 +97,12 @@ def why(config: WhyConfig) -> Interactions:
     )
     ids, scalar = _where(config, bench), _scalar(config, bench)
     counts = corpus_counts(bench)
-    mask, other = (mask_of(bench.model, way, counts) for way in (config.way, config.other or _other(config.way)))
+    mask, other = (mask_of(bench.model, way, counts) for way in (config.way, config.other or other_way(config.way)))
     return interactions(bench.model, ids, scalar, mask, other, n=config.n, reach=config.reach, words=config.words)
 
 
-def _other(way: Way) -> Way:
+def other_way(way: Way) -> Way:
+    """The one that a way is held against, where none is named."""
     return "unattended" if way == "neutral" else "neutral"
 
 
