@@ -13,11 +13,13 @@ from shell import clickable, fragment, said
 from trials import ablation, own_text
 from turns import usual_strength
 from where import go, link_to
+from why import place_asked, why, why_link, with_answer
 
 from saebench.browse.runs import Trained
 from saebench.browse.table import LatentTable, Query
+from saebench.browse.why import Question
 from saebench.index.connections import Connection, Connections, connected, connections
-from saebench.index.examples import show, show_all
+from saebench.index.examples import Shown, show, show_all
 from saebench.index.notes import Note
 from saebench.index.page import (
     activations_svg,
@@ -32,7 +34,7 @@ from saebench.index.page import (
     ranked_html,
     short_hook,
 )
-from saebench.index.reader import Latent, Ranked
+from saebench.index.reader import FeatureIndex, Latent, Ranked
 from saebench.sae.io import WEIGHTS
 from saebench.view import grid
 from saebench.view.markdown import plain
@@ -111,20 +113,19 @@ def examples(sae: Trained, table: LatentTable, latent: Latent) -> None:
     index, weights, width = table.index, weights_of(sae), AROUND[around or "±16"]
     if not index.has_store:
         return
-    maximum = latent.figures["max"]
     if group == "Intervals":
         asked = [(latent.latent, one) for interval in latent.intervals for one in interval.examples]
         shown = iter(show_all(index, weights, asked, width))
         groups = [[next(shown) for _ in interval.examples] for interval in latent.intervals]
-        body = "".join(
-            f"<h3>{interval_title(interval, latent.figures['fires'])}</h3>{examples_html(index, some, maximum)}"
-            for interval, some in zip(reversed(latent.intervals), reversed(groups), strict=True)
-        )
+        parts = []
+        for interval, some in zip(reversed(latent.intervals), reversed(groups), strict=True):
+            parts.append(((), f"<h3>{interval_title(interval, latent.figures['fires'])}</h3>"))
+            parts += example_parts(index, latent, some)
         said_of_them = "Five random firings of each of ten intervals of log strength, with each interval's share."
     else:
         random = group == "Random"
         some = show(index, weights, latent.latent, latent.random if random else latent.top, width)
-        body = examples_html(index, some, maximum)
+        parts = example_parts(index, latent, some)
         said_of_them = (
             "Firings at random, all equally likely." if random else "The strongest firings, one of a context."
         )
@@ -132,7 +133,27 @@ def examples(sae: Trained, table: LatentTable, latent: Latent) -> None:
         st.info("It never fires on the rows that were indexed.")
         return
     st.caption(f"{said_of_them} Values show on hover and on focus.")
-    clickable(body, "examples")
+    place = place_asked(latent.latent, 1)
+    place = place if place is not None and place[0] < sum(shard.n_rows for shard in index.store.shards) else None
+
+    def answer() -> None:
+        assert place is not None
+        context = index.context_of(*place)
+        why(sae, Question(tuple(context.tokens[: context.peak + 1].tolist()), latent=latent.latent))
+
+    with_answer(parts, place, "examples", answer)
+
+
+def example_parts(index: FeatureIndex, latent: Latent, some: list[Shown]) -> list[tuple[tuple[int, ...], str]]:
+    """Examples as HTML, each with the row at which one may ask why."""
+    rows = [context.rows[context.peak] for context, _ in some]
+    return [
+        (
+            (row,),
+            examples_html(index, [one], latent.figures["max"], lambda _, row=row: f" · {why_link(latent.latent, row)}"),
+        )
+        for row, one in zip(rows, some, strict=True)
+    ]
 
 
 def neighbours(table: LatentTable, latent: Latent) -> None:

@@ -17,7 +17,7 @@ from where import VISIT, remember
 from saebench.browse.runs import Trained
 from saebench.files import first_line
 from saebench.index.page import PARTS_CSS
-from saebench.view import arms, grid, svg, tokens
+from saebench.view import arms, brackets, grid, svg, tokens
 from saebench.view.markdown import code, plain
 
 P = ParamSpec("P")
@@ -66,7 +66,7 @@ export default function ({ parentElement, data, setTriggerValue }) {
 """
 )
 _CSS = (
-    tokens.CSS + svg.CSS + grid.CSS + arms.CSS + PARTS_CSS
+    tokens.CSS + svg.CSS + grid.CSS + arms.CSS + brackets.CSS + PARTS_CSS
     + ".sb-pages { display: flex; flex-direction: column; gap: 2px; } .sb-pages a { padding: 4px 10px; border-radius: 4px; text-decoration: none;"
     " color: var(--sb-ink); } .sb-pages a:hover { background: var(--sb-tint); } .sb-pages a[aria-current] { background: var(--sb-tint);"
     " font-weight: 600; box-shadow: inset 3px 0 var(--sb-line); }"

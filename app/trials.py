@@ -3,9 +3,11 @@
 import streamlit as st
 from opened import model_of, weights_of
 from shell import clickable, fragment, said
+from why import place_asked, why, why_link, with_answer
 
 from saebench.browse.runs import Trained
 from saebench.browse.table import LatentTable
+from saebench.browse.why import Question
 from saebench.evaluate.attribution import ablation_effects
 from saebench.index.page import activations_svg, effects_html
 from saebench.index.reader import Latent
@@ -23,23 +25,31 @@ def own_text(sae: Trained, table: LatentTable, latent: Latent) -> None:
         return
     with said():
         shared = model_of(sae)
-        peaks, body = [], []
+        peaks, parts = [], []
         with shared.lock:
             found = [activations_on(shared.model, weights_of(sae), table.index, line, latent.latent) for line in lines]
-        for tokens, values in found:
+        for line, (tokens, values) in enumerate(found):
             peak = int(values.argmax())
             peaks.append(float(values[peak]))
-            pieces = table.index.running(tokens)
-            body.append(
-                f'<div class="example">{text_html(pieces, values.tolist(), latent.figures["max"], peak=peak if values[peak] > 0 else None)}</div>'
+            fires = bool(values[peak] > 0)
+            shown = text_html(
+                table.index.running(tokens), values.tolist(), latent.figures["max"], peak=peak if fires else None
             )
+            asks = f"<small>{why_link(latent.latent, line, peak)}</small>" if fires else ""
+            parts.append(((line, peak), f'<div class="example">{shown}{asks}</div>'))
         fired = [peak for peak in peaks if peak > 0]
         at = f"; their peaks are marked: {', '.join(map(number, fired))}" if fired else ""
         histogram = activations_svg(latent, table.index.bin_edges, fired)
-        clickable(
-            f"{''.join(body)}{histogram}<small>{len(fired)} of {len(lines)} lines{at}</small>",
-            "own",
-        )
+        parts.append(((), f"{histogram}<small>{len(fired)} of {len(lines)} lines{at}</small>"))
+        place = place_asked(latent.latent, 2)
+        place = place if place is not None and place[0] < len(found) and place[1] < len(found[place[0]][0]) else None
+
+        def answer() -> None:
+            assert place is not None
+            line, token = place
+            why(sae, Question(tuple(found[line][0][: token + 1].tolist()), latent=latent.latent))
+
+        with_answer(parts, place, "own", answer)
 
 
 @fragment

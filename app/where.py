@@ -15,7 +15,7 @@ from saebench.view.markdown import plain
 ROOT = "SAEBENCH_APP_ROOT"
 """Environment variable with the folder of runs, or the run, that the server shows."""
 
-OF_ONE_SAE = ("latent", "turns", "focus", "other", "pair", "page")
+OF_ONE_SAE = ("latent", "turns", "focus", "other", "pair", "page", "why")
 """Parameters of an address that say nothing of another SAE."""
 
 VISIT = """

@@ -56,6 +56,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--batch", type=int, default=16, help="contexts in a step")
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument(
+        "--keep",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="STEP",
+        help="keep the model after these steps, too, as WORK/step-STEP",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="torch.compile the step (needs a C++ compiler)")
@@ -276,6 +284,12 @@ def load_checkpoint(path: Path, model: torch.nn.Module, opts: list[torch.optim.O
     return int(header["step"]), float(header["seconds"])
 
 
+def keep(folder: Path, args: argparse.Namespace, model: CausalLM) -> None:
+    """The model as it is, and its tokenizer, as an ordinary Hugging Face directory."""
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast.from_pretrained(args.work / "tokenizer").save_pretrained(folder)
+
+
 def train(args: argparse.Namespace) -> tuple[CausalLM, float]:
     """The trained model, and the seconds that it took."""
     order = mixture(args)
@@ -313,6 +327,8 @@ def train(args: argparse.Namespace) -> tuple[CausalLM, float]:
             bar.set_postfix(loss=f"{sum(recent) / len(recent):.3f}")
         if step % 100 == 99 or step == n_steps - 1:
             save_checkpoint(checkpoint, step + 1, time.monotonic() - started, model, opts)
+        if step + 1 in args.keep:
+            keep(args.work / f"step-{step + 1}", args, model)
     return model, time.monotonic() - started
 
 

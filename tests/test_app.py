@@ -20,9 +20,11 @@ from test_circuit_view import A_GRAPH
 from saebench.bench.results import Figure, Results
 from saebench.browse.runs import saes_of
 from saebench.browse.serve import app_script
+from saebench.browse.why import Explaining, Question
 from saebench.files import hash_files, read_json, write_json
 from saebench.index import open_feature_index
 from saebench.index.notes import Note, Notes
+from saebench.steer import open_bench
 from saebench.view.charts import density_histogram
 
 SAE = "topk-k4"
@@ -624,3 +626,93 @@ def test_the_script_is_found_and_starts_offline() -> None:
     assert "gatherUsageStats = false" in config
     assert 'address = "localhost"' in config
     assert os.access(app_script(), os.R_OK)
+
+
+def an_example(run: Path) -> tuple[int, int]:
+    """(a latent of the SAE, the row of its strongest firing that has some tokens before it)."""
+    with open_feature_index(run / "index" / f"{SAE}.h5") as index:
+        for latent in range(index.d_sae):
+            found = index[latent]
+            if found.top and index.context_of(found.top[0].row).peak > 4:
+                return latent, found.top[0].row
+    raise AssertionError
+
+
+def explained(app: AppTest) -> AppTest:
+    """The page once what it explains is found."""
+    assert app.session_state["explaining"].wait(60.0)
+    return app.run()
+
+
+def test_why_an_example_fires_is_in_the_address(opened: Any, run: Path) -> None:
+    latent, row = an_example(run)
+    asked = {"sae": SAE, "latent": str(latent), "why": f"{latent}:{row}", "units": "3"}
+    app = explained(opened("features", **asked))
+    assert not app.exception
+    assert not app.error
+    found = app.session_state["explaining"].result
+    assert (found.scalar, len(found.units), found.way) == (f"latent {latent}", 3, "unattended")
+    assert f"**latent {latent}** is **{found.whole:.3g}**" in said(app)
+    assert "the 3 that matter most of the" in said(app)
+    assert f"{found.agreement:.0%} of all that count under either way" in said(app)
+    assert "in all 8 maskings at R²" in said(app)
+    # The same question is answered once; another way of masking is another question.
+    again = app.session_state["explaining"]
+    app.run()
+    assert app.session_state["explaining"] is again
+    next(box for box in app.selectbox if box.label == "A masked one is").set_value("neutral")
+    app = explained(app.run())
+    assert app.session_state["explaining"].result.way == "neutral"
+    assert "replaced by a neutral token" in said(app)
+    for wrong in (f"{latent + 1}:{row}", f"{latent}:{10**9}", f"{latent}:x", "", f"{latent}:{row}:1:1"):
+        app = opened("features", **(asked | {"why": wrong}))
+        assert not app.error
+        assert "Sets shown" not in {slider.label for slider in app.slider}
+
+
+def test_why_one_of_your_own_lines_fires(opened: Any, run: Path) -> None:
+    latent, row = an_example(run)
+    with open_feature_index(run / "index" / f"{SAE}.h5") as index:
+        context = index.context_of(row, 6)
+        line = "".join(context.pieces[: context.peak + 1]).replace("\n", " ")
+    asked = {"sae": SAE, "latent": str(latent), "try": f"the cat\n{line}"}
+    app = explained(opened("features", **asked, why=f"{latent}:1:1"))
+    # The first token after BOS has nothing before it that may be masked.
+    assert "there is nothing to mask before token 1" in bare(app.error[0].value)
+    app = opened("features", **asked, why=f"{latent}:9:1")  # a line that there is not is as if it were not asked about
+    assert not app.error
+
+
+def test_why_a_token_comes_next_and_not_another(opened: Any) -> None:
+    app = explained(opened("prompt", sae=SAE, text="the red cat sees a", explain="true", units="3"))
+    assert not app.error
+    assert "log p(" in said(app)
+    assert "in all 8 maskings at R²" in said(app)
+    other = next(box for box in app.text_input if box.label == "Rather than")
+    other.set_value("·dog")
+    app = explained(app.run())
+    assert "− log p(' dog')" in said(app)
+    next(box for box in app.text_input if box.label == "Next token").set_value("two tokens")
+    app.run()
+    assert "expected one: a leading space, written ·" in bare(app.error[0].value)
+
+
+def test_a_stopped_explanation_is_begun_again_when_it_is_wanted(run: Path) -> None:
+    lock, bench = threading.Lock(), open_bench(run / "saes" / SAE, device="cpu")
+    tokens = tuple(bench.model.tokens_of("the red cat sees a blue dog"))
+    question = Question(tokens, token=40, n=3)
+    with lock:  # somebody else's turn
+        found = Explaining(bench, question, lock)
+        assert not found.wait(0.1)
+        found.stop()
+        assert (found.done, found.stopped, found.result) == (True, True, None)
+    again = Explaining(bench, question, lock)
+    assert again.wait(60.0)
+    assert (again.stopped, again.error, again.share) == (False, None, 1.0)
+    assert again.result is not None
+    assert len(again.result.values) == 8
+    assert not lock.locked()
+    refused = Explaining(bench, question._replace(n=13), lock)
+    assert refused.wait(60.0)
+    assert (refused.error or "").startswith("n is 13")
+    assert not lock.locked()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from saebench.browse.serve import served
+from saebench.index import open_feature_index
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 from playwright.sync_api import Browser, BrowserContext, Page, expect  # noqa: E402
@@ -325,6 +326,35 @@ def test_own_lines_show_where_the_latent_fires(page: Page, address: str) -> None
     page.get_by_text("What its ablation changes").click()
     page.get_by_role("button", name="Measure").click()
     expect(page.get_by_text("nats over the context")).to_be_visible()
+
+
+def test_why_here_is_drawn_under_the_example_and_kept_in_the_address(page: Page, address: str, run: Path) -> None:
+    with open_feature_index(run / "index" / f"{SAE}.h5") as index:
+        latent = int(index.columns["density"].argmax())  # fires in any text
+    page.goto(f"{address}/features?sae={SAE}&latent={latent}&units=3&try=the+red+cat+sees+a+dog")
+    own = page.locator(f"a[data-pick^='why:{latent}:0:']")
+    expect(own).to_have_text("why here?")
+    settled(page)
+    examples = page.locator(f"a[data-pick^='why:{latent}:']:not([data-pick^='why:{latent}:0:'])")
+    examples.nth(2).click()
+    drawn = page.locator(".sb-sets .sb-set")
+    expect(drawn.first).to_be_visible()
+    settled(page)
+    assert f"why={latent}" in page.url
+    expect(examples.nth(2)).to_have_text("close")
+    assert page.locator(".sb-sets .text.last").count() == 1
+    page.get_by_role("slider", name="Sets shown").focus()
+    page.keyboard.press("Home")
+    expect(drawn).to_have_count(1)
+    settled(page)
+    assert "sets=1" in page.url
+    own.click()  # one is open at a time
+    expect(own).to_have_text("close")
+    expect(page.locator(".sb-sets")).to_have_count(1)
+    settled(page)
+    own.click()
+    expect(page.locator(".sb-sets")).to_have_count(0)
+    assert "why=" not in page.url
 
 
 def test_a_prompts_tokens_and_latents_lead_on(page: Page, address: str) -> None:

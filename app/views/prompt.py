@@ -9,9 +9,11 @@ from opened import fires_on, model_of, table_of
 from shell import clickable, fragment, missing, said
 from turns import usual_strength
 from where import chosen_sae, link_to
+from why import why
 
 from saebench.browse.runs import Trained
 from saebench.browse.table import LatentTable
+from saebench.browse.why import Question
 from saebench.index.page import name_html
 from saebench.index.search import Firing, TextFeatures, differences, token_of
 from saebench.models import Predictions, logit_lens, next_tokens
@@ -141,7 +143,23 @@ def expectations(sae: Trained, found: TextFeatures, position: int | None) -> Non
             help="what the stream says at each layer, through the final norm and the unembedding",
         )  # fmt: skip
         with said():
-            clickable(expected_html(*expected(depends, tokens, layers, shared), sae.ends.hooks), "expected")
+            predicted, pieces = expected(depends, tokens, layers, shared)
+            clickable(expected_html(predicted, pieces, sae.ends.hooks), "expected")
+            likeliest = int(list(predicted.values())[-1].ids[0])
+            if st.toggle("Why this next token?", key="explain", bind="query-params"):
+                why_next(sae, tokens, likeliest, pieces[likeliest])
+
+
+def why_next(sae: Trained, tokens: tuple[int, ...], likeliest: int, named: str) -> None:
+    """Which of these tokens make one likely to come next, or likelier than another."""
+    model = model_of(sae).model
+    left, right = st.columns(2)
+    how = "one token; its leading space may be written ·"
+    token = left.text_input("Next token", key="next", bind="query-params", placeholder=named, help=how)
+    other = right.text_input("Rather than", key="instead", bind="query-params", placeholder="any other", help=how)
+    with said():
+        against = token_of(model, other) if other else None
+        why(sae, Question(tokens, token=token_of(model, token) if token else likeliest, against=against))
 
 
 def expected_html(found: dict[str, Predictions], pieces: dict[int, str], hooks: tuple[str, ...]) -> str:

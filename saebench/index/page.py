@@ -1,7 +1,7 @@
 """Latents as HTML without scripts: a page to share, and the parts that the app shows too."""
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -178,14 +178,17 @@ def ranked_html(index: FeatureIndex, ranked: Ranked, size: int = 10) -> str:
     return f'<table class="ranked">{"".join(rows)}</table>'
 
 
-def examples_html(index: FeatureIndex, shown: Sequence[Shown], maximum: float) -> str:
-    """Examples under each other, with the document that each comes from."""
+def examples_html(
+    index: FeatureIndex, shown: Sequence[Shown], maximum: float, more: Callable[[Shown], str] = lambda one: ""
+) -> str:
+    """Examples under each other, with the document that each comes from and whatever HTML `more` adds to that."""
     parts = []
-    for context, values in shown:
+    for one in shown:
+        context, values = one
         document = html.escape(index.documents.get(context.doc_id, str(context.doc_id)))
         parts.append(
             f'<figure class="example">{text_html(context.pieces, values.tolist(), maximum, peak=context.peak)}'
-            f"<figcaption>{document}</figcaption></figure>"
+            f"<figcaption>{document}{more(one)}</figcaption></figure>"
         )
     return "".join(parts)
 

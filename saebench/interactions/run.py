@@ -115,11 +115,12 @@ def why(config: WhyConfig) -> Interactions | Sampled:
         return sparse_interactions(
             bench.model, ids, scalar, mask, **units, maskings=config.maskings, order=config.order
         )
-    other = mask_of(bench.model, config.other or _other(config.way), counts)
+    other = mask_of(bench.model, config.other or other_way(config.way), counts)
     return interactions(bench.model, ids, scalar, mask, other, **units)
 
 
-def _other(way: Way) -> Way:
+def other_way(way: Way) -> Way:
+    """The one that a way is held against, where none is named."""
     return "unattended" if way == "neutral" else "neutral"
 
 
