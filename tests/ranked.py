@@ -52,13 +52,12 @@ class Case(NamedTuple):
 
 ARCHITECTURES = ("relu", "topk", "gated", "batchtopk", "jumprelu", "matryoshka")
 RESUMED = ("relu", "batchtopk")
-LONG = 200 if int(os.environ.get("SAEBENCH_KILLS", "3")) > 3 else 40  # steps
+ALL = int(os.environ.get("SAEBENCH_KILLS", "3")) > 3
+LONG, SHORT = (200, 20) if ALL else (24, 12)  # steps
 CASES = [
-    *(Case(architecture, n_steps=LONG) for architecture in ARCHITECTURES),
-    *(Case(*of, n_steps=20) for of in (
-        ("relu", "transcoder"), ("topk", "transcoder"), ("gated", "crosscoder"), ("matryoshka", "clt"), ("jumprelu", "clt"),
-    )),
-    *(Case(architecture, n_steps=20, dtype=torch.float32) for architecture in ARCHITECTURES),
+    *(Case(architecture, n_steps=LONG) for architecture in (ARCHITECTURES if ALL else ("relu", "batchtopk"))),
+    *(Case(*of, n_steps=SHORT) for of in (("topk", "transcoder"), ("gated", "crosscoder"), ("matryoshka", "clt"), ("jumprelu", "clt"))),
+    *(Case(architecture, n_steps=SHORT, dtype=torch.float32) for architecture in (ARCHITECTURES if ALL else ("relu", "topk"))),
 ]  # fmt: skip
 
 
@@ -111,7 +110,8 @@ def course(case: Case, share: Share, stop: int = 0) -> tuple[list[list[float]], 
 
 
 def run(rank: int, size: int, port: int, folder: Path) -> None:
-    """What each process of some has of each case, shared in either way, once without and once with a restored state; `[case][over]`."""
+    """What each process of some has of each case that its circle of two is dealt, shared in either way, once without and once with a
+    restored state; `{case: {over: …}}`."""
     torch.set_num_threads(1)
     os.environ |= {
         "TORCHELASTIC_RUN_ID": "test",
@@ -120,15 +120,15 @@ def run(rank: int, size: int, port: int, folder: Path) -> None:
         "MASTER_ADDR": "127.0.0.1",
     }
     os.environ |= {"MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
-    found = []
     with joined("training") as world:
-        for case in CASES:
-            shares = {over: kind(world, B) for over, kind in SHARES.items()}
+        circle = world.circle(2)
+        shares = {over: kind(circle, B) for over, kind in SHARES.items()}
+        found = {}
+        for number in range(rank // 2, len(CASES), size // 2):
+            case = CASES[number]
             resumed = case.architecture in RESUMED and case.n_steps == LONG
-            found.append(
-                {
-                    over: (course(case, share), course(case, share, 27) if resumed else None)
-                    for over, share in shares.items()
-                }
-            )
+            found[number] = {
+                over: (course(case, share), course(case, share, 13) if resumed else None)
+                for over, share in shares.items()
+            }
     torch.save(found, folder / f"{rank}.pt")

@@ -67,7 +67,7 @@ def _train(run: Run, ranks: Ranks, device: str, made: dict[str, Any]) -> list[Pa
     """`train`, of a run whose folder is held; `made` is how a harvester's model runs."""
     config, store, world = run.config, run.store, ranks.world
     check_alike(world, run.identity)
-    checkpoint = Checkpoint(run.folder, run.identity, world, ranks.over)
+    checkpoint = Checkpoint(run.folder, run.identity, world, ranks.share)
     todo = world.agreed(run.to_do)
     if not todo:
         world.agreed(lambda: _clear_away(run, checkpoint) if world.leads else None)
@@ -81,7 +81,8 @@ def _train(run: Run, ranks: Ranks, device: str, made: dict[str, Any]) -> list[Pa
         inputs = world.agreed(lambda: {hook: run.inputs(hook) for hook in hooks})
         members = [_member(run, spec, inputs, device, ranks.share) for spec in mine]
         first, cursors, seconds = world.agreed(lambda: checkpoint.restore(members))
-        spoken = mine if ranks.speaks else []
+        speaks = ranks.share.world.leads  # writes what is known of its SAEs
+        spoken = mine if speaks else []
         logs = {spec.name: MetricsLog(run.folder / spec.name / "metrics.jsonl", first) for spec in spoken}
         active = [member for member in members if member.diverged is None]
         total, done = config.n_steps * config.batch, first * config.batch
@@ -132,7 +133,7 @@ def _train(run: Run, ranks: Ranks, device: str, made: dict[str, Any]) -> list[Pa
         bar.close()
         epochs = total / rows_offered(store, run.window, cursors.values())
         whole = [(member, ranks.share.whole(member.sae)) for member in active]
-        if ranks.speaks:
+        if speaks:
             _warn_of_missed_targets(active)
         else:
             whole = []
