@@ -10,8 +10,8 @@ from torch import Tensor
 
 from saebench.harvest.ranks import joined
 from saebench.train import Member, Spec
-from saebench.train.loop import _joined, _teams, team_step
 from saebench.train.shares import SHARES, Share
+from saebench.train.teams import joined_ends, team_step, teams_of
 
 D, F, B = 16, 64, 48
 HOOKS = ("a", "b", "c")
@@ -74,7 +74,7 @@ def batches(case: Case) -> Iterator[dict[str, Tensor]]:
 def members_of(case: Case, share: Share) -> list[Member]:
     made = []
     for spec in case.specs:
-        means = [_joined([torch.full((D,), 0.3) for _ in hooks]) for hooks in spec.ends]
+        means = [joined_ends([torch.full((D,), 0.3) for _ in hooks]) for hooks in spec.ends]
         other = None if spec.ends.tied else means[1]
         parts = (D,) * len(spec.ends.writes)
         member = Member(spec, means[0], 8, case.n_steps, "cpu", mean_E=other, parts=parts, share=share)
@@ -101,7 +101,7 @@ def course(case: Case, share: Share, stop: int = 0) -> tuple[list[list[float]], 
                 members = members_of(case, share)
                 for member, state in zip(members, saved, strict=True):
                     member.restore(state)
-            for team in _teams(members):
+            for team in teams_of(members):
                 team_step(team, {hook: share.rows_of(x) for hook, x in rows.items()}, step)
             lines.append([float(value) for member in members for value in member.log_line(step).values()])
         return lines, [{k: v.clone() for k, v in share.whole(member.sae).state_dict().items()} for member in members]

@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 from saebench.config import differences, flat, to_json
 from saebench.harvest.ranks import World
-from saebench.train.member import Spec
 from saebench.train.shares import SHARES, Share
+from saebench.train.spec import Spec
 
 Over = Literal["grid", "rows", "latents"]
 PATIENCE = datetime.timedelta(minutes=10)  # for a process that does not come to where all meet

@@ -13,11 +13,11 @@ from saebench.sae import Ends
 from saebench.store.pair import TUNED
 from saebench.store.shuffle import BUFFER_ROWS
 from saebench.train.controls import Control
-from saebench.train.member import Spec
 from saebench.train.memory import total_memory
 from saebench.train.ranks import Over
 from saebench.train.recipes import EDITIONS, RECIPES, RESAMPLED, Architecture
 from saebench.train.schedules import WARMUP, default_learning_rate, pace
+from saebench.train.spec import Spec
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 Kind = Literal["sae", "transcoder", "crosscoder", "clt"]
