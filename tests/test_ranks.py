@@ -131,7 +131,6 @@ def test_a_rank_that_hangs_is_named_by_those_who_wait(store: Store, tmp_path: Pa
 def test_a_rank_that_lives_and_does_not_come_is_named_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saebench.harvest.ranks._BEAT", 0.05)
     monkeypatch.setattr("saebench.harvest.ranks._QUIET", 1.0)
-    monkeypatch.setattr("saebench.harvest.ranks._LINGER", 0.1)
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     watches = [Watch(store, rank, 3) for rank in range(3)]
     for watch, met in zip(watches, ([5, 9], [4, 2], [5, 2]), strict=True):

@@ -23,7 +23,6 @@ T = TypeVar("T")
 _PATIENCE = datetime.timedelta(days=7)
 _BEAT = 0.5  # seconds between a process's signs of life
 _QUIET = 2.5  # seconds without one, after which it is taken for gone
-_LINGER = 10.0  # seconds at most in which others hear from the process that holds the store who is gone
 
 
 class Watch:
@@ -56,10 +55,6 @@ class Watch:
             found = silent or [rank for rank in ranks if met[rank] == min(met.values()) < self.met[circle]]
             first = self._store.compare_set("saebench/missing", "", " ".join(map(str, found))).decode()
             named = [int(rank) for rank in first.split()]
-            self._store.add("saebench/heard", 1)
-            until = time.monotonic() + _LINGER * (self._rank == 0)
-            while time.monotonic() < until and self._store.add("saebench/heard", 0) < self._size - len(named):
-                time.sleep(_BEAT / 10)
         except RuntimeError:
             return "process 0 or the machine at which all met"
         return " and ".join(f"process {rank} ({after[rank][3]})" for rank in named) or "another process"
