@@ -29,9 +29,9 @@ import torch
 
 from saebench.sae import GatedSAE, JumpReLUSAE, ReLUSAE
 from saebench.train import Member, Spec
-from saebench.train.loop import team_step
 from saebench.train.objectives import Context
 from saebench.train.recipes import RECIPES
+from saebench.train.teams import team_step
 
 PEERS = Path(__file__).with_name("peers.py")
 

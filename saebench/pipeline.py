@@ -39,9 +39,10 @@ from saebench.sae.hub import local
 from saebench.store.coding import row_bytes
 from saebench.text import Document, TextConfig, fingerprint, open_documents
 from saebench.train import TrainConfig, train
-from saebench.train.member import Member, Spec
+from saebench.train.member import Member
 from saebench.train.recipes import Architecture
 from saebench.train.settings import grid
+from saebench.train.spec import Spec
 
 log = logging.getLogger(__name__)
 

@@ -27,10 +27,11 @@ from saebench.store.schema import Moments, StoreDtype
 from saebench.store.shuffle import shuffled_batches
 from saebench.text import TextConfig
 from saebench.train.gradients import exact_gradients
-from saebench.train.member import LOOK_EVERY, Member, Spec
+from saebench.train.member import LOOK_EVERY, Member
 from saebench.train.memory import need_of
 from saebench.train.objectives import Context, bandwidth
 from saebench.train.recipes import RECIPES
+from saebench.train.spec import Spec
 
 SHAPES = ((64, 512, 8, 128), (768, 24_576, 32, 2048))  # d_in, d_sae, k, rows
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}

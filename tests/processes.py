@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["processes", "saebench.cli", "transformers.models.llama"])
+# The first step of an optimizer imports torch._dynamo, for a second.
+_CONTEXT.set_forkserver_preload(["processes", "saebench.cli", "transformers.models.llama", "torch._dynamo"])
 _PATIENCE = 120  # seconds
 
 
@@ -26,6 +27,8 @@ class Child:
 
     def __init__(self, argv: tuple[str, ...], **conditions: object) -> None:
         self.output = Path(tempfile.mkstemp(prefix="saebench-test-")[1])
+        self.meets_at: object = None
+        """the store at which it meets others, which is there as long as one of them is known"""
         self.process = _CONTEXT.Process(target=_main, args=(argv, str(self.output)), kwargs=conditions)
         self.process.start()
 
@@ -60,15 +63,20 @@ def start(
 
 
 def start_ranks(size: int, *argv: str, last: dict[str, Any] | None = None, **conditions: Any) -> list[Child]:
-    """`saebench ARGV` in `size` children that are told of one another as torchrun does it, with nobody watching over them.
+    """`saebench ARGV` in `size` children that are told of one another as torchrun does it, and meet at a store of this process, with nobody watching over them.
 
     `last` are conditions of the last alone, and under `argv` what more it is told.
     """
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     known = {
         "TORCHELASTIC_RUN_ID": "test",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
         "WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": str(store.port),
     }
     children = []
     for rank in range(size):
@@ -76,6 +84,7 @@ def start_ranks(size: int, *argv: str, last: dict[str, Any] | None = None, **con
         told = (*argv, *own.pop("argv", ()))
         environment = known | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         children.append(start(*told, environment=environment, **conditions | own))
+        children[-1].meets_at = store
     return children
 
 
@@ -129,6 +138,7 @@ def _main(
 
     import saebench.harvest.pipeline
     import saebench.index.build
+    import saebench.train.clock
     import saebench.train.loop
     import saebench.train.member
     from saebench import cli
@@ -145,7 +155,7 @@ def _main(
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     if checkpoint_seconds is not None:
-        saebench.train.loop.CHECKPOINT_SECONDS = checkpoint_seconds
+        saebench.train.clock.CHECKPOINT_SECONDS = checkpoint_seconds
     if patience is not None:
         saebench.train.loop.PATIENCE = datetime.timedelta(seconds=patience)
     if unit_rows is not None:

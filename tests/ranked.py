@@ -10,8 +10,8 @@ from torch import Tensor
 
 from saebench.harvest.ranks import joined
 from saebench.train import Member, Spec
-from saebench.train.loop import _joined, _teams, team_step
 from saebench.train.shares import SHARES, Share
+from saebench.train.teams import joined_ends, team_step, teams_of
 
 D, F, B = 16, 64, 48
 HOOKS = ("a", "b", "c")
@@ -52,13 +52,12 @@ class Case(NamedTuple):
 
 ARCHITECTURES = ("relu", "topk", "gated", "batchtopk", "jumprelu", "matryoshka")
 RESUMED = ("relu", "batchtopk")
-LONG = 200 if int(os.environ.get("SAEBENCH_KILLS", "3")) > 3 else 40  # steps
+ALL = int(os.environ.get("SAEBENCH_KILLS", "3")) > 3
+LONG, SHORT = (200, 20) if ALL else (24, 12)  # steps
 CASES = [
-    *(Case(architecture, n_steps=LONG) for architecture in ARCHITECTURES),
-    *(Case(*of, n_steps=20) for of in (
-        ("relu", "transcoder"), ("topk", "transcoder"), ("gated", "crosscoder"), ("matryoshka", "clt"), ("jumprelu", "clt"),
-    )),
-    *(Case(architecture, n_steps=20, dtype=torch.float32) for architecture in ARCHITECTURES),
+    *(Case(architecture, n_steps=LONG) for architecture in (ARCHITECTURES if ALL else ("relu", "batchtopk"))),
+    *(Case(*of, n_steps=SHORT) for of in (("topk", "transcoder"), ("gated", "crosscoder"), ("matryoshka", "clt"), ("jumprelu", "clt"))),
+    *(Case(architecture, n_steps=SHORT, dtype=torch.float32) for architecture in (ARCHITECTURES if ALL else ("relu", "topk"))),
 ]  # fmt: skip
 
 
@@ -75,7 +74,7 @@ def batches(case: Case) -> Iterator[dict[str, Tensor]]:
 def members_of(case: Case, share: Share) -> list[Member]:
     made = []
     for spec in case.specs:
-        means = [_joined([torch.full((D,), 0.3) for _ in hooks]) for hooks in spec.ends]
+        means = [joined_ends([torch.full((D,), 0.3) for _ in hooks]) for hooks in spec.ends]
         other = None if spec.ends.tied else means[1]
         parts = (D,) * len(spec.ends.writes)
         member = Member(spec, means[0], 8, case.n_steps, "cpu", mean_E=other, parts=parts, share=share)
@@ -102,7 +101,7 @@ def course(case: Case, share: Share, stop: int = 0) -> tuple[list[list[float]], 
                 members = members_of(case, share)
                 for member, state in zip(members, saved, strict=True):
                     member.restore(state)
-            for team in _teams(members):
+            for team in teams_of(members):
                 team_step(team, {hook: share.rows_of(x) for hook, x in rows.items()}, step)
             lines.append([float(value) for member in members for value in member.log_line(step).values()])
         return lines, [{k: v.clone() for k, v in share.whole(member.sae).state_dict().items()} for member in members]
@@ -111,7 +110,8 @@ def course(case: Case, share: Share, stop: int = 0) -> tuple[list[list[float]], 
 
 
 def run(rank: int, size: int, port: int, folder: Path) -> None:
-    """What each process of some has of each case, shared in either way, once without and once with a restored state; `[case][over]`."""
+    """What each process of some has of each case that its circle of two is dealt, shared in either way, once without and once with a
+    restored state; `{case: {over: …}}`."""
     torch.set_num_threads(1)
     os.environ |= {
         "TORCHELASTIC_RUN_ID": "test",
@@ -120,15 +120,15 @@ def run(rank: int, size: int, port: int, folder: Path) -> None:
         "MASTER_ADDR": "127.0.0.1",
     }
     os.environ |= {"MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
-    found = []
     with joined("training") as world:
-        for case in CASES:
-            shares = {over: kind(world, B) for over, kind in SHARES.items()}
+        circle = world.circle(2)
+        shares = {over: kind(circle, B) for over, kind in SHARES.items()}
+        found = {}
+        for number in range(rank // 2, len(CASES), size // 2):
+            case = CASES[number]
             resumed = case.architecture in RESUMED and case.n_steps == LONG
-            found.append(
-                {
-                    over: (course(case, share), course(case, share, 27) if resumed else None)
-                    for over, share in shares.items()
-                }
-            )
+            found[number] = {
+                over: (course(case, share), course(case, share, 13) if resumed else None)
+                for over, share in shares.items()
+            }
     torch.save(found, folder / f"{rank}.pt")

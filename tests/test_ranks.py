@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import processes
 import pytest
@@ -20,10 +21,13 @@ from test_faults import KILLS
 from test_train import log_of, same_saes
 
 from saebench.files import read_json
-from saebench.harvest.ranks import Watch
+from saebench.harvest.ranks import Watch, World
 from saebench.sae import load_sae
 from saebench.store import Store
-from saebench.train.shares import Share
+from saebench.train import TrainConfig, grid
+from saebench.train.loop import _opened
+from saebench.train.ranks import Ranks
+from saebench.train.shares import SHARES, Share
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "train.py"
 SLOW = 0.004  # seconds by which a step is longer
@@ -129,13 +133,16 @@ def test_a_rank_that_lives_and_does_not_come_is_named_too(monkeypatch: pytest.Mo
     monkeypatch.setattr("saebench.harvest.ranks._QUIET", 1.0)
     store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     watches = [Watch(store, rank, 3) for rank in range(3)]
-    for watch, met in zip(watches, (5, 4, 5), strict=True):
+    for watch, met in zip(watches, ([5, 9], [4, 2], [5, 2]), strict=True):
         watch.met = met
-    assert watches[0].missing() == f"process 1 ({socket.gethostname()}, pid {os.getpid()})"
+    assert watches[0].missing(range(3)) == f"process 1 ({socket.gethostname()}, pid {os.getpid()})"
+    store.delete_key("saebench/missing")
+    assert watches[2].missing(range(1, 3), circle=True) == "another process"
+    watches[1].end()
+    assert watches[0].missing(range(3)).startswith("process 1 (")
+    watches[0].end()  # as the first to find out does
+    assert watches[2].missing(range(3)).startswith("process 1 (")
     watches[2].end()
-    assert watches[0].missing().startswith("process 2 (")
-    for watch in watches[:2]:
-        watch.end()
 
 
 def test_a_full_disk_on_one_rank_ends_all_with_that_message(store: Store, tmp_path: Path) -> None:
@@ -149,47 +156,58 @@ def test_a_full_disk_on_one_rank_ends_all_with_that_message(store: Store, tmp_pa
     assert re.search(said, second)
 
 
-@pytest.mark.parametrize(
-    ("more", "last", "message"),
-    [
-        ((), ("--k", "8"), r"process 0 and process 1 of this training were told otherwise: k: \[\] -> \[8\]"),
-        (
-            ("--arch", "topk", "--ranks", "grid"),
-            (),
-            r"there are 2 processes and 1 SAEs to deal out; expected no more processes than SAEs",
-        ),
-        (("--rolling", "5"), (), "rolling is 5 in 2 processes; expected one"),
-        (
-            ("--ranks", "latents", "--d-sae", "65"),
-            (),
-            "d_sae is 65 in 2 processes; expected a multiple of 2: .* 64 would do, or 66",
-        ),
-        (("--ranks", "rows", "--batch", "101"), (), "batch is 101 in 2 processes; expected a multiple of 2"),
-    ],
-)
-def test_what_processes_cannot_share_is_refused_by_all(
-    more: tuple[str, ...], last: tuple[str, ...], message: str, store: Store, tmp_path: Path
-) -> None:
-    for child in processes.start_ranks(2, *arguments(store, tmp_path, *more), last={"argv": last}):
+def test_processes_that_were_told_otherwise_are_refused_by_all(store: Store, tmp_path: Path) -> None:
+    for child in processes.start_ranks(2, *arguments(store, tmp_path), last={"argv": ("--k", "8")}):
         status, printed = child.ends()
         assert status == 2
-        assert re.search(message, printed), printed
+        assert "process 0 and process 1 of this training were told otherwise: k: [] -> [8]" in printed, printed
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("size", "more", "message"),
+    [
+        (3, {"ranks": "grid"}, "there are 3 processes and 2 SAEs to deal out; expected no more processes than SAEs"),
+        (6, {"share": 2}, "there are 3 circles of 2 processes and 2 SAEs to deal out; .* --nproc-per-node 4, or another --share"),
+        (4, {"ranks": "rows", "share": 3}, "share is 3 in 4 processes; expected a number that divides 4"),
+        (1, {"ranks": "rows", "share": 2}, "share is 2 in 1 processes; expected a number that divides 1"),
+        (2, {"ranks": "latents", "d_sae": (65,)}, "d_sae is 65 in 2 processes; expected a multiple of 2: .* 64 would do, or 66"),
+        (3, {}, "d_sae is 64 in 3 processes"),
+        (2, {"ranks": "rows", "batch": 101}, "batch is 101 in 2 processes; expected a multiple of 2"),
+    ],
+)  # fmt: skip
+def test_what_processes_cannot_share_is_refused(size: int, more: dict[str, Any], message: str) -> None:
+    sizes = {"d_sae": (64,), "batch": 100} | more
+    config = TrainConfig(store=Path("store"), out=Path("run"), arch=("topk",), k=(4, 8), **sizes)
+    with pytest.raises(ValueError, match=message):
+        Ranks(World(size=size), config, grid(config, 32))
+
+
+def test_a_circle_is_of_several_processes_and_windows_are_of_one(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="share is 2 of a grid that is dealt out; expected at least 2 processes, with"):
+        TrainConfig(store=store.folder, out=tmp_path, k=(4,), ranks="grid", share=2)
+    with pytest.raises(ValueError, match="share is 1; expected at least 2 processes"):
+        TrainConfig(store=store.folder, out=tmp_path, k=(4,), share=1)
+    with pytest.raises(ValueError, match="rolling is 5 in 2 processes; expected one"):
+        _opened(TrainConfig(store=store.folder, out=tmp_path, k=(4,), rolling=5), World(size=2))
 
 
 # ------------------------------------------------------------------------- an SAE shared, by rows or latents
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> list[list]:
-    """What each of two processes has of every case."""
+def shared(tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, dict]]:
+    """What the first and the second of a circle have of every case; two circles deal them out."""
     folder = tmp_path_factory.mktemp("shared")
-    processes.together(ranked.run, 2, folder)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    processes.together(ranked.run, 4, folder)
+    found = [torch.load(folder / f"{rank}.pt") for rank in range(4)]
+    return [found[rank] | found[rank + 2] for rank in range(2)]
 
 
 @pytest.mark.parametrize("number", range(len(ranked.CASES)), ids=lambda n: "-".join(map(str, ranked.CASES[n])))
-def test_shared_by_two_processes_an_sae_learns_what_it_learns_in_one(number: int, shared: list[list]) -> None:
+def test_shared_by_two_processes_an_sae_learns_what_it_learns_in_one(
+    number: int, shared: list[dict[int, dict]]
+) -> None:
     """AuxK and resampling included: four latents are dead from the first step on, and count as such from the eighth."""
     case = ranked.CASES[number]
     lines, weights = ranked.course(case, Share())
@@ -207,39 +225,64 @@ def test_shared_by_two_processes_an_sae_learns_what_it_learns_in_one(number: int
                 assert all(torch.allclose(one[name], two[name], rtol=1e-6, atol=1e-9) for name in one)
 
 
-def test_a_shared_sae_goes_on_from_its_state_with_the_same_bits(shared: list[list]) -> None:
+def test_a_shared_sae_goes_on_from_its_state_with_the_same_bits(shared: list[dict[int, dict]]) -> None:
     compared = 0
     for of in shared:
-        for case, found in zip(ranked.CASES, of, strict=True):
+        for number, found in of.items():
             for whole, resumed in found.values():
                 if resumed is not None:
-                    assert whole[0] == resumed[0], case
+                    assert whole[0] == resumed[0], ranked.CASES[number]
                     assert all(torch.equal(a[n], b[n]) for a, b in zip(whole[1], resumed[1], strict=True) for n in a)
                     compared += 1
     assert compared == 2 * 2 * len(ranked.RESUMED)
 
 
-@pytest.mark.parametrize("seed", range(1 if KILLS <= 3 else KILLS // 2))
-@pytest.mark.parametrize("over", ["rows", "latents"])
-def test_a_shared_run_is_saved_as_by_one_process_and_goes_on_after_a_kill(
-    over: str, seed: int, store: Store, whole: Path, tmp_path: Path
-) -> None:
-    command = arguments(store, tmp_path, "--ranks", over)
-    ranks = processes.start_ranks(2, *command, slow=SLOW, checkpoint_seconds=0.0)
-    begun, wait = tmp_path / "saes" / "checkpoint.json", random.Random(seed).uniform(0, 0.3) * (seed > 0)
-    processes.signal_when(ranks[1], lambda: begun.exists() and not time.sleep(wait), signal.SIGKILL)
-    status, printed = ranks[0].ends()
-    assert status == 2, printed
-    assert re.search(rf"process 1 \(\S+, pid {ranks[1].process.pid}\) of this training has ended early", printed), (
-        printed
-    )
-    for child in processes.start_ranks(2, *command):
-        status, printed = child.ends()
-        assert status == 0, printed
-    for folder in (whole / "saes").iterdir():
-        mine = tmp_path / "saes" / folder.name
+TWO = ("--arch", "relu,topk", "--tokens", "2000")
+
+
+@pytest.fixture(scope="module")
+def pairs(store: Store, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A grid of two by one process, and by two that share each SAE in either way."""
+    found = {over: tmp_path_factory.mktemp(over) for over in ("one", *SHARES)}
+    for over, out in found.items():
+        command = arguments(store, out, *TWO, *(("--ranks", over) if over in SHARES else ()))
+        for child in processes.start_ranks(2, *command) if over in SHARES else [processes.start(*command)]:
+            status, printed = child.ends()
+            assert status == 0, printed
+    return found
+
+
+@pytest.mark.parametrize("over", SHARES)
+def test_a_shared_grid_is_saved_as_by_one_process(over: str, pairs: dict[str, Path]) -> None:
+    for folder in (pairs["one"] / "saes").iterdir():
+        mine = pairs[over] / "saes" / folder.name
         one, two = log_of(folder), log_of(mine)
         assert two[-1]["fvu"] == pytest.approx(one[-1]["fvu"], rel=0.01)
         assert [line["step"] for line in two] == [line["step"] for line in one]
         assert load_sae(mine).W_dec.shape == load_sae(folder).W_dec.shape
+
+
+@pytest.mark.parametrize(
+    ("over", "seed"),
+    [("latents", 0)] if KILLS <= 3 else [(over, seed) for over in SHARES for seed in range(KILLS // 2)],
+)
+def test_a_shared_grid_dealt_out_to_circles_and_killed_and_resumed_has_the_same_bits(
+    over: str, seed: int, store: Store, pairs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of two processes, in turns with two circles of two."""
+    size = 4 if (over == "latents") == (seed % 2 == 0) else 2
+    command = arguments(store, tmp_path, *TWO, "--ranks", over, *(("--share", "2") if size == 4 else ()))
+    ranks = processes.start_ranks(size, *command, slow=SLOW, checkpoint_seconds=0.0)
+    begun, wait = tmp_path / "saes" / "checkpoint.json", random.Random(seed).uniform(0, 0.3) * (seed > 0)
+    processes.signal_when(ranks[1], lambda: begun.exists() and not time.sleep(wait), signal.SIGKILL)
+    for rank in (ranks[0], *ranks[2:]):
+        status, printed = rank.ends()
+        assert status == 2, printed
+        assert re.search(rf"process 1 \(\S+, pid {ranks[1].process.pid}\) of this training has ended early", printed), (
+            printed
+        )
+    for child in processes.start_ranks(size, *command):
+        status, printed = child.ends()
+        assert status == 0, printed
+    assert same_saes(tmp_path, pairs[over])
     assert not list(tmp_path.rglob("checkpoint*"))

@@ -25,8 +25,8 @@ from saebench.sae.sparse import forget_scratch
 from saebench.store import Store, shuffled_batches
 from saebench.train import Member, Spec, TrainConfig, grid, train
 from saebench.train.checkpoint import Checkpoint, begun_as
+from saebench.train.clock import Clock
 from saebench.train.identity import Run
-from saebench.train.loop import Clock
 from saebench.train.memory import check_memory, need_of
 from saebench.train.recipes import RECIPES
 from saebench.train.schedules import Sparsity, default_learning_rate, learning_rate, pace
@@ -346,7 +346,7 @@ def test_runs_go_on_with_the_defaults_they_were_begun_with(
     monkeypatch.setattr("saebench.train.settings.pace", lambda *_: 1.0)
     monkeypatch.setitem(RECIPES, "relu", RECIPES["relu"]._replace(edition=1))
     train(config(store, whole, **options))
-    monkeypatch.setattr("saebench.train.loop.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("saebench.train.clock.CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(Checkpoint, "save", save_and_cut)
     with pytest.raises(InterruptedError, match="cut"):
         train(config(store, cut, **options))
@@ -470,7 +470,7 @@ def test_when_all_diverge_the_run_stops(store: Store, tmp_path: Path) -> None:
 def test_a_checkpoint_never_holds_weights_that_are_not_finite(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("saebench.train.loop.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("saebench.train.clock.CHECKPOINT_SECONDS", 0.0)
     with pytest.raises(ValueError, match="no longer finite"):
         train(config(store, tmp_path, lr=(1e30,)))
     for file in (tmp_path / "saes").glob("*/checkpoint/*.safetensors"):
@@ -629,7 +629,7 @@ def test_after_a_bad_step_there_is_no_other(store: Store) -> None:
 
 def test_checkpoints_take_a_twentieth_of_the_time_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("saebench.train.loop.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("saebench.train.clock.time.monotonic", lambda: now[0])
     clock = Clock(0.0, 0)
     saves = []
     for _ in range(10_000):

@@ -132,7 +132,7 @@ def interrupted(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> N
         raise InterruptedError("cut")
 
     with monkeypatch.context() as patch:
-        patch.setattr("saebench.train.loop.CHECKPOINT_SECONDS", 0.0)
+        patch.setattr("saebench.train.clock.CHECKPOINT_SECONDS", 0.0)
         patch.setattr(Checkpoint, "save", save_and_cut)
         with pytest.raises(InterruptedError, match="cut"):
             run()

@@ -23,7 +23,7 @@ from saebench.runlog import interruptible, progress
 from saebench.sae import SAE, fold, initialise, new_sae
 from saebench.train import Member, Spec
 from saebench.train.checkpoint import Checkpoint
-from saebench.train.loop import Clock
+from saebench.train.clock import Clock
 from saebench.train.recipes import RECIPES, Architecture
 from saebench.train.settings import dead_steps_of, schedule_of
 

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -32,8 +32,8 @@ class Watch:
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self._store, self._rank, self._size = store.clone(), rank, size
-        self.met = 0
-        """how often this process came to where all meet"""
+        self.met = [0, 0]
+        """how often this process came to where all meet, and to where those of its circle do"""
         self._who, self._beats, self._over = f"{socket.gethostname()}, pid {os.getpid()}", 0, threading.Event()
         self._sign()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -43,18 +43,23 @@ class Watch:
         self._over.set()
         self._thread.join()
 
-    def missing(self) -> str:
-        """Whom the others wait for: those that give no more signs of life, or else those that have met the others least often."""
+    def missing(self, ranks: range, circle: bool = False) -> str:
+        """Whom the others of these wait for: those that give no more signs of life, or else those that have met the others least often.
+
+        All repeat what the first of them finds, who is gone itself when the last one looks.
+        """
         try:
             before = self._signs()
             time.sleep(_QUIET)
             after = self._signs()
+            silent = [rank for rank in ranks if before[rank] == after[rank] and rank != self._rank]
+            met = {rank: int(after[rank][1 + circle]) for rank in ranks}
+            found = silent or [rank for rank in ranks if met[rank] == min(met.values()) < self.met[circle]]
+            first = self._store.compare_set("saebench/missing", "", " ".join(map(str, found))).decode()
+            named = [int(rank) for rank in first.split()]
         except RuntimeError:
             return "process 0 or the machine at which all met"
-        silent = [rank for rank in range(self._size) if before[rank] == after[rank] and rank != self._rank]
-        fewest = min(int(sign[1]) for sign in after)
-        named = silent or [rank for rank, sign in enumerate(after) if int(sign[1]) == fewest < self.met]
-        return " and ".join(f"process {rank} ({after[rank][2]})" for rank in named) or "another process"
+        return " and ".join(f"process {rank} ({after[rank][3]})" for rank in named) or "another process"
 
     def _run(self) -> None:
         with contextlib.suppress(RuntimeError):  # the store ended with the process that held it
@@ -63,7 +68,7 @@ class Watch:
 
     def _sign(self) -> None:
         self._beats += 1
-        self._store.set(f"saebench/{self._rank}", f"{self._beats};{self.met};{self._who}")
+        self._store.set(f"saebench/{self._rank}", ";".join(map(str, (self._beats, *self.met, self._who))))
 
     def _signs(self) -> list[list[str]]:
         return [self._store.get(f"saebench/{rank}").decode().split(";") for rank in range(self._size)]
@@ -79,6 +84,20 @@ class World:
     safe: str = "whole shards are"
     """what a process that ends early leaves"""
     watch: Watch | None = None
+    patience: datetime.timedelta = _PATIENCE
+    first: int = 0
+    """of a circle, which of all processes its first one is"""
+    group: Any = None
+    """that of torch.distributed; of all processes none is needed"""
+
+    def circle(self, size: int) -> "World":
+        """Those, of circles of so many processes one after the other, among which this one is. All have to ask for theirs."""
+        if size == self.size:
+            return self
+        place, group = self.rank % size, None
+        if size > 1:
+            group, _ = dist.new_subgroups(group_size=size, timeout=self.patience)
+        return replace(self, rank=place, size=size, first=self.rank - place, group=group)
 
     @property
     def leads(self) -> bool:
@@ -104,12 +123,14 @@ class World:
     @contextlib.contextmanager
     def meeting(self) -> Iterator[None]:
         """Around what all processes do together. Raises ValueError naming the one that is no longer there, or does not come."""
+        circle = self.group is not None
         if self.watch is not None:
-            self.watch.met += 1
+            self.watch.met[circle] += 1
         try:
             yield
         except RuntimeError as error:
-            who = self.watch.missing() if self.watch is not None else "another process"
+            ranks = range(self.first, self.first + self.size)
+            who = self.watch.missing(ranks, circle) if self.watch is not None else "another process"
             raise ValueError(
                 f"{who} of this {self.work} has ended early or stands still; see what it printed. {self.safe.capitalize()} safe: "
                 "run the same command again to continue"
@@ -121,7 +142,7 @@ class World:
         if self.size > 1:
             words = [None] * self.size
             with self.meeting():
-                dist.all_gather_object(words, word)
+                dist.all_gather_object(words, word, group=self.group)
         return words
 
     def agreed(self, action: Callable[[], T]) -> T:
@@ -136,7 +157,7 @@ class World:
             raise error
         for rank, message in enumerate(messages):
             if message is not None:
-                raise ValueError(f"process {rank} of this {self.work} failed: {message}")
+                raise ValueError(f"process {self.first + rank} of this {self.work} failed: {message}")
         return result  # type: ignore[return-value]
 
 
@@ -158,7 +179,7 @@ def joined(
     store = dist.PrefixStore(work, store)  # pyright: ignore[reportPrivateImportUsage]
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     watch = Watch(store, rank, size)
-    world = World(rank, size, work, safe, watch)
+    world = World(rank, size, work, safe, watch, patience)
     try:
         world.gather("here")  # each has given a first sign
         yield world

@@ -20,6 +20,7 @@ from saebench.harvest.ranks import World
 from saebench.sae import read_config
 from saebench.store import Cursor
 from saebench.train.member import Member
+from saebench.train.shares import Share
 
 POINTER = "checkpoint.json"
 
@@ -28,11 +29,15 @@ class Checkpoint:
     """The resumable state of a grid under `folder`; `identity` maps each SAE, also those done, to what decides its training."""
 
     def __init__(
-        self, folder: Path, identity: dict[str, dict[str, Any]], world: World = World(), over: str = "grid"
+        self, folder: Path, identity: dict[str, dict[str, Any]], world: World = World(), share: Share = Share()
     ) -> None:
         """Of several processes each writes what it alone holds, and the leading one the pointer, once all have."""
-        self.folder, self.identity, self.world = folder, identity, world
-        self.ranks = {"processes": world.size, "over": over} if world.size > 1 else {"processes": 1}
+        self.folder, self.identity, self.world, self.share = folder, identity, world, share
+        self.ranks: dict[str, Any] = {"processes": world.size}
+        if world.size > 1:
+            self.ranks["over"] = share.over
+        if 1 < share.world.size < world.size:
+            self.ranks["share"] = share.world.size
 
     @property
     def exists(self) -> bool:
@@ -41,7 +46,7 @@ class Checkpoint:
     def save(self, members: list[Member], step: int, cursors: dict[str, Cursor], seconds: float) -> None:
         """Write all SAEs, then point to them. A full disk is a ValueError; the last checkpoint stays."""
         states = {member.spec.name: member.state() for member in members}
-        if self.ranks.get("over") == "rows" and not self.world.leads:
+        if self.share.over == "rows" and not self.share.world.leads:
             states = {}  # all hold the same
         self.world.agreed(lambda: self._write(states, step))
         # Of a grid dealt out, each process draws from the streams that its own SAEs need.
@@ -115,7 +120,8 @@ class Checkpoint:
     @property
     def _part(self) -> str:
         """In the name of a file that has a part of an SAE, which part."""
-        return f"-{self.world.rank + 1}-of-{self.world.size}" if self.ranks.get("over") == "latents" else ""
+        circle = self.share.world
+        return f"-{circle.rank + 1}-of-{circle.size}" if self.share.over == "latents" else ""
 
 
 def begun_as(folder: Path) -> dict[str, dict[str, Any]]:

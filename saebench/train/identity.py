@@ -23,9 +23,10 @@ from saebench.store.pair import PairedStore
 from saebench.store.schema import MASSIVE
 from saebench.store.shuffle import ShardsOf, quality
 from saebench.train.checkpoint import begun_as
-from saebench.train.member import Member, Spec
+from saebench.train.member import Member
 from saebench.train.rolling import window_shards
 from saebench.train.settings import TrainConfig, grid
+from saebench.train.spec import Spec
 
 log = logging.getLogger(__name__)
 GOOD_SHUFFLE = 0.9

@@ -3,22 +3,21 @@
 import contextlib
 import math
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from saebench.metrics import DUPLICATE
-from saebench.sae import SAE, Ends, JumpReLUSAE, Writes, initialise, new_sae
-from saebench.sae.architectures import NOT_OF_LATENTS
+from saebench.sae import SAE, JumpReLUSAE, Writes, initialise, new_sae
 from saebench.train.controls import FROZEN, keep_near
 from saebench.train.gradients import Gradients, alone, shared_gradients
 from saebench.train.objectives import Context, bandwidth
 from saebench.train.recipes import EDITIONS, RECIPES
-from saebench.train.schedules import DECAY, WARMUP, Sparsity, learning_rate
+from saebench.train.resampling import keys_of, point
+from saebench.train.schedules import Sparsity, learning_rate
 from saebench.train.shares import Share
+from saebench.train.spec import Spec
 
 CLIP = 1.0
 LOOK_EVERY = 50  # steps on a GPU between moments when the host reads from it
@@ -27,67 +26,9 @@ ROOM = 2.0  # times the most active pairs of late, for those of the next steps o
 DENSE_ABOVE = {"cpu": 0.15, "cuda": 0.06, "cuda tf32": 0.01}
 _THRESHOLD_RATE = 0.01  # of BatchTopK's running mean of the least activation
 _POOLED = 16  # steps before a resampling whose rows are drawn from
-_PAIRED = 1024  # rows whose cosines with all others are held at once
-_ENCODER_SHARE = 0.2  # of the living latents' mean encoder norm, for a resampled one (Bricken et al. 2023)
 _NONE = torch.empty(0, dtype=torch.int64)
 _SUMS = ("loss", "mse", "sparsity", "aux", "variance", "l0", "grad_norm", "coefficient", "steps")
 _OWN = ("sums", "silent_steps", "diverged_at", "pool", "pool_keys")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spec:
-    """One point of a grid. Sparsity is set by exactly one of k, target_l0 and l1."""
-
-    name: str
-    hook: str = ""
-    """of an SAE; others have what follows"""
-    reads: tuple[str, ...] = ()
-    writes: tuple[str, ...] = ()
-    skip: bool = False
-    set: str = ""
-    """name of the dictionaries that belong together, of several layers"""
-    joint: bool = False
-    """whether what is to be written at a hook is the sum over the set"""
-    architecture: str
-    d_sae: int
-    k: int | None = None
-    target_l0: float | None = None
-    l1: float | None = None
-    lr: float
-    warmup: float = WARMUP
-    decay: float = DECAY
-    edition: int = 1
-    """the row of `EDITIONS`"""
-    pace: float = 1.0
-    """of the controller that meets target_l0"""
-    control: str = ""
-    """the constraint under which it is trained as a control"""
-    seed: int
-
-    @property
-    def ends(self) -> Ends:
-        return Ends(self.reads or (self.hook,), self.writes or (self.hook,))
-
-    @property
-    def team(self) -> str:
-        """Those that take their steps together: the members of a joint set, and every other alone."""
-        return self.set if self.joint else self.name
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields; `edition` and `pace` where they are not 1, which they were for all once, and of an SAE none that it had not then."""
-        values = asdict(self)
-        for name in ("edition", "pace"):
-            if values[name] == 1:
-                del values[name]
-        if not self.control:
-            del values["control"]
-        if not self.joint:
-            del values["set"], values["joint"]  # decides nothing
-        if not self.reads:
-            del values["reads"], values["writes"], values["skip"]
-            return values
-        del values["hook"]
-        return values | {"reads": list(self.reads), "writes": list(self.writes)}
 
 
 class Member:
@@ -322,63 +263,26 @@ class Member:
         return left if due else torch.inf
 
     def _pool(self, x_BD: Float[Tensor, "B D"], error_B: Float[Tensor, " B"], step: int) -> None:
-        """Draw from the rows of several batches by their squared loss, without replacement: the pool keeps as many as a batch has.
-        What it has of the rows of this process is all that matters of them in the end.
+        """Draw from the rows of several batches by their squared loss; the pool keeps as many as a batch has.
 
-        The rows of the largest u^(1/weight), u uniform, are such a draw (Efraimidis and Spirakis 2006, algorithm A-Res).
+        What it has of the rows of this process is all that matters of them in the end.
         """
         generator = torch.Generator(device=x_BD.device).manual_seed(self.spec.seed * 1_000_003 + step)
-        weights_B = error_B.double().pow(2).nan_to_num(0.0, 0.0, 0.0)
         n_rows = self.share.n_rows(len(x_BD))
         u_B = torch.rand(n_rows, dtype=torch.float64, generator=generator, device=x_BD.device)
-        keys = torch.cat([self.pool_keys, self.share.rows_of(u_B).log() / weights_B.clamp(min=1e-30)])
+        keys = torch.cat([self.pool_keys, keys_of(self.share.rows_of(u_B), error_B)])
         self.pool_keys, best = keys.topk(min(n_rows, len(keys)))
         self.pool = torch.cat([self.pool, x_BD])[best]
 
     def _resample(self) -> None:
-        """Point dead latents at badly reconstructed inputs (Bricken et al. 2023, "Neuron resampling"), each at another.
-
-        What they write is that input, or what is missing there where other vectors are written than read.
-        Other than there, the bias lets them fire on what is at least half as far along as their input, and not on half of all.
-        Where there are fewer inputs than dead latents, the rest stay dead until the next time.
-        """
-        pool, _ = self.share.pooled(self.pool, self.pool_keys)
-        x, y = pool[:, : self.sae.d_in], pool[:, self.sae.d_in :]
-        offsets = x - self.sae.b_pre
+        """Point dead latents at rows of the pool, which is empty then."""
+        rows, _ = self.share.pooled(self.pool, self.pool_keys)
         self.pool, self.pool_keys = self.pool[:0], self.pool_keys[:0]
-        dead = (self.silent_steps >= self.dead_steps).nonzero().flatten()
-        n_dead = self.share.count(len(dead))
+        silent = self.silent_steps >= self.dead_steps
+        n_dead = self.share.count(int(silent.sum()))
         if n_dead == 0 or n_dead == self.spec.d_sae or self.diverged is not None:
             return
-        sae, mean = self.sae, self.share.mean
-        alive = self.silent_steps < self.dead_steps
-        chosen = _apart(offsets).nonzero()[:n_dead, 0]
-        x_hat = self.share.reconstructed(sae, x[chosen]) if not sae.tied else None
-        start = self.share.before(len(dead))
-        own = slice(start, start + len(dead))
-        chosen = chosen[own]
-        offsets, dead = offsets[chosen], dead[: len(chosen)]
-        directions = written = torch.nn.functional.normalize(offsets, dim=1)
-        if x_hat is not None:
-            written = torch.nn.functional.normalize(y[chosen] - x_hat[own], dim=1)
-        encoder_norm = _ENCODER_SHARE * mean(self.parameters["W_enc"][alive].norm(dim=1))
-        biases = () if "threshold" in self.parameters else ("b_enc", "b_gate", "b_mag")
-        for name, parameter in self.parameters.items():
-            if name in NOT_OF_LATENTS:
-                continue
-            if name == "W_enc":
-                parameter[dead] = directions * encoder_norm
-            elif name == "W_dec":
-                parameter[dead] = written * mean(parameter[alive].norm(dim=1))
-            elif name in biases:
-                parameter[dead] = -0.5 * encoder_norm * offsets.norm(dim=1)
-            else:
-                parameter[dead] = bandwidth(sae.d_in) if name == "threshold" else 0.0
-            # With no second moment Adam's next step would be many times lr, and undo the direction.
-            moments = self.optimizer.state[parameter]
-            moments["exp_avg"][dead] = 0.0
-            moments["exp_avg_sq"][dead] = mean(moments["exp_avg_sq"][alive])
-        self.silent_steps[dead] = 0
+        self.silent_steps[point(self.sae, self.parameters, self.optimizer, self.share, rows, silent, n_dead)] = 0
 
     # ------------------------------------------------------------------------------ checkpoint
 
@@ -411,10 +315,3 @@ class Member:
         self.pool, self.pool_keys = self.share.own_pool(self.pool, self.pool_keys)
         self.sparsity.restore(state)
         self._look()
-
-
-def _apart(rows_ND: Float[Tensor, "N D"]) -> Bool[Tensor, " N"]:
-    """Which rows point nowhere near one before them."""
-    unit_ND = torch.nn.functional.normalize(rows_ND, dim=1)
-    parts = enumerate(unit_ND.split(_PAIRED))
-    return ~torch.cat([(part @ unit_ND.T).tril_(_PAIRED * n - 1).amax(1) > DUPLICATE for n, part in parts])

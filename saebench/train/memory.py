@@ -14,9 +14,10 @@ import torch
 
 from saebench.sae.sparse import rows_of_a_block
 from saebench.train.gradients import Kin, rows_at_once
-from saebench.train.member import DENSE_ABOVE, ROOM, Spec
+from saebench.train.member import DENSE_ABOVE, ROOM
 from saebench.train.objectives import prefixes
 from saebench.train.recipes import RECIPES
+from saebench.train.spec import Spec
 
 log = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """Several processes on one training, started by torchrun: who trains what, and what they agree on between steps.
 
-`World` is who is there. Of a grid dealt out, processes meet every `MEET_EVERY` steps; where they share each SAE, in every step, whose sums are
-in `shares.py`.
+`World` is who is there. A circle of processes shares each of its SAEs, in ways that are in `shares.py`, and the grid is dealt out to circles.
+Of circles of one all meet every `MEET_EVERY` steps, of others in every step.
 """
 
 import datetime
@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 from saebench.config import differences, flat, to_json
 from saebench.harvest.ranks import World
-from saebench.train.member import Spec
 from saebench.train.shares import SHARES, Share
+from saebench.train.spec import Spec
 
 Over = Literal["grid", "rows", "latents"]
 PATIENCE = datetime.timedelta(minutes=10)  # for a process that does not come to where all meet
@@ -51,33 +51,38 @@ class Ranks:
         """Raises ValueError for what so many processes cannot share."""
         self.world = world
         teams = list(dict.fromkeys(spec.team for spec in specs))
-        self.over: Over = config.ranks or ("grid" if world.size <= len(teams) else "latents")
-        shared = self.over if world.size > 1 else "grid"
-        self.share = Share() if shared == "grid" else SHARES[shared](world, config.batch)
+        over: Over = config.ranks or ("grid" if world.size <= len(teams) and not config.share else "latents")
+        size = 1 if over == "grid" else config.share or world.size
+        """of a circle"""
+        if world.size % size:
+            raise ValueError(
+                f"share is {size} in {world.size} processes; expected a number that divides {world.size}: as many share each SAE, and the "
+                "grid is dealt out to them"
+            )
+        circles = world.size // size
+        if circles > len(teams):
+            fewer = f"{len(teams)} or fewer" if size == 1 else f"{len(teams) * size}, or another --share"
+            raise ValueError(
+                f"there are {circles} {f'circles of {size} processes' if size > 1 else 'processes'} and {len(teams)} SAEs to deal out; "
+                f"expected no more{' processes' * (size == 1)} than SAEs (a cross-layer set is one): start torchrun with "
+                f"--nproc-per-node {fewer}{', or use --ranks latents' * (size == 1)}"
+            )
+        if over == "rows" and config.batch % size:
+            raise ValueError(
+                f"batch is {config.batch} in {size} processes; expected a multiple of {size}: each takes as many rows"
+            )
+        if over == "latents" and (wrong := [spec.d_sae for spec in specs if spec.d_sae % size]):
+            less = wrong[0] // size * size
+            raise ValueError(
+                f"d_sae is {wrong[0]} in {size} processes; expected a multiple of {size}: each holds as many "
+                f"latents. {less} would do, or {less + size}"
+            )
+        circle = world.circle(size)
+        self.share = SHARES[over](circle, config.batch) if size > 1 else Share(circle)
         """what each member is a part of"""
-        self.meet_every = MEET_EVERY if shared == "grid" else 1
-        self.own = teams[world.rank :: world.size] if shared == "grid" else teams
+        self.meet_every = MEET_EVERY if size == 1 else 1
+        self.own = teams[world.rank // size :: circles]
         """the teams whose SAEs are trained here"""
-        if shared == "grid" and world.size > len(teams):
-            raise ValueError(
-                f"there are {world.size} processes and {len(teams)} SAEs to deal out; expected no more processes than SAEs "
-                f"(a cross-layer set is one): start torchrun with --nproc-per-node {len(teams)} or fewer, or use --ranks latents"
-            )
-        if shared == "rows" and config.batch % world.size:
-            raise ValueError(
-                f"batch is {config.batch} in {world.size} processes; expected a multiple of {world.size}: each takes as many rows"
-            )
-        if shared == "latents" and (wrong := [spec.d_sae for spec in specs if spec.d_sae % world.size]):
-            less = wrong[0] // world.size * world.size
-            raise ValueError(
-                f"d_sae is {wrong[0]} in {world.size} processes; expected a multiple of {world.size}: each holds as many "
-                f"latents. {less} would do, or {less + world.size}"
-            )
-
-    @property
-    def speaks(self) -> bool:
-        """Whether this process writes what is known of its SAEs: of those that are shared, the leading one."""
-        return self.world.leads or self.over == "grid"
 
     def agree(self, step: int, wish: Wish, failure: Exception | None = None) -> Wish:
         """What all do at the end of this step. Raises the failure, or a ValueError that says which process's it was."""

@@ -13,11 +13,11 @@ from saebench.sae import Ends
 from saebench.store.pair import TUNED
 from saebench.store.shuffle import BUFFER_ROWS
 from saebench.train.controls import Control
-from saebench.train.member import Spec
 from saebench.train.memory import total_memory
 from saebench.train.ranks import Over
 from saebench.train.recipes import EDITIONS, RECIPES, RESAMPLED, Architecture
 from saebench.train.schedules import WARMUP, default_learning_rate, pace
+from saebench.train.spec import Spec
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 Kind = Literal["sae", "transcoder", "crosscoder", "clt"]
@@ -90,6 +90,8 @@ class TrainConfig:
     """cuda or cpu (default: cuda where it is at hand)"""
     ranks: Over | None = None
     """what several processes that torchrun started share: the SAEs of a grid, dealt out; the rows of each batch; or the latents of each SAE, for one that outgrows a device (default: grid, or latents where there are fewer SAEs than processes)"""
+    share: int | None = None
+    """processes that share each SAE by rows or latents, where the grid is dealt out to several such circles (default: all of them)"""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch", "expansion", "memory_gb", "buffer_rows"):
@@ -98,6 +100,11 @@ class TrainConfig:
         if self.memory_gb is not None and self.buffer_rows is not None:
             raise ValueError(
                 f"memory_gb is {self.memory_gb:g} and buffer_rows {self.buffer_rows}; expected one of them: either follows from the other"
+            )
+        if self.share is not None and (self.share < 2 or self.ranks == "grid"):
+            of = " of a grid that is dealt out" * (self.ranks == "grid")
+            raise ValueError(
+                f"share is {self.share}{of}; expected at least 2 processes, with --ranks rows or latents, for each SAE"
             )
         if self.rolling is not None and self.rolling < 3:
             raise ValueError(

@@ -23,8 +23,11 @@ Found = tuple[SparseCode, Float[Tensor, " n"]]
 class Share:
     """The whole of an SAE and of each batch."""
 
+    over = "grid"
+    """what is shared"""
+
     def __init__(self, world: World = World(), batch: int = 0) -> None:
-        """Among the processes of a world, of batches of so many rows."""
+        """Among the processes of a world, or of one of its circles, of batches of so many rows."""
         self.world, self.batch = world, batch
 
     # ------------------------------------------------------------------- which part is this process's
@@ -117,14 +120,14 @@ class Share:
         """In place where it is contiguous."""
         value = value.contiguous()
         with self.world.meeting():
-            dist.all_reduce(value)
+            dist.all_reduce(value, group=self.world.group)
         return value
 
     def _gather(self, value: Tensor) -> Tensor:
         """`[N, …]`, of tensors of one shape."""
         found = value.new_empty(self.world.size, *value.shape)
         with self.world.meeting():
-            dist.all_gather(list(found.unbind(0)), value.contiguous())
+            dist.all_gather(list(found.unbind(0)), value.contiguous(), group=self.world.group)
         return found
 
     def _add_up(self, gradients: Any, summed: list[Tensor]) -> list[Tensor]:
@@ -168,6 +171,8 @@ class Share:
 class RowShare(Share):
     """A part of each batch's rows; weights, and what is learned beside them, are the same in all processes."""
 
+    over = "rows"
+
     def rows_of(self, x_BD: Tensor) -> Tensor:
         return x_BD.chunk(self.world.size)[self.world.rank]
 
@@ -209,6 +214,8 @@ class RowShare(Share):
 
 class LatentShare(Share):
     """A part of the latents, with their moments; each process sees all rows, and b_dec and W_skip are the same in all."""
+
+    over = "latents"
 
     def part(self, sae: SAE) -> SAE:
         n, rest = divmod(sae.d_sae, self.world.size)
@@ -297,7 +304,7 @@ class LatentShare(Share):
         return self._sum(squared).sqrt()
 
 
-SHARES: dict[str, type[Share]] = {"rows": RowShare, "latents": LatentShare}
+SHARES: dict[str, type[Share]] = {kind.over: kind for kind in (RowShare, LatentShare)}
 """the ways to share an SAE, by their names in settings"""
 
 
