@@ -1,7 +1,7 @@
 """Strengths by order of the interactions behind a model's predictions, at several points of its training.
 
-    python scripts/train_demo_model.py --work runs/demo-model --keep 100 400 1600
-    python benchmarks/interactions_by_order.py --model runs/demo-model/step-100 runs/demo-model/step-400 saebench/demo/model --contexts 50 --plot orders.png
+    python scripts/train_demo_model.py --work runs/demo-model --out runs/demo-model/end --keep 100 400 1600
+    python benchmarks/interactions_by_order.py --model runs/demo-model/step-100 runs/demo-model/step-400 runs/demo-model/end --contexts 50 --plot orders.png
 
 The same contexts of held-out modules for all models, which share a tokenizer. At each, the log-probability of the token that follows in the
 text is split into AND-OR interactions of the n tokens before the last; those of one order are summed by size, positive and negative apart, of
@@ -29,6 +29,8 @@ class Place(NamedTuple):
 
     ids: np.ndarray
     following: int
+    pieces: list[bytes]
+    """what both say"""
 
 
 def places(model: LanguageModel, number: int, length: int) -> list[Place]:
@@ -41,7 +43,8 @@ def places(model: LanguageModel, number: int, length: int) -> list[Place]:
         if len(ids) <= length:
             continue
         start = int(random.integers(len(ids) - length))
-        found.append(Place(np.array([bos, *ids[start : start + length]]), ids[start + length]))
+        taken = ids[start : start + length + 1]
+        found.append(Place(np.array([bos, *taken[:-1]]), taken[-1], [model.pieces[one] for one in taken]))
         if len(found) == number:
             break
     return found
@@ -64,6 +67,8 @@ def measured(name: str, contexts: list[Place], n: int) -> tuple[np.ndarray, floa
     model = load_model(name, device="cpu", dtype="float32")
     mask, rows, nats = mask_of(model, "unattended"), [], []
     for place in contexts:
+        if [model.pieces[int(one)] for one in (*place.ids[1:], place.following)] != place.pieces:
+            raise ValueError(f"{name} has another tokenizer than the last model; expected models of one training")
         scalar = log_probability(model, place.following)
         found = interactions(model, place.ids, scalar, mask, n=n, reach=n, step=lambda *_: None)
         rows.append(by_order(found))
