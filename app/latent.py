@@ -31,6 +31,7 @@ from saebench.index.page import (
     logits_svg,
     name_html,
     named_html,
+    needs_html,
     ranked_html,
     short_hook,
 )
@@ -48,7 +49,7 @@ def show_latent(sae: Trained, table: LatentTable, number_: int, query: Query, ti
     """The page of a latent; `title` is the place for its heading."""
     index = table.index
     latent, called = index[number_], table.names[number_]
-    note = table.notes[number_]
+    note, needs = table.notes[number_], table.needs.get(number_)
     with title:
         st.title(f"Latent {number_}" + (f": {plain(note.label)}" if note.label else ""))
     steps(table, number_, query)
@@ -61,7 +62,7 @@ def show_latent(sae: Trained, table: LatentTable, number_: int, query: Query, ti
         else ""
     )
     clickable(
-        f"""{named_html(called)}{candidates_html(latent, called)}{figures_html(latent, scores)}
+        f"""{named_html(called)}{candidates_html(latent, called, needs)}{needs_html(needs)}{figures_html(latent, scores)}
 <div class="columns"><div><h3>Firings by strength</h3>{activations_svg(latent, index.bin_edges)}
 <h3>Direct effects on logits</h3>{logits_svg(latent)}{hooks_html(index, latent)}</div>
 <div><h3>Fires on</h3>{ranked_html(index, latent.tokens)}</div>{tops}</div>""",

@@ -16,6 +16,7 @@ from saebench.browse.serve import EMBEDDER
 from saebench.browse.table import LatentTable
 from saebench.index import open_feature_index
 from saebench.index.explanations import explanations_path, read_explanations
+from saebench.index.needs import needs_path, read_needs
 from saebench.index.notes import Notes
 from saebench.index.search import TextFeatures, features_for_text
 from saebench.models import LanguageModel, load_model, model_path
@@ -75,6 +76,10 @@ class Opened:
             judged, problem = read_explanations(self.index), ""
         except ValueError as error:  # names are what they are without a judge
             judged, problem = {}, str(error)
+        try:
+            needs = read_needs(self.index)
+        except ValueError as error:  # and without interactions
+            needs, problem = {}, "; ".join(filter(None, [problem, str(error)]))
         return LatentTable(
             self.index,
             notes,
@@ -82,6 +87,7 @@ class Opened:
             judged,
             problem,
             Path(given) if (given := os.environ.get(EMBEDDER)) else None,
+            needs,
         )
 
     @property
@@ -112,7 +118,7 @@ def _files(sae: Trained) -> Files:
     """All that an `Opened` is made from; its model looks after its own."""
     now = Trained(sae.run, sae.folder)  # what is noted in `sae` may be of earlier
     own = [now.folder / CONFIG, now.folder / WEIGHTS, now.index_path]
-    own += [scores_path(now.index_path), explanations_path(now.index_path)]
+    own += [scores_path(now.index_path), explanations_path(now.index_path), needs_path(now.index_path)]
     return files_of(*own, *([] if now.store is None else [now.store / MANIFEST]))
 
 

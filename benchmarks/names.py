@@ -12,6 +12,7 @@ import numpy as np
 from saebench.index import IndexConfig, open_feature_index
 from saebench.index.explanations import read_explanations
 from saebench.index.names import Names
+from saebench.index.needs import read_needs
 
 
 def median(values: np.ndarray) -> str:
@@ -29,7 +30,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     with open_feature_index(args.index or IndexConfig(sae=args.sae).path, sae=args.sae, store=args.store) as index:
-        names = Names(index, judged=read_explanations(index))
+        names = Names(index, judged=read_explanations(index), needs=read_needs(index))
         columns, explained = names.columns, names.columns["explained"].astype(bool)
         f1, detection = columns["name_f1"], columns["name_detection"]
         print("| | latents | share | F1 | detection |\n|---|---|---|---|---|")
@@ -37,7 +38,7 @@ def main() -> None:
         sources = np.array([names[latent].source if explained[latent] else "" for latent in range(index.d_sae)])
         rows |= {
             f"named by {source}": sources == source
-            for source in ("rule", "tokens", "judge")
+            for source in ("rule", "tokens", "interactions", "judge")
             if (sources == source).any()
         }
         for what, chosen in rows.items():

@@ -28,7 +28,7 @@ from saebench.harvest.settings import settled
 from saebench.index import IndexConfig, build_index
 from saebench.index.export import ExportConfig, export
 from saebench.index.layout import MapConfig, make_map
-from saebench.interactions import WhyConfig, why
+from saebench.interactions import InteractionsConfig, WhyConfig, survey, why
 from saebench.judge import ExplainConfig, explain
 from saebench.pipeline import RunConfig, run, run_stages
 from saebench.printed import (
@@ -38,6 +38,7 @@ from saebench.printed import (
     show_cases,
     show_evaluation,
     show_figures,
+    show_needs,
     show_ranking,
     show_run,
     show_sweep,
@@ -145,6 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     command("circuits", _circuits, about, CircuitConfig)
     about = "which tokens a latent, or the next token, needs together (AND), and which in place of each other (OR)"
     command("why", _why, about, WhyConfig)
+    about = "what latents need beside their token: the sets that several examples have, and the rule these make"
+    command("interactions", _interactions, about, InteractionsConfig)
     steering = command("steer", _steer, "generate with latents turned up, down or off, beside controls", SteerConfig)
     steering.add_argument(
         "action", nargs="?", choices=("rank",), help="rank: list the latents that are best to steer with"
@@ -354,6 +357,14 @@ def _why(arguments: argparse.Namespace) -> int:
     config = from_arguments(WhyConfig, arguments)
     found = why(config)
     print(json.dumps(found.to_json()) if config.json else "\n".join(found.lines()))
+    return 0
+
+
+def _interactions(arguments: argparse.Namespace) -> int:
+    found = survey(from_arguments(InteractionsConfig, arguments))
+    if found is None:
+        return INTERRUPTED
+    print(show_needs(*found))
     return 0
 
 

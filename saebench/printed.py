@@ -1,5 +1,6 @@
 """Results as a terminal shows them: text of tables, figures and generations."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from saebench.demo.circuits import Shown, told
 from saebench.evaluate import massive_note, tables
 from saebench.index.explanations import Explanation, Halves
 from saebench.index.names import Names
+from saebench.index.needs import ORDERS, Needs
 from saebench.steer import Bench, Generation
 from saebench.steer.dose import DoseResponse
 from saebench.steer.scores import Scores
@@ -39,7 +41,7 @@ def _second(halves: Halves | None) -> float | None:
 
 
 def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
+    return "–" if value is None or math.isnan(value) else f"{value:.2f}"
 
 
 def effects_table(found: Tried) -> list[list[str]]:
@@ -65,6 +67,22 @@ def show_ranking(bench: Bench, scores: Scores, latents: Int[ndarray, " f"]) -> s
         rows.append([str(latent), *figures, tokens, name.text if name.explained else "-"])
     note = "\n~ estimated on a few short prompts; `--latent N` measures it whole"
     return format_table(rows, left=(0, 3, 4)) + ("" if scores.measured[latents].all() else note)
+
+
+def show_needs(bench: Bench, found: dict[int, Needs]) -> str:
+    """A row for each latent: its strength by order, the set that says most, and its name."""
+    assert bench.index
+    names = Names(bench.index, needs=found)
+    rows = [["latent", "contextuality", *ORDERS, "transfers", "set", "F1", "name"]]
+    for latent, needs in found.items():
+        shares = (_figure(value) for value in (needs.contextuality, *(needs.by_order or [None] * 4), needs.share))
+        first = f"{needs.sets[0].strength:+.2f} {needs.sets[0].text}" if needs.sets else "–"
+        name = names[latent]
+        said = name.text if name.explained else "–"
+        rows.append([str(latent), *shares, first, _figure(name.f1), f"{'* ' * (name.source == 'interactions')}{said}"])
+    named = sum(row[-1].startswith("* ") for row in rows)
+    note = f"* {named} of {len(found)} have the rule that their interactions make as name"
+    return "\n".join([format_table(rows, left=(0, 7, 9)), note])
 
 
 def show_texts(prompt: str, made: Generation) -> str:

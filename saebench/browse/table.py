@@ -13,6 +13,7 @@ from saebench.index.derive import FLAGS
 from saebench.index.explanations import Explanation
 from saebench.index.meaning import Meaning
 from saebench.index.names import Names
+from saebench.index.needs import Needs
 from saebench.index.notes import Note, Notes
 from saebench.steer.scores import Scores
 
@@ -25,6 +26,7 @@ HEADINGS = {
     "rule_f1": ("rule", "F1 of its rule, on held-out tokens"),
     "tokens_f1": ("tokens", "F1 of its list of tokens, on held-out tokens"),
     "output": ("output", "probability that its top logit tokens gain when it is clamped: how well it steers"),
+    "contextuality": ("context", "share of its strength that several tokens make together: 0 of a detector of its token; known of latents that `saebench interactions` explained"),
     "nearest_cosine": ("nearest", "cosine of the nearest other decoder row"),
     "encoder_cosine": ("enc·dec", "cosine of its encoder and decoder rows"),
     "logit_std": ("logits σ", "standard deviation of its direct effects on all logits"),
@@ -85,15 +87,20 @@ class LatentTable:
         judged: dict[int, Explanation] | None = None,
         problem: str = "",
         embedder: Path | None = None,
+        needs: dict[int, Needs] | None = None,
     ) -> None:
         """`problem` is what is wrong with what lies beside the index, and was left out; `embedder` a folder with what gives names a meaning."""
         self.index, self.notes, self.problem, self.embedder = index, notes, problem, embedder
         self._meant: tuple[Any, Meaning] | None = None
-        self.names = Names(index, notes, judged)
+        self.needs = needs or {}
+        self.names = Names(index, notes, judged, self.needs)
         """what each latent is called"""
         self.columns = index.columns | {name: self.names.columns[name] for name in ("name_f1", "name_detection")}
         self.estimated = np.zeros(index.d_sae, bool)
         """`[F]` whose output score is an estimate of the screen"""
+        if self.needs:
+            self.columns["contextuality"] = np.full(index.d_sae, np.nan)
+            self.columns["contextuality"][list(self.needs)] = [one.contextuality for one in self.needs.values()]
         if scores is not None:
             self.columns["output"] = scores.output
             self.estimated |= ~scores.measured

@@ -12,6 +12,7 @@ from saebench.evaluate.sets import ends_of_set, set_of
 from saebench.index import IndexConfig, open_feature_index
 from saebench.index.explanations import read_explanations
 from saebench.index.names import Names
+from saebench.index.needs import read_needs
 from saebench.index.notes import Notes
 from saebench.models import LanguageModel, check_hook, choose_device, load_model, widths_of
 from saebench.sae import Ends, ends_of, load_sae, read_config
@@ -109,7 +110,7 @@ def names_of(replacement: Replacement, graph: Graph) -> Iterator[Named]:
             with contextlib.suppress(ValueError):
                 index = stack.enter_context(open_feature_index(path, sae=one.folder, need_store=False))
                 notes = Notes(path.with_suffix(".notes.json"), index.identity["sae"], index.d_sae)
-                known[number] = Names(index, notes, read_explanations(index))
+                known[number] = Names(index, notes, read_explanations(index), read_needs(index))
 
         def named(node: int) -> str:
             names = known.get(int(graph.latents.member[node]))

@@ -31,7 +31,7 @@ def explain(
     if tokenizer is None or not all(len(samples[split].rows) for split in ("train", "validation")):
         return {}
     texts = TokenBytes(tokenizer).all()
-    literals, rows = _rows(store, "train", samples["train"], d_sae, texts, labellers)
+    literals, rows = labelled_rows(store, "train", samples["train"], d_sae, texts, labellers)
     alone = np.array([is_token(name) for name in literals.names], bool)
     rules, lists = fit_rules(rows, alone, workers)
     del rows
@@ -45,7 +45,7 @@ def explain(
         }
     }
     give_back()
-    _, rows = _rows(store, "validation", samples["validation"], d_sae, texts, labellers, names)
+    _, rows = labelled_rows(store, "validation", samples["validation"], d_sae, texts, labellers, names)
     for what, fitted in (("rules", rules), ("lists", lists)):
         scores = score_rules(fitted, rows, workers=workers)
         columns = {name: fitted[name] for name in RULE.names or ()} | {name: scores[name] for name in SCORE.names or ()}
@@ -86,7 +86,7 @@ def streams(store: Store, split: str, rows: np.ndarray) -> Iterator[tuple[np.nda
             start = stop
 
 
-def _rows(
+def labelled_rows(
     store: Store,
     split: str,
     sample: Sample,

@@ -15,6 +15,7 @@ from saebench.files import write_text
 from saebench.index.examples import Shown, show_all
 from saebench.index.explanations import Explanation, read_explanations
 from saebench.index.names import Names
+from saebench.index.needs import read_needs
 from saebench.index.notes import Notes
 from saebench.index.page import Evidence, latents_page
 from saebench.index.plan import IndexConfig
@@ -80,7 +81,7 @@ def export(config: ExportConfig) -> list[Path]:
             raise ValueError(f"{path} is not complete; finish it with `saebench index --sae {config.sae}`")
         wanted = _wanted(config, index)
         notes = Notes(path.with_suffix(".notes.json"), index.identity["sae"], index.d_sae)
-        names = Names(index, notes, read_explanations(index))
+        names = Names(index, notes, read_explanations(index), read_needs(index))
         with progress(len(wanted), f"export {config.sae.name}", "latent") as bar:
             found = _evidence(index, sae, names, notes, wanted, config.around, bar.update)
             if config.format == "html":

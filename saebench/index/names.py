@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from saebench.index.explanations import Explanation
+from saebench.index.needs import Needs
 from saebench.index.notes import Note, Notes
 from saebench.index.reader import FeatureIndex
 from saebench.index.rules import named_by
@@ -22,6 +23,7 @@ SOURCES = {
     "judge": "an explanation by a model",
     "rule": "a rule of literals",
     "tokens": "a list of tokens",
+    "interactions": "a rule made of interactions that several examples have",
     "": "unexplained",
 }
 """Where a name may come from, with what that means."""
@@ -51,12 +53,18 @@ class Name(NamedTuple):
 
 
 class Names:
-    """The names of all latents of an index; with notes and a judge's explanations, where there are any."""
+    """The names of all latents of an index; with notes, a judge's explanations and what is known to be needed, where there are any."""
 
     def __init__(
-        self, index: FeatureIndex, notes: Notes | None = None, judged: dict[int, Explanation] | None = None
+        self,
+        index: FeatureIndex,
+        notes: Notes | None = None,
+        judged: dict[int, Explanation] | None = None,
+        needs: dict[int, Needs] | None = None,
     ) -> None:
         self.index, self.notes, self.judged = index, notes, judged or {}
+        self.rules = {latent: one.rule for latent, one in (needs or {}).items() if one.rule is not None}
+        """those that are made of interactions"""
 
     def __getitem__(self, latent: int) -> Name:
         note = Note() if self.notes is None else self.notes[latent]
@@ -71,7 +79,8 @@ class Names:
             return Name(judged.text, "judge", float("nan"), shown)
         if f1 >= LEAST_F1 and not detection < LEAST_DETECTION:
             source = _CANDIDATES[which]
-            return Name(self._texts[source][latent], source, f1, detection)
+            text = self.rules[latent].text if source == "interactions" else self._texts[source][latent]
+            return Name(text, source, f1, detection)
         return Name(self._tokens(latent), "", f1, detection)
 
     @cached_property
@@ -95,9 +104,13 @@ class Names:
         which = np.where(np.nan_to_num(first[1], nan=-1) >= np.nan_to_num(first[0], nan=-1), 1, 0)
         columns = self.index.columns
         f1, detection = (
-            np.choose(which, [columns.get(f"{name}_{figure}", nothing) for name in _CANDIDATES]).astype(np.float64)
+            np.choose(which, [columns.get(f"{name}_{figure}", nothing) for name in _CANDIDATES[:2]]).astype(np.float64)
             for figure in ("f1", "detection")
         )
+        best = np.nan_to_num(first, nan=-1).max(0)
+        for latent, rule in self.rules.items():
+            if rule.first_f1 > best[latent]:
+                which[latent], f1[latent], detection[latent] = 2, rule.f1, rule.detection
         return which, f1, detection
 
     @cached_property
@@ -116,10 +129,11 @@ class Names:
     def searched(self, latent: int) -> str:
         """All that was said of a latent, for the search: what rules name, without the grammar that all share; candidates that lost, too."""
         judged = self.judged.get(latent)
-        return f"{self._named[latent]} {'' if judged is None else judged.text}"
+        needed = self.rules.get(latent)
+        return f"{self._named[latent]} {'' if needed is None else named_by(needed.text)} {'' if judged is None else judged.text}"
 
 
-_CANDIDATES = ("rule", "tokens")
+_CANDIDATES = ("rule", "tokens", "interactions")
 
 
 def _better(judged: Explanation) -> float | None:

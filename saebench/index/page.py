@@ -8,8 +8,10 @@ import numpy as np
 
 from saebench.index.examples import Shown
 from saebench.index.names import SOURCES, Name
+from saebench.index.needs import ORDERS, Needs
 from saebench.index.notes import Note
-from saebench.index.reader import Context, FeatureIndex, Interval, Latent, Ranked, Rule
+from saebench.index.reader import Context, FeatureIndex, Interval, Latent, Ranked
+from saebench.index.ruled import Rule
 from saebench.view import svg, tokens
 from saebench.view.tokens import alone, number, text_html, visible
 
@@ -87,13 +89,34 @@ def named_html(name: Name) -> str:
     return f'<p class="rule"><b>{name_html(name)}</b><br><small>{SOURCES[name.source]}, {scored}</small></p>'
 
 
-def candidates_html(latent: Latent, name: Name) -> str:
-    """The rule and the list of tokens, each with all of its held-out scores; or why there is none. The one that is the name is not said again."""
+def candidates_html(latent: Latent, name: Name, needs: Needs | None = None) -> str:
+    """The rule, the list of tokens and the rule made of interactions, each with all of its held-out scores; or why there is no rule.
+
+    The one that is the name is not said again.
+    """
     if latent.rule is None:
         return f'<p class="rule">No rule: {html.escape(latent.no_rule)}.</p>'
-    return _candidate_html("Rule", latent.rule, name.source == "rule") + (
-        "" if latent.tokens_rule is None else _candidate_html("Tokens", latent.tokens_rule, name.source == "tokens")
+    several = None if needs is None else needs.rule
+    candidates = {
+        "rule": ("Rule", latent.rule),
+        "tokens": ("Tokens", latent.tokens_rule),
+        "interactions": ("Interactions", several),
+    }
+    return "".join(
+        _candidate_html(what, rule, name.source == source)
+        for source, (what, rule) in candidates.items()
+        if rule is not None
     )
+
+
+def needs_html(needs: Needs | None) -> str:
+    """In a line how a latent's strength is shared among sets of tokens, and which sets several examples have; nothing where it was not looked at."""
+    if needs is None or not needs.by_order:
+        return ""
+    shares = ", ".join(f"{what} {share:.0%}" for what, share in zip(ORDERS, needs.by_order, strict=True))
+    sets = "; ".join(f"{html.escape(visible(one.text))} ({one.strength:+.0%} in {one.examples})" for one in needs.sets)
+    again = f" Again and again: {sets}." if sets else ""
+    return f'<p class="rule">Contextuality {needs.contextuality:.2f} <small>strength by order at {needs.examples} examples: {shares}.{again}</small></p>'
 
 
 def _candidate_html(what: str, rule: Rule, is_name: bool) -> str:

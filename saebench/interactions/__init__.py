@@ -6,10 +6,12 @@ from saebench.interactions.masking import Mask, Way, mask_of
 from saebench.interactions.run import WhyConfig, corpus_counts, why
 from saebench.interactions.scalars import Scalar, activation, error, log_probability
 from saebench.interactions.sparse import sparse_interactions
+from saebench.interactions.survey import InteractionsConfig, survey
 
 __all__ = [
     "Interaction",
     "Interactions",
+    "InteractionsConfig",
     "Mask",
     "Sampled",
     "Scalar",
@@ -22,5 +24,6 @@ __all__ = [
     "log_probability",
     "mask_of",
     "sparse_interactions",
+    "survey",
     "why",
 ]

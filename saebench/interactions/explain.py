@@ -19,6 +19,14 @@ MOST = 12
 _CONSTANT = 1e-5  # of the scalar's size: less is rounding
 
 
+class Unmoved(ValueError):
+    """A scalar that no masking changes, or with nothing before it to mask."""
+
+
+class Silent(ValueError):
+    """A latent that does not fire where it is to be explained."""
+
+
 def interactions(
     model: LanguageModel,
     ids: Int[np.ndarray, " L"],
@@ -40,7 +48,7 @@ def interactions(
     tokens = torch.as_tensor(ids, device=model.device).long()
     units = units_before(model, ids, words)[-reach:]
     if not units:
-        raise ValueError(
+        raise Unmoved(
             f"there is nothing to mask before token {len(ids) - 1}: the first token, special ones and that one stay; choose a later position"
         )
     chosen = that_matter(Masked(model, tokens, units, scalar, mask), n) if len(units) > n else units
@@ -95,9 +103,9 @@ def check_n(n: int) -> None:
 def _check_values(model: LanguageModel, ids: Int[np.ndarray, " L"], scalar: Scalar, v: Vector, mask: Mask) -> None:
     at = f"{scalar.name} at token {len(ids) - 1} ({model.pieces.text(ids[-1:].tolist())!r})"
     if scalar.fires and v[-1] <= 0:
-        raise ValueError(f"{at} is 0: it does not fire there; choose a position at which it does")
+        raise Silent(f"{at} is 0: it does not fire there; choose a position at which it does")
     if np.ptp(v) <= _CONSTANT * np.abs(v).max():
-        raise ValueError(
+        raise Unmoved(
             f"{at} is {v[-1]:.4g} whatever is masked by {mask.way!r}: it depends on that token or on what lies before the {len(v).bit_length() - 1} "
             "units; mask more of them (n, reach), or mask in another way"
         )

@@ -37,12 +37,13 @@ _CLASSES = {
     "comparison or assignment": r" ?[-+*/%&|^<>=!:]?=|//=|\*\*=| ?[<>]",
     "arithmetic": r" ?(?:[-+*/%@&|^~]|//|\*\*|<<|>>)",
 }
-_CLASS_NAMES = (*_CLASSES, "not whole characters")
+CLASS_NAMES = (*_CLASSES, "not whole characters")
+"""of tokens, by their text alone"""
 _LETTERS = (1, 2, 3)  # of the beginnings and ends of tokens that are literals
 _LINE = ("first of line", *(f"line indent <= {limit}" for limit in _INDENTS))
 
 
-class _Vocabulary:
+class Vocabulary:
     """What is known of each token by its bytes alone; the last row, V, is of what has no text."""
 
     def __init__(self, texts: Sequence[bytes]) -> None:
@@ -67,7 +68,7 @@ class _Vocabulary:
             for form, cut in (("starts with", lambda text, n=n: text[:n]), ("ends with", lambda text, n=n: text[-n:]))
         ]
         """for beginnings and ends: the number of each token's, -1 for none; what they are; and which of the two"""
-        self.classes = np.zeros((size + 1, len(_CLASS_NAMES)), dtype=bool)
+        self.classes = np.zeros((size + 1, len(CLASS_NAMES)), dtype=bool)
         patterns = [re.compile(pattern) for pattern in _CLASSES.values()]
         for token, text in enumerate(texts):
             try:
@@ -90,14 +91,14 @@ def _numbered(parts: list[str]) -> tuple[np.ndarray, list[str]]:
 
 
 @lru_cache(maxsize=2)
-def _vocabulary(texts: tuple[bytes, ...]) -> _Vocabulary:
-    return _Vocabulary(texts)
+def vocabulary_of(texts: tuple[bytes, ...]) -> Vocabulary:
+    return Vocabulary(texts)
 
 
 def label(stretch: Stretch) -> Iterator[Block]:
     """Literals of tokens alone, in the order of how much each says."""
     size = len(stretch.texts)
-    vocabulary = _vocabulary(tuple(stretch.texts))
+    vocabulary = vocabulary_of(tuple(stretch.texts))
     current = stretch.tokens[stretch.rows]
     before, earlier = (
         np.where(rows >= 0, stretch.tokens[rows], size) for rows in (stretch.before(1), stretch.before(2))
@@ -105,14 +106,14 @@ def label(stretch: Stretch) -> Iterator[Block]:
     names, folded = vocabulary.names, vocabulary.folded_names
     yield values_block(vocabulary.same[current], _Named("token {}", names))
     yield values_block(vocabulary.in_any_case(current), _Named("token {} in any case", folded))
-    yield flags_block(vocabulary.classes[current], [f"class: {name}" for name in _CLASS_NAMES])
+    yield flags_block(vocabulary.classes[current], [f"class: {name}" for name in CLASS_NAMES])
     for part, pieces, form in vocabulary.affixes:
         yield values_block(part[current], {number: f"token {form} {piece}" for number, piece in enumerate(pieces)})
     yield _pairs("tokens {} {}", vocabulary.same[before], vocabulary.same[current], names)
     yield values_block(vocabulary.same[before], _Named("after token {}", names))
     yield values_block(vocabulary.in_any_case(before), _Named("after token {} in any case", folded))
     yield _pairs("after tokens {} {}", vocabulary.folded[earlier], vocabulary.folded[before], folded)
-    yield flags_block(vocabulary.classes[before], [f"after class: {name}" for name in _CLASS_NAMES])
+    yield flags_block(vocabulary.classes[before], [f"after class: {name}" for name in CLASS_NAMES])
     position = stretch.stream.position[stretch.rows]
     early = (position[:, None] < np.array(_POSITIONS)) & stretch.keep[:, None]
     yield flags_block(early, [f"position < {limit}" for limit in _POSITIONS])
