@@ -82,6 +82,7 @@ class Peers:
     def close(self) -> None:
         while not self.free.empty():
             worker = self.free.get()
+            assert worker.stdin is not None
             worker.stdin.close()
             worker.wait()
 
@@ -97,6 +98,7 @@ class Peers:
         options |= {"data": args.out / "rows.npy", "held-out": args.out / "held-out.npy"}
         options |= {"l1": job.l1} if job.l1 is not None else {}
         worker = self.free.get()
+        assert worker.stdin is not None and worker.stdout is not None
         try:
             worker.stdin.write(
                 json.dumps([str(part) for pair in options.items() for part in (f"--{pair[0]}", pair[1])]) + "\n"
