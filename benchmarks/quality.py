@@ -98,7 +98,8 @@ class Peers:
         options |= {"data": args.out / "rows.npy", "held-out": args.out / "held-out.npy"}
         options |= {"l1": job.l1} if job.l1 is not None else {}
         worker = self.free.get()
-        assert worker.stdin is not None and worker.stdout is not None
+        assert worker.stdin is not None
+        assert worker.stdout is not None
         try:
             worker.stdin.write(
                 json.dumps([str(part) for pair in options.items() for part in (f"--{pair[0]}", pair[1])]) + "\n"
