@@ -80,7 +80,9 @@ def _train(run: Run, ranks: Ranks, device: str, made: dict[str, Any]) -> list[Pa
     with interruptible() as interrupt, progress(total, shown, "row", done, shown=world.leads) as bar:
         starts = course.cursors.values()
         with source_of(run.store, run.window, total, starts, lambda: interrupt.requested, **made) as source:
-            if not course.run_to_end(source, device, interrupt, bar):
+            # Held here until the source has ended: what is read ahead may wait for a window that is not to come.
+            batches = course.batches(source, device)
+            if not course.run_to_end(batches, source, interrupt, bar):
                 return None
             bar.close()
             course.save_saes()
@@ -89,6 +91,10 @@ def _train(run: Run, ranks: Ranks, device: str, made: dict[str, Any]) -> list[Pa
             if world.leads:
                 checkpoint.remove()
     return run.folders
+
+
+Batches = list[Iterator[tuple[dict[str, Tensor], Cursor]]]
+"""Of each stream the rows of its hooks, with the cursor after them."""
 
 
 class _Course:
@@ -108,10 +114,10 @@ class _Course:
         self.active = [member for member in self.members if member.diverged is None]
         self.clock = Clock(seconds, self.first * run.config.batch)
 
-    def run_to_end(self, source: Whole | Rolling, device: str, interrupt: Interrupt, bar: Any) -> bool:
+    def run_to_end(self, batches: Batches, source: Whole | Rolling, interrupt: Interrupt, bar: Any) -> bool:
         """Take the steps that are left. Returns whether they were: the user may stop it before that, with a checkpoint."""
         config, ranks, clock = self.run.config, self.ranks, self.clock
-        batches, teams = self._batches(source, device), teams_of(self.active)
+        teams = teams_of(self.active)
         for step in range(self.first, config.n_steps):
             # All hooks' before the first SAE takes a step: what cannot be had leaves all of them where they are.
             drawn, failure = [], None
@@ -157,7 +163,7 @@ class _Course:
             lambda: [_save(run, member, sae, self.inputs, seconds, epochs) for member, sae in whole]
         )
 
-    def _batches(self, source: Whole | Rolling, device: str) -> list[Iterator[tuple[dict[str, Tensor], Cursor]]]:
+    def batches(self, source: Whole | Rolling, device: str) -> Batches:
         """Of each stream of which something is trained here."""
         streams = [stream for stream in self.run.streams if stream[0] in self.inputs]
         starts = self.cursors
