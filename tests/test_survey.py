@@ -46,7 +46,7 @@ def explained(
     units = tuple((place,) for place in range(len(tokens) - 1))
     pieces = tuple(TEXTS[token].decode() for token in tokens)
     return Interactions(
-        "latent 0", tuple(tokens), pieces, units, 0, "unattended", None, whole, empty, found, (), None, 0.0, split,
+        "latent 0", tuple(tokens), pieces, units, 0, "unattended", whole, empty, found, None, (), None, None, 0.0, split,
         np.array([empty, whole]),
     )  # fmt: skip
 
