@@ -6,8 +6,8 @@ Every peer trains each architecture that it has at all of `--rates`, by benchmar
 come scaled to E‖x‖² = D. Where λ sets the sparsity it is searched for at every rate, until the L0 of held-out rows is within 5% of
 `--l0`. Of each package the rate with the lowest held-out FVU is trained with the other seeds as well. This package then trains at its
 defaults towards the L0 that the best peer of the architecture has, and once more towards a target corrected by what came out. All are
-evaluated on the store's validation documents; `table.md` has all packages, `tries.md` every rate. What is done already is not done
-again. Nothing of the selection is of rows that were trained on, and peers' rates are selected on the rows of the report: what is in
+evaluated on the store's validation documents; `table.md` has all packages, `tries.md` every rate. With `--probes` it also says how well
+the text's 16 most frequent labels are read off 1, 4 and 16 latents (`saebench bench probes`). What is done already is not done again. Nothing of the selection is of rows that were trained on, and peers' rates are selected on the rows of the report: what is in
 their favour.
 """
 
@@ -17,6 +17,7 @@ import math
 import os
 import statistics
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from saebench.bench.results import Results
 from saebench.evaluate import EvalConfig, evaluate
 from saebench.files import read_json, write_json
 from saebench.store import open_store, shuffled_batches
@@ -41,6 +43,7 @@ DECAY = {"saelens": 0.2, "dictionary_learning": 0.2, "sparsify": 0.0}  # schedul
 FIRST_L1 = {"saelens": 5.0, "dictionary_learning": 0.5}
 CLOSE, TRIES = 0.05, 6
 HELD_OUT = 20_000
+PROBED = (1, 4, 16)
 
 
 @dataclass(frozen=True)
@@ -166,11 +169,41 @@ def export(args: argparse.Namespace) -> float:
 
 
 def measured(args: argparse.Namespace, folders: list[Path]) -> dict[Path, dict[str, Any]]:
-    """Figures on validation documents."""
+    """Figures on validation documents, and of probes where they are asked for."""
     evaluate(
         EvalConfig(run=args.out, sae=tuple(folders), store=args.store, tokens=args.eval_tokens, device=args.device)
     )
-    return {folder: read_json(folder / "evaluation.json")["metrics"] for folder in folders}
+    aucs = probed(args, folders) if args.probes else {folder: {} for folder in folders}
+    return {
+        folder: read_json(folder / "evaluation.json")["metrics"]
+        | {f"auc {k:g}": auc for k, auc in aucs[folder].items()}
+        for folder in folders
+    }
+
+
+def probed(args: argparse.Namespace, folders: list[Path]) -> dict[Path, dict[float, float]]:
+    """Mean AUC over labels of k-sparse probes, by k; in as many processes as there are jobs."""
+    shares = [share for share in (folders[start :: args.jobs] for start in range(args.jobs)) if share]
+    outs = [args.out / f"probes-{number}" for number in range(len(shares))]
+    common = ["bench", "probes", "--store", args.store, "--device", args.device]
+    running = [
+        subprocess.Popen(
+            list(map(str, [sys.executable, "-m", "saebench.cli", *common, "--run", out, "--sae", ",".join(map(str, share))])),
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+        )
+        for out, share in zip(outs, shares, strict=True)
+    ]  # fmt: skip
+    codes = [process.wait() for process in running]
+    if any(codes):
+        raise RuntimeError("probes failed, see above")
+    found = {folder: {} for folder in folders}
+    for out, share in zip(outs, shares, strict=True):
+        for name, _, figures in Results(out / "bench/probes.json", "probes").units():
+            for one in figures if name.endswith("· all") else ():
+                for folder in share:  # where two are called the same, the run is before the name
+                    if one.of == "all" and one.sae in (folder.name, f"{folder.parent.parent.name}/{folder.name}"):
+                        found[folder][one.at] = one.value
+    return found
 
 
 def ours(args: argparse.Namespace, arch: str, l0: float) -> dict[Path, dict[str, Any]]:
@@ -196,7 +229,9 @@ def row(label: str, figures: list[dict[str, Any]]) -> str:
         return f"{statistics.mean(values):.4f} ± {statistics.stdev(values) if len(values) > 1 else 0:.4f}"
 
     l0 = statistics.mean(figure["l0"] for figure in figures)
-    return f"| {label} | {l0:.2f} | {spread('fvu')} | {spread('delta_ce')} | {spread('loss_recovered_zero')} | {spread('dead_fraction')} |"
+    names = ("fvu", "delta_ce", "loss_recovered_zero", "dead_fraction", *(f"auc {k}" for k in PROBED))
+    cells = [spread(name) for name in names if name in figures[0]]
+    return f"| {label} | {l0:.2f} | {' | '.join(cells)} |"
 
 
 def tries(found: list[tuple[Job, dict[str, Any]]]) -> str:
@@ -223,6 +258,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1_045_504)
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--probes", action="store_true")
     parser.add_argument("--jobs", type=int, default=2, help="processes at once")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--eval-tokens", type=int, default=100_000)
@@ -241,7 +277,8 @@ def main() -> None:
     (args.out / "tries.md").write_text(tries([entry for found in of_cell for entry in found]))
 
     figures = measured(args, [peers.out / job.name for job in seeds])
-    lines = ["| SAE | L0 | FVU | ΔCE | loss recovered | dead |", "|---|---|---|---|---|---|"]
+    heads = ["SAE", "L0", "FVU", "ΔCE", "loss recovered", "dead", *(f"AUC, k {k}" for k in PROBED if args.probes)]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for arch in args.arch:
         groups = {
             f"{job.package} {arch}, {job.lr:g}": [
