@@ -7,12 +7,10 @@ follows, are not scored.
 """
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,23 +19,17 @@ from saebench.evaluate.baselines import PCA, Baseline, LinearMap, untrained_fvus
 from saebench.evaluate.check import look_at_others
 from saebench.evaluate.compare import DRAWS, FIGURES, write_draws
 from saebench.evaluate.diffing import is_of_two_models
+from saebench.evaluate.figures import figures, mean_of_hooks, metrics_of
 from saebench.evaluate.measure import Batch, Dictionary, Measurement, Subject, silent_latents, validation_batches
 from saebench.evaluate.neurons import neuron_fvus
 from saebench.evaluate.sets import SETS, SetMeasurement, ends_of_set, error_shares, set_of
 from saebench.files import hash_files, read_json, write_json
 from saebench.metrics import (
-    SMALL_DENOMINATOR,
-    density_metrics,
-    fidelity_metrics,
-    massive_metrics,
-    near_duplicates,
-    reconstruction_metrics,
     resampled,
     total,
-    total_variance,
 )
 from saebench.models import ALL, LanguageModel, ModelDtype, check_hook, choose_device
-from saebench.runlog import progress, provenance
+from saebench.runlog import progress
 from saebench.sae import Ends, ends_of, load_sae, read_config, take_in, update_metadata, weights_of, written_here
 from saebench.sae.hub import SaePath
 from saebench.store import Store, open_store
@@ -48,10 +40,6 @@ _log = logging.getLogger(__name__)
 
 EVALUATION = "evaluation.json"
 _VERSION = 2  # of the figures' definitions: another one evaluates again
-MASK = (
-    "kept tokens of the validation documents whose vectors are not massive (neither those nor special tokens are scored, and "
-    "their vectors are not replaced); losses at those of them that an ordinary token follows in their context"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,8 +222,8 @@ def _evaluate_group(config: EvalConfig, store: Store, model: LanguageModel, grou
     for planned, subject, fvus in zip(group, subjects, untrained, strict=True):
         samples = {hook: shared[hook] | next(drawn) for hook in ends.writes}
         dead = torch.cat([silent[member.folder] for member in subject.members])
-        draws = _mean(_metrics(of) for of in samples.values())
-        found = _figures(config, subject, measured, draws, dead, rows + seen, fvus)
+        draws = mean_of_hooks(metrics_of(of) for of in samples.values())
+        found = figures(subject, measured, draws, dead, rows + seen, fvus)
         if is_set:
             found["members"] = [str(folder) for folder in planned.members]
             found["metrics"]["error_share"], shares = error_shares(subject)
@@ -296,94 +284,3 @@ def _untrained(
         for place, fvu in zip(places, untrained_fvus(store, ends, d_sae, l0s, seed, rows, device), strict=True):
             fvus[place] = {"untrained_fvu": fvu}
     return fvus
-
-
-def _figures(
-    config: EvalConfig,
-    subject: Subject,
-    measured: Measurement,
-    draws: dict[str, np.ndarray],
-    silent_F: Tensor,
-    window: int,
-    untrained: dict[str, list[float]],
-) -> dict[str, Any]:
-    """Turn the sums of each hook into metrics, with intervals from those of resampled documents (`draws`); those of several hooks are means over them."""
-    hooks = subject.ends.writes
-    sums = {hook: total({**measured.shared[hook].table(), **subject.sums[hook].table()}) for hook in hooks}
-    variances = {hook: float(total_variance(of)) for hook, of in sums.items()}
-    first, documents = sums[hooks[0]], len(measured.shared[hooks[0]].index)
-    rows, l0, massive = int(first["rows"]), float(first["l0"] / first["rows"]), int(first.get("massive_rows", 0))
-    own = {hook: _metrics(of) for hook, of in sums.items()}
-    fires_F = torch.cat([member.fires_F for member in subject.members]).cpu()
-    duplicates = sum(near_duplicates(member.sae.W_dec) for member in subject.members)
-    metrics = _numbers(_mean(own.values())) | density_metrics(fires_F, rows)
-    metrics |= {
-        "dead_fraction": float(silent_F.double().mean()),
-        "dead_window": window,
-        "duplicate_fraction": duplicates / len(fires_F),
-        "n_tokens_eval": rows,
-        "massive_rows": massive,
-    }
-    intervals = {
-        name: [_number(q) for q in np.quantile(values, (0.025, 0.975))] if documents > 1 else [None, None]
-        for name, values in draws.items()
-    }
-    baselines = dict(untrained)
-    if (fitted := measured.baseline) is not None:
-        errors = zip(fitted.errors(l0), variances.values(), strict=True)
-        baselines = {fitted.name: [error / variance for error, variance in errors], **untrained}
-    small = [
-        arm
-        for arm in ("zero", "mean")
-        if any((of[f"ce_{arm}"] - of["ce_clean"]) / of["positions"] < SMALL_DENOMINATOR for of in sums.values())
-    ]
-    saved = {
-        hook: {name: float(value) for name, value in of.items() if not name.endswith("vector")}
-        | {"massive_rows": massive, "total_variance": variances[hook]}
-        for hook, of in sums.items()
-    }
-    counts = {
-        "latents": len(fires_F),
-        "dead_latents": int(silent_F.sum()),
-        "dense_latents": int((fires_F > 0.01 * rows).sum()),
-        "fires": int(fires_F.sum()),
-    }
-    found = {
-        "metrics": metrics,
-        "intervals": intervals,
-        "interval_method": f"95%, {config.resamples} bootstrap samples of {documents} documents",
-        "baselines": {name: float(np.mean(values)) for name, values in baselines.items()},
-        "small_denominators": small,
-        "mask": MASK,
-        "sums": counts if len(hooks) > 1 else next(iter(saved.values())) | counts,
-        "provenance": provenance(),
-    }
-    if len(hooks) > 1 or measured.baseline is None:
-        found["hooks"] = {
-            hook: {
-                "metrics": _numbers(own[hook]),
-                "baselines": {name: values[place] for name, values in baselines.items()},
-                "sums": saved[hook],
-            }
-            for place, hook in enumerate(hooks)
-        }
-    return found
-
-
-def _metrics(sums: dict[str, Any]) -> dict[str, Any]:
-    return {**reconstruction_metrics(sums), **massive_metrics(sums), **fidelity_metrics(sums)}
-
-
-def _number(value: Any) -> float | None:
-    """A JSON number; None where a ratio has no value."""
-    return float(value) if np.isfinite(value) else None
-
-
-def _mean(of_hooks: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Of the same metrics of several hooks."""
-    every = list(of_hooks)
-    return {name: np.mean([metrics[name] for metrics in every], axis=0) for name in every[0]}
-
-
-def _numbers(metrics: dict[str, Any]) -> dict[str, float | None]:
-    return {name: _number(value) for name, value in metrics.items()}
