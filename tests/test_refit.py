@@ -1,20 +1,26 @@
-"""Coefficients of least squares for the latents that fire, against SciPy's in float64, row by row."""
+"""Coefficients of least squares for the latents that fire, against SciPy's in float64, row by row; and figures of SAEs that have them."""
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import CONTEXT, WIDTH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import nnls
+from test_evaluate import metrics_of, save, scaled_identity
 from test_sae import D, F, inputs, random_sae
 
-from saebench.sae import SAE, ReLUSAE, encode_sparse, reconstruct_sparse
+from saebench.evaluate import EvalConfig, evaluate, table, tables, write_report
+from saebench.files import read_json
+from saebench.sae import SAE, encode_sparse, new_sae, reconstruct_sparse
 from saebench.sae.architectures import ARCHITECTURES
 from saebench.sae.refit import refit
 from saebench.sae.sparse import SparseCode
+from saebench.store import Store
 
 
 def code_of(rows: list[list[int]], d_sae: int) -> SparseCode:
@@ -110,11 +116,9 @@ def _check(sae: SAE, x: torch.Tensor) -> None:
 
 @torch.no_grad()
 def test_an_sae_whose_coefficients_are_the_best_stays_as_it_is() -> None:
-    sae = random_sae("relu")
-    assert isinstance(sae, ReLUSAE)
-    sae.W_dec.copy_(torch.eye(F, D))
-    sae.W_enc.copy_(torch.eye(D, F))
-    sae.b_enc.zero_()
+    sae, eye = new_sae("relu", D, F), torch.eye(F, D)
+    sae.W_enc.copy_(eye.T)
+    sae.W_dec.copy_(eye)
     x = inputs()
     _, values = encode_sparse(sae, x)
     assert reconstruct_sparse(sae, x, refitted=True)[2].tolist() == pytest.approx(values.tolist(), rel=1e-5)
@@ -123,3 +127,59 @@ def test_an_sae_whose_coefficients_are_the_best_stays_as_it_is() -> None:
 def test_what_is_no_autoencoder_is_refused() -> None:
     with pytest.raises(ValueError, match="writes other vectors than it reads; expected an autoencoder"):
         reconstruct_sparse(random_sae("relu", d_out=D), inputs(), refitted=True)
+
+
+# --------------------------------------------------------------------------------------- evaluation
+
+
+def test_an_sae_that_writes_half_of_each_vector_is_exact_when_refitted(store: Store, tmp_path: Path) -> None:
+    folder = save(scaled_identity(0.5), tmp_path, "half", store)
+    evaluate(EvalConfig(run=tmp_path, tokens=480, dead_rows=480))
+    plain, draws = read_json(folder / "evaluation.json"), (folder / "bootstrap.safetensors").read_bytes()
+    assert "refitted" not in plain
+    evaluate(EvalConfig(run=tmp_path, tokens=480, dead_rows=480, refit=True))
+    both = read_json(folder / "evaluation.json")
+    refitted = both.pop("refitted")
+    metrics = refitted["metrics"]
+    assert metrics["fvu"] == pytest.approx(0, abs=1e-6)
+    assert (metrics["delta_ce"], metrics["kl"]) == (pytest.approx(0, abs=1e-5), pytest.approx(0, abs=1e-5))
+    assert metrics["gamma"] == pytest.approx(1, abs=1e-3)
+    assert metrics["l0"] == WIDTH
+    for name, (change, half) in refitted["change"].items():
+        assert change == metrics[name] - plain["metrics"][name]
+        assert 0 < half < abs(change)
+    assert refitted["intervals"]["fvu"][1] < 1e-6
+    # What is not refitted is what it was, to the last bit, and is not evaluated again without.
+    assert both["metrics"] == plain["metrics"]
+    assert both["intervals"] == plain["intervals"]
+    assert (folder / "bootstrap.safetensors").read_bytes() == draws
+    assert both["identity"] == plain["identity"] | {"refit": True}
+    written = (folder / "evaluation.json").stat().st_mtime_ns
+    for again in (False, True):
+        evaluate(EvalConfig(run=tmp_path, tokens=480, dead_rows=480, refit=again))
+    assert (folder / "evaluation.json").stat().st_mtime_ns == written
+
+
+def test_reports_show_refitted_figures_apart(store: Store, tmp_path: Path) -> None:
+    folders = [save(scaled_identity(0.5), tmp_path, "half", store)]
+    evaluate(EvalConfig(run=tmp_path, tokens=480, dead_rows=480, refit=True))
+    folders.append(save(scaled_identity(0.9), tmp_path, "later", store))
+    evaluate(EvalConfig(run=tmp_path, tokens=480, dead_rows=480))
+    summary = write_report(tmp_path, folders)
+    half, later = summary["saes"]
+    assert half["fvu"] == metrics_of(folders[0])["fvu"] > 0.2
+    assert "refitted" not in later
+    main, refitted, *_ = tables(summary)
+    assert main == table(summary["saes"], summary["least_differences"])
+    assert refitted[0][:4] == ["Refitted", "L0", "FVU", "change"]
+    assert [row[:3] for row in refitted[1:]] == [["half", f"{WIDTH:.1f}", "0.0000"]]
+    change, width = half["refitted"]["change"]["fvu"]
+    assert refitted[1][3] == f"{change:+.4f} ±{width:.4f}"
+    assert "Refitted: the same latents fire" in (tmp_path / "report.html").read_text()
+
+
+def test_one_document_gives_no_interval_of_a_change(store: Store, tmp_path: Path) -> None:
+    folder = save(scaled_identity(0.5), tmp_path, "half", store)
+    summary = write_report(tmp_path, evaluate(EvalConfig(run=tmp_path, tokens=CONTEXT, dead_rows=480, refit=True)))
+    assert read_json(folder / "evaluation.json")["refitted"]["change"]["fvu"][1] is None
+    assert "±" not in tables(summary)[1][1][3]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,13 +20,12 @@ from saebench.evaluate.baselines import PCA, Baseline, LinearMap, untrained_fvus
 from saebench.evaluate.check import look_at_others
 from saebench.evaluate.compare import DRAWS, FIGURES, write_draws
 from saebench.evaluate.diffing import is_of_two_models
-from saebench.evaluate.figures import figures, mean_of_hooks, metrics_of
+from saebench.evaluate.figures import figures, refitted_figures, resampled_metrics
 from saebench.evaluate.measure import Batch, Dictionary, Measurement, Subject, silent_latents, validation_batches
 from saebench.evaluate.neurons import neuron_fvus
 from saebench.evaluate.sets import SETS, SetMeasurement, ends_of_set, error_shares, set_of
 from saebench.files import hash_files, read_json, write_json
 from saebench.metrics import (
-    resampled,
     total,
 )
 from saebench.models import ALL, LanguageModel, ModelDtype, check_hook, choose_device
@@ -64,6 +64,8 @@ class EvalConfig:
     """rows in which a latent must fire once not to count as dead (held-out and training rows, where the store has as many)"""
     batch: Count = 16
     """contexts in a forward pass"""
+    refit: bool = False
+    """measure each SAE a second time, with the coefficients that are best for the latents that fire, beside its encoder's"""
     resamples: Count = 1000
     """bootstrap samples of documents behind each interval"""
     model_dtype: ModelDtype | None = None
@@ -88,6 +90,11 @@ class _Planned(NamedTuple):
     """of all"""
     is_set: bool = False
 
+    @property
+    def refits(self) -> bool:
+        """Whether it can be refitted: what writes other vectors would have to be told what it is there to predict."""
+        return self.ends.tied and not self.is_set
+
 
 def evaluate(config: EvalConfig) -> list[Path]:
     """Evaluate every dictionary of a run; results go into each one's `evaluation.json` and metadata, those of sets into RUN/sets/NAME.
@@ -106,8 +113,11 @@ def evaluate(config: EvalConfig) -> list[Path]:
         raise ValueError(
             f"{config.run} has crosscoders of two models alone; expected what one model reads and writes: use `saebench diff`"
         )
+    everything = _plan(config, folders)
+    if config.refit:
+        _say_what_is_not_refitted(everything)
     groups: dict[tuple[Path, Ends, bool], list[_Planned]] = {}
-    for planned in _plan(config, folders):
+    for planned in everything:
         groups.setdefault((planned.store, planned.ends, planned.is_set), []).append(planned)
     alone = None if config.device == ALL else config.device  # of what is no model
     device = config.device if config.device == ALL else choose_device(alone, float64=True)
@@ -133,6 +143,17 @@ def _of_two_models(folder: Path) -> bool:
         return False
     _log.warning("%s is of two models: its figures are those of `saebench diff --sae %s`", folder, folder)
     return True
+
+
+def _say_what_is_not_refitted(everything: list[_Planned]) -> None:
+    """Raises ValueError where nothing can be."""
+    names = [str(planned.folder) for planned in everything if not planned.refits]
+    if not names:
+        return
+    why = f"{', '.join(names)}: not an autoencoder, and refitting would tell it what it is there to predict"
+    if len(names) == len(everything):
+        raise ValueError(f"{why}; expected an SAE or a crosscoder: leave out --refit")
+    _log.warning("%s; only its figures as it is", why)
 
 
 def _plan(config: EvalConfig, folders: list[Path]) -> list[_Planned]:
@@ -176,6 +197,7 @@ def _identity(config: EvalConfig, planned: _Planned, store: Store) -> dict[str, 
     members = {"members": [folder.name for folder in planned.members]} if planned.is_set else {}
     return {
         **settings,
+        **({"refit": True} if config.refit and planned.refits else {}),
         "model_dtype": config.model_dtype or store.manifest["identity"]["model_dtype"],
         "version": _VERSION,
         "store": store.hash,
@@ -188,7 +210,8 @@ def _is_current(config: EvalConfig, planned: _Planned, store: Store) -> bool:
     path = planned.folder / EVALUATION
     if not path.exists() or not (planned.folder / DRAWS).exists():
         return False
-    return read_json(path)["identity"] == _identity(config, planned, store)
+    wanted = _identity(config, planned, store)
+    return read_json(path)["identity"] in (wanted, wanted | {"refit": True})  # which has more, and the same besides
 
 
 @torch.inference_mode()
@@ -203,8 +226,9 @@ def _evaluate_group(config: EvalConfig, store: Store, model: LanguageModel, grou
     baseline: Baseline | None = None
     if not is_set:
         baseline = PCA.fit(store, ends.reads, device) if ends.tied else LinearMap.fit(store, ends, device)
+    refitted = [subject.refitted() for subject in subjects] if config.refit and group[0].refits else []
     kind = SetMeasurement if is_set else Measurement
-    measured = kind(model, ends, means, baseline, subjects, bounds)
+    measured = kind(model, ends, means, baseline, [*subjects, *refitted], bounds)
     tokens = min(config.tokens, store.rows("validation"))
     with progress(tokens, f"evaluate {' → '.join(map('+'.join, dict.fromkeys(ends)))}") as bar:
         for batch in validation_batches(store, config.tokens, config.batch):
@@ -216,27 +240,37 @@ def _evaluate_group(config: EvalConfig, store: Store, model: LanguageModel, grou
     l0s = [float(total(subject.sums[ends.writes[0]].table())["l0"]) / rows for subject in subjects]
     if not is_set and (neurons := neuron_fvus(store, model, ends, l0s, bounds)) is not None:
         untrained = [fvus | {"neurons_fvu": [fvu]} for fvus, fvu in zip(untrained, neurons, strict=True)]
-    tables = [sums.table() for sums in (*measured.shared.values(), *(s for one in subjects for s in one.sums.values()))]
-    drawn = iter(resampled(tables, config.resamples, 0))
-    shared = {hook: next(drawn) for hook in ends.writes}
-    for planned, subject, fvus in zip(group, subjects, untrained, strict=True):
-        samples = {hook: shared[hook] | next(drawn) for hook in ends.writes}
+    draws = resampled_metrics(measured, config.resamples)
+    for place, (planned, subject) in enumerate(zip(group, subjects, strict=True)):
         dead = torch.cat([silent[member.folder] for member in subject.members])
-        draws = mean_of_hooks(metrics_of(of) for of in samples.values())
-        found = figures(subject, measured, draws, dead, rows + seen, fvus)
+        found = figures(subject, measured, draws[place], dead, rows + seen, untrained[place])
         if is_set:
             found["members"] = [str(folder) for folder in planned.members]
             found["metrics"]["error_share"], shares = error_shares(subject)
             for hook, share in shares.items():
                 found["hooks"][hook]["metrics"]["error_share"] = share
-        documents = len(tables[0]["rows"])
-        kept = ("l0", *FIGURES) if documents > 1 else ()  # one document says nothing of how documents differ
-        sample = {"store": store.hash, "tokens": config.tokens, "resamples": config.resamples, "documents": documents}
-        write_draws(subject.folder, {name: draws[name] for name in kept}, sample)
-        write_json(subject.folder / EVALUATION, {"identity": _identity(config, planned, store), **found})
-        if not is_set:
-            metrics, baselines = found["metrics"], found["baselines"]
-            update_metadata(subject.folder, l0=metrics["l0"], evaluation={**metrics, "baselines": baselines})
+        if refitted:
+            again = draws[len(subjects) + place]
+            found["refitted"] = refitted_figures(refitted[place], measured, again, found["metrics"], draws[place])
+        _write(config, planned, store, found, draws[place], len(measured.shared[ends.writes[0]].index))
+
+
+def _write(
+    config: EvalConfig,
+    planned: _Planned,
+    store: Store,
+    found: dict[str, Any],
+    draws: dict[str, np.ndarray],
+    documents: int,
+) -> None:
+    """Figures and draws into the folder; the main ones into the metadata of a dictionary."""
+    kept = ("l0", *FIGURES) if documents > 1 else ()  # one document says nothing of how documents differ
+    sample = {"store": store.hash, "tokens": config.tokens, "resamples": config.resamples, "documents": documents}
+    write_draws(planned.folder, {name: draws[name] for name in kept}, sample)
+    write_json(planned.folder / EVALUATION, {"identity": _identity(config, planned, store), **found})
+    if not planned.is_set:
+        metrics, baselines = found["metrics"], found["baselines"]
+        update_metadata(planned.folder, l0=metrics["l0"], evaluation={**metrics, "baselines": baselines})
 
 
 def _loaded(planned: _Planned, store: Store, device: str) -> list[Dictionary]:

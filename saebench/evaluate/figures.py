@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saebench.evaluate.compare import FIGURES, WIDE
 from saebench.evaluate.measure import Measurement, Subject
 from saebench.metrics import (
     SMALL_DENOMINATOR,
@@ -15,6 +16,7 @@ from saebench.metrics import (
     massive_metrics,
     near_duplicates,
     reconstruction_metrics,
+    resampled,
     total,
     total_variance,
 )
@@ -26,6 +28,14 @@ MASK = (
 )
 
 
+def resampled_metrics(measured: Measurement, resamples: int) -> list[dict[str, np.ndarray]]:
+    """The metrics of each subject on every bootstrap sample of documents, the same samples for all."""
+    hooks, own = list(measured.shared), [sums for subject in measured.subjects for sums in subject.sums.values()]
+    drawn = iter(resampled([sums.table() for sums in (*measured.shared.values(), *own)], resamples, 0))
+    shared = {hook: next(drawn) for hook in hooks}
+    return [_mean_of_hooks(_metrics(shared[hook] | next(drawn)) for hook in hooks) for _ in measured.subjects]
+
+
 def figures(
     subject: Subject,
     measured: Measurement,
@@ -35,15 +45,14 @@ def figures(
     untrained: dict[str, list[float]],
 ) -> dict[str, Any]:
     """Turn the sums of each hook into metrics, with intervals from those of resampled documents (`draws`); those of several hooks are means over them."""
-    hooks = subject.ends.writes
-    sums = {hook: total({**measured.shared[hook].table(), **subject.sums[hook].table()}) for hook in hooks}
+    hooks, sums = subject.ends.writes, _totals(subject, measured)
     variances = {hook: float(total_variance(of)) for hook, of in sums.items()}
     first, documents = sums[hooks[0]], len(measured.shared[hooks[0]].index)
     rows, l0, massive = int(first["rows"]), float(first["l0"] / first["rows"]), int(first.get("massive_rows", 0))
-    own = {hook: metrics_of(of) for hook, of in sums.items()}
+    own = {hook: _metrics(of) for hook, of in sums.items()}
     fires_F = torch.cat([member.fires_F for member in subject.members]).cpu()
     duplicates = sum(near_duplicates(member.sae.W_dec) for member in subject.members)
-    metrics = _numbers(mean_of_hooks(own.values())) | density_metrics(fires_F, rows)
+    metrics = _numbers(_mean_of_hooks(own.values())) | density_metrics(fires_F, rows)
     metrics |= {
         "dead_fraction": float(silent_F.double().mean()),
         "dead_window": window,
@@ -89,12 +98,37 @@ def figures(
     return found
 
 
-def metrics_of(sums: dict[str, Any]) -> dict[str, Any]:
+def refitted_figures(
+    subject: Subject,
+    measured: Measurement,
+    draws: dict[str, np.ndarray],
+    plain: dict[str, Any],
+    plain_draws: dict[str, np.ndarray],
+) -> dict[str, Any]:
+    """Metrics of a refitted subject, with intervals, and the `change` of each figure from what it is with the encoder's
+    coefficients (`plain`): (value, half of the 95% interval, paired over documents)."""
+    sums, documents = _totals(subject, measured), len(measured.shared[subject.ends.writes[0]].index)
+    metrics = _numbers(_mean_of_hooks(_metrics(of) for of in sums.values()))
+    change: dict[str, list[float | None]] = {}
+    for name in FIGURES:
+        half = WIDE * float(np.std(draws[name] - plain_draws[name], ddof=1)) if documents > 1 else None
+        value, before = metrics[name], plain[name]
+        change[name] = [None, None] if value is None or before is None else [value - before, half]
+    found = {"metrics": metrics, "intervals": _intervals(draws, documents), "change": change}
+    return found | {"sums": {hook: _saved(of) for hook, of in sums.items()}}
+
+
+def _totals(subject: Subject, measured: Measurement) -> dict[str, dict[str, Any]]:
+    """The sums of each hook written."""
+    return {hook: total({**measured.shared[hook].table(), **own.table()}) for hook, own in subject.sums.items()}
+
+
+def _metrics(sums: dict[str, Any]) -> dict[str, Any]:
     """All that are ratios of sums."""
     return {**reconstruction_metrics(sums), **massive_metrics(sums), **fidelity_metrics(sums)}
 
 
-def mean_of_hooks(of_hooks: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def _mean_of_hooks(of_hooks: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Of the same metrics of several hooks."""
     every = list(of_hooks)
     return {name: np.mean([metrics[name] for metrics in every], axis=0) for name in every[0]}

@@ -44,6 +44,9 @@ SET_COLUMNS = {
     "dead_fraction": ("dead", ".1%"),
 }
 
+REFITTED = ("fvu", "delta_ce", "loss_recovered_zero", "kl")
+"""figures of those that are refitted"""
+
 _ONLY_WHERE = {
     "fvu_all": "massive_rows", "duplicate_fraction": "duplicate_fraction", "pca_fvu": "pca_fvu", "linear_fvu": "linear_fvu",
     "neurons_fvu": "neurons_fvu",
@@ -52,10 +55,11 @@ _ONLY_WHERE = {
 
 
 def tables(summary: dict[str, Any]) -> list[list[list[str]]]:
-    """All tables of a summary, headings and rows each: dictionaries, sets, seeds, lines at equal L0."""
+    """All tables of a summary, headings and rows each: dictionaries, the same refitted, sets, seeds, lines at equal L0."""
     least = summary.get("least_differences", {})
     return [
         *([table(summary["saes"], least)] if summary["saes"] else []),
+        *([refitted_table(refitted)] if (refitted := [sae for sae in summary["saes"] if "refitted" in sae]) else []),
         *([set_table(summary["sets"])] if "sets" in summary else []),
         *([seed_table(summary["over_seeds"])] if summary.get("over_seeds") else []),
         *equal_l0_tables(summary["equal_l0"]),
@@ -78,6 +82,19 @@ def table(saes: list[dict[str, Any]], least: Mapping[str, float] = MappingProxyT
     if least:
         cells = [f"±{least[name]:{style}}" if name in least else "" for name, (_, style) in columns.items()]
         rows.append(["least difference", *cells[1:]])
+    return rows
+
+
+def refitted_table(saes: list[dict[str, Any]]) -> list[list[str]]:
+    """Of dictionaries that were refitted, headings and rows: their figures so, and the change from those of `table`."""
+    rows = [["Refitted", "L0", *(cell for name in REFITTED for cell in (COLUMNS[name][0], "change"))]]
+    for sae in saes:
+        cells = []
+        for name in REFITTED:
+            figure, (change, half) = sae["refitted"][name], sae["refitted"]["change"][name]
+            within = "" if half is None else f" ±{half:.4f}"
+            cells += ["—", "—"] if figure is None or change is None else [f"{figure:.4f}", f"{change:+.4f}{within}"]
+        rows.append([sae["name"], f"{sae['refitted']['l0']:.1f}", *cells])
     return rows
 
 
