@@ -11,6 +11,8 @@ import torch
 from saebench.evaluate.compare import Evaluated
 from saebench.evaluate.frontiers import at_equal_l0
 from saebench.metrics import fidelity_metrics, reconstruction_metrics, reconstruction_terms
+from saebench.sae.refit import refit
+from saebench.sae.sparse import SparseCode
 
 PAGE = (Path(__file__).parents[1] / "docs/metrics.md").read_text()
 
@@ -53,6 +55,19 @@ def test_losses() -> None:
     said("(1.75 − 1.5) = 0.25")
     said(f"(5.5 − 1.75) ÷ (5.5 − 1.5) = {found['loss_recovered_zero']:.4f}")
     said(f"(4.5 − 1.75) ÷ (4.5 − 1.5) = {found['loss_recovered_mean']:.3f}")
+
+
+def test_refitted() -> None:
+    W_dec, x = torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.tensor([[2.2, 1.6], [-1.0, 1.0]])
+    code = SparseCode(torch.tensor([0, 2, 4]).int(), torch.tensor([0, 1, 0, 1]).int(), 2)
+    values = torch.tensor([0.5, 1.5, 1.0, 1.0])
+    x_hat = code.decode(values, W_dec)
+    assert x_hat[0].tolist() == pytest.approx([1.4, 1.2])
+    assert float((x - x_hat)[0].pow(2).sum()) == pytest.approx(0.8)
+    said("an encoder that says 0.5 and 1.5 makes (1.4, 1.2): error 0.8. Refitted they are 1 and 2, error 0.")
+    assert torch.linalg.solve(W_dec.T, x[1]).tolist() == pytest.approx([-1.75, 1.25])
+    assert refit(code, values, x, W_dec).tolist() == pytest.approx([1, 2, 0, 0.2], abs=1e-4)
+    said("signed coefficients would be −1.75 and 1.25; non-negative ones are 0 and 0.2.")
 
 
 def test_a_paired_difference() -> None:
