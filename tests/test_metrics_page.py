@@ -97,3 +97,23 @@ def test_equal_l0() -> None:
         "make 0.4 at 16, halfway in log L0, and a mean of 0.4 over that range; a line from 0.6 to 0.4 is 0.1 behind it"
     )
     assert math.log(16) == pytest.approx((math.log(8) + math.log(32)) / 2)
+
+
+def test_beyond_baselines_by_loss() -> None:
+    """ΔCE 0.2 and 0.1 at L0 8 and 32, beside an untrained one that was spliced in: 0.9 and 0.5; PCA, 1.2 and 0.6, is behind that."""
+
+    def sae(architecture: str, l0: float, delta_ce: float, spliced: dict[str, float]) -> Evaluated:
+        entry = {"name": f"{architecture}{l0}", "path": f"{architecture}{l0}", "architecture": architecture, "kind": "SAE",
+                 "writes": ["a"], "d_sae": 8, "l0": l0, "fvu": delta_ce, "delta_ce": delta_ce, "baselines": {},
+                 **({"spliced_baselines": {name: {"delta_ce": value} for name, value in spliced.items()}} if spliced else {})}  # fmt: skip
+        return Evaluated(entry, {}, "")
+
+    first, last = {"pca": 1.2, "untrained": 0.9}, {"pca": 0.6, "untrained": 0.5}
+    (found,) = at_equal_l0(
+        [sae("x", 8, 0.2, first), sae("x", 32, 0.1, last), sae("y", 8, 0.3, {}), sae("y", 32, 0.2, {})]
+    )
+    lines = found["figures"]["delta_ce"]
+    assert lines["untrained SAE"]["mean"] == pytest.approx(0.7)
+    assert lines["PCA of rank L0"]["mean"] == pytest.approx(0.9)
+    assert lines["x"]["excess"] == pytest.approx(0.55)
+    assert "excess" not in found["figures"]["fvu"]["x"]

@@ -178,7 +178,7 @@ class Untrained:
         mean_E = torch.cat([means[hook] for hook in ends.writes])
         generator = torch.Generator().manual_seed(seed)
         initialise(sae, torch.cat([means[hook] for hook in ends.reads]), generator, mean_E=mean_E)
-        self.sae = sae.to(device)
+        self.sae = sae.to(device).requires_grad_(False)
         some = list(store.joint_rows(ends.hooks, "train", spread=_SCALE_ROWS))
         sample = {hook: torch.cat([rows[hook] for rows in some]) for hook in ends.hooks}
         centred_BE, outs = self.scaled(sample, ends.writes) - sae.b_dec, self._decoded(sample)
@@ -191,6 +191,11 @@ class Untrained:
     def written(self, rows: Mapping[str, Tensor]) -> dict[int, Tensor]:
         """ŷ − b_dec of each k, scaled."""
         return {k: self._factors[k] * out for k, out in self._decoded(rows).items()}
+
+    def reconstruct(self, rows: Mapping[str, Tensor], k: int) -> Float[Tensor, "N E"]:
+        """ŷ of one k, of vectors as the model has them."""
+        parts = (self.written(rows)[k] + self.sae.b_dec).split(self.parts, dim=1)
+        return torch.cat([part / self.scales[hook] for hook, part in zip(self.ends.writes, parts, strict=True)], dim=1)
 
     def _decoded(self, rows: Mapping[str, Tensor]) -> dict[int, Tensor]:
         x_BD, most = self.scaled(rows, self.ends.reads), max(self.ks)

@@ -7,9 +7,10 @@ follows, are not scored.
 """
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,9 @@ from saebench.evaluate.diffing import is_of_two_models
 from saebench.evaluate.figures import figures, refitted_figures, resampled_metrics
 from saebench.evaluate.measure import Batch, Dictionary, Measurement, Subject, silent_latents, validation_batches
 from saebench.evaluate.neurons import neuron_fvus
-from saebench.evaluate.sets import SETS, SetMeasurement, ends_of_set, error_shares, set_of
+from saebench.evaluate.planned import Planned, plan, say_what_is_not_refitted
+from saebench.evaluate.sets import SetMeasurement, error_shares
+from saebench.evaluate.spliced import spliced_baselines
 from saebench.files import hash_files, read_json, write_json
 from saebench.metrics import (
     total,
@@ -34,7 +37,7 @@ from saebench.sae import Ends, ends_of, load_sae, read_config, take_in, update_m
 from saebench.sae.hub import SaePath
 from saebench.store import Store, open_store
 from saebench.store.norms import usual_moments
-from saebench.store.source import model_of, recorded_store
+from saebench.store.source import model_of
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +69,8 @@ class EvalConfig:
     """contexts in a forward pass"""
     refit: bool = False
     """measure each SAE a second time, with the coefficients that are best for the latents that fire, beside its encoder's"""
+    splice_baselines: bool = False
+    """splice the baselines into the model, too: their ΔCE, KL and loss recovered at each SAE's L0, by a second pass"""
     resamples: Count = 1000
     """bootstrap samples of documents behind each interval"""
     model_dtype: ModelDtype | None = None
@@ -76,24 +81,6 @@ class EvalConfig:
     """run code that comes with a hub model"""
     force: bool = False
     """evaluate again what was evaluated with the same settings already"""
-
-
-class _Planned(NamedTuple):
-    """What is to have figures: a dictionary, or a set of them that stand in together."""
-
-    folder: Path
-    """where they go"""
-    members: dict[Path, Ends]
-    """the directories of the dictionaries"""
-    store: Path
-    ends: Ends
-    """of all"""
-    is_set: bool = False
-
-    @property
-    def refits(self) -> bool:
-        """Whether it can be refitted: what writes other vectors would have to be told what it is there to predict."""
-        return self.ends.tied and not self.is_set
 
 
 def evaluate(config: EvalConfig) -> list[Path]:
@@ -113,10 +100,10 @@ def evaluate(config: EvalConfig) -> list[Path]:
         raise ValueError(
             f"{config.run} has crosscoders of two models alone; expected what one model reads and writes: use `saebench diff`"
         )
-    everything = _plan(config, folders)
+    everything = plan(config.run, folders, config.store)
     if config.refit:
-        _say_what_is_not_refitted(everything)
-    groups: dict[tuple[Path, Ends, bool], list[_Planned]] = {}
+        say_what_is_not_refitted(everything)
+    groups: dict[tuple[Path, Ends, bool], list[Planned]] = {}
     for planned in everything:
         groups.setdefault((planned.store, planned.ends, planned.is_set), []).append(planned)
     alone = None if config.device == ALL else config.device  # of what is no model
@@ -145,43 +132,6 @@ def _of_two_models(folder: Path) -> bool:
     return True
 
 
-def _say_what_is_not_refitted(everything: list[_Planned]) -> None:
-    """Raises ValueError where nothing can be."""
-    names = [str(planned.folder) for planned in everything if not planned.refits]
-    if not names:
-        return
-    why = f"{', '.join(names)}: not an autoencoder, and refitting would tell it what it is there to predict"
-    if len(names) == len(everything):
-        raise ValueError(f"{why}; expected an SAE or a crosscoder: leave out --refit")
-    _log.warning("%s; only its figures as it is", why)
-
-
-def _plan(config: EvalConfig, folders: list[Path]) -> list[_Planned]:
-    """Each dictionary that has figures of its own, and each set."""
-    found: list[_Planned] = []
-    sets: dict[str, list[_Planned]] = {}
-    for folder in folders:
-        settings = read_config(folder)
-        ends, store = ends_of(folder, settings), config.store or recorded_store(folder)
-        if store is None:
-            raise ValueError(
-                f"{folder} does not say what it was trained on; give the store to evaluate it on with --store"
-            )
-        planned = _Planned(folder, {folder: ends}, Path(store), ends)
-        name, joint = set_of(folder, settings)
-        if name:
-            sets.setdefault(name, []).append(planned)
-        if not joint:
-            found.append(planned)
-    for name, members in sets.items():
-        if len(stores := sorted({str(member.store) for member in members})) > 1:
-            raise ValueError(f"set {name!r} has members of stores {', '.join(stores)}; expected one: give --store")
-        ends = {member.folder: member.ends for member in members}
-        whole = ends_of_set(name, ends)
-        found.append(_Planned(config.run / SETS / name, ends, members[0].store, whole, is_set=True))
-    return found
-
-
 def _in_reach(config: EvalConfig, sae: Path) -> Path:
     """Where the figures of an SAE can be written beside it: where it lies, or a copy. It says which set it belongs to, if one is given."""
     folder = sae
@@ -192,12 +142,13 @@ def _in_reach(config: EvalConfig, sae: Path) -> Path:
     return folder
 
 
-def _identity(config: EvalConfig, planned: _Planned, store: Store) -> dict[str, Any]:
+def _identity(config: EvalConfig, planned: Planned, store: Store) -> dict[str, Any]:
     settings = {name: to_json(config)[name] for name in ("tokens", "dead_rows", "resamples")}
     members = {"members": [folder.name for folder in planned.members]} if planned.is_set else {}
     return {
         **settings,
         **({"refit": True} if config.refit and planned.refits else {}),
+        **({"splice_baselines": True} if config.splice_baselines and not planned.is_set else {}),
         "model_dtype": config.model_dtype or store.manifest["identity"]["model_dtype"],
         "version": _VERSION,
         "store": store.hash,
@@ -206,16 +157,16 @@ def _identity(config: EvalConfig, planned: _Planned, store: Store) -> dict[str, 
     }
 
 
-def _is_current(config: EvalConfig, planned: _Planned, store: Store) -> bool:
+def _is_current(config: EvalConfig, planned: Planned, store: Store) -> bool:
     path = planned.folder / EVALUATION
     if not path.exists() or not (planned.folder / DRAWS).exists():
         return False
-    wanted = _identity(config, planned, store)
-    return read_json(path)["identity"] in (wanted, wanted | {"refit": True})  # which has more, and the same besides
+    found = read_json(path)["identity"]  # of one that has more, with the same besides, all that is wanted
+    return all(found.get(name) == value for name, value in _identity(config, planned, store).items())
 
 
 @torch.inference_mode()
-def _evaluate_group(config: EvalConfig, store: Store, model: LanguageModel, group: list[_Planned]) -> None:
+def _evaluate_group(config: EvalConfig, store: Store, model: LanguageModel, group: list[Planned]) -> None:
     """All that read and write the same hooks of a store, and are sets or not."""
     ends, is_set, device = group[0].ends, group[0].is_set, str(model.device)
     for hook in ends.hooks:
@@ -231,8 +182,8 @@ def _evaluate_group(config: EvalConfig, store: Store, model: LanguageModel, grou
     measured = kind(model, ends, means, baseline, [*subjects, *refitted], bounds)
     tokens = min(config.tokens, store.rows("validation"))
     with progress(tokens, f"evaluate {' → '.join(map('+'.join, dict.fromkeys(ends)))}") as bar:
-        for batch in validation_batches(store, config.tokens, config.batch):
-            measured.add(Batch(*(column.to(device) for column in batch)))
+        for batch in _batches(config, store, device):
+            measured.add(batch)
             bar.update(batch.tokens.numel())
     rows = int(total(measured.shared[ends.writes[0]].table())["rows"])
     silent, seen = _silent(store, subjects, max(0, config.dead_rows - rows))
@@ -240,6 +191,10 @@ def _evaluate_group(config: EvalConfig, store: Store, model: LanguageModel, grou
     l0s = [float(total(subject.sums[ends.writes[0]].table())["l0"]) / rows for subject in subjects]
     if not is_set and (neurons := neuron_fvus(store, model, ends, l0s, bounds)) is not None:
         untrained = [fvus | {"neurons_fvu": [fvu]} for fvus, fvu in zip(untrained, neurons, strict=True)]
+    spliced: list[dict[str, dict[str, float]]] = []
+    if config.splice_baselines and baseline is not None:
+        each = [(one.members[0].sae.d_sae, _seed(one), l0) for one, l0 in zip(subjects, l0s, strict=True)]
+        spliced = spliced_baselines(store, measured, baseline, each, _batches(config, store, device))
     draws = resampled_metrics(measured, config.resamples)
     for place, (planned, subject) in enumerate(zip(group, subjects, strict=True)):
         dead = torch.cat([silent[member.folder] for member in subject.members])
@@ -249,15 +204,22 @@ def _evaluate_group(config: EvalConfig, store: Store, model: LanguageModel, grou
             found["metrics"]["error_share"], shares = error_shares(subject)
             for hook, share in shares.items():
                 found["hooks"][hook]["metrics"]["error_share"] = share
+        if spliced:
+            found["spliced_baselines"] = spliced[place]
         if refitted:
             again = draws[len(subjects) + place]
             found["refitted"] = refitted_figures(refitted[place], measured, again, found["metrics"], draws[place])
         _write(config, planned, store, found, draws[place], len(measured.shared[ends.writes[0]].index))
 
 
+def _batches(config: EvalConfig, store: Store, device: str) -> Iterator[Batch]:
+    for batch in validation_batches(store, config.tokens, config.batch):
+        yield Batch(*(column.to(device) for column in batch))
+
+
 def _write(
     config: EvalConfig,
-    planned: _Planned,
+    planned: Planned,
     store: Store,
     found: dict[str, Any],
     draws: dict[str, np.ndarray],
@@ -273,7 +235,7 @@ def _write(
         update_metadata(planned.folder, l0=metrics["l0"], evaluation={**metrics, "baselines": baselines})
 
 
-def _loaded(planned: _Planned, store: Store, device: str) -> list[Dictionary]:
+def _loaded(planned: Planned, store: Store, device: str) -> list[Dictionary]:
     """The dictionaries. Raises ValueError for one whose widths are not those of its hooks."""
     found = []
     for folder, ends in planned.members.items():
@@ -310,11 +272,15 @@ def _untrained(
     """FVUs at each hook of an untrained dictionary of each one's width, seed and L0."""
     groups: dict[tuple[int, int], list[int]] = {}
     for place, subject in enumerate(subjects):
-        seed = read_config(subject.folder)["metadata"].get("saebench", {}).get("identity", {}).get("seed", 0)
-        groups.setdefault((subject.members[0].sae.d_sae, seed), []).append(place)
+        groups.setdefault((subject.members[0].sae.d_sae, _seed(subject)), []).append(place)
     fvus: list[dict[str, list[float]]] = [{} for _ in subjects]
     for (d_sae, seed), places in groups.items():
         l0s = [float(total(subjects[place].sums[ends.writes[0]].table())["l0"]) / rows for place in places]
         for place, fvu in zip(places, untrained_fvus(store, ends, d_sae, l0s, seed, rows, device), strict=True):
             fvus[place] = {"untrained_fvu": fvu}
     return fvus
+
+
+def _seed(subject: Subject) -> int:
+    """That of its training, where it says."""
+    return read_config(subject.folder)["metadata"].get("saebench", {}).get("identity", {}).get("seed", 0)
