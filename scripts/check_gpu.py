@@ -21,7 +21,8 @@ from torch import Tensor
 from saebench.harvest import HarvestConfig, harvest
 from saebench.models import ModelDtype, capture, hook_name, load_model
 from saebench.sae import initialise, new_sae
-from saebench.sae.sparse import Encoder, forget_scratch, gather_dot, gather_sum
+from saebench.sae.refit import refit
+from saebench.sae.sparse import Encoder, SparseCode, forget_scratch, gather_dot, gather_sum
 from saebench.store import Store
 from saebench.store.schema import Moments, StoreDtype
 from saebench.store.shuffle import shuffled_batches
@@ -76,7 +77,9 @@ def check_kernels(d_in: int, d_sae: int, k: int, rows: int) -> bool:
             found = kernel(*(operand.cuda() for operand in operands))
             expected = kernel(*(o.float() if o.is_floating_point() else o for o in operands))
             fine &= check(f"{name} {label}", found, expected, tolerance)
-    return fine
+    there = SparseCode(code.offsets.cuda(), code.latents.cuda(), d_sae)
+    found = refit(there, values.cuda(), x.cuda(), table.cuda())
+    return check(f"refit {d_in}x{d_sae} k={k}", found, refit(code, values, x, table), 1e-3) and fine
 
 
 def check_steps(d_in: int, d_sae: int, k: int, rows: int) -> bool:

@@ -21,6 +21,7 @@ from saebench.bench.results import Figure, Results
 from saebench.browse.runs import saes_of
 from saebench.browse.serve import app_script
 from saebench.browse.why import Explaining, Question
+from saebench.evaluate import EvalConfig, evaluate
 from saebench.files import hash_files, read_json, write_json
 from saebench.index import open_feature_index
 from saebench.index.notes import Note, Notes
@@ -196,6 +197,14 @@ def test_one_sae_with_nonsense_for_a_file_leaves_the_others(opened: Any, copy: P
     app = opened("overview", root=copy, sae=SAE)
     assert not app.exception
     assert app.title[0].value == "copied"
+
+
+def test_refitted_figures_have_a_table_of_their_own(opened: Any, copy: Path) -> None:
+    assert "Refitted" not in said(opened("overview", root=copy))
+    evaluate(EvalConfig(run=copy, tokens=480, dead_rows=480, refit=True))
+    app = opened("overview", root=copy)
+    assert not app.exception
+    assert "Refitted" in said(app)
 
 
 def test_metrics_that_are_none_name_their_file(opened: Any, copy: Path) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from saebench.cli import main
 from saebench.evaluate import EvalConfig, ReportConfig, evaluate, report, table, write_report
-from saebench.evaluate.baselines import PCA, untrained_fvus
+from saebench.evaluate.baselines import PCA, Untrained, untrained_fvus
 from saebench.evaluate.compare import FIGURES
 from saebench.evaluate.measure import (
     Batch,
@@ -248,6 +248,44 @@ def test_the_untrained_sae_is_a_topk_one_with_the_best_factor(store: Store) -> N
         error = rows - sae.b_dec - factor * (sae(rows).x_hat - sae.b_dec)
     want = float(error.pow(2).sum() / (rows - rows.mean(0)).pow(2).sum())
     assert untrained_fvus(store, ENDS, 64, [9.0, 5.0], 3, 300)[1] == pytest.approx([want], rel=1e-5)
+
+
+def test_baselines_are_spliced_in_on_request(store: Store, tmp_path: Path) -> None:
+    """An SAE with as many active latents as there are dimensions: PCA of that rank is exact, and costs nothing."""
+    folder = save(scaled_identity(0.9), tmp_path, "most", store)
+    settings = {"run": tmp_path, "tokens": 480, "dead_rows": 480}
+    assert "spliced_baselines" not in write_report(tmp_path, evaluate(EvalConfig(**settings)))["saes"][0]
+    evaluate(EvalConfig(**settings, splice_baselines=True))
+    evaluation = read_json(folder / "evaluation.json")
+    spliced, metrics = evaluation["spliced_baselines"], evaluation["metrics"]
+    assert spliced["pca"]["delta_ce"] == pytest.approx(0, abs=1e-5)
+    assert spliced["pca"]["loss_recovered_mean"] == pytest.approx(1, abs=1e-3)
+    ce = {arm: metrics[f"ce_{arm}"] for arm in ("clean", "zero")}
+    recovered = 1 - spliced["untrained"]["delta_ce"] / (ce["zero"] - ce["clean"])
+    assert spliced["untrained"]["loss_recovered_zero"] == pytest.approx(recovered)
+    assert spliced["untrained"]["kl"] > metrics["kl"] > 0
+    written = (folder / "evaluation.json").stat().st_mtime_ns
+    summary = write_report(tmp_path, evaluate(EvalConfig(**settings)))  # without: nothing is thrown away
+    assert (folder / "evaluation.json").stat().st_mtime_ns == written
+    heading, row, *_ = table(summary["saes"])
+    assert heading[-3:] == ["ΔCE of PCA", "ΔCE untrained", "beyond these"]
+    assert row[-1] == f"{min(one['delta_ce'] for one in spliced.values()) - metrics['delta_ce']:.4f}"
+
+
+def test_what_baselines_write_has_their_fvu(store: Store) -> None:
+    rows = torch.cat(list(store.usual_rows(HOOK, "validation")))
+    variance = float((rows - rows.mean(0)).double().pow(2).sum())
+    pca, untrained = PCA.fit(store, ENDS.reads, "cpu"), Untrained(store, ENDS, 64, [3, 5], 0, "cpu")
+    pca.observe(rows, rows)
+    with torch.no_grad():
+        errors = [
+            float((rows - made).double().pow(2).sum())
+            for made in (pca.reconstruct(rows, 5), untrained.reconstruct({HOOK: rows}, 5))
+        ]
+    assert errors[0] == pytest.approx(pca.errors(5.0)[0], rel=1e-4)
+    assert errors[1] / variance == pytest.approx(
+        untrained_fvus(store, ENDS, 64, [3.0, 5.0], 0, len(rows))[1][0], rel=1e-4
+    )
 
 
 def test_intervals_contain_the_figures_and_sums_give_them_back(trained: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CONTEXT, SHAPES, WIDTH, sentences
-from test_evaluate import metrics_of
+from test_evaluate import metrics_of, scaled_identity
 from test_harvest import config as harvest_config
 from test_harvest import text
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -70,6 +70,15 @@ def stand_in(model: GPT2LMHeadModel, layer: int, factor: float = 1.0, parts: int
     sae.b_enc.fill_(-1.0)
     sae.W_skip[:, :WIDTH] = mlp.c_fc.weight @ mlp.c_proj.weight * factor
     sae.b_dec[:WIDTH] = (mlp.c_fc.bias @ mlp.c_proj.weight + mlp.c_proj.bias) * factor
+    return sae
+
+
+@torch.no_grad()
+def half_of_the_first() -> ReLUSAE:
+    """A crosscoder that writes half of the first hook's vectors, and zero at the second."""
+    sae, eye = ReLUSAE(2 * WIDTH, 2 * WIDTH, writes=Writes(parts=(WIDTH, WIDTH))), torch.eye(WIDTH)
+    sae.W_enc[:WIDTH] = torch.cat([eye, -eye], dim=1)
+    sae.W_dec[:, :WIDTH] = torch.cat([eye, -eye]) / 2
     return sae
 
 
@@ -192,13 +201,8 @@ def test_what_a_joint_set_writes_is_a_sum(linear: tuple[Store, GPT2LMHeadModel],
 
 
 def test_a_crosscoder_has_figures_by_hook_and_their_mean(linear: tuple[Store, GPT2LMHeadModel], tmp_path: Path) -> None:
-    """x̂ is half of the first hook's vectors, and zero at the second."""
     store, _ = linear
-    sae, eye = ReLUSAE(2 * WIDTH, 2 * WIDTH, writes=Writes(parts=(WIDTH, WIDTH))), torch.eye(WIDTH)
-    with torch.no_grad():
-        sae.W_enc[:WIDTH] = torch.cat([eye, -eye], dim=1)
-        sae.W_dec[:, :WIDTH] = torch.cat([eye, -eye]) / 2
-    folder = save(sae, tmp_path, "half", store, OUT, OUT)
+    folder = save(half_of_the_first(), tmp_path, "half", store, OUT, OUT)
     evaluate(EvalConfig(run=tmp_path, resamples=50))
     found = read_json(folder / "evaluation.json")
     first, second = (found["hooks"][hook]["metrics"] for hook in OUT)
@@ -298,3 +302,32 @@ def test_sets_that_cannot_stand_in_for_mlps_are_named(linear: tuple[Store, GPT2L
         with pytest.raises(ValueError, match=message):
             evaluate(EvalConfig(run=tmp_path))
         write_json(one / "cfg.json", settings)
+
+
+def test_a_crosscoder_is_refitted_over_all_of_its_hooks(linear: tuple[Store, GPT2LMHeadModel], tmp_path: Path) -> None:
+    """Half of the first hook's vectors are made whole; at the second no coefficient mends anything."""
+    store, _ = linear
+    folder = save(half_of_the_first(), tmp_path, "half", store, OUT, OUT)
+    evaluate(EvalConfig(run=tmp_path, resamples=50, refit=True))
+    found = read_json(folder / "evaluation.json")
+    refitted, second = found["refitted"], found["hooks"][OUT[1]]
+    assert refitted["sums"][OUT[0]]["squared_error"] < 1e-6 * refitted["sums"][OUT[0]]["squared_norm"]
+    assert refitted["sums"][OUT[1]]["squared_error"] == second["sums"]["squared_error"]
+    assert refitted["metrics"]["fvu"] == pytest.approx(second["metrics"]["fvu"] / 2)
+
+
+def test_what_is_no_autoencoder_has_its_own_figures_alone(
+    linear: tuple[Store, GPT2LMHeadModel], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, model = linear
+    transcoder = save(stand_in(model, 1), tmp_path, "transcoder", store, [IN[1]], [OUT[1]])
+    with pytest.raises(
+        ValueError, match="transcoder: not an autoencoder, .* expected an SAE or a crosscoder: leave out"
+    ):
+        evaluate(EvalConfig(run=tmp_path, resamples=50, refit=True))
+    sae = save(scaled_identity(0.5), tmp_path, "sae", store, [OUT[1]], [OUT[1]])
+    for _ in range(2):
+        evaluate(EvalConfig(run=tmp_path, resamples=50, refit=True))
+    assert "transcoder: not an autoencoder" in caplog.text
+    assert "refitted" not in read_json(transcoder / "evaluation.json")
+    assert "refitted" in read_json(sae / "evaluation.json")

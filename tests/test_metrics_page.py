@@ -11,6 +11,8 @@ import torch
 from saebench.evaluate.compare import Evaluated
 from saebench.evaluate.frontiers import at_equal_l0
 from saebench.metrics import fidelity_metrics, reconstruction_metrics, reconstruction_terms
+from saebench.sae.refit import refit
+from saebench.sae.sparse import SparseCode
 
 PAGE = (Path(__file__).parents[1] / "docs/metrics.md").read_text()
 
@@ -55,6 +57,19 @@ def test_losses() -> None:
     said(f"(4.5 − 1.75) ÷ (4.5 − 1.5) = {found['loss_recovered_mean']:.3f}")
 
 
+def test_refitted() -> None:
+    W_dec, x = torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.tensor([[2.2, 1.6], [-1.0, 1.0]])
+    code = SparseCode(torch.tensor([0, 2, 4]).int(), torch.tensor([0, 1, 0, 1]).int(), 2)
+    values = torch.tensor([0.5, 1.5, 1.0, 1.0])
+    x_hat = code.decode(values, W_dec)
+    assert x_hat[0].tolist() == pytest.approx([1.4, 1.2])
+    assert float((x - x_hat)[0].pow(2).sum()) == pytest.approx(0.8)
+    said("an encoder that says 0.5 and 1.5 makes (1.4, 1.2): error 0.8. Refitted they are 1 and 2, error 0.")
+    assert torch.linalg.solve(W_dec.T, x[1]).tolist() == pytest.approx([-1.75, 1.25])
+    assert refit(code, values, x, W_dec).tolist() == pytest.approx([1, 2, 0, 0.2], abs=1e-4)
+    said("signed coefficients would be −1.75 and 1.25; non-negative ones are 0 and 0.2.")
+
+
 def test_a_paired_difference() -> None:
     samples = list(itertools.product("AB", repeat=2))  # each as likely as the others
     one, other = ({"A": 1.0, "B": 0.0}, {"A": 1.4, "B": 0.4})
@@ -82,3 +97,23 @@ def test_equal_l0() -> None:
         "make 0.4 at 16, halfway in log L0, and a mean of 0.4 over that range; a line from 0.6 to 0.4 is 0.1 behind it"
     )
     assert math.log(16) == pytest.approx((math.log(8) + math.log(32)) / 2)
+
+
+def test_beyond_baselines_by_loss() -> None:
+    """ΔCE 0.2 and 0.1 at L0 8 and 32, beside an untrained one that was spliced in: 0.9 and 0.5; PCA, 1.2 and 0.6, is behind that."""
+
+    def sae(architecture: str, l0: float, delta_ce: float, spliced: dict[str, float]) -> Evaluated:
+        entry = {"name": f"{architecture}{l0}", "path": f"{architecture}{l0}", "architecture": architecture, "kind": "SAE",
+                 "writes": ["a"], "d_sae": 8, "l0": l0, "fvu": delta_ce, "delta_ce": delta_ce, "baselines": {},
+                 **({"spliced_baselines": {name: {"delta_ce": value} for name, value in spliced.items()}} if spliced else {})}  # fmt: skip
+        return Evaluated(entry, {}, "")
+
+    first, last = {"pca": 1.2, "untrained": 0.9}, {"pca": 0.6, "untrained": 0.5}
+    (found,) = at_equal_l0(
+        [sae("x", 8, 0.2, first), sae("x", 32, 0.1, last), sae("y", 8, 0.3, {}), sae("y", 32, 0.2, {})]
+    )
+    lines = found["figures"]["delta_ce"]
+    assert lines["untrained SAE"]["mean"] == pytest.approx(0.7)
+    assert lines["PCA of rank L0"]["mean"] == pytest.approx(0.9)
+    assert lines["x"]["excess"] == pytest.approx(0.55)
+    assert "excess" not in found["figures"]["fvu"]["x"]

@@ -13,7 +13,7 @@ from saebench.browse.runs import Trained, saes_of
 from saebench.browse.stores import norms_html
 from saebench.evaluate.compare import BASELINES
 from saebench.evaluate.report import SUMMARY
-from saebench.evaluate.tables import set_table
+from saebench.evaluate.tables import refitted_table, set_table
 from saebench.files import read_json
 from saebench.store import open_store
 from saebench.store.norms import NormReport, describe, norm_report
@@ -88,15 +88,25 @@ def kind_of(of: dict[str, Any]) -> str:
     return of["architecture"] if kind == "SAE" else f"{of['architecture']} {kind}"
 
 
+def refitted(saes: dict[str, Trained]) -> None:
+    """What latents could add up to, of those that were refitted."""
+    if found := [sae.figures for sae in saes.values() if "refitted" in sae.figures]:
+        plain_table("Refitted", refitted_table(found))
+
+
 def sets(run: Path) -> None:
     """What dictionaries do that stand in together, where any were evaluated."""
-    found = read_json(run / SUMMARY).get("sets", []) if (run / SUMMARY).exists() else []
-    if not found:
-        return
-    st.subheader("Sets")
-    heading, *rows = set_table(found)
+    if found := read_json(run / SUMMARY).get("sets", []) if (run / SUMMARY).exists() else []:
+        plain_table("Sets", set_table(found))
+
+
+def plain_table(title: str, lines: list[list[str]]) -> None:
+    """A heading, and rows that nothing happens on."""
+    st.subheader(title)
+    heading, *rows = lines
     columns = [grid.Column("", name, text=n == 0) for n, name in enumerate(heading)]
-    clickable(grid.grid_html(columns, [grid.Row([html.escape(cell) for cell in row]) for row in rows], "sets"), "sets")
+    cells = [grid.Row([html.escape(cell) for cell in row]) for row in rows]
+    clickable(grid.grid_html(columns, cells, title.lower()), title.lower())
 
 
 def open_point(chart: Any, saes: dict[str, Trained]) -> None:
@@ -189,6 +199,7 @@ if not found:
     st.stop()
 with said():
     table(found)
+    refitted(found)
     sets(run)
     sae = chosen_sae()
     if sae and sae.next_commands():

@@ -104,6 +104,11 @@ class PCA:
         left, right = self._left_at(below), self._left_at(min(below + 1, len(self.mean_D)))
         return (left + (rank - below) * (right - left)).tolist()
 
+    def reconstruct(self, x_ND: Float[Tensor, "N D"], rank: int) -> Float[Tensor, "N D"]:
+        """x̂ from the first `rank` components."""
+        along_DR = self.components_DD[:, :rank]
+        return ((x_ND * self.scale_D - self.mean_D) @ along_DR @ along_DR.T + self.mean_D) / self.scale_D
+
     def _left_at(self, rank: int) -> Float[Tensor, " H"]:
         """Σ‖x − x̂‖² of each hook: the energy of the components that are left out, where some of a hook's cancel."""
         left_DR = self.components_DD[:, rank:].double()
@@ -137,71 +142,91 @@ class LinearMap:
 
     def observe(self, x_ND: Float[Tensor, "N D"], y_NE: Float[Tensor, "N E"]) -> None:
         """Count evaluated rows in."""
-        error_NE = (y_NE - self.mean_E - (x_ND - self.mean_D) @ self.map_DE).double()
+        error_NE = (y_NE - self.reconstruct(x_ND)).double()
         self.error_H += torch.stack([part.pow(2).sum() for part in error_NE.split(self.parts, dim=1)])
 
     def errors(self, rank: float) -> list[float]:
         """Σ‖y − ŷ‖² at each hook written; the same at any rank."""
         return self.error_H.tolist()
 
+    def reconstruct(self, x_ND: Float[Tensor, "N D"], rank: int = 0) -> Float[Tensor, "N E"]:
+        """ŷ, the same at any rank."""
+        return self.mean_E + (x_ND - self.mean_D) @ self.map_DE
+
 
 Baseline = PCA | LinearMap
 """What is fitted on training rows, observes the evaluated ones, and says how far it is from them; `name` is its FVU's."""
+
+
+class Untrained:
+    """A TopK dictionary as training begins it, of one seed, with each of several k.
+
+    Its reconstruction is b_dec plus one factor, the best on training rows, times what it decodes: without it random rows
+    overshoot, and any dictionary would win. They differ in k alone, and share the encoder's product.
+    """
+
+    def __init__(self, store: Store, ends: Ends, d_sae: int, ks: Sequence[int], seed: int, device: str) -> None:
+        self.ends, self.ks, self.device, self.parts = ends, sorted(set(ks)), device, widths(store, ends.writes)
+        means: dict[str, Tensor] = {}
+        self.scales: dict[str, float] = {}
+        for hook in ends.hooks:
+            mean_D, mean_square = usual_moments(store, hook)
+            self.scales[hook] = math.sqrt(store.d_in(hook) / mean_square)
+            means[hook] = torch.from_numpy(mean_D).float() * self.scales[hook]
+        writes = Writes(d_out=None if ends.tied else sum(self.parts), parts=self.parts)
+        sae = new_sae("topk", sum(widths(store, ends.reads)), d_sae, k=max(ks), writes=writes)
+        mean_E = torch.cat([means[hook] for hook in ends.writes])
+        generator = torch.Generator().manual_seed(seed)
+        initialise(sae, torch.cat([means[hook] for hook in ends.reads]), generator, mean_E=mean_E)
+        self.sae = sae.to(device).requires_grad_(False)
+        some = list(store.joint_rows(ends.hooks, "train", spread=_SCALE_ROWS))
+        sample = {hook: torch.cat([rows[hook] for rows in some]) for hook in ends.hooks}
+        centred_BE, outs = self.scaled(sample, ends.writes) - sae.b_dec, self._decoded(sample)
+        self._factors = {k: float((out * centred_BE).sum() / out.pow(2).sum()) for k, out in outs.items()}
+
+    def scaled(self, rows: Mapping[str, Tensor], hooks: Sequence[str]) -> Float[Tensor, "N D"]:
+        """The vectors of some hooks as the dictionary has them: of E‖x‖² = d each."""
+        return joined({hook: rows[hook].to(self.device) * self.scales[hook] for hook in hooks}, hooks)
+
+    def written(self, rows: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """ŷ − b_dec of each k, scaled."""
+        return {k: self._factors[k] * out for k, out in self._decoded(rows).items()}
+
+    def reconstruct(self, rows: Mapping[str, Tensor], k: int) -> Float[Tensor, "N E"]:
+        """ŷ of one k, of vectors as the model has them."""
+        parts = (self.written(rows)[k] + self.sae.b_dec).split(self.parts, dim=1)
+        return torch.cat([part / self.scales[hook] for hook, part in zip(self.ends.writes, parts, strict=True)], dim=1)
+
+    def _decoded(self, rows: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        x_BD, most = self.scaled(rows, self.ends.reads), max(self.ks)
+        halves = [self.sae.project(part).topk(most, dim=-1) for part in x_BD.split(max(1, _VALUES // self.sae.d_sae))]
+        values_BK, idx_BK = (torch.cat(column) for column in zip(*halves, strict=True))
+        acts_BK = torch.relu(values_BK)
+        return {
+            k: functional.embedding_bag(
+                idx_BK[:, :k].contiguous(), self.sae.W_dec, mode="sum", per_sample_weights=acts_BK[:, :k].contiguous()
+            )
+            for k in self.ks
+        }
 
 
 @torch.inference_mode()
 def untrained_fvus(
     store: Store, ends: Ends, d_sae: int, l0s: Sequence[float], seed: int, n_rows: int, device: str = "cpu"
 ) -> list[list[float]]:
-    """For each of `l0s`, FVU at each hook written of a TopK dictionary as training begins it, k the nearest whole number, on
-    `n_rows` validation rows.
-
-    Its reconstruction is b_dec plus one factor, the best on training rows, times what it decodes: without it random rows
-    overshoot, and any dictionary would win. They differ in k alone, and share the encoder's product.
-    """
-    scales: dict[str, float] = {}
-    means: dict[str, Tensor] = {}
-    for hook in ends.hooks:
-        mean_D, mean_square = usual_moments(store, hook)
-        scales[hook] = math.sqrt(store.d_in(hook) / mean_square)
-        means[hook] = torch.from_numpy(mean_D).float() * scales[hook]
-    parts = widths(store, ends.writes)
+    """For each of `l0s`, FVU at each hook written of an untrained dictionary, k the nearest whole number, on `n_rows` validation rows."""
     ks = [max(1, min(round(l0), d_sae)) for l0 in l0s]
-    writes = Writes(d_out=None if ends.tied else sum(parts), parts=parts)
-    sae = new_sae("topk", sum(widths(store, ends.reads)), d_sae, k=max(ks), writes=writes)
-    mean_E = torch.cat([means[hook] for hook in ends.writes])
-    initialise(sae, torch.cat([means[hook] for hook in ends.reads]), torch.Generator().manual_seed(seed), mean_E=mean_E)
-    sae.to(device)
-
-    def scaled(rows: Mapping[str, Tensor], hooks: Sequence[str]) -> Tensor:
-        return joined({hook: rows[hook].to(device) * scales[hook] for hook in hooks}, hooks)
-
-    def decoded(x_BD: Tensor) -> dict[int, Tensor]:
-        """ŷ − b_dec of each k."""
-        halves = [sae.project(part).topk(max(ks), dim=-1) for part in x_BD.split(max(1, _VALUES // d_sae))]
-        values_BK, idx_BK = (torch.cat(column) for column in zip(*halves, strict=True))
-        acts_BK = torch.relu(values_BK)
-        return {
-            k: functional.embedding_bag(
-                idx_BK[:, :k].contiguous(), sae.W_dec, mode="sum", per_sample_weights=acts_BK[:, :k].contiguous()
-            )
-            for k in sorted(set(ks))
-        }
-
-    some = list(store.joint_rows(ends.hooks, "train", spread=_SCALE_ROWS))
-    sample = {hook: torch.cat([rows[hook] for rows in some]) for hook in ends.hooks}
-    centred_BE = scaled(sample, ends.writes) - sae.b_dec
-    outs = decoded(scaled(sample, ends.reads))
-    factors = {k: float((out * centred_BE).sum() / out.pow(2).sum()) for k, out in outs.items()}
-    error = {k: torch.zeros(len(parts), dtype=torch.float64, device=device) for k in factors}
+    untrained = Untrained(store, ends, d_sae, ks, seed, device)
+    parts = untrained.parts
+    error = {k: torch.zeros(len(parts), dtype=torch.float64, device=device) for k in untrained.ks}
     sums = {hook: Sums() for hook in ends.writes}
     bar = progress(n_rows, f"untrained, {d_sae} latents", "row", delay=1.0)
     for rows in store.joint_rows(ends.hooks, "validation", first=n_rows):
-        y_BE = scaled(rows, ends.writes)
+        y_BE = untrained.scaled(rows, ends.writes)
         bar.update(len(y_BE))
-        centred_BE = (y_BE - sae.b_dec).double()
-        for k, out in decoded(scaled(rows, ends.reads)).items():
-            wrong_BE = (centred_BE - factors[k] * out).pow(2)
+        centred_BE = (y_BE - untrained.sae.b_dec).double()
+        for k, out in untrained.written(rows).items():
+            wrong_BE = (centred_BE - out).pow(2)
             error[k] += torch.stack([part.sum() for part in wrong_BE.split(parts, dim=1)])
         doc = torch.zeros(len(y_BE), dtype=torch.int64, device=device)
         for hook, y_BD in zip(ends.writes, y_BE.split(parts, dim=1), strict=True):

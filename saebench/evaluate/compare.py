@@ -39,6 +39,13 @@ BASELINES = {
 WIDE = 1.959963984540054  # standard errors either way that hold 95% of a normal distribution
 
 
+def baseline_figure(entry: dict[str, Any], name: str, figure: str) -> float | None:
+    """A figure of one of a dictionary's BASELINES; None where it was not measured: all but FVU only on request."""
+    if figure == "fvu":
+        return entry["baselines"].get(name)
+    return entry.get("spliced_baselines", {}).get(name.removesuffix("_fvu"), {}).get(figure)
+
+
 def higher_is_better(figure: str) -> bool:
     """Whether more of a figure is better."""
     return figure.startswith("loss_recovered")

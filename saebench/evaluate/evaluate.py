@@ -7,10 +7,10 @@ follows, are not scored.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,37 +21,28 @@ from saebench.evaluate.baselines import PCA, Baseline, LinearMap, untrained_fvus
 from saebench.evaluate.check import look_at_others
 from saebench.evaluate.compare import DRAWS, FIGURES, write_draws
 from saebench.evaluate.diffing import is_of_two_models
+from saebench.evaluate.figures import figures, refitted_figures, resampled_metrics
 from saebench.evaluate.measure import Batch, Dictionary, Measurement, Subject, silent_latents, validation_batches
 from saebench.evaluate.neurons import neuron_fvus
-from saebench.evaluate.sets import SETS, SetMeasurement, ends_of_set, error_shares, set_of
+from saebench.evaluate.planned import Planned, plan, say_what_is_not_refitted
+from saebench.evaluate.sets import SetMeasurement, error_shares
+from saebench.evaluate.spliced import spliced_baselines
 from saebench.files import hash_files, read_json, write_json
 from saebench.metrics import (
-    SMALL_DENOMINATOR,
-    density_metrics,
-    fidelity_metrics,
-    massive_metrics,
-    near_duplicates,
-    reconstruction_metrics,
-    resampled,
     total,
-    total_variance,
 )
 from saebench.models import ALL, LanguageModel, ModelDtype, check_hook, choose_device
-from saebench.runlog import progress, provenance
+from saebench.runlog import progress
 from saebench.sae import Ends, ends_of, load_sae, read_config, take_in, update_metadata, weights_of, written_here
 from saebench.sae.hub import SaePath
 from saebench.store import Store, open_store
 from saebench.store.norms import usual_moments
-from saebench.store.source import model_of, recorded_store
+from saebench.store.source import model_of
 
 _log = logging.getLogger(__name__)
 
 EVALUATION = "evaluation.json"
 _VERSION = 2  # of the figures' definitions: another one evaluates again
-MASK = (
-    "kept tokens of the validation documents whose vectors are not massive (neither those nor special tokens are scored, and "
-    "their vectors are not replaced); losses at those of them that an ordinary token follows in their context"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +67,10 @@ class EvalConfig:
     """rows in which a latent must fire once not to count as dead (held-out and training rows, where the store has as many)"""
     batch: Count = 16
     """contexts in a forward pass"""
+    refit: bool = False
+    """measure each SAE a second time, with the coefficients that are best for the latents that fire, beside its encoder's"""
+    splice_baselines: bool = False
+    """splice the baselines into the model, too: their ΔCE, KL and loss recovered at each SAE's L0, by a second pass"""
     resamples: Count = 1000
     """bootstrap samples of documents behind each interval"""
     model_dtype: ModelDtype | None = None
@@ -86,19 +81,6 @@ class EvalConfig:
     """run code that comes with a hub model"""
     force: bool = False
     """evaluate again what was evaluated with the same settings already"""
-
-
-class _Planned(NamedTuple):
-    """What is to have figures: a dictionary, or a set of them that stand in together."""
-
-    folder: Path
-    """where they go"""
-    members: dict[Path, Ends]
-    """the directories of the dictionaries"""
-    store: Path
-    ends: Ends
-    """of all"""
-    is_set: bool = False
 
 
 def evaluate(config: EvalConfig) -> list[Path]:
@@ -118,8 +100,11 @@ def evaluate(config: EvalConfig) -> list[Path]:
         raise ValueError(
             f"{config.run} has crosscoders of two models alone; expected what one model reads and writes: use `saebench diff`"
         )
-    groups: dict[tuple[Path, Ends, bool], list[_Planned]] = {}
-    for planned in _plan(config, folders):
+    everything = plan(config.run, folders, config.store)
+    if config.refit:
+        say_what_is_not_refitted(everything)
+    groups: dict[tuple[Path, Ends, bool], list[Planned]] = {}
+    for planned in everything:
         groups.setdefault((planned.store, planned.ends, planned.is_set), []).append(planned)
     alone = None if config.device == ALL else config.device  # of what is no model
     device = config.device if config.device == ALL else choose_device(alone, float64=True)
@@ -147,32 +132,6 @@ def _of_two_models(folder: Path) -> bool:
     return True
 
 
-def _plan(config: EvalConfig, folders: list[Path]) -> list[_Planned]:
-    """Each dictionary that has figures of its own, and each set."""
-    found: list[_Planned] = []
-    sets: dict[str, list[_Planned]] = {}
-    for folder in folders:
-        settings = read_config(folder)
-        ends, store = ends_of(folder, settings), config.store or recorded_store(folder)
-        if store is None:
-            raise ValueError(
-                f"{folder} does not say what it was trained on; give the store to evaluate it on with --store"
-            )
-        planned = _Planned(folder, {folder: ends}, Path(store), ends)
-        name, joint = set_of(folder, settings)
-        if name:
-            sets.setdefault(name, []).append(planned)
-        if not joint:
-            found.append(planned)
-    for name, members in sets.items():
-        if len(stores := sorted({str(member.store) for member in members})) > 1:
-            raise ValueError(f"set {name!r} has members of stores {', '.join(stores)}; expected one: give --store")
-        ends = {member.folder: member.ends for member in members}
-        whole = ends_of_set(name, ends)
-        found.append(_Planned(config.run / SETS / name, ends, members[0].store, whole, is_set=True))
-    return found
-
-
 def _in_reach(config: EvalConfig, sae: Path) -> Path:
     """Where the figures of an SAE can be written beside it: where it lies, or a copy. It says which set it belongs to, if one is given."""
     folder = sae
@@ -183,11 +142,13 @@ def _in_reach(config: EvalConfig, sae: Path) -> Path:
     return folder
 
 
-def _identity(config: EvalConfig, planned: _Planned, store: Store) -> dict[str, Any]:
+def _identity(config: EvalConfig, planned: Planned, store: Store) -> dict[str, Any]:
     settings = {name: to_json(config)[name] for name in ("tokens", "dead_rows", "resamples")}
     members = {"members": [folder.name for folder in planned.members]} if planned.is_set else {}
     return {
         **settings,
+        **({"refit": True} if config.refit and planned.refits else {}),
+        **({"splice_baselines": True} if config.splice_baselines and not planned.is_set else {}),
         "model_dtype": config.model_dtype or store.manifest["identity"]["model_dtype"],
         "version": _VERSION,
         "store": store.hash,
@@ -196,15 +157,16 @@ def _identity(config: EvalConfig, planned: _Planned, store: Store) -> dict[str, 
     }
 
 
-def _is_current(config: EvalConfig, planned: _Planned, store: Store) -> bool:
+def _is_current(config: EvalConfig, planned: Planned, store: Store) -> bool:
     path = planned.folder / EVALUATION
     if not path.exists() or not (planned.folder / DRAWS).exists():
         return False
-    return read_json(path)["identity"] == _identity(config, planned, store)
+    found = read_json(path)["identity"]  # of one that has more, with the same besides, all that is wanted
+    return all(found.get(name) == value for name, value in _identity(config, planned, store).items())
 
 
 @torch.inference_mode()
-def _evaluate_group(config: EvalConfig, store: Store, model: LanguageModel, group: list[_Planned]) -> None:
+def _evaluate_group(config: EvalConfig, store: Store, model: LanguageModel, group: list[Planned]) -> None:
     """All that read and write the same hooks of a store, and are sets or not."""
     ends, is_set, device = group[0].ends, group[0].is_set, str(model.device)
     for hook in ends.hooks:
@@ -215,12 +177,13 @@ def _evaluate_group(config: EvalConfig, store: Store, model: LanguageModel, grou
     baseline: Baseline | None = None
     if not is_set:
         baseline = PCA.fit(store, ends.reads, device) if ends.tied else LinearMap.fit(store, ends, device)
+    refitted = [subject.refitted() for subject in subjects] if config.refit and group[0].refits else []
     kind = SetMeasurement if is_set else Measurement
-    measured = kind(model, ends, means, baseline, subjects, bounds)
+    measured = kind(model, ends, means, baseline, [*subjects, *refitted], bounds)
     tokens = min(config.tokens, store.rows("validation"))
     with progress(tokens, f"evaluate {' → '.join(map('+'.join, dict.fromkeys(ends)))}") as bar:
-        for batch in validation_batches(store, config.tokens, config.batch):
-            measured.add(Batch(*(column.to(device) for column in batch)))
+        for batch in _batches(config, store, device):
+            measured.add(batch)
             bar.update(batch.tokens.numel())
     rows = int(total(measured.shared[ends.writes[0]].table())["rows"])
     silent, seen = _silent(store, subjects, max(0, config.dead_rows - rows))
@@ -228,30 +191,51 @@ def _evaluate_group(config: EvalConfig, store: Store, model: LanguageModel, grou
     l0s = [float(total(subject.sums[ends.writes[0]].table())["l0"]) / rows for subject in subjects]
     if not is_set and (neurons := neuron_fvus(store, model, ends, l0s, bounds)) is not None:
         untrained = [fvus | {"neurons_fvu": [fvu]} for fvus, fvu in zip(untrained, neurons, strict=True)]
-    tables = [sums.table() for sums in (*measured.shared.values(), *(s for one in subjects for s in one.sums.values()))]
-    drawn = iter(resampled(tables, config.resamples, 0))
-    shared = {hook: next(drawn) for hook in ends.writes}
-    for planned, subject, fvus in zip(group, subjects, untrained, strict=True):
-        samples = {hook: shared[hook] | next(drawn) for hook in ends.writes}
+    spliced: list[dict[str, dict[str, float]]] = []
+    if config.splice_baselines and baseline is not None:
+        each = [(one.members[0].sae.d_sae, _seed(one), l0) for one, l0 in zip(subjects, l0s, strict=True)]
+        spliced = spliced_baselines(store, measured, baseline, each, _batches(config, store, device))
+    draws = resampled_metrics(measured, config.resamples)
+    for place, (planned, subject) in enumerate(zip(group, subjects, strict=True)):
         dead = torch.cat([silent[member.folder] for member in subject.members])
-        draws = _mean(_metrics(of) for of in samples.values())
-        found = _figures(config, subject, measured, draws, dead, rows + seen, fvus)
+        found = figures(subject, measured, draws[place], dead, rows + seen, untrained[place])
         if is_set:
             found["members"] = [str(folder) for folder in planned.members]
             found["metrics"]["error_share"], shares = error_shares(subject)
             for hook, share in shares.items():
                 found["hooks"][hook]["metrics"]["error_share"] = share
-        documents = len(tables[0]["rows"])
-        kept = ("l0", *FIGURES) if documents > 1 else ()  # one document says nothing of how documents differ
-        sample = {"store": store.hash, "tokens": config.tokens, "resamples": config.resamples, "documents": documents}
-        write_draws(subject.folder, {name: draws[name] for name in kept}, sample)
-        write_json(subject.folder / EVALUATION, {"identity": _identity(config, planned, store), **found})
-        if not is_set:
-            metrics, baselines = found["metrics"], found["baselines"]
-            update_metadata(subject.folder, l0=metrics["l0"], evaluation={**metrics, "baselines": baselines})
+        if spliced:
+            found["spliced_baselines"] = spliced[place]
+        if refitted:
+            again = draws[len(subjects) + place]
+            found["refitted"] = refitted_figures(refitted[place], measured, again, found["metrics"], draws[place])
+        _write(config, planned, store, found, draws[place], len(measured.shared[ends.writes[0]].index))
 
 
-def _loaded(planned: _Planned, store: Store, device: str) -> list[Dictionary]:
+def _batches(config: EvalConfig, store: Store, device: str) -> Iterator[Batch]:
+    for batch in validation_batches(store, config.tokens, config.batch):
+        yield Batch(*(column.to(device) for column in batch))
+
+
+def _write(
+    config: EvalConfig,
+    planned: Planned,
+    store: Store,
+    found: dict[str, Any],
+    draws: dict[str, np.ndarray],
+    documents: int,
+) -> None:
+    """Figures and draws into the folder; the main ones into the metadata of a dictionary."""
+    kept = ("l0", *FIGURES) if documents > 1 else ()  # one document says nothing of how documents differ
+    sample = {"store": store.hash, "tokens": config.tokens, "resamples": config.resamples, "documents": documents}
+    write_draws(planned.folder, {name: draws[name] for name in kept}, sample)
+    write_json(planned.folder / EVALUATION, {"identity": _identity(config, planned, store), **found})
+    if not planned.is_set:
+        metrics, baselines = found["metrics"], found["baselines"]
+        update_metadata(planned.folder, l0=metrics["l0"], evaluation={**metrics, "baselines": baselines})
+
+
+def _loaded(planned: Planned, store: Store, device: str) -> list[Dictionary]:
     """The dictionaries. Raises ValueError for one whose widths are not those of its hooks."""
     found = []
     for folder, ends in planned.members.items():
@@ -288,8 +272,7 @@ def _untrained(
     """FVUs at each hook of an untrained dictionary of each one's width, seed and L0."""
     groups: dict[tuple[int, int], list[int]] = {}
     for place, subject in enumerate(subjects):
-        seed = read_config(subject.folder)["metadata"].get("saebench", {}).get("identity", {}).get("seed", 0)
-        groups.setdefault((subject.members[0].sae.d_sae, seed), []).append(place)
+        groups.setdefault((subject.members[0].sae.d_sae, _seed(subject)), []).append(place)
     fvus: list[dict[str, list[float]]] = [{} for _ in subjects]
     for (d_sae, seed), places in groups.items():
         l0s = [float(total(subjects[place].sums[ends.writes[0]].table())["l0"]) / rows for place in places]
@@ -298,92 +281,6 @@ def _untrained(
     return fvus
 
 
-def _figures(
-    config: EvalConfig,
-    subject: Subject,
-    measured: Measurement,
-    draws: dict[str, np.ndarray],
-    silent_F: Tensor,
-    window: int,
-    untrained: dict[str, list[float]],
-) -> dict[str, Any]:
-    """Turn the sums of each hook into metrics, with intervals from those of resampled documents (`draws`); those of several hooks are means over them."""
-    hooks = subject.ends.writes
-    sums = {hook: total({**measured.shared[hook].table(), **subject.sums[hook].table()}) for hook in hooks}
-    variances = {hook: float(total_variance(of)) for hook, of in sums.items()}
-    first, documents = sums[hooks[0]], len(measured.shared[hooks[0]].index)
-    rows, l0, massive = int(first["rows"]), float(first["l0"] / first["rows"]), int(first.get("massive_rows", 0))
-    own = {hook: _metrics(of) for hook, of in sums.items()}
-    fires_F = torch.cat([member.fires_F for member in subject.members]).cpu()
-    duplicates = sum(near_duplicates(member.sae.W_dec) for member in subject.members)
-    metrics = _numbers(_mean(own.values())) | density_metrics(fires_F, rows)
-    metrics |= {
-        "dead_fraction": float(silent_F.double().mean()),
-        "dead_window": window,
-        "duplicate_fraction": duplicates / len(fires_F),
-        "n_tokens_eval": rows,
-        "massive_rows": massive,
-    }
-    intervals = {
-        name: [_number(q) for q in np.quantile(values, (0.025, 0.975))] if documents > 1 else [None, None]
-        for name, values in draws.items()
-    }
-    baselines = dict(untrained)
-    if (fitted := measured.baseline) is not None:
-        errors = zip(fitted.errors(l0), variances.values(), strict=True)
-        baselines = {fitted.name: [error / variance for error, variance in errors], **untrained}
-    small = [
-        arm
-        for arm in ("zero", "mean")
-        if any((of[f"ce_{arm}"] - of["ce_clean"]) / of["positions"] < SMALL_DENOMINATOR for of in sums.values())
-    ]
-    saved = {
-        hook: {name: float(value) for name, value in of.items() if not name.endswith("vector")}
-        | {"massive_rows": massive, "total_variance": variances[hook]}
-        for hook, of in sums.items()
-    }
-    counts = {
-        "latents": len(fires_F),
-        "dead_latents": int(silent_F.sum()),
-        "dense_latents": int((fires_F > 0.01 * rows).sum()),
-        "fires": int(fires_F.sum()),
-    }
-    found = {
-        "metrics": metrics,
-        "intervals": intervals,
-        "interval_method": f"95%, {config.resamples} bootstrap samples of {documents} documents",
-        "baselines": {name: float(np.mean(values)) for name, values in baselines.items()},
-        "small_denominators": small,
-        "mask": MASK,
-        "sums": counts if len(hooks) > 1 else next(iter(saved.values())) | counts,
-        "provenance": provenance(),
-    }
-    if len(hooks) > 1 or measured.baseline is None:
-        found["hooks"] = {
-            hook: {
-                "metrics": _numbers(own[hook]),
-                "baselines": {name: values[place] for name, values in baselines.items()},
-                "sums": saved[hook],
-            }
-            for place, hook in enumerate(hooks)
-        }
-    return found
-
-
-def _metrics(sums: dict[str, Any]) -> dict[str, Any]:
-    return {**reconstruction_metrics(sums), **massive_metrics(sums), **fidelity_metrics(sums)}
-
-
-def _number(value: Any) -> float | None:
-    """A JSON number; None where a ratio has no value."""
-    return float(value) if np.isfinite(value) else None
-
-
-def _mean(of_hooks: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Of the same metrics of several hooks."""
-    every = list(of_hooks)
-    return {name: np.mean([metrics[name] for metrics in every], axis=0) for name in every[0]}
-
-
-def _numbers(metrics: dict[str, Any]) -> dict[str, float | None]:
-    return {name: _number(value) for name, value in metrics.items()}
+def _seed(subject: Subject) -> int:
+    """That of its training, where it says."""
+    return read_config(subject.folder)["metadata"].get("saebench", {}).get("identity", {}).get("seed", 0)

@@ -17,6 +17,7 @@ from saebench.evaluate.compare import (
     WIDE,
     Evaluated,
     Recipe,
+    baseline_figure,
     higher_is_better,
     recipes,
     seed_spread,
@@ -92,20 +93,18 @@ def _lines(group: Sequence[Recipe], figure: str) -> dict[str, _Line]:
         )
         log_l0s, values = np.log([l0 for l0, *_ in best]), np.array([value for _, value, _ in best])
         found[name] = _Line(log_l0s, values, paired, samples.pop(), bool(own[0].first.get("control")))
-    if figure == "fvu":
-        found |= _baseline_lines(group)
-    return found
+    return found | _baseline_lines(group, figure)
 
 
-def _baseline_lines(group: Sequence[Recipe]) -> dict[str, _Line]:
+def _baseline_lines(group: Sequence[Recipe], figure: str) -> dict[str, _Line]:
     found = {}
     for name, label in BASELINES.items():
-        for kind in dict.fromkeys(recipe.first["kind"] for recipe in group if name in recipe.first["baselines"]):
-            entries = [r.first for r in group if r.first["kind"] == kind and name in r.first["baselines"]]
-            points = sorted({entry["l0"]: entry["baselines"][name] for entry in entries}.items())
+        known = [(r.first, value) for r in group if (value := baseline_figure(r.first, name, figure)) is not None]
+        for kind in dict.fromkeys(entry["kind"] for entry, _ in known):
+            points = sorted({entry["l0"]: value for entry, value in known if entry["kind"] == kind}.items())
             if len(points) > 1:
-                l0s, fvus = np.array(points).T
-                found[label.replace("SAE", kind)] = _Line(np.log(l0s), fvus, None, "", True)
+                l0s, values = np.array(points).T
+                found[label.replace("SAE", kind)] = _Line(np.log(l0s), values, None, "", True)
     return found
 
 

@@ -121,8 +121,9 @@ class Written(NamedTuple):
 class Dictionary:
     """An SAE, a transcoder or a crosscoder, and how often each of its latents fired."""
 
-    def __init__(self, folder: Path, sae: SAE, ends: Ends) -> None:
-        self.folder, self.sae, self.ends = folder, sae, ends
+    def __init__(self, folder: Path, sae: SAE, ends: Ends, *, refitted: bool = False) -> None:
+        """`refitted`: with the coefficients that are best for the latents that fire, in place of the encoder's."""
+        self.folder, self.sae, self.ends, self.refitted = folder, sae, ends, refitted
         self.lengths = dict(zip(ends.writes, sae.lengths_FH.unbind(1), strict=True))
         self.fires_F = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_dec.device)
 
@@ -130,7 +131,7 @@ class Dictionary:
         """What it makes of the rows of the hooks that it reads; counts what fires."""
         parts = []
         for x_ND in joined(rows, self.ends.reads).split(_ROWS):
-            y_hat, code, values = reconstruct_sparse(self.sae, x_ND)
+            y_hat, code, values = reconstruct_sparse(self.sae, x_ND, refitted=self.refitted)
             if count:
                 self.fires_F += code.latents.bincount(minlength=self.sae.d_sae)
             l1 = [
@@ -151,6 +152,11 @@ class Subject:
         """`folder` is where its figures go."""
         self.folder, self.members, self.ends = folder, members, ends
         self.sums = {hook: Sums() for hook in ends.writes}
+
+    def refitted(self) -> "Subject":
+        """The same dictionaries, refitted, with sums of their own."""
+        members = [Dictionary(one.folder, one.sae, one.ends, refitted=True) for one in self.members]
+        return Subject(self.folder, members, self.ends)
 
     def reconstruct(self, rows: ByHook, *, count: bool = True) -> Written:
         """What the members make of the rows of each hook read, added up where they write to the same hook; counts what fires."""

@@ -32,6 +32,10 @@ _SETS_NOTE = """ In a set all of its layers' MLPs are replaced at once, each by 
 the same MLPs. Share of error: Σ‖y − ŷ‖² ÷ Σ‖y‖² of what is written, on vectors of the model as it is."""
 
 
+_REFITTED_NOTE = """ Refitted: the same latents fire, with the coefficients (at least 0) that reconstruct each row best, in place of the encoder's; what
+reads or steers by activations has the encoder's. Change: from the figures of the first table, paired over documents, ± half of the 95% interval."""
+
+
 def page(
     summary: dict[str, Any], logs: Mapping[str, Sequence[Mapping[str, Any]]], architectures: Mapping[str, str]
 ) -> str:
@@ -68,7 +72,7 @@ def page(
 {main}
 <p class="note">FVU: share of variance not explained. ΔCE: what splicing the SAE in costs the model. Rec.: share of an ablation's cost
 (zero or mean) that the SAE recovers. γ under 1 means shrinkage. Dead: no firing in {first["dead_window"]:,} rows; dense: fires on over 1% of tokens. Twins, where there are any: decoder rows with a cosine above 0.99 with another's.
-Bars: 95%, bootstrap over documents. An untrained SAE has random tied weights, the best single scale, and the same L0; beyond these: how much lower the FVU is than the best of the baselines'.{_SETS_NOTE if sets else ""}</p>
+Bars: 95%, bootstrap over documents. An untrained SAE has random tied weights, the best single scale, and the same L0; beyond these: how much lower the FVU is than the best of the baselines'.{_REFITTED_NOTE if any("refitted" in sae for sae in saes) else ""}{_SETS_NOTE if sets else ""}</p>
 {"".join(others)}<p class="note">{_COMPARED}</p>
 <div class="charts">{"".join(_figure(figure, number == 0) for number, figure in enumerate(measured))}</div>
 <h2>Training</h2>

@@ -26,6 +26,10 @@ COLUMNS = {
     "untrained_fvu": ("FVU untrained", ".4f"),
     "neurons_fvu": ("FVU of neurons", ".4f"),
     "beyond": ("beyond these", ".4f"),
+    "pca_delta_ce": ("ΔCE of PCA", ".4f"),
+    "linear_delta_ce": ("ΔCE of linear map", ".4f"),
+    "untrained_delta_ce": ("ΔCE untrained", ".4f"),
+    "beyond_delta_ce": ("beyond these", ".4f"),
 }
 
 # of sets
@@ -44,18 +48,22 @@ SET_COLUMNS = {
     "dead_fraction": ("dead", ".1%"),
 }
 
+REFITTED = ("fvu", "delta_ce", "loss_recovered_zero", "kl")
+"""figures of those that are refitted"""
+
 _ONLY_WHERE = {
     "fvu_all": "massive_rows", "duplicate_fraction": "duplicate_fraction", "pca_fvu": "pca_fvu", "linear_fvu": "linear_fvu",
-    "neurons_fvu": "neurons_fvu",
+    "neurons_fvu": "neurons_fvu", **{name: name for name in COLUMNS if name.endswith("_delta_ce")},
 }  # fmt: skip
 """columns that are worth their room only where an SAE has another figure above 0"""
 
 
 def tables(summary: dict[str, Any]) -> list[list[list[str]]]:
-    """All tables of a summary, headings and rows each: dictionaries, sets, seeds, lines at equal L0."""
+    """All tables of a summary, headings and rows each: dictionaries, the same refitted, sets, seeds, lines at equal L0."""
     least = summary.get("least_differences", {})
     return [
         *([table(summary["saes"], least)] if summary["saes"] else []),
+        *([refitted_table(refitted)] if (refitted := [sae for sae in summary["saes"] if "refitted" in sae]) else []),
         *([set_table(summary["sets"])] if "sets" in summary else []),
         *([seed_table(summary["over_seeds"])] if summary.get("over_seeds") else []),
         *equal_l0_tables(summary["equal_l0"]),
@@ -65,7 +73,7 @@ def tables(summary: dict[str, Any]) -> list[list[list[str]]]:
 
 def table(saes: list[dict[str, Any]], least: Mapping[str, float] = MappingProxyType({})) -> list[list[str]]:
     """Headings and formatted rows, a list of strings each; `least` (`least_differences`) makes a last row."""
-    every = [{**sae, **sae["baselines"], "beyond": _beyond(sae)} for sae in saes]
+    every = [{**sae, **sae["baselines"], "beyond": _beyond(sae), **_spliced(sae)} for sae in saes]
     columns = {
         name: shown
         for name, shown in COLUMNS.items()
@@ -81,9 +89,29 @@ def table(saes: list[dict[str, Any]], least: Mapping[str, float] = MappingProxyT
     return rows
 
 
+def refitted_table(saes: list[dict[str, Any]]) -> list[list[str]]:
+    """Of dictionaries that were refitted, headings and rows: their figures so, and the change from those of `table`."""
+    rows = [["Refitted", "L0", *(cell for name in REFITTED for cell in (COLUMNS[name][0], "change"))]]
+    for sae in saes:
+        cells = []
+        for name in REFITTED:
+            figure, (change, half) = sae["refitted"][name], sae["refitted"]["change"][name]
+            within = "" if half is None else f" ±{half:.4f}"
+            cells += ["—", "—"] if figure is None or change is None else [f"{figure:.4f}", f"{change:+.4f}{within}"]
+        rows.append([sae["name"], f"{sae['refitted']['l0']:.1f}", *cells])
+    return rows
+
+
 def _beyond(sae: dict[str, Any]) -> float | None:
     """How much lower the FVU is than that of the best baseline."""
     return min(sae["baselines"].values()) - sae["fvu"] if sae["baselines"] and sae["fvu"] is not None else None
+
+
+def _spliced(sae: dict[str, Any]) -> dict[str, float]:
+    """ΔCE of the baselines that were spliced in, and how much lower the dictionary's is than the best of them."""
+    found = {name: figures["delta_ce"] for name, figures in sae.get("spliced_baselines", {}).items()}
+    beyond = {"beyond_delta_ce": min(found.values()) - sae["delta_ce"]} if found else {}
+    return {f"{name}_delta_ce": value for name, value in found.items()} | beyond
 
 
 def set_table(sets: list[dict[str, Any]]) -> list[list[str]]:

@@ -16,6 +16,7 @@ from saebench.sae.architectures import (
     new_sae,
     normalized,
 )
+from saebench.sae.refit import refit
 from saebench.sae.sparse import Encoder, SparseCode, select
 
 
@@ -41,12 +42,24 @@ def encode_sparse(sae: SAE, x_RD: Float[Tensor, "R D"]) -> tuple[SparseCode, Flo
 
 @torch.no_grad()
 def reconstruct_sparse(
-    sae: SAE, x_RD: Float[Tensor, "R D"]
+    sae: SAE, x_RD: Float[Tensor, "R D"], *, refitted: bool = False
 ) -> tuple[Float[Tensor, "R E"], SparseCode, Float[Tensor, " N"]]:
-    """(x̂, which latents are active, their values): `sae(x)` without anything dense of the width of the SAE."""
+    """(x̂, which latents are active, their values): `sae(x)` without anything dense of the width of the SAE.
+
+    `refitted` has the values of `refit`, those above 0 of the same latents. Raises ValueError for it of what is no autoencoder: it would
+    have to be told what it is there to predict.
+    """
+    if refitted and not sae.tied:
+        raise ValueError(
+            "refitted is True of a dictionary that writes other vectors than it reads; expected an autoencoder"
+        )
     code, values = encode_sparse(sae, x_RD)
     rows_RD, scale, shift = normalized(x_RD, sae.normalize)
-    return (code.decode(values, sae.W_dec) + sae.base(rows_RD)) * scale + shift, code, values
+    base = sae.base(rows_RD)
+    if refitted:
+        values = refit(code, values, rows_RD - base, sae.W_dec)
+        code, values = select(code, values, values > 0)
+    return (code.decode(values, sae.W_dec) + base) * scale + shift, code, values
 
 
 @torch.no_grad()
