@@ -20,14 +20,16 @@ from conftest import HOOK
 from test_faults import KILLS
 from test_train import log_of, same_saes
 
-from saebench.files import read_json
+from saebench.files import read_json, write_json
 from saebench.harvest.ranks import Watch, World
 from saebench.sae import load_sae
 from saebench.store import Store
 from saebench.train import TrainConfig, grid
+from saebench.train.identity import Run
 from saebench.train.loop import _opened
 from saebench.train.ranks import Ranks
-from saebench.train.shares import SHARES, Share
+from saebench.train.rolling import Whole
+from saebench.train.shares import SHARES, RowShare, Share
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "train.py"
 SLOW = 0.004  # seconds by which a step is longer
@@ -174,13 +176,15 @@ def test_processes_that_were_told_otherwise_are_refused_by_all(store: Store, tmp
         (2, {"ranks": "latents", "d_sae": (65,)}, "d_sae is 65 in 2 processes; expected a multiple of 2: .* 64 would do, or 66"),
         (3, {}, "d_sae is 64 in 3 processes"),
         (2, {"ranks": "rows", "batch": 101}, "batch is 101 in 2 processes; expected a multiple of 2"),
+        (1, {"partitions": 3}, "partitions is 3 and batch 100; expected a number that divides the batch"),
+        (4, {"ranks": "rows", "partitions": 2}, "partitions is 2 of rows that 4 processes share; expected a multiple of 4"),
     ],
 )  # fmt: skip
 def test_what_processes_cannot_share_is_refused(size: int, more: dict[str, Any], message: str) -> None:
     sizes = {"d_sae": (64,), "batch": 100} | more
     config = TrainConfig(store=Path("store"), out=Path("run"), arch=("topk",), k=(4, 8), **sizes)
     with pytest.raises(ValueError, match=message):
-        Ranks(World(size=size), config, grid(config, 32))
+        Ranks(World(size=size), config, grid(config, 32), config.partitions or 1)
 
 
 def test_a_circle_is_of_several_processes_and_windows_are_of_one(store: Store, tmp_path: Path) -> None:
@@ -192,25 +196,63 @@ def test_a_circle_is_of_several_processes_and_windows_are_of_one(store: Store, t
         _opened(TrainConfig(store=store.folder, out=tmp_path, k=(4,), rolling=5), World(size=2))
 
 
+def test_processes_that_share_rows_read_disjoint_parts_of_the_batches_of_one(store: Store, tmp_path: Path) -> None:
+    config = TrainConfig(store=store.folder, out=tmp_path, hook=(HOOK,), k=(4,), batch=96, partitions=4)
+    run, source = Run.of(config, store), Whole(store)
+    shares = [Share(), *(RowShare(World(rank, 2)) for rank in range(2))]
+    streams = [run.batches((HOOK,), share.partitions(4), {}, source.shards, "cpu") for share in shares]
+    n_rows = store.rows("train", kept=True)
+    read: list[set[tuple[float, ...]]] = [set(), set()]
+    for _ in range(n_rows // 96):
+        (whole, cursors), *parts = [next(stream) for stream in streams]
+        for rank, (part, own) in enumerate(parts):
+            assert torch.equal(part[HOOK], whole[HOOK].chunk(2)[rank])
+            assert own.items() <= cursors.items()
+            read[rank] |= {tuple(row) for row in part[HOOK].tolist()}
+    assert len(cursors) == 4
+    # Equal beginnings of documents give equal rows.
+    unique = {tuple(row) for rows in store.usual_rows(HOOK, "train") for row in rows.tolist()}
+    assert len(read[0] & read[1]) < 0.1 * len(unique)
+    again, _ = next(run.batches((HOOK,), range(4), cursors, source.shards, "cpu"))
+    assert torch.equal(again[HOOK], next(streams[0])[0][HOOK])
+
+
+def test_partitions_are_those_of_the_processes_that_share_rows_or_as_begun(store: Store, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"store": store.folder, "out": tmp_path, "hook": (HOOK,), "k": (4,)}
+    for more, expected in (
+        ({}, 1), ({"ranks": "rows"}, 6), ({"ranks": "rows", "share": 3}, 3), ({"partitions": 5}, 5),
+        ({"ranks": "rows", "partitions": 12}, 12), ({"ranks": "latents"}, 1),
+    ):  # fmt: skip
+        run = Run.of(TrainConfig(**common, **more), store, 6)
+        assert run.partitions == expected
+        assert run.identity["topk-k4"].get("partitions", 1) == expected
+    write_json(tmp_path / "saes" / "checkpoint.json", {"identity": Run.of(TrainConfig(**common), store).identity})
+    assert Run.of(TrainConfig(**common, ranks="rows"), store, 6).partitions == 1
+    assert RowShare(World(2, 6)).partitions(1) == range(1)
+    with pytest.raises(ValueError, match="partitions is 2 and rolling is 5; expected one of them"):
+        TrainConfig(**common, partitions=2, rolling=5)
+
+
 # ------------------------------------------------------------------------- an SAE shared, by rows or latents
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, dict]]:
+def shared(store: Store, tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, dict]]:
     """What the first and the second of a circle have of every case; two circles deal them out."""
     folder = tmp_path_factory.mktemp("shared")
-    processes.together(ranked.run, 4, folder)
+    processes.together(ranked.run, 4, folder, store.folder)
     found = [torch.load(folder / f"{rank}.pt") for rank in range(4)]
     return [found[rank] | found[rank + 2] for rank in range(2)]
 
 
 @pytest.mark.parametrize("number", range(len(ranked.CASES)), ids=lambda n: "-".join(map(str, ranked.CASES[n])))
 def test_shared_by_two_processes_an_sae_learns_what_it_learns_in_one(
-    number: int, shared: list[dict[int, dict]]
+    number: int, shared: list[dict[int, dict]], store: Store
 ) -> None:
-    """AuxK and resampling included: four latents are dead from the first step on, and count as such from the eighth."""
+    """AuxK and resampling included: four latents are dead from the first step on, and count as such from the eighth. By rows of a store
+    too, of which each process reads its own partitions."""
     case = ranked.CASES[number]
-    lines, weights = ranked.course(case, Share())
+    lines, weights = ranked.course(case, Share(), store.folder)
     expected = torch.tensor(lines, dtype=torch.float64)
     revived = [w["b_gate" if "b_gate" in w else "b_enc"][3] > -10.0 for w in weights]
     assert all(revived) if case.specs[0].k is None else expected[8, 7] <= ranked.F - 4
@@ -243,9 +285,11 @@ TWO = ("--arch", "relu,topk", "--tokens", "2000")
 @pytest.fixture(scope="module")
 def pairs(store: Store, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A grid of two by one process, and by two that share each SAE in either way."""
-    found = {over: tmp_path_factory.mktemp(over) for over in ("one", *SHARES)}
+    """The first draws its rows from two partitions, as two that share rows do."""
+    found = {over: tmp_path_factory.mktemp(over) for over in ("one", "partitions", *SHARES)}
     for over, out in found.items():
         command = arguments(store, out, *TWO, *(("--ranks", over) if over in SHARES else ()))
+        command += ("--partitions", "2") if over == "partitions" else ()
         for child in processes.start_ranks(2, *command) if over in SHARES else [processes.start(*command)]:
             status, printed = child.ends()
             assert status == 0, printed
@@ -256,8 +300,9 @@ def pairs(store: Store, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 def test_a_shared_grid_is_saved_as_by_one_process(over: str, pairs: dict[str, Path]) -> None:
     for folder in (pairs["one"] / "saes").iterdir():
         mine = pairs[over] / "saes" / folder.name
-        one, two = log_of(folder), log_of(mine)
-        assert two[-1]["fvu"] == pytest.approx(one[-1]["fvu"], rel=0.01)
+        alike = "partitions" if over == "rows" else "one"
+        one, two = log_of(pairs[alike] / "saes" / folder.name), log_of(mine)
+        assert two[-1]["fvu"] == pytest.approx(one[-1]["fvu"], rel=1e-4)
         assert [line["step"] for line in two] == [line["step"] for line in one]
         assert load_sae(mine).W_dec.shape == load_sae(folder).W_dec.shape
 

@@ -47,8 +47,8 @@ class Wish(NamedTuple):
 class Ranks:
     """Which SAEs, or what share of them, are this process's, and when all processes save, stop or fail."""
 
-    def __init__(self, world: World, config: Any, specs: Sequence[Spec]) -> None:
-        """Raises ValueError for what so many processes cannot share."""
+    def __init__(self, world: World, config: Any, specs: Sequence[Spec], partitions: int = 1) -> None:
+        """Of rows that are dealt out to so many partitions. Raises ValueError for what so many processes cannot share."""
         self.world = world
         teams = list(dict.fromkeys(spec.team for spec in specs))
         over: Over = config.ranks or ("grid" if world.size <= len(teams) and not config.share else "latents")
@@ -70,6 +70,15 @@ class Ranks:
         if over == "rows" and config.batch % size:
             raise ValueError(
                 f"batch is {config.batch} in {size} processes; expected a multiple of {size}: each takes as many rows"
+            )
+        if config.batch % partitions:
+            raise ValueError(
+                f"partitions is {partitions} and batch {config.batch}; expected a number that divides the batch: each gives as many rows of it"
+            )
+        if over == "rows" and partitions % size and partitions > 1:
+            raise ValueError(
+                f"partitions is {partitions} of rows that {size} processes share; expected a multiple of {size}, so that each reads as many, "
+                "or 1, which all of them read; a run that was begun has as many as then"
             )
         if over == "latents" and (wrong := [spec.d_sae for spec in specs if spec.d_sae % size]):
             less = wrong[0] // size * size

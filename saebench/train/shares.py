@@ -32,6 +32,10 @@ class Share:
 
     # ------------------------------------------------------------------- which part is this process's
 
+    def partitions(self, n: int) -> range:
+        """Of so many that the rows of a store are dealt out to, those that this process reads."""
+        return range(n)
+
     def rows_of(self, x_BD: Tensor) -> Tensor:
         """Those of a batch that this process takes."""
         return x_BD
@@ -172,6 +176,12 @@ class RowShare(Share):
     """A part of each batch's rows; weights, and what is learned beside them, are the same in all processes."""
 
     over = "rows"
+
+    def partitions(self, n: int) -> range:
+        if n == 1:  # as runs were begun before there were several: all read all
+            return range(1)
+        each = n // self.world.size
+        return range(each * self.world.rank, each * (self.world.rank + 1))
 
     def rows_of(self, x_BD: Tensor) -> Tensor:
         return x_BD.chunk(self.world.size)[self.world.rank]
