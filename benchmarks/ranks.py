@@ -1,6 +1,7 @@
-"""Bytes that a process sends in a training step that it shares with others, beside the arithmetic of docs/scaling.md.
+"""Bytes that a process sends in a training step that it shares with others, and those it reads, beside the arithmetic of docs/scaling.md.
 
 torchrun --nproc-per-node 2 benchmarks/ranks.py
+torchrun --nproc-per-node 2 benchmarks/ranks.py --store STORE    # of its first hook, what sharing rows takes to read
 """
 
 import argparse
@@ -9,15 +10,19 @@ import os
 import socket
 import stat
 import struct
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from saebench.harvest.ranks import World, joined
+from saebench.store import Partition, Store, joint_batches, open_store
+from saebench.store.coding import row_bytes
 from saebench.train import Member, Spec
 from saebench.train.objectives import prefixes
 from saebench.train.recipes import RECIPES
-from saebench.train.shares import SHARES
+from saebench.train.shares import SHARES, RowShare
 
 _ACKED = struct.Struct("@Q"), 120  # tcpi_bytes_acked of Linux' struct tcp_info
 
@@ -63,12 +68,50 @@ def measured(world: World, over: str, architecture: str, told: argparse.Namespac
     return (sent() - before) / told.steps
 
 
+def read() -> int:
+    """Bytes that this process has read, from disk or page cache."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def measured_reading(store: Store, world: World, batch: int, partitions: int) -> float:
+    """Bytes a batch, over about an epoch, in buffers of which the one that is read ahead is little of it."""
+    own, rows = RowShare(world, batch).partitions(partitions), store.rows("train")
+    before, n_batches = read(), store.rows("train", kept=True) // batch
+    streams = [
+        joint_batches(
+            store, store.hooks[:1], batch // partitions, seed=0, buffer_rows=rows // 50, partition=Partition(n, partitions)
+        )
+        for n in own
+    ]  # fmt: skip
+    for _ in islice(zip(*streams, strict=True), n_batches):
+        pass
+    return (read() - before) / n_batches
+
+
+def report_reading(store: Store, world: World, batch: int) -> None:
+    """With rows dealt out to a partition for each process, and to one that all read."""
+    row = row_bytes(store.manifest["dtype"], store.d_in(store.hooks[0])) + 1  # whether it is kept
+    a_batch = row * batch * store.rows("train") / store.rows("train", kept=True)
+    for partitions in (1, world.size):
+        expected = a_batch / partitions
+        for rank, found in enumerate(world.gather(measured_reading(store, world, batch, partitions))):
+            if world.leads:
+                print(
+                    f"partitions {partitions}, process {rank}: {found / 1e6:8.3f} MB read a batch, {expected / 1e6:8.3f} by arithmetic "
+                    f"({found / expected:.3f})"
+                )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in (("d", 256), ("f", 2048), ("b", 1024), ("k", 32), ("steps", 8)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--store", type=Path)
     told = parser.parse_args()
     with joined("training") as world:
+        if told.store is not None:
+            report_reading(open_store(told.store), world, told.b)
+            return
         for over in SHARES:
             for architecture in RECIPES:
                 found = measured(world, over, architecture, told)
