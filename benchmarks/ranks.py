@@ -22,7 +22,7 @@ from saebench.store.coding import row_bytes
 from saebench.train import Member, Spec
 from saebench.train.objectives import prefixes
 from saebench.train.recipes import RECIPES
-from saebench.train.shares import SHARES, RowShare
+from saebench.train.shares import SHARES
 
 _ACKED = struct.Struct("@Q"), 120  # tcpi_bytes_acked of Linux' struct tcp_info
 
@@ -75,7 +75,7 @@ def read() -> int:
 
 def measured_reading(store: Store, world: World, batch: int, partitions: int) -> float:
     """Bytes a batch, over about an epoch, in buffers of which the one that is read ahead is little of it."""
-    own, rows = RowShare(world, batch).partitions(partitions), store.rows("train")
+    own, rows = SHARES["rows"](world, batch).partitions(partitions), store.rows("train")
     before, n_batches = read(), store.rows("train", kept=True) // batch
     streams = [
         joint_batches(

@@ -11,7 +11,7 @@ from torch import Tensor
 from saebench.harvest.ranks import joined
 from saebench.store import Partition, joint_batches, open_store
 from saebench.train import Member, Spec
-from saebench.train.shares import SHARES, Share
+from saebench.train.shares import SHARES, Share, replicated
 from saebench.train.teams import joined_ends, team_step, teams_of
 
 D, F, B = 16, 64, 48
@@ -63,6 +63,10 @@ CASES = [
     Case("batchtopk", n_steps=LONG, partitions=4),
     *(Case(architecture, n_steps=SHORT, dtype=torch.float32) for architecture in (ARCHITECTURES if ALL else ("relu", "topk"))),
 ]  # fmt: skip
+
+
+BOTH = [n for n, of in enumerate(CASES) if of.n_steps == SHORT or of.architecture in ("relu", "topk", "batchtopk")]
+"""of them, those that are shared both ways at once"""
 
 
 def batches(case: Case, share: Share, store: Path) -> Iterator[dict[str, Tensor]]:
@@ -129,8 +133,8 @@ def course(case: Case, share: Share, store: Path, stop: int = 0) -> tuple[list[l
 
 
 def run(rank: int, size: int, port: int, folder: Path, store: Path) -> None:
-    """What each process of some has of each case that its circle of two is dealt, shared in either way, once without and once with a
-    restored state; `{case: {over: …}}`."""
+    """What each of four processes has of each case that its circle of two is dealt, shared in either way, and of those that all four
+    share in both; once without and once with a restored state; `{case: {over: …}}`."""
     torch.set_num_threads(1)
     os.environ |= {
         "TORCHELASTIC_RUN_ID": "test",
@@ -142,12 +146,16 @@ def run(rank: int, size: int, port: int, folder: Path, store: Path) -> None:
     with joined("training") as world:
         circle = world.circle(2)
         shares = {over: kind(circle, B) for over, kind in SHARES.items()}
-        found = {}
+        found: dict[int, dict[str, Any]] = {number: {} for number in range(len(CASES))}
         for number in range(rank // 2, len(CASES), size // 2):
-            case = CASES[number]
-            resumed = case.architecture in RESUMED and case.n_steps == LONG and not case.partitions
-            found[number] = {
-                over: (course(case, share, store), course(case, share, store, 13) if resumed else None)
-                for over, share in shares.items()
-            }
+            found[number] = {over: twice(CASES[number], share, store) for over, share in shares.items()}
+        both = replicated(world, B, 2, 2)
+        for number in BOTH:
+            found[number]["both"] = twice(CASES[number], both, store)
     torch.save(found, folder / f"{rank}.pt")
+
+
+def twice(case: Case, share: Share, store: Path) -> tuple[Any, Any]:
+    """Its course, and that of some cases with a restored state."""
+    resumed = case.architecture in RESUMED and case.n_steps == LONG and not case.partitions
+    return course(case, share, store), course(case, share, store, 13) if resumed else None

@@ -232,7 +232,9 @@ class Run:
 
 def _readers(config: TrainConfig, processes: int) -> int:
     """Processes that share the rows of an SAE."""
-    return (config.share or processes) if processes > 1 and config.ranks == "rows" else 1
+    if processes == 1:
+        return 1
+    return (config.share or processes) if config.ranks == "rows" else config.replicas or 1
 
 
 def _as_begun(spec: Spec, begun: dict[str, Any], config: TrainConfig) -> Spec:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from saebench.config import differences, flat, to_json
 from saebench.harvest.ranks import World
-from saebench.train.shares import SHARES, Share
+from saebench.train.shares import SHARES, Share, replicated
 from saebench.train.spec import Spec
 
 Over = Literal["grid", "rows", "latents"]
@@ -51,13 +51,17 @@ class Ranks:
         """Of rows that are dealt out to so many partitions. Raises ValueError for what so many processes cannot share."""
         self.world = world
         teams = list(dict.fromkeys(spec.team for spec in specs))
-        over: Over = config.ranks or ("grid" if world.size <= len(teams) and not config.share else "latents")
-        size = 1 if over == "grid" else config.share or world.size
+        replicas = config.replicas or 1
+        dealt = world.size <= len(teams) and not config.share and replicas == 1
+        over: Over = config.ranks or ("grid" if dealt else "latents")
+        size = 1 if over == "grid" else (config.share or max(world.size // replicas, 2)) * replicas
         """of a circle"""
+        by_rows = size if over == "rows" else replicas
         if world.size % size:
+            product = f" times replicas, {replicas}," if replicas > 1 else ""
             raise ValueError(
-                f"share is {size} in {world.size} processes; expected a number that divides {world.size}: as many share each SAE, and the "
-                "grid is dealt out to them"
+                f"share is {size // replicas}{product} in {world.size} processes; expected a number that divides {world.size}: as many share "
+                "each SAE, and the grid is dealt out to them"
             )
         circles = world.size // size
         if circles > len(teams):
@@ -67,27 +71,31 @@ class Ranks:
                 f"expected no more{' processes' * (size == 1)} than SAEs (a cross-layer set is one): start torchrun with "
                 f"--nproc-per-node {fewer}{', or use --ranks latents' * (size == 1)}"
             )
-        if over == "rows" and config.batch % size:
+        if config.batch % by_rows:
             raise ValueError(
-                f"batch is {config.batch} in {size} processes; expected a multiple of {size}: each takes as many rows"
+                f"batch is {config.batch} in {by_rows} processes; expected a multiple of {by_rows}: each takes as many rows"
             )
         if config.batch % partitions:
             raise ValueError(
                 f"partitions is {partitions} and batch {config.batch}; expected a number that divides the batch: each gives as many rows of it"
             )
-        if over == "rows" and partitions % size and partitions > 1:
+        if partitions % by_rows and partitions > 1:
             raise ValueError(
-                f"partitions is {partitions} of rows that {size} processes share; expected a multiple of {size}, so that each reads as many, "
-                "or 1, which all of them read; a run that was begun has as many as then"
+                f"partitions is {partitions} of rows that {by_rows} processes share; expected a multiple of {by_rows}, so that each reads as "
+                "many, or 1, which all of them read; a run that was begun has as many as then"
             )
-        if over == "latents" and (wrong := [spec.d_sae for spec in specs if spec.d_sae % size]):
-            less = wrong[0] // size * size
+        parts = size // by_rows
+        if wrong := [spec.d_sae for spec in specs if spec.d_sae % parts]:
+            less = wrong[0] // parts * parts
             raise ValueError(
-                f"d_sae is {wrong[0]} in {size} processes; expected a multiple of {size}: each holds as many "
-                f"latents. {less} would do, or {less + size}"
+                f"d_sae is {wrong[0]} in {parts} processes; expected a multiple of {parts}: each holds as many "
+                f"latents. {less} would do, or {less + parts}"
             )
-        circle = world.circle(size)
-        self.share = SHARES[over](circle, config.batch) if size > 1 else Share(circle)
+        if replicas > 1:
+            self.share = replicated(world, config.batch, replicas, parts)
+        else:
+            circle = world.circle(size)
+            self.share = SHARES[over](circle, config.batch) if size > 1 else Share(circle)
         """what each member is a part of"""
         self.meet_every = MEET_EVERY if size == 1 else 1
         self.own = teams[world.rank // size :: circles]

@@ -94,6 +94,8 @@ class TrainConfig:
     """disjoint parts of the store's rows, each of which gives as many rows of every batch: of processes that share rows each reads its own, and one process with as many has the same batches (default: as many as there are such processes, else 1; or as the run was begun)"""
     share: int | None = None
     """processes that share each SAE by rows or latents, where the grid is dealt out to several such circles (default: all of them)"""
+    replicas: int | None = None
+    """with --ranks latents, how many times such circles hold each SAE's latents, to take as many parts of the rows of every batch (default: once)"""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch", "expansion", "memory_gb", "buffer_rows", "partitions"):
@@ -107,6 +109,11 @@ class TrainConfig:
             of = " of a grid that is dealt out" * (self.ranks == "grid")
             raise ValueError(
                 f"share is {self.share}{of}; expected at least 2 processes, with --ranks rows or latents, for each SAE"
+            )
+        if self.replicas is not None and (self.replicas < 2 or self.ranks in ("grid", "rows")):
+            raise ValueError(
+                f"replicas is {self.replicas} with ranks {self.ranks}; expected at least 2, with --ranks latents: by grid and rows each "
+                "process has SAEs whole"
             )
         if self.rolling is not None and self.rolling < 3:
             raise ValueError(
