@@ -2,7 +2,8 @@
 
     python scripts/check_gpu_ranks.py
 
-Steps and whole trainings, by NCCL in a world of one and in two processes: by NCCL where there are two GPUs, else on the one by gloo.
+Steps and whole trainings, by NCCL in a world of one, in two processes, and in four that share rows and latents: by NCCL where there are
+as many GPUs, else on those at hand by gloo.
 `--device cpu` tries the script itself. Prints a JSON line per check; exits 1 when one fails, 2 without a GPU.
 """
 
@@ -28,7 +29,7 @@ from saebench.models import hook_name
 from saebench.text import TextConfig
 from saebench.train import Member, Spec
 from saebench.train.recipes import RECIPES
-from saebench.train.shares import SHARES, Share
+from saebench.train.shares import SHARES, Share, replicated
 
 D, F, K, ROWS = 64, 512, 8, 128
 STRIDE, N_STEPS, SILENT = (
@@ -38,6 +39,15 @@ STRIDE, N_STEPS, SILENT = (
 )  # every tenth step, so that a GPU is looked at, and dead latents revived, within a few
 TOLERANCE = 1e-3  # of what the log says of a step, in float32: a latent on the edge moves it by 1e-4
 FVU = 0.01  # of a training by shares, relative
+WORLDS = (
+    ("alone", 0, ()),
+    ("in a world of one", 1, ()),
+    ("grid", 2, ("--ranks", "grid")),
+    ("rows", 2, ("--ranks", "rows")),
+    ("latents", 2, ("--ranks", "latents")),
+    ("both", 4, ("--ranks", "latents", "--replicas", "2")),
+)
+"""Trainings: processes that torchrun starts, and what they are told."""
 DEAD = (3, 200, 201, 500)  # latents, not as many for each of two processes
 
 
@@ -74,10 +84,13 @@ def check_steps(asked: str) -> None:
     """In a process of several, or of one, that torchrun started."""
     with joined("training") as world:
         device = world.device(asked) or asked
+        shares = {over: kind(world, ROWS) for over, kind in SHARES.items()}
+        if world.size == 4:
+            shares = {"both": replicated(world, ROWS, 2, 2)}
         for architecture in RECIPES:
             alone = course(architecture, device, Share())
-            for over, kind in SHARES.items():
-                found = course(architecture, device, kind(world, ROWS))
+            for over, share in shares.items():
+                found = course(architecture, device, share)
                 difference = (found - alone).abs() / alone.abs().clamp(min=1e-6)
                 error = float(difference.masked_fill(found.isnan() & alone.isnan(), 0.0).max())
                 everyones = world.gather(found.tolist())
@@ -127,16 +140,16 @@ def main() -> int:
     print(json.dumps({"devices": names, "torch": torch.__version__}), flush=True)
     train = Path(__file__).with_name("train.py")
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(max((os.cpu_count() or 2) // 2, 1)) as pool:
-        steps = [pool.submit(launch, size, __file__, "--steps", "--device", told.device) for size in (1, 2)]
+        steps = [pool.submit(launch, size, __file__, "--steps", "--device", told.device) for size in (1, 2, 4)]
         store = Path(scratch) / "store"
         made = HarvestConfig(layers=(2,), tokens=100_000, batch=8, shard_contexts=64, device=told.device, out=store)
         assert harvest(made, TextConfig()) is not None
         runs = {}
-        for name, size in (("alone", 0), ("in a world of one", 1), ("grid", 2), ("rows", 2), ("latents", 2)):
+        for name, size, more in WORLDS:
             out = Path(scratch) / name.replace(" ", "-")
             command = [train, "--store", store, "--hook", hook_name(2), "--arch", "relu,topk,batchtopk", "--out", out]
             command += ["--target-l0", "8", "--d-sae", "512", "--tokens", "64K", "--batch", "1024", "--seed", "0"]
-            command += ["--device", told.device, *(["--ranks", name] if size == 2 else [])]
+            command += ["--device", told.device, "--partitions", "2", *more]  # of all, the same batches
             runs[name] = out, pool.submit(launch, size, *command)
         for future in steps:
             done = future.result()
@@ -153,7 +166,7 @@ def main() -> int:
             found = figures(out)
             error = max((abs(found[sae] / expected[sae] - 1) for sae in expected), default=1.0)
             same = same_bits(alone, out)
-            ok = error <= FVU if name in SHARES else same
+            ok = error <= FVU if name in ("rows", "latents", "both") else same
             fine &= said(f"training, {name}", ok, fvu=found, error=error, same_bits=same)
     print(json.dumps({"seconds": round(time.perf_counter() - began, 1), "ok": fine}))
     return 0 if fine else 1
