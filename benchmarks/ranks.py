@@ -22,7 +22,7 @@ from saebench.store.coding import row_bytes
 from saebench.train import Member, Spec
 from saebench.train.objectives import prefixes
 from saebench.train.recipes import RECIPES
-from saebench.train.shares import SHARES, Share, replicated
+from saebench.train.shares import SHARES, Share, share_of
 
 _ACKED = struct.Struct("@Q"), 120  # tcpi_bytes_acked of Linux' struct tcp_info
 
@@ -112,7 +112,7 @@ def main() -> None:
             return
         shares = {over: kind(world, told.b) for over, kind in SHARES.items()}
         if world.size % 2 == 0 and world.size > 2:
-            shares["both"] = replicated(world, told.b, 2, world.size // 2)
+            shares["both"] = share_of(world, told.b, 2, world.size // 2)
         for over, share in shares.items():
             for architecture in RECIPES:
                 found = measured(world, share, architecture, told)

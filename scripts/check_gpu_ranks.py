@@ -29,7 +29,7 @@ from saebench.models import hook_name
 from saebench.text import TextConfig
 from saebench.train import Member, Spec
 from saebench.train.recipes import RECIPES
-from saebench.train.shares import SHARES, Share, replicated
+from saebench.train.shares import SHARES, Share, share_of
 
 D, F, K, ROWS = 64, 512, 8, 128
 STRIDE, N_STEPS, SILENT = (
@@ -86,7 +86,7 @@ def check_steps(asked: str) -> None:
         device = world.device(asked) or asked
         shares = {over: kind(world, ROWS) for over, kind in SHARES.items()}
         if world.size == 4:
-            shares = {"both": replicated(world, ROWS, 2, 2)}
+            shares = {"both": share_of(world, ROWS, 2, 2)}
         for architecture in RECIPES:
             alone = course(architecture, device, Share())
             for over, share in shares.items():

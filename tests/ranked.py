@@ -11,7 +11,7 @@ from torch import Tensor
 from saebench.harvest.ranks import joined
 from saebench.store import Partition, joint_batches, open_store
 from saebench.train import Member, Spec
-from saebench.train.shares import SHARES, Share, replicated
+from saebench.train.shares import SHARES, Share, share_of
 from saebench.train.teams import joined_ends, team_step, teams_of
 
 D, F, B = 16, 64, 48
@@ -149,7 +149,7 @@ def run(rank: int, size: int, port: int, folder: Path, store: Path) -> None:
         found: dict[int, dict[str, Any]] = {number: {} for number in range(len(CASES))}
         for number in range(rank // 2, len(CASES), size // 2):
             found[number] = {over: twice(CASES[number], share, store) for over, share in shares.items()}
-        both = replicated(world, B, 2, 2)
+        both = share_of(world, B, 2, 2)
         for number in BOTH:
             found[number]["both"] = twice(CASES[number], both, store)
     torch.save(found, folder / f"{rank}.pt")

@@ -192,6 +192,13 @@ def test_what_processes_cannot_share_is_refused(size: int, more: dict[str, Any],
         Ranks(World(size=size), config, grid(config, 32), config.partitions or 1)
 
 
+@pytest.mark.parametrize("ranks", ["rows", "latents", "grid", None])
+def test_one_process_shares_nothing_whatever_the_way(ranks: Any) -> None:
+    config = TrainConfig(store=Path("store"), out=Path("run"), arch=("topk",), k=(4,), d_sae=(64,), ranks=ranks)
+    made = Ranks(World(), config, grid(config, 32))
+    assert (made.share.over, made.own) == ("grid", ["topk-k4"])
+
+
 def test_a_circle_is_of_several_processes_and_windows_are_of_one(store: Store, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="share is 2 of a grid that is dealt out; expected at least 2 processes, with"):
         TrainConfig(store=store.folder, out=tmp_path, k=(4,), ranks="grid", share=2)

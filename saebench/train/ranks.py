@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from saebench.config import differences, flat, to_json
 from saebench.harvest.ranks import World
-from saebench.train.shares import SHARES, Share, replicated
+from saebench.train.shares import share_of
 from saebench.train.spec import Spec
 
 Over = Literal["grid", "rows", "latents"]
@@ -54,9 +54,9 @@ class Ranks:
         replicas = config.replicas or 1
         dealt = world.size <= len(teams) and not config.share and replicas == 1
         over: Over = config.ranks or ("grid" if dealt else "latents")
-        size = 1 if over == "grid" else (config.share or max(world.size // replicas, 2)) * replicas
+        fewest = 2 if replicas > 1 else 1
+        size = 1 if over == "grid" else (config.share or max(world.size // replicas, fewest)) * replicas
         """of a circle"""
-        by_rows = size if over == "rows" else replicas
         if world.size % size:
             product = f" times replicas, {replicas}," if replicas > 1 else ""
             raise ValueError(
@@ -71,31 +71,16 @@ class Ranks:
                 f"expected no more{' processes' * (size == 1)} than SAEs (a cross-layer set is one): start torchrun with "
                 f"--nproc-per-node {fewer}{', or use --ranks latents' * (size == 1)}"
             )
-        if config.batch % by_rows:
+        by_rows = size if over == "rows" else replicas
+        _check_divides(by_rows, config.batch, partitions)
+        by_latents = size // by_rows
+        if wrong := [spec.d_sae for spec in specs if spec.d_sae % by_latents]:
+            less = wrong[0] // by_latents * by_latents
             raise ValueError(
-                f"batch is {config.batch} in {by_rows} processes; expected a multiple of {by_rows}: each takes as many rows"
+                f"d_sae is {wrong[0]} in {by_latents} processes; expected a multiple of {by_latents}: each holds as many "
+                f"latents. {less} would do, or {less + by_latents}"
             )
-        if config.batch % partitions:
-            raise ValueError(
-                f"partitions is {partitions} and batch {config.batch}; expected a number that divides the batch: each gives as many rows of it"
-            )
-        if partitions % by_rows and partitions > 1:
-            raise ValueError(
-                f"partitions is {partitions} of rows that {by_rows} processes share; expected a multiple of {by_rows}, so that each reads as "
-                "many, or 1, which all of them read; a run that was begun has as many as then"
-            )
-        parts = size // by_rows
-        if wrong := [spec.d_sae for spec in specs if spec.d_sae % parts]:
-            less = wrong[0] // parts * parts
-            raise ValueError(
-                f"d_sae is {wrong[0]} in {parts} processes; expected a multiple of {parts}: each holds as many "
-                f"latents. {less} would do, or {less + parts}"
-            )
-        if replicas > 1:
-            self.share = replicated(world, config.batch, replicas, parts)
-        else:
-            circle = world.circle(size)
-            self.share = SHARES[over](circle, config.batch) if size > 1 else Share(circle)
+        self.share = share_of(world, config.batch, by_rows, by_latents)
         """what each member is a part of"""
         self.meet_every = MEET_EVERY if size == 1 else 1
         self.own = teams[world.rank // size :: circles]
@@ -115,3 +100,20 @@ class Ranks:
                 raise ValueError(f"process {rank} of this training failed: {message}")
         wishes = [said for said, _ in words]
         return Wish(any(w.save for w in wishes), any(w.stop for w in wishes), all(w.idle for w in wishes))
+
+
+def _check_divides(by_rows: int, batch: int, partitions: int) -> None:
+    """Raises ValueError where processes that share rows would not take as many of a batch, or read as many partitions."""
+    if batch % by_rows:
+        raise ValueError(
+            f"batch is {batch} in {by_rows} processes; expected a multiple of {by_rows}: each takes as many rows"
+        )
+    if batch % partitions:
+        raise ValueError(
+            f"partitions is {partitions} and batch {batch}; expected a number that divides the batch: each gives as many rows of it"
+        )
+    if partitions % by_rows and partitions > 1:
+        raise ValueError(
+            f"partitions is {partitions} of rows that {by_rows} processes share; expected a multiple of {by_rows}, so that each reads as many, "
+            "or 1, which all of them read; a run that was begun has as many as then"
+        )

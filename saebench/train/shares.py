@@ -274,11 +274,13 @@ SHARES: dict[str, Callable[[World, int], Share]] = {
 """the ways to share an SAE among all of a circle, by their names in settings"""
 
 
-def replicated(world: World, batch: int, replicas: int, size: int) -> Share:
-    """Of circles of `replicas` times `size` processes: each holds the latents of an SAE so many times, which take as many rows of a batch."""
-    return Share(
-        world.circle(replicas * size), batch, rows=world.circle(replicas, stride=size), latents=world.circle(size)
-    )
+def share_of(world: World, batch: int, n_rows: int, n_latents: int) -> Share:
+    """Of circles in which so many hold the same latents, and take as many parts of the rows, and so many have the same rows. All have to ask
+    for theirs."""
+    circle = world.circle(n_rows * n_latents)
+    rows = circle if n_latents == 1 else world.circle(n_rows, stride=n_latents)
+    latents = circle if n_rows == 1 else world.circle(n_latents)
+    return Share(circle, batch, rows=rows if n_rows > 1 else None, latents=latents if n_latents > 1 else None)
 
 
 def _latents(name: str, value: Tensor, which: slice) -> Tensor:
