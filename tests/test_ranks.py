@@ -20,13 +20,15 @@ from conftest import HOOK
 from test_faults import KILLS
 from test_train import log_of, same_saes
 
-from saebench.files import read_json
+from saebench.files import read_json, write_json
 from saebench.harvest.ranks import Watch, World
 from saebench.sae import load_sae
-from saebench.store import Store
+from saebench.store import Cursor, Store
 from saebench.train import TrainConfig, grid
+from saebench.train.identity import Run
 from saebench.train.loop import _opened
 from saebench.train.ranks import Ranks
+from saebench.train.rolling import Whole
 from saebench.train.shares import SHARES, Share
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "train.py"
@@ -174,13 +176,27 @@ def test_processes_that_were_told_otherwise_are_refused_by_all(store: Store, tmp
         (2, {"ranks": "latents", "d_sae": (65,)}, "d_sae is 65 in 2 processes; expected a multiple of 2: .* 64 would do, or 66"),
         (3, {}, "d_sae is 64 in 3 processes"),
         (2, {"ranks": "rows", "batch": 101}, "batch is 101 in 2 processes; expected a multiple of 2"),
+        (4, {"ranks": "latents", "share": 2, "replicas": 3}, "share is 2 times replicas, 3, in 4 processes; expected a number that divides 4"),
+        (2, {"replicas": 2}, "share is 2 times replicas, 2, in 2 processes; expected a number that divides 2"),
+        (4, {"replicas": 2, "batch": 101}, "batch is 101 in 2 processes; expected a multiple of 2"),
+        (4, {"replicas": 2, "d_sae": (65,)}, "d_sae is 65 in 2 processes; expected a multiple of 2"),
+        (4, {"replicas": 2, "partitions": 5}, "partitions is 5 of rows that 2 processes share; expected a multiple of 2"),
+        (1, {"partitions": 3}, "partitions is 3 and batch 100; expected a number that divides the batch"),
+        (4, {"ranks": "rows", "partitions": 2}, "partitions is 2 of rows that 4 processes share; expected a multiple of 4"),
     ],
 )  # fmt: skip
 def test_what_processes_cannot_share_is_refused(size: int, more: dict[str, Any], message: str) -> None:
     sizes = {"d_sae": (64,), "batch": 100} | more
     config = TrainConfig(store=Path("store"), out=Path("run"), arch=("topk",), k=(4, 8), **sizes)
     with pytest.raises(ValueError, match=message):
-        Ranks(World(size=size), config, grid(config, 32))
+        Ranks(World(size=size), config, grid(config, 32), config.partitions or 1)
+
+
+@pytest.mark.parametrize("ranks", ["rows", "latents", "grid", None])
+def test_one_process_shares_nothing_whatever_the_way(ranks: Any) -> None:
+    config = TrainConfig(store=Path("store"), out=Path("run"), arch=("topk",), k=(4,), d_sae=(64,), ranks=ranks)
+    made = Ranks(World(), config, grid(config, 32))
+    assert (made.share.over, made.own) == ("grid", ["topk-k4"])
 
 
 def test_a_circle_is_of_several_processes_and_windows_are_of_one(store: Store, tmp_path: Path) -> None:
@@ -188,90 +204,146 @@ def test_a_circle_is_of_several_processes_and_windows_are_of_one(store: Store, t
         TrainConfig(store=store.folder, out=tmp_path, k=(4,), ranks="grid", share=2)
     with pytest.raises(ValueError, match="share is 1; expected at least 2 processes"):
         TrainConfig(store=store.folder, out=tmp_path, k=(4,), share=1)
+    with pytest.raises(ValueError, match="replicas is 2 with ranks rows; expected at least 2, with --ranks latents"):
+        TrainConfig(store=store.folder, out=tmp_path, k=(4,), ranks="rows", replicas=2)
+    with pytest.raises(ValueError, match="replicas is 1 with ranks None; expected at least 2"):
+        TrainConfig(store=store.folder, out=tmp_path, k=(4,), replicas=1)
     with pytest.raises(ValueError, match="rolling is 5 in 2 processes; expected one"):
         _opened(TrainConfig(store=store.folder, out=tmp_path, k=(4,), rolling=5), World(size=2))
+
+
+def test_processes_that_share_rows_read_disjoint_parts_of_the_batches_of_one(store: Store, tmp_path: Path) -> None:
+    config = TrainConfig(store=store.folder, out=tmp_path, hook=(HOOK,), k=(4,), batch=96, partitions=4)
+    run, source = Run.of(config, store), Whole(store)
+    shares = [Share(), *(SHARES["rows"](World(rank, 2), 96) for rank in range(2))]
+    streams = [run.batches((HOOK,), share.partitions(4), {}, source.shards, "cpu") for share in shares]
+    n_rows = store.rows("train", kept=True)
+    read: list[set[tuple[float, ...]]] = [set(), set()]
+    cursors: dict[str, Cursor] = {}
+    for _ in range(n_rows // 96):
+        (whole, cursors), *parts = [next(stream) for stream in streams]
+        for rank, (part, own) in enumerate(parts):
+            assert torch.equal(part[HOOK], whole[HOOK].chunk(2)[rank])
+            assert own.items() <= cursors.items()
+            read[rank] |= {tuple(row) for row in part[HOOK].tolist()}
+    assert len(cursors) == 4
+    # Equal beginnings of documents give equal rows.
+    unique = {tuple(row) for rows in store.usual_rows(HOOK, "train") for row in rows.tolist()}
+    assert len(read[0] & read[1]) < 0.1 * len(unique)
+    again, _ = next(run.batches((HOOK,), range(4), cursors, source.shards, "cpu"))
+    assert torch.equal(again[HOOK], next(streams[0])[0][HOOK])
+
+
+def test_partitions_are_those_of_the_processes_that_share_rows_or_as_begun(store: Store, tmp_path: Path) -> None:
+    common: dict[str, Any] = {"store": store.folder, "out": tmp_path, "hook": (HOOK,), "k": (4,)}
+    cases: list[tuple[dict[str, Any], int]] = [
+        ({}, 1), ({"ranks": "rows"}, 6), ({"ranks": "rows", "share": 3}, 3), ({"partitions": 5}, 5),
+        ({"ranks": "rows", "partitions": 12}, 12), ({"ranks": "latents"}, 1), ({"ranks": "latents", "replicas": 2}, 2), ({"replicas": 3}, 3),
+    ]  # fmt: skip
+    for more, expected in cases:
+        run = Run.of(TrainConfig(**common, **more), store, 6)
+        assert run.partitions == expected
+        assert run.identity["topk-k4"].get("partitions", 1) == expected
+    write_json(tmp_path / "saes" / "checkpoint.json", {"identity": Run.of(TrainConfig(**common), store).identity})
+    assert Run.of(TrainConfig(**common, ranks="rows"), store, 6).partitions == 1
+    assert SHARES["rows"](World(2, 6), 96).partitions(1) == range(1)
+    with pytest.raises(ValueError, match="partitions is 2 and rolling is 5; expected one of them"):
+        TrainConfig(**common, partitions=2, rolling=5)
 
 
 # ------------------------------------------------------------------------- an SAE shared, by rows or latents
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> list[dict[int, dict]]:
-    """What the first and the second of a circle have of every case; two circles deal them out."""
+def shared(store: Store, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[int, Any]]]:
+    """What those who share it have of a case: two, of two circles that deal the cases out, by rows and by latents; all four by both."""
     folder = tmp_path_factory.mktemp("shared")
-    processes.together(ranked.run, 4, folder)
-    found = [torch.load(folder / f"{rank}.pt") for rank in range(4)]
-    return [found[rank] | found[rank + 2] for rank in range(2)]
+    processes.together(ranked.run, 4, folder, store.folder)
+    ranks = [torch.load(folder / f"{rank}.pt") for rank in range(4)]
+    found: dict[str, list[dict[int, Any]]] = {}
+    for over in (*SHARES, "both"):
+        of = [{number: ways[over] for number, ways in rank.items() if over in ways} for rank in ranks]
+        found[over] = of if over == "both" else [of[rank] | of[rank + 2] for rank in range(2)]
+    return found
 
 
 @pytest.mark.parametrize("number", range(len(ranked.CASES)), ids=lambda n: "-".join(map(str, ranked.CASES[n])))
-def test_shared_by_two_processes_an_sae_learns_what_it_learns_in_one(
-    number: int, shared: list[dict[int, dict]]
+def test_shared_by_several_processes_an_sae_learns_what_it_learns_in_one(
+    number: int, shared: dict[str, list[dict[int, Any]]], store: Store
 ) -> None:
-    """AuxK and resampling included: four latents are dead from the first step on, and count as such from the eighth."""
+    """AuxK and resampling included: four latents are dead from the first step on, and count as such from the eighth. By rows of a store
+    too, of which each process reads its own partitions."""
     case = ranked.CASES[number]
-    lines, weights = ranked.course(case, Share())
+    lines, weights = ranked.course(case, Share(), store.folder)
     expected = torch.tensor(lines, dtype=torch.float64)
     revived = [w["b_gate" if "b_gate" in w else "b_enc"][3] > -10.0 for w in weights]
     assert all(revived) if case.specs[0].k is None else expected[8, 7] <= ranked.F - 4
     rtol, atol = (1e-9, 1e-12) if case.dtype == torch.float64 else (1e-5, 1e-6)
-    for over in ("rows", "latents"):
-        (found, _), (others, _) = (of[number][over][0] for of in shared)
+    for of in (of for of in shared.values() if number in of[0]):
+        (found, one), *others = [rank[number][0] for rank in of]
         torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected, rtol=rtol, atol=atol)
-        assert found == others
-        for one, two, other in zip(weights, *(of[number][over][0][1] for of in shared), strict=True):
-            assert all(torch.equal(two[name], other[name]) for name in one)
-            if case.dtype == torch.float64:
-                assert all(torch.allclose(one[name], two[name], rtol=1e-6, atol=1e-9) for name in one)
+        for other_found, other in others:
+            assert other_found == found
+            for mine, theirs in zip(one, other, strict=True):
+                assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+        if case.dtype == torch.float64:
+            for mine, alone in zip(one, weights, strict=True):
+                assert all(torch.allclose(alone[name], mine[name], rtol=1e-6, atol=1e-9) for name in alone)
 
 
-def test_a_shared_sae_goes_on_from_its_state_with_the_same_bits(shared: list[dict[int, dict]]) -> None:
+def test_a_shared_sae_goes_on_from_its_state_with_the_same_bits(shared: dict[str, list[dict[int, Any]]]) -> None:
     compared = 0
-    for of in shared:
-        for number, found in of.items():
-            for whole, resumed in found.values():
-                if resumed is not None:
-                    assert whole[0] == resumed[0], ranked.CASES[number]
-                    assert all(torch.equal(a[n], b[n]) for a, b in zip(whole[1], resumed[1], strict=True) for n in a)
-                    compared += 1
-    assert compared == 2 * 2 * len(ranked.RESUMED)
+    for rank in (rank for of in shared.values() for rank in of):
+        for number, (whole, resumed) in rank.items():
+            if resumed is not None:
+                assert whole[0] == resumed[0], ranked.CASES[number]
+                assert all(torch.equal(a[n], b[n]) for a, b in zip(whole[1], resumed[1], strict=True) for n in a)
+                compared += 1
+    assert compared == (2 + 2 + 4) * len(ranked.RESUMED)
 
 
 TWO = ("--arch", "relu,topk", "--tokens", "2000")
+WAYS = {
+    "rows": ("--ranks", "rows"),
+    "latents": ("--ranks", "latents"),
+    "both": ("--ranks", "latents", "--replicas", "2"),
+}
 
 
 @pytest.fixture(scope="module")
 def pairs(store: Store, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A grid of two by one process, and by two that share each SAE in either way."""
-    found = {over: tmp_path_factory.mktemp(over) for over in ("one", *SHARES)}
-    for over, out in found.items():
-        command = arguments(store, out, *TWO, *(("--ranks", over) if over in SHARES else ()))
-        for child in processes.start_ranks(2, *command) if over in SHARES else [processes.start(*command)]:
+    """A grid of two by one process, of rows from one partition and from two, and by two or four that share each SAE."""
+    told = {"one": (), "partitions": ("--partitions", "2"), **WAYS}
+    found = {name: tmp_path_factory.mktemp(name) for name in told}
+    for name, out in found.items():
+        command, size = arguments(store, out, *TWO, *told[name]), 4 if name == "both" else 2
+        for child in processes.start_ranks(size, *command) if name in WAYS else [processes.start(*command)]:
             status, printed = child.ends()
             assert status == 0, printed
     return found
 
 
-@pytest.mark.parametrize("over", SHARES)
+@pytest.mark.parametrize("over", WAYS)
 def test_a_shared_grid_is_saved_as_by_one_process(over: str, pairs: dict[str, Path]) -> None:
-    for folder in (pairs["one"] / "saes").iterdir():
+    """Which draws its rows from as many partitions."""
+    for folder in (pairs["one" if over == "latents" else "partitions"] / "saes").iterdir():
         mine = pairs[over] / "saes" / folder.name
         one, two = log_of(folder), log_of(mine)
-        assert two[-1]["fvu"] == pytest.approx(one[-1]["fvu"], rel=0.01)
+        assert two[-1]["fvu"] == pytest.approx(one[-1]["fvu"], rel=1e-4)
         assert [line["step"] for line in two] == [line["step"] for line in one]
         assert load_sae(mine).W_dec.shape == load_sae(folder).W_dec.shape
 
 
 @pytest.mark.parametrize(
     ("over", "seed"),
-    [("latents", 0)] if KILLS <= 3 else [(over, seed) for over in SHARES for seed in range(KILLS // 2)],
+    [("latents", 0)] if KILLS <= 3 else [(over, seed) for over in WAYS for seed in range(KILLS // 2)],
 )
 def test_a_shared_grid_dealt_out_to_circles_and_killed_and_resumed_has_the_same_bits(
     over: str, seed: int, store: Store, pairs: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Of two processes, in turns with two circles of two."""
-    size = 4 if (over == "latents") == (seed % 2 == 0) else 2
-    command = arguments(store, tmp_path, *TWO, "--ranks", over, *(("--share", "2") if size == 4 else ()))
+    """Of two processes, in turns with two circles of two; or of four that share both."""
+    size = 4 if over == "both" or (over == "latents") == (seed % 2 == 0) else 2
+    command = arguments(store, tmp_path, *TWO, *WAYS[over], *(("--share", "2") if size == 4 else ()))
     ranks = processes.start_ranks(size, *command, slow=SLOW, checkpoint_seconds=0.0)
     begun, wait = tmp_path / "saes" / "checkpoint.json", random.Random(seed).uniform(0, 0.3) * (seed > 0)
     processes.signal_when(ranks[1], lambda: begun.exists() and not time.sleep(wait), signal.SIGKILL)

@@ -18,7 +18,7 @@ from conftest import CONTEXT, HOOK, WIDTH
 from transformers import PreTrainedTokenizerFast
 
 from saebench.files import block_checksums, hash_files, read_json, write_json
-from saebench.store import Cursor, Store, StoreWriter, joint_batches, open_store, shuffled_batches
+from saebench.store import Cursor, Partition, Store, StoreWriter, joint_batches, open_store, shuffled_batches
 from saebench.store.coding import PEAKS, TAIL, decode, encode, from_disk, to_disk
 from saebench.store.feed import prefetched
 from saebench.store.manifest import begin_manifest, check_manifest, publish_manifest, read_manifest
@@ -834,6 +834,62 @@ def test_the_order_follows_the_seed(small: Store) -> None:
     one, again, other = (next(shuffled_batches(small, HOOK, 64, seed=seed))[0] for seed in (1, 1, 2))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("buffer_rows", [10**6, 5 * BLOCK_ROWS])
+def test_partitions_have_each_row_once_the_same_in_every_epoch_and_go_on_from_cursors(
+    small: Store, buffer_rows: int
+) -> None:
+    options: dict[str, Any] = {"seed": 3, "buffer_rows": buffer_rows}
+    n_blocks = sum(-(-shard.n_rows // BLOCK_ROWS) for shard in small.of_split("train"))
+    epochs = []
+    for number in range(3):
+        partition = Partition(number, 3)
+        n_rows = len(mine := rows_of_blocks(small, partition.deal(n_blocks, 3)))
+        stream = joint_batches(small, [HOOK], 1, **options, partition=partition)
+        drawn = [(rows[HOOK], cursor) for rows, cursor in islice(stream, 2 * n_rows)]
+        first, second = (torch.cat([rows for rows, _ in drawn[span]]) for span in (slice(n_rows), slice(n_rows, None)))
+        assert torch.equal(sorted_rows(first), sorted_rows(mine))
+        assert torch.equal(sorted_rows(second), sorted_rows(mine))
+        assert not torch.equal(first, second)
+        for after in (0, n_rows // 2, n_rows + 5):
+            rows, _ = next(joint_batches(small, [HOOK], 1, **options, partition=partition, start=drawn[after][1]))
+            assert torch.equal(rows[HOOK], drawn[after + 1][0])
+        epochs.append(first)
+    assert torch.equal(sorted_rows(torch.cat(epochs)), sorted_rows(kept_training_rows(small)))
+
+
+def rows_of_blocks(store: Store, blocks: np.ndarray) -> torch.Tensor:
+    """Kept ones, of blocks numbered among those of all training shards."""
+    rows = [shard.rows(HOOK).split(BLOCK_ROWS) for shard in store.of_split("train")]
+    keep = [torch.tensor(np.array(shard.column("keep"))).split(BLOCK_ROWS) for shard in store.of_split("train")]
+    pairs = [pair for of_shard in zip(rows, keep, strict=True) for pair in zip(*of_shard, strict=True)]
+    return torch.cat([pairs[n][0][pairs[n][1]] for n in blocks]).float()
+
+
+@pytest.mark.parametrize("n_buffers", [1, 2])
+def test_of_one_partition_the_order_is_that_of_before_there_were_several(small: Store, n_buffers: int) -> None:
+    """So that runs go on that were begun then."""
+    batch, _ = next(shuffled_batches(small, HOOK, 91, seed=3, buffer_rows=520 // n_buffers))
+    n_blocks = sum(-(-shard.n_rows // BLOCK_ROWS) for shard in small.of_split("train"))
+    chosen = np.array_split(np.random.default_rng([3, 0]).permutation(n_blocks), n_buffers)[0]
+    rows = rows_of_blocks(small, np.sort(chosen))
+    served = torch.empty_like(rows)
+    served[np.random.default_rng([3, 0, 0, 1]).permutation(len(rows))] = rows
+    assert torch.equal(batch, served[:91])
+
+
+def test_partitions_that_are_too_many_or_have_no_rows_are_refused(small: Store, tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"partitions is 40 and \S+ has 17 blocks of 32 rows to train on; expected no more"
+    ):
+        next(joint_batches(small, [HOOK], 1, seed=0, partition=Partition(39, 40)))
+    with pytest.raises(ValueError, match="has 455 training rows, fewer than a batch of 480"):
+        next(joint_batches(small, [HOOK], 240, seed=0, partition=Partition(1, 2)))
+    with pytest.raises(
+        ValueError, match=r"no row of \S+ in partition 2 of 2 is one to train on; use fewer --partitions"
+    ):
+        next(joint_batches(small, [HOOK], 9, seed=0, partition=Partition(1, 2), longest={HOOK: 0.0}))
 
 
 def test_hooks_read_side_by_side_give_the_same_tokens_and_wait_for_nobody(store: Store) -> None:

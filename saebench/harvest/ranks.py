@@ -87,17 +87,26 @@ class World:
     patience: datetime.timedelta = _PATIENCE
     first: int = 0
     """of a circle, which of all processes its first one is"""
+    stride: int = 1
+    """and how far each of them is from the next"""
     group: Any = None
     """that of torch.distributed; of all processes none is needed"""
 
-    def circle(self, size: int) -> "World":
-        """Those, of circles of so many processes one after the other, among which this one is. All have to ask for theirs."""
+    def circle(self, size: int, stride: int = 1) -> "World":
+        """Those, of circles of so many processes, each so far from the next, among which this one is. All have to ask for theirs."""
         if size == self.size:
             return self
-        place, group = self.rank % size, None
+        place, group = self.rank // stride % size, None
         if size > 1:
-            group, _ = dist.new_subgroups(group_size=size, timeout=self.patience)
-        return replace(self, rank=place, size=size, first=self.rank - place, group=group)
+            firsts = [rank for rank in range(self.size) if rank // stride % size == 0]
+            circles = [list(range(first, first + size * stride, stride)) for first in firsts]
+            group, _ = dist.new_subgroups_by_enumeration(circles, timeout=self.patience)
+        return replace(self, rank=place, size=size, first=self.rank - place * stride, stride=stride, group=group)
+
+    @property
+    def processes(self) -> range:
+        """Which of all they are."""
+        return range(self.first, self.first + self.size * self.stride, self.stride)
 
     @property
     def leads(self) -> bool:
@@ -129,8 +138,7 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            ranks = range(self.first, self.first + self.size)
-            who = self.watch.missing(ranks, circle) if self.watch is not None else "another process"
+            who = self.watch.missing(self.processes, circle) if self.watch is not None else "another process"
             raise ValueError(
                 f"{who} of this {self.work} has ended early or stands still; see what it printed. {self.safe.capitalize()} safe: "
                 "run the same command again to continue"
@@ -155,9 +163,9 @@ class World:
         messages = self.gather(None if error is None else str(error))
         if error is not None:
             raise error
-        for rank, message in enumerate(messages):
+        for rank, message in zip(self.processes, messages, strict=True):
             if message is not None:
-                raise ValueError(f"process {self.first + rank} of this {self.work} failed: {message}")
+                raise ValueError(f"process {rank} of this {self.work} failed: {message}")
         return result  # type: ignore[return-value]
 
 

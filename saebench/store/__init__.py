@@ -6,12 +6,13 @@ The format is specified in `activations/README.md`.
 from saebench.store.reader import Store, open_store
 from saebench.store.shard import Damaged, Shard
 from saebench.store.shard_writer import ShardWriter
-from saebench.store.shuffle import Cursor, joint_batches, shuffled_batches
+from saebench.store.shuffle import Cursor, Partition, joint_batches, shuffled_batches
 from saebench.store.writer import StoreWriter
 
 __all__ = [
     "Cursor",
     "Damaged",
+    "Partition",
     "Shard",
     "ShardWriter",
     "Store",

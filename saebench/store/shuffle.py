@@ -5,6 +5,8 @@ are read into a buffer; batches are gathered from a permutation of its kept rows
 buffers and epochs. Within an epoch nothing is skipped or repeated, and the order depends on the
 store, the seed and the rows of a buffer alone: hooks of a store get the same tokens in each batch, and several can be had at once.
 A caller may give each epoch shards of its own.
+
+Blocks may be dealt out to partitions, which are shuffled apart from each other: of several processes each reads its own.
 """
 
 import math
@@ -36,6 +38,23 @@ class Cursor(NamedTuple):
     epoch: int = 0
     buffer: int = 0
     row: int = 0
+
+
+class Partition(NamedTuple):
+    """Which one, of how many that the blocks of a store are dealt out to."""
+
+    number: int = 0
+    of: int = 1
+
+    def deal(self, n_blocks: int, seed: int) -> np.ndarray:
+        """Its own blocks: the same in every epoch, so that who reads them again finds them in page cache."""
+        if self.of == 1:
+            return np.arange(n_blocks)
+        return np.random.default_rng([seed, self.of, self.of]).permutation(n_blocks)[self.number :: self.of]
+
+    def seeds(self, seed: int) -> list[int]:
+        """Those of the orders of its blocks and rows; the deal has that of a partition behind the last."""
+        return [seed] if self.of == 1 else [seed, self.of, self.number]
 
 
 class _Buffer(NamedTuple):
@@ -83,16 +102,18 @@ def shuffled_batches(
 def joint_batches(
     store: Store, hooks: Sequence[str], batch: int, *,
     seed: int, buffer_rows: int | float = BUFFER_ROWS, start: Cursor = Cursor(), longest: Mapping[str, float] | None = None,
-    shards: ShardsOf | None = None, device: torch.device | str = "cpu",
+    shards: ShardsOf | None = None, device: torch.device | str = "cpu", partition: Partition = Partition(),
 ) -> Iterator[tuple[dict[str, Tensor], Cursor]]:  # fmt: skip
     """As `shuffled_batches`, of several hooks at once: `[batch, d_in]` for each, the same tokens in the same order in all.
 
     A row that is left out at one hook is left out at all. Each hook's rows are those of its own stream under the same
     `longest`. The two buffers have the rows of all hooks.
+    Of a partition, `batch` is its part of a batch, and its buffers have its part of `buffer_rows`. Raises ValueError where there are
+    more partitions than blocks.
     """
     ways = [feed(device) for _ in hooks]
     paths = [activations_path(hook) for hook in hooks]
-    for columns, cursor in _batches(store, paths, batch, seed, buffer_rows, start, ways, longest, shards):
+    for columns, cursor in _batches(store, paths, batch, seed, buffer_rows, start, ways, longest, shards, partition):
         sent = [decode(way.sent(rows)) for way, rows in zip(ways, columns, strict=True)]
         yield dict(zip(hooks, sent, strict=True)), cursor
 
@@ -128,14 +149,17 @@ def quality(store: Store, batch: int, buffer_rows: int | float) -> float:
 def _batches(
     store: Store, columns: Sequence[str], batch: int, seed: int, buffer_rows: int | float, start: Cursor,
     ways: Sequence[ToHost | ToGPU], longest: Mapping[str, float] | None = None, shards: ShardsOf | None = None,
+    partition: Partition = Partition(),
 ) -> Iterator[tuple[list[Tensor], Cursor]]:  # fmt: skip
     kept = store.rows("train", kept=True)
-    if kept < batch:
-        raise ValueError(f"{store.folder} has {kept} training rows, fewer than a batch of {batch}: harvest more tokens")
+    if kept < batch * partition.of:
+        raise ValueError(
+            f"{store.folder} has {kept} training rows, fewer than a batch of {batch * partition.of}: harvest more tokens"
+        )
     always = store.of_split("train")
     filled, outs = 0, [torch.empty(0) for _ in columns]
     for buffer in prefetched(
-        _buffers(shards or (lambda epoch: always), columns, seed, buffer_rows, start, longest or {})
+        _buffers(shards or (lambda epoch: always), columns, seed, buffer_rows, start, longest or {}, partition)
     ):
         position = start.row if buffer[:2] == start[:2] else 0
         while position < len(buffer.order):
@@ -154,22 +178,28 @@ def _batches(
 
 def _buffers(
     shards_of: ShardsOf, columns: Sequence[str], seed: int, buffer_rows: int | float, start: Cursor,
-    longest: Mapping[str, float],
+    longest: Mapping[str, float], partition: Partition,
 ) -> Iterator[_Buffer]:  # fmt: skip
     """From the buffer that `start` names on; the memory of two of them is used in turn."""
     epoch, index = start.epoch, start.buffer
+    seeds = partition.seeds(seed)
     spare = last = tuple(np.empty(0) for _ in columns)
     with ThreadPoolExecutor(_READERS) as pool:
         while True:
             shards = shards_of(epoch)
             size = shards[0].block_rows
             ends = np.cumsum([-(-shard.n_rows // size) for shard in shards])  # of each shard's blocks among all
-            n_blocks = int(ends[-1])
-            n_buffers = min(math.ceil(sum(shard.n_rows for shard in shards) / buffer_rows), n_blocks)
-            most = -(-n_blocks // n_buffers) * size
-            order = np.random.default_rng([seed, epoch]).permutation(n_blocks)
+            blocks, empty = partition.deal(int(ends[-1]), seed), index == 0
+            if not len(blocks):
+                raise ValueError(
+                    f"partitions is {partition.of} and {shards[0].path.parent} has {ends[-1]} blocks of {size} rows to train on; "
+                    "expected no more partitions than blocks"
+                )
+            n_buffers = min(math.ceil(sum(shard.n_rows for shard in shards) / buffer_rows), len(blocks))
+            most = -(-len(blocks) // n_buffers) * size
+            order = np.random.default_rng([*seeds, epoch]).permutation(blocks)
             for chosen in np.array_split(order, n_buffers)[index:]:
-                rng = np.random.default_rng([seed, epoch, index, 1])
+                rng = np.random.default_rng([*seeds, epoch, index, 1])
                 if len(spare[0]) < most:
                     spare = tuple(shards[0].empty(column, most) for column in columns)
                 # Reads go forward through the files; the permutation undoes their order.
@@ -179,6 +209,12 @@ def _buffers(
                 yield _Buffer(epoch, index, spare, served)
                 spare, last = last, spare
                 index += 1
+                empty &= not len(kept)
+            if empty:
+                raise ValueError(
+                    f"no row of {shards[0].path.parent} in partition {partition.number + 1} of {partition.of} is one to train on; "
+                    "use fewer --partitions, a larger --exclude-outliers, or harvest more tokens"
+                )
             epoch, index = epoch + 1, 0
 
 

@@ -36,8 +36,11 @@ class Checkpoint:
         self.ranks: dict[str, Any] = {"processes": world.size}
         if world.size > 1:
             self.ranks["over"] = share.over
+        replicas = share.n_rows(1) if share.latents else 1
+        if replicas > 1:
+            self.ranks["replicas"] = replicas
         if 1 < share.world.size < world.size:
-            self.ranks["share"] = share.world.size
+            self.ranks["share"] = share.world.size // replicas
 
     @property
     def exists(self) -> bool:
@@ -46,7 +49,7 @@ class Checkpoint:
     def save(self, members: list[Member], step: int, cursors: dict[str, Cursor], seconds: float) -> None:
         """Write all SAEs, then point to them. A full disk is a ValueError; the last checkpoint stays."""
         states = {member.spec.name: member.state() for member in members}
-        if self.share.over == "rows" and not self.share.world.leads:
+        if self.share.rows and not self.share.rows.leads:
             states = {}  # all hold the same
         self.world.agreed(lambda: self._write(states, step))
         # Of a grid dealt out, each process draws from the streams that its own SAEs need.
@@ -120,8 +123,8 @@ class Checkpoint:
     @property
     def _part(self) -> str:
         """In the name of a file that has a part of an SAE, which part."""
-        circle = self.share.world
-        return f"-{circle.rank + 1}-of-{circle.size}" if self.share.over == "latents" else ""
+        parts = self.share.latents
+        return f"-{parts.rank + 1}-of-{parts.size}" if parts else ""
 
 
 def begun_as(folder: Path) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from saebench.config import differences, to_json
 from saebench.models import model_path
 from saebench.runlog import provenance
 from saebench.sae import Ends, read_config
-from saebench.store import Cursor, Store, joint_batches
+from saebench.store import Cursor, Partition, Store, joint_batches
 from saebench.store.coding import row_bytes
 from saebench.store.norms import moments_within, rows_beyond
 from saebench.store.pair import PairedStore
@@ -43,6 +43,8 @@ class Run:
     """shards of a window, where rows come in windows"""
     buffers: dict[str, int | float]
     """for each hook, the rows of a buffer that they are shuffled in"""
+    partitions: int
+    """that rows are dealt out to"""
     streams: list[tuple[str, ...]]
     """hooks whose rows are drawn together: those of one dictionary, or of several that share some"""
     multiples: dict[str, float | None]
@@ -51,8 +53,8 @@ class Run:
     """for each SAE, everything that decides its weights"""
 
     @classmethod
-    def of(cls, config: TrainConfig, store: Store) -> "Run":
-        """What is not said is as the run was begun, whose folder this process holds."""
+    def of(cls, config: TrainConfig, store: Store, processes: int = 1) -> "Run":
+        """What is not said is as the run was begun, whose folder this process, or the first of several, holds."""
         places = config.places(store.hooks)
         first = places[0].reads if isinstance(places[0], Ends) else (places[0],)
         specs = grid(config, sum(store.d_in(hook) for hook in first), places)
@@ -66,6 +68,9 @@ class Run:
             multiples |= dict.fromkeys(stream, _multiple(config, store, stream, mine, window))
         mine = [begun[spec.name] for spec in specs if spec.name in begun]
         buffer, buffers = _buffers(config, store, list(multiples), mine)
+        partitions = config.partitions or (mine[0].get("partitions", 1) if mine else _readers(config, processes))
+        if partitions > 1:
+            buffer["partitions"] = partitions
         shared = {
             **{name: to_json(config)[name] for name in ("tokens", "batch", "dtype")},
             **buffer,
@@ -84,7 +89,8 @@ class Run:
             left_out = {} if multiple is None else {"exclude_outliers": multiple}
             identity[spec.name] = {**spec.to_json(), **shared, "dead_steps": config.dead_steps(spec), **left_out}
         return cls(
-            config=config, specs=specs, store=store, window=window, buffers=buffers, streams=streams, multiples=multiples, identity=identity
+            config=config, specs=specs, store=store, window=window, buffers=buffers, partitions=partitions, streams=streams,
+            multiples=multiples, identity=identity,
         )  # fmt: skip
 
     @property
@@ -150,18 +156,35 @@ class Run:
         return sum(int(2 * min(n, rows)) * row_bytes(dtype, self.store.d_in(hook)) for hook, n in self.buffers.items())
 
     def batches(
-        self, stream: tuple[str, ...], start: Cursor | None, shards: ShardsOf, device: str
-    ) -> Iterator[tuple[dict[str, Tensor], Cursor]]:
-        """The rows to train on, of each hook of a stream, on their device and without end, from a cursor on or from the first."""
+        self, stream: tuple[str, ...], own: range, starts: Mapping[str, Cursor], shards: ShardsOf, device: str
+    ) -> Iterator[tuple[dict[str, Tensor], dict[str, Cursor]]]:
+        """The rows to train on, of each hook of a stream, on their device and without end: those of each of these partitions behind
+        the other's, with the cursors after them, by `place`; from cursors on, or from the first."""
         # A row is left out at all hooks of a dictionary if at one, so that they stay in step; in a rolling run at every
         # hook, so that none gets ahead of the others' windows.
         apart = self.multiples if self.window else stream
         longest = {name: self._longest(name) for name in apart if self.multiples[name] is not None}
-        return joint_batches(
-            self.store, stream, self.config.batch,
-            seed=self.config.seed[0], buffer_rows=self.buffers[stream[0]], start=start or Cursor(), longest=longest,
-            shards=shards, device=device,
-        )  # fmt: skip
+        parts = [
+            joint_batches(
+                self.store, stream, self.config.batch // self.partitions,
+                seed=self.config.seed[0], buffer_rows=self.buffers[stream[0]], start=starts.get(self.place(stream[0], n), Cursor()),
+                longest=longest, shards=shards, device=device, partition=Partition(n, self.partitions),
+            )
+            for n in own
+        ]  # fmt: skip
+        for drawn in zip(*parts, strict=True):
+            rows = {
+                hook: torch.cat([some[hook] for some, _ in drawn]) if drawn[1:] else drawn[0][0][hook]
+                for hook in stream
+            }
+            yield (
+                rows,
+                {self.place(hook, n): cursor for n, (_, cursor) in zip(own, drawn, strict=True) for hook in stream},
+            )
+
+    def place(self, hook: str, partition: int) -> str:
+        """What the cursor of a hook's rows in a partition is kept under."""
+        return hook if self.partitions == 1 else f"{hook}, partition {partition + 1} of {self.partitions}"
 
     def facts(self, member: Member, seconds: float, epochs: float) -> dict[str, Any]:
         """Metadata of a saved SAE: what SAELens' tools read, and under `saebench` how it came about."""
@@ -205,6 +228,13 @@ class Run:
     def _longest(self, hook: str) -> float:
         """The norm of the longest row to train on."""
         return (self.multiples[hook] or math.inf) * self.store.statistics(hook)["median_norm"]
+
+
+def _readers(config: TrainConfig, processes: int) -> int:
+    """Processes that share the rows of an SAE."""
+    if processes == 1:
+        return 1
+    return (config.share or processes) if config.ranks == "rows" else config.replicas or 1
 
 
 def _as_begun(spec: Spec, begun: dict[str, Any], config: TrainConfig) -> Spec:

@@ -55,8 +55,8 @@ def train(
         store = world.agreed(lambda: _opened(config, world))
         device = world.agreed(lambda: choose_device(world.device(config.device), float64=True))
         world.agreed(lambda: held.enter_context(locked(config.out)) if world.leads else None)
-        run = world.agreed(lambda: Run.of(config, store))
-        ranks = world.agreed(lambda: Ranks(world, config, run.specs))
+        run = world.agreed(lambda: Run.of(config, store, world.size))
+        ranks = world.agreed(lambda: Ranks(world, config, run.specs, run.partitions))
         made = {"device": model_device, "trust_remote_code": trust_remote_code}
         return _train(run, ranks, device, made)
 
@@ -93,8 +93,8 @@ def _train(run: Run, ranks: Ranks, device: str, made: dict[str, Any]) -> list[Pa
     return run.folders
 
 
-Batches = list[Iterator[tuple[dict[str, Tensor], Cursor]]]
-"""Of each stream the rows of its hooks, with the cursor after them."""
+Batches = list[Iterator[tuple[dict[str, Tensor], dict[str, Cursor]]]]
+"""Of each stream the rows of its hooks, with the cursors after them."""
 
 
 class _Course:
@@ -104,11 +104,14 @@ class _Course:
         self.run, self.ranks, self.checkpoint = run, ranks, checkpoint
         world = ranks.world
         hooks = dict.fromkeys(hook for spec in specs for hook in spec.ends.hooks)
-        self.inputs: Inputs = world.agreed(lambda: {hook: run.inputs(hook) for hook in hooks})
+        leads = ranks.share.world.leads  # what the others of its circle need is read once
+        found: Inputs = world.agreed(lambda: {hook: run.inputs(hook) for hook in hooks} if leads else {})
+        self.inputs: Inputs = ranks.share.world.gather(found)[0]
+        self.own = ranks.share.partitions(run.partitions)
         self.members = [member_of(run, spec, self.inputs, device, ranks.share) for spec in specs]
         self.first, cursors, seconds = world.agreed(lambda: checkpoint.restore(self.members))
         self.cursors = cursors
-        """for each hook, where its next batch begins"""
+        """where the next batch of each hook begins, by `Run.place`"""
         spoken = specs if ranks.share.world.leads else []
         self.logs = {spec.name: MetricsLog(run.folder / spec.name / "metrics.jsonl", self.first) for spec in spoken}
         self.active = [member for member in self.members if member.diverged is None]
@@ -132,7 +135,7 @@ class _Course:
             if wish.idle:
                 self._save(step)
                 break
-            self.cursors |= {hook: cursor for rows, cursor in drawn for hook in rows}
+            self.cursors |= {place: cursor for _, cursors in drawn for place, cursor in cursors.items()}
             rows = {hook: self._input(hook, vectors) for rows, _ in drawn for hook, vectors in rows.items()}
             for team in teams:
                 team_step(team, rows, step)
@@ -166,14 +169,15 @@ class _Course:
     def batches(self, source: Whole | Rolling, device: str) -> Batches:
         """Of each stream of which something is trained here."""
         streams = [stream for stream in self.run.streams if stream[0] in self.inputs]
-        starts = self.cursors
-        self.cursors = {hook: cursor for hook, cursor in starts.items() if hook in self.inputs}
-        return [
-            source.served(self.run.batches(stream, starts.get(stream[0]), source.shards, device)) for stream in streams
-        ]
+        starts, own = self.cursors, self.own
+        mine = {self.run.place(hook, n) for hook in self.inputs for n in own}
+        self.cursors = {place: cursor for place, cursor in starts.items() if place in mine}
+        return [source.served(self.run.batches(stream, own, starts, source.shards, device)) for stream in streams]
 
     def _input(self, hook: str, vectors: Tensor) -> Tensor:
-        return self.ranks.share.rows_of(vectors).float() * self.inputs[hook][0]
+        if len(self.own) == self.run.partitions:
+            vectors = self.ranks.share.rows_of(vectors)
+        return vectors.float() * self.inputs[hook][0]
 
     def _save(self, step: int) -> None:
         self.checkpoint.save(self.members, step, self.cursors, self.clock.total)
@@ -210,7 +214,8 @@ def _check_memory(run: Run, specs: list[Spec], ranks: Ranks, device: str) -> Non
     parts = [replace(spec, d_sae=spec.d_sae // ranks.share.n_latents(1)) for spec in specs]
     if specs:
         batch = run.config.batch // ranks.share.n_rows(1)
-        check_memory(parts, widths, batch, device, run.buffer_bytes, ranks.world.neighbours)
+        buffers = run.buffer_bytes * len(ranks.share.partitions(run.partitions)) // run.partitions
+        check_memory(parts, widths, batch, device, buffers, ranks.world.neighbours)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from saebench.config import differences, flat, to_json
 from saebench.harvest.ranks import World
-from saebench.train.shares import SHARES, Share
+from saebench.train.shares import share_of
 from saebench.train.spec import Spec
 
 Over = Literal["grid", "rows", "latents"]
@@ -47,17 +47,21 @@ class Wish(NamedTuple):
 class Ranks:
     """Which SAEs, or what share of them, are this process's, and when all processes save, stop or fail."""
 
-    def __init__(self, world: World, config: Any, specs: Sequence[Spec]) -> None:
-        """Raises ValueError for what so many processes cannot share."""
+    def __init__(self, world: World, config: Any, specs: Sequence[Spec], partitions: int = 1) -> None:
+        """Of rows that are dealt out to so many partitions. Raises ValueError for what so many processes cannot share."""
         self.world = world
         teams = list(dict.fromkeys(spec.team for spec in specs))
-        over: Over = config.ranks or ("grid" if world.size <= len(teams) and not config.share else "latents")
-        size = 1 if over == "grid" else config.share or world.size
+        replicas = config.replicas or 1
+        dealt = world.size <= len(teams) and not config.share and replicas == 1
+        over: Over = config.ranks or ("grid" if dealt else "latents")
+        fewest = 2 if replicas > 1 else 1
+        size = 1 if over == "grid" else (config.share or max(world.size // replicas, fewest)) * replicas
         """of a circle"""
         if world.size % size:
+            product = f" times replicas, {replicas}," if replicas > 1 else ""
             raise ValueError(
-                f"share is {size} in {world.size} processes; expected a number that divides {world.size}: as many share each SAE, and the "
-                "grid is dealt out to them"
+                f"share is {size // replicas}{product} in {world.size} processes; expected a number that divides {world.size}: as many share "
+                "each SAE, and the grid is dealt out to them"
             )
         circles = world.size // size
         if circles > len(teams):
@@ -67,18 +71,16 @@ class Ranks:
                 f"expected no more{' processes' * (size == 1)} than SAEs (a cross-layer set is one): start torchrun with "
                 f"--nproc-per-node {fewer}{', or use --ranks latents' * (size == 1)}"
             )
-        if over == "rows" and config.batch % size:
+        by_rows = size if over == "rows" else replicas
+        _check_divides(by_rows, config.batch, partitions)
+        by_latents = size // by_rows
+        if wrong := [spec.d_sae for spec in specs if spec.d_sae % by_latents]:
+            less = wrong[0] // by_latents * by_latents
             raise ValueError(
-                f"batch is {config.batch} in {size} processes; expected a multiple of {size}: each takes as many rows"
+                f"d_sae is {wrong[0]} in {by_latents} processes; expected a multiple of {by_latents}: each holds as many "
+                f"latents. {less} would do, or {less + by_latents}"
             )
-        if over == "latents" and (wrong := [spec.d_sae for spec in specs if spec.d_sae % size]):
-            less = wrong[0] // size * size
-            raise ValueError(
-                f"d_sae is {wrong[0]} in {size} processes; expected a multiple of {size}: each holds as many "
-                f"latents. {less} would do, or {less + size}"
-            )
-        circle = world.circle(size)
-        self.share = SHARES[over](circle, config.batch) if size > 1 else Share(circle)
+        self.share = share_of(world, config.batch, by_rows, by_latents)
         """what each member is a part of"""
         self.meet_every = MEET_EVERY if size == 1 else 1
         self.own = teams[world.rank // size :: circles]
@@ -98,3 +100,20 @@ class Ranks:
                 raise ValueError(f"process {rank} of this training failed: {message}")
         wishes = [said for said, _ in words]
         return Wish(any(w.save for w in wishes), any(w.stop for w in wishes), all(w.idle for w in wishes))
+
+
+def _check_divides(by_rows: int, batch: int, partitions: int) -> None:
+    """Raises ValueError where processes that share rows would not take as many of a batch, or read as many partitions."""
+    if batch % by_rows:
+        raise ValueError(
+            f"batch is {batch} in {by_rows} processes; expected a multiple of {by_rows}: each takes as many rows"
+        )
+    if batch % partitions:
+        raise ValueError(
+            f"partitions is {partitions} and batch {batch}; expected a number that divides the batch: each gives as many rows of it"
+        )
+    if partitions % by_rows and partitions > 1:
+        raise ValueError(
+            f"partitions is {partitions} of rows that {by_rows} processes share; expected a multiple of {by_rows}, so that each reads as many, "
+            "or 1, which all of them read; a run that was begun has as many as then"
+        )

@@ -90,11 +90,15 @@ class TrainConfig:
     """cuda or cpu (default: cuda where it is at hand)"""
     ranks: Over | None = None
     """what several processes that torchrun started share: the SAEs of a grid, dealt out; the rows of each batch; or the latents of each SAE, for one that outgrows a device (default: grid, or latents where there are fewer SAEs than processes)"""
+    partitions: Count | None = None
+    """disjoint parts of the store's rows, each of which gives as many rows of every batch: of processes that share rows each reads its own, and one process with as many has the same batches (default: as many as there are such processes, else 1; or as the run was begun)"""
     share: int | None = None
     """processes that share each SAE by rows or latents, where the grid is dealt out to several such circles (default: all of them)"""
+    replicas: int | None = None
+    """with --ranks latents, how many times such circles hold each SAE's latents, to take as many parts of the rows of every batch (default: once)"""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch", "expansion", "memory_gb", "buffer_rows"):
+        for name in ("tokens", "batch", "expansion", "memory_gb", "buffer_rows", "partitions"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
         if self.memory_gb is not None and self.buffer_rows is not None:
@@ -106,9 +110,18 @@ class TrainConfig:
             raise ValueError(
                 f"share is {self.share}{of}; expected at least 2 processes, with --ranks rows or latents, for each SAE"
             )
+        if self.replicas is not None and (self.replicas < 2 or self.ranks in ("grid", "rows")):
+            raise ValueError(
+                f"replicas is {self.replicas} with ranks {self.ranks}; expected at least 2, with --ranks latents: by grid and rows each "
+                "process has SAEs whole"
+            )
         if self.rolling is not None and self.rolling < 3:
             raise ValueError(
                 f"rolling is {self.rolling}; expected at least 3 shards: one of the store and two windows behind it"
+            )
+        if self.rolling is not None and self.partitions is not None:
+            raise ValueError(
+                f"partitions is {self.partitions} and rolling is {self.rolling}; expected one of them: windows are read by one process"
             )
         for lr in self.lr:
             if not lr > 0:
