@@ -6,7 +6,7 @@ from typing import Any
 import streamlit as st
 from opened import bench_of
 from shell import clickable, said
-from where import link_to
+from where import link_to, toggle
 
 from saebench.browse.runs import Trained
 from saebench.browse.why import Explaining, Question
@@ -40,11 +40,7 @@ def why_link(latent: int, *place: int) -> str:
 
 def ask(value: str) -> None:
     """What a click on `why_link` does; the whole page is drawn again, where another place may have been asked about."""
-    name = value.partition(":")[2]
-    if st.query_params.get("why") == name:
-        del st.query_params["why"]
-    else:
-        st.query_params["why"] = name
+    toggle("why", value.partition(":")[2])
     st.session_state.asked = True
 
 
