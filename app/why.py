@@ -135,10 +135,7 @@ def show(found: Interactions) -> None:
     with st.expander("In words"):
         clickable(brackets.sets_html(told, most), "sets in words")
     shown = min(most, len(found.sets))
-    st.caption(
-        f"The {shown} largest sets and a constant rebuild {plain(found.scalar)} in all {len(found.values):,} maskings at R² {found.curve[shown]:.3f}; "
-        f"all sets do so exactly. {len(found.sets)} are above 5% of the size of the first: no others are drawn."
-    )
+    st.caption(fit(found, shown))
     st.plotly_chart(brackets.rebuilt(found.curve, shown), key="rebuilt", config={"displaylogo": False})
 
 
@@ -164,4 +161,13 @@ def agreement(found: Interactions) -> str:
     return (
         f"{both} of the {len(found.sets)} sets count, too, when the same are {WAYS[found.other]}: "
         f"{found.agreement:.0%} of all that count under either way."
+    )
+
+
+def fit(found: Interactions, shown: int) -> str:
+    """How well the sets that are shown say what it does."""
+    worse = "" if found.curve[shown] > 0 else ", worse than their mean does: here many sets cancel each other out"
+    return (
+        f"The {shown} largest sets and a constant rebuild {plain(found.scalar)} in all {len(found.values):,} maskings at R² {found.curve[shown]:.3f}{worse}; "
+        f"all sets do so exactly. {len(found.sets)} are above 5% of the size of the first: no others are drawn."
     )

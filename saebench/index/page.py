@@ -114,8 +114,8 @@ def needs_html(needs: Needs | None) -> str:
     if needs is None or not needs.by_order:
         return ""
     shares = ", ".join(f"{what} {share:.0%}" for what, share in zip(ORDERS, needs.by_order, strict=True))
-    sets = "; ".join(f"{html.escape(visible(one.text))} ({one.strength:+.0%} in {one.examples})" for one in needs.sets)
-    again = f" Again and again: {sets}." if sets else ""
+    sets = "; ".join(f"{html.escape(visible(one.text))} ({one.strength:+.0%} at {one.examples})" for one in needs.sets)
+    again = f" Again and again, with their share of the activation at how many of them: {sets}." if sets else ""
     return f'<p class="rule">Contextuality {needs.contextuality:.2f} <small>strength by order at {needs.examples} examples: {shares}.{again}</small></p>'
 
 
