@@ -170,17 +170,16 @@ def test_needs_are_written_read_and_held_to_their_index(index: FeatureIndex) -> 
 def test_an_index_of_earlier_labellers_is_told_and_gets_no_rule(
     index: FeatureIndex, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Made of what few examples need alone it would be none of the latent's."""
+    """Of what few examples need alone latent 11 would have one."""
     path = tmp_path / "old.h5"
     shutil.copy(index.path, path)
     with h5py.File(path, "a") as file:
-        del file["literals"]
-    found = survey(
-        InteractionsConfig(sae=run / "saes" / index.path.stem, index=path, sample=1, n=2, examples=4, misses=0)
-    )
+        file["literals/version"][:] = "old"  # pyright: ignore[reportIndexIssue]
+    sae = run / "saes" / index.path.stem
+    found = survey(InteractionsConfig(sae=sae, index=path, latents=(11,), n=2, examples=2, misses=0))
     assert found is not None
-    assert any(one.sets for one in found[1].values())
-    assert not any(one.rule for one in found[1].values())
+    assert found[1][11].sets
+    assert found[1][11].rule is None
     assert "earlier labellers: no rule is made of interactions; `saebench index`" in caplog.text
 
 
