@@ -93,6 +93,14 @@ def forget_latents() -> None:
             st.query_params.pop(name, None)
 
 
+def toggle(name: str, value: str) -> None:
+    """Have the address say so of a parameter, or nothing where it says so already."""
+    if st.query_params.get(name) == value:
+        del st.query_params[name]
+    else:
+        st.query_params[name] = value
+
+
 def remember() -> None:
     """Note the query of the page that is shown, for when it is come back to."""
     st.session_state.setdefault("left", {})[st.session_state.page] = (st.session_state.here, own_query())

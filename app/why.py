@@ -6,7 +6,7 @@ from typing import Any
 import streamlit as st
 from opened import bench_of
 from shell import clickable, said
-from where import link_to
+from where import link_to, toggle
 
 from saebench.browse.runs import Trained
 from saebench.browse.why import Explaining, Question
@@ -40,11 +40,7 @@ def why_link(latent: int, *place: int) -> str:
 
 def ask(value: str) -> None:
     """What a click on `why_link` does; the whole page is drawn again, where another place may have been asked about."""
-    name = value.partition(":")[2]
-    if st.query_params.get("why") == name:
-        del st.query_params["why"]
-    else:
-        st.query_params["why"] = name
+    toggle("why", value.partition(":")[2])
     st.session_state.asked = True
 
 
@@ -139,10 +135,7 @@ def show(found: Interactions) -> None:
     with st.expander("In words"):
         clickable(brackets.sets_html(told, most), "sets in words")
     shown = min(most, len(found.sets))
-    st.caption(
-        f"The {shown} largest sets and a constant rebuild {plain(found.scalar)} in all {len(found.values):,} maskings at R² {found.curve[shown]:.3f}; "
-        f"all sets do so exactly. {len(found.sets)} are above 5% of the size of the first: no others are drawn."
-    )
+    st.caption(fit(found, shown))
     st.plotly_chart(brackets.rebuilt(found.curve, shown), key="rebuilt", config={"displaylogo": False})
 
 
@@ -168,4 +161,13 @@ def agreement(found: Interactions) -> str:
     return (
         f"{both} of the {len(found.sets)} sets count, too, when the same are {WAYS[found.other]}: "
         f"{found.agreement:.0%} of all that count under either way."
+    )
+
+
+def fit(found: Interactions, shown: int) -> str:
+    """How well the sets that are shown say what it does."""
+    worse = "" if found.curve[shown] > 0 else ", worse than their mean does: here many sets cancel each other out"
+    return (
+        f"The {shown} largest sets and a constant rebuild {plain(found.scalar)} in all {len(found.values):,} maskings at R² {found.curve[shown]:.3f}{worse}; "
+        f"all sets do so exactly. {len(found.sets)} are above 5% of the size of the first: no others are drawn."
     )

@@ -1,11 +1,11 @@
 """Strengths by order of the interactions behind a model's predictions, at several points of its training.
 
-    python scripts/train_demo_model.py --work runs/demo-model --out runs/demo-model/end --keep 100 400 1600
-    python benchmarks/interactions_by_order.py --model runs/demo-model/step-100 runs/demo-model/step-400 runs/demo-model/end --contexts 50 --plot orders.png
+    python scripts/train_demo_model.py --work runs/demo-model --out runs/demo-model/end --keep 0 100 1000
+    python benchmarks/interactions_by_order.py --model runs/demo-model/step-{0,100,1000} runs/demo-model/end --contexts 50 --plot orders.png
 
 The same contexts of held-out modules for all models, which share a tokenizer. At each, the log-probability of the token that follows in the
-text is split into AND-OR interactions of the n tokens before the last; those of one order are summed by size, positive and negative apart, of
-salient ones and of all. Shares are of the sum over all orders, medians and quartiles over contexts; tokens left out of attention. What the papers on two phases
+text is split into AND-OR interactions of the n tokens before the last. Of those of one order: the share of Σ|I| over all, medians and quartiles
+over contexts; and the sums of the salient ones, positive and negative apart, means. Tokens are left out of attention. What the papers on two phases
 (arXiv 2405.10262, 2407.19198) find: strengths of middle orders at random before training, then low orders alone, then higher ones that do not generalise.
 """
 
@@ -13,13 +13,14 @@ import argparse
 import logging
 import shutil
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
+from plotly.subplots import make_subplots
 
 from saebench.interactions import Interactions, interactions, log_probability, mask_of
-from saebench.interactions.mobius import orders
 from saebench.models import LanguageModel, load_model
 from saebench.text import TextConfig, open_documents, split_of
 
@@ -51,15 +52,11 @@ def places(model: LanguageModel, number: int, length: int) -> list[Place]:
 
 
 def by_order(found: Interactions) -> np.ndarray:
-    """`[3, n]` sums by order, from 1: sizes of all interactions, and of the salient ones the positive and the negative."""
-    n = len(found.units)
-    count = np.tile(orders(n), 2)
-    strengths = np.concatenate([found.split.ands, np.where(orders(n) > 1, found.split.ors, 0.0)])
-    every = np.bincount(count, np.abs(strengths), n + 1)[1:]
-    salient = np.zeros((2, n))
+    """`[3, n]` by order, from 1: the shares of all interactions, and of the salient ones the sums of the positive and of the negative."""
+    salient = np.zeros((2, len(found.units)))
     for order, up, down in found.by_order():
         salient[:, order - 1] = up, -down
-    return np.stack([every, *salient])
+    return np.stack([found.shares(), *salient])
 
 
 def measured(name: str, contexts: list[Place], n: int) -> tuple[np.ndarray, float, float]:
@@ -77,30 +74,27 @@ def measured(name: str, contexts: list[Place], n: int) -> tuple[np.ndarray, floa
     return np.stack(rows), whole, empty
 
 
-def shares(rows: np.ndarray) -> np.ndarray:
-    """`[C, n]` of the sizes of all interactions, by order."""
-    return rows[:, 0] / rows[:, 0].sum(1, keepdims=True)
-
-
 def plotted(found: dict[str, np.ndarray]) -> go.Figure:
-    figure = go.Figure()
-    colours = ("#56B4E9", "#0072B2", "#009E73", "#E69F00", "#D55E00")
-    for (name, rows), colour in zip(found.items(), colours, strict=False):
-        low, middle, high = np.percentile(shares(rows), (25, 50, 75), axis=0)
+    """Shares by order, and below the sums of the salient interactions, bars in the order of the models."""
+    figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.08)
+    for (name, rows), colour in zip(found.items(), sample_colorscale("Viridis_r", len(found) + 1)[1:], strict=True):
+        low, middle, high = np.percentile(rows[:, 0], (25, 50, 75), axis=0)
+        bars: dict[str, Any] = {"name": name, "legendgroup": name, "offsetgroup": name, "marker": {"color": colour}}
+        x = list(range(1, len(middle) + 1))
         figure.add_bar(
-            x=list(range(1, len(middle) + 1)), y=middle.tolist(), name=name, marker={"color": colour},
+            x=x, y=middle.tolist(), row=1, col=1, **bars,
             error_y={"type": "data", "symmetric": False, "array": (high - middle).tolist(), "arrayminus": (middle - low).tolist(), "thickness": 1, "width": 2},
         )  # fmt: skip
+        for sums in (rows[:, 1].mean(0), -rows[:, 2].mean(0)):
+            figure.add_bar(x=x, y=sums.tolist(), row=2, col=1, showlegend=False, **bars)
+    legend, margin = {"orientation": "h", "y": 1.06}, {"l": 70, "r": 20, "t": 30, "b": 55}
     figure.update_layout(
-        template="plotly_white",
-        barmode="group",
-        width=900,
-        height=420,
-        legend={"orientation": "h", "y": 1.1},
-        margin={"l": 70, "r": 20, "t": 30, "b": 55},
+        template="plotly_white", barmode="relative", width=900, height=640, legend=legend, margin=margin
     )
-    figure.update_xaxes(title="order: tokens in a set", dtick=1)
-    figure.update_yaxes(title="share of Σ|I|, median and quartiles", tickformat=".0%")
+    figure.update_xaxes(title="order: tokens in a set", dtick=1, row=2)
+    figure.update_xaxes(dtick=1, row=1)
+    figure.update_yaxes(title="share of Σ|I|, median and quartiles", tickformat=".0%", row=1)
+    figure.update_yaxes(title="nats, + and −: salient, mean", row=2)
     return figure
 
 
@@ -111,7 +105,7 @@ def picture(figure: go.Figure, path: Path) -> None:
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
         )
-        page = browser.new_page(viewport={"width": 920, "height": 440})
+        page = browser.new_page(viewport={"width": 920, "height": 660})
         page.set_content(figure.to_html(config={"staticPlot": True}))
         page.locator(".main-svg").first.wait_for()
         page.screenshot(path=str(path))
@@ -136,7 +130,7 @@ def main() -> None:
     for name in options.model:
         rows, whole, empty = measured(name, contexts, options.n)
         found[Path(name).name] = rows
-        cells = " | ".join(f"{share:.1%}" for share in np.median(shares(rows), 0))
+        cells = " | ".join(f"{share:.1%}" for share in np.median(rows[:, 0], 0))
         up, down = ([part[0], part[1], part[2:].sum()] for part in rows.mean(0)[1:])
         signed = ", ".join(f"{one:.2f} −{other:.2f}" for one, other in zip(up, down, strict=True))
         print(f"| {Path(name).name} | {whole:.2f} | {empty:.2f} | {cells} | {signed} |", flush=True)

@@ -30,7 +30,8 @@ def main() -> None:
     )
     args = parser.parse_args()
     with open_feature_index(args.index or IndexConfig(sae=args.sae).path, sae=args.sae, store=args.store) as index:
-        names = Names(index, judged=read_explanations(index), needs=read_needs(index))
+        judged, needs = read_explanations(index), read_needs(index)
+        names = Names(index, judged=judged, needs=needs)
         columns, explained = names.columns, names.columns["explained"].astype(bool)
         f1, detection = columns["name_f1"], columns["name_detection"]
         print("| | latents | share | F1 | detection |\n|---|---|---|---|---|")
@@ -49,6 +50,13 @@ def main() -> None:
             print(
                 f"| {what}, whether it is the name or not | | | {median(index.columns[f'{what}_f1'])} | {median(index.columns[f'{what}_detection'])} |"
             )
+        if needs:  # whether the rules that interactions make are worth having, in means
+            without, named = Names(index, judged=judged).columns, np.flatnonzero(sources == "interactions")
+            for whose, of in {"explained": np.array(list(needs)), "named by interactions": named}.items():
+                for what, figures in {"with": columns, "without": without}.items() if len(of) else ():
+                    share, f1, told = (figures[name][of] for name in ("explained", "name_f1", "name_detection"))
+                    scores = f"{share.mean():.1%} named | {np.nanmean(f1):.3f} | {np.nanmean(told):.3f}"
+                    print(f"| {whose}, {what} these: means | {len(of):,} | {scores} |")
         if args.show:
             print("\n| latent | name | scores | top logits | fires most on |\n|---|---|---|---|---|")
         for latent in np.random.default_rng(16).permutation(index.d_sae)[: args.show].tolist():

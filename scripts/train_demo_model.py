@@ -8,6 +8,7 @@ Face directory with a model card. Interrupted, it continues from its last checkp
 """
 
 import argparse
+import copy
 import hashlib
 import importlib.metadata
 import json
@@ -62,7 +63,7 @@ def arguments() -> argparse.Namespace:
         nargs="*",
         default=[],
         metavar="STEP",
-        help="keep the model after these steps, too, as WORK/step-STEP",
+        help="keep the model after so many steps, too, as WORK/step-STEP (0: as it begins)",
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -285,8 +286,8 @@ def load_checkpoint(path: Path, model: torch.nn.Module, opts: list[torch.optim.O
 
 
 def keep(folder: Path, args: argparse.Namespace, model: CausalLM) -> None:
-    """The model as it is, and its tokenizer, as an ordinary Hugging Face directory."""
-    model.save_pretrained(folder)
+    """The model as it is, in bfloat16 as the trained one, and its tokenizer, as an ordinary Hugging Face directory."""
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
     PreTrainedTokenizerFast.from_pretrained(args.work / "tokenizer").save_pretrained(folder)
 
 
@@ -307,6 +308,8 @@ def train(args: argparse.Namespace) -> tuple[CausalLM, float]:
         return F.cross_entropy(model.lm_head(hidden).flatten(0, 1).float(), tokens[:, 1:].flatten())
 
     step_loss = torch.compile(loss_of) if args.compile else loss_of
+    if first == 0 and 0 in args.keep:
+        keep(args.work / "step-0", args, model)
     bar = tqdm(range(first, n_steps), initial=first, total=n_steps, unit="step", mininterval=10)
     recent: list[float] = []
     for step in bar:

@@ -49,6 +49,7 @@ def test_only_the_largest_are_drawn_and_only_what_is_there_is_explained() -> Non
     assert areas(drawn, "sb-set ") == [("sb-set and", "1/2/2/3")]
     assert "(OR)" not in drawn
     assert "neutral" not in drawn
+    assert "lowers" not in drawn
     assert "1 sets" in drawn
     assert sets_html(some, 1).count("<tr>") == 2
     assert areas(brackets_html(found(), 5), "sb-set") == []

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -164,6 +165,22 @@ def test_needs_are_written_read_and_held_to_their_index(index: FeatureIndex) -> 
 
 
 # ----------------------------------------------------------------------------------------- command
+
+
+def test_an_index_of_earlier_labellers_is_told_and_gets_no_rule(
+    index: FeatureIndex, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of what few examples need alone latent 11 would have one."""
+    path = tmp_path / "old.h5"
+    shutil.copy(index.path, path)
+    with h5py.File(path, "a") as file:
+        file["literals/version"][:] = "old"  # pyright: ignore[reportIndexIssue]
+    sae = run / "saes" / index.path.stem
+    found = survey(InteractionsConfig(sae=sae, index=path, latents=(11,), n=2, examples=2, misses=0))
+    assert found is not None
+    assert found[1][11].sets
+    assert found[1][11].rule is None
+    assert "earlier labellers: no rule is made of interactions; `saebench index`" in caplog.text
 
 
 def test_interactions_are_found_stopped_and_gone_on_with(

@@ -8,7 +8,7 @@ import streamlit as st
 from opened import fires_on, model_of, table_of
 from shell import clickable, fragment, missing, said
 from turns import usual_strength
-from where import chosen_sae, link_to
+from where import chosen_sae, link_to, toggle
 from why import why
 
 from saebench.browse.runs import Trained
@@ -192,11 +192,7 @@ def apart(sae: Trained, table: LatentTable) -> None:
     focus = next((one.latent for one in found if str(one.latent) == given), None)
 
     def picked(value: str) -> None:
-        name = value.partition(":")[2]
-        if st.query_params.get("focus") == name:
-            del st.query_params["focus"]
-        else:
-            st.query_params["focus"] = name
+        toggle("focus", value.partition(":")[2])
 
     strongest = max((max(one.peaks) for one in found if one.latent == focus), default=0.0)
     for column, features, key in zip(st.columns(2), both, ("tokens", "other tokens"), strict=True):
@@ -247,10 +243,7 @@ def results(sae: Trained, table: LatentTable) -> None:
 
     def picked(value: str) -> None:
         kind, _, name = value.partition(":")
-        if st.query_params.get(kind) == name:
-            del st.query_params[kind]
-        else:
-            st.query_params[kind] = name
+        toggle(kind, name)
 
     with said():
         try:

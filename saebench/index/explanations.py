@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from saebench.files import read_json, write_json
 from saebench.index.reader import FeatureIndex
-from saebench.index.schema import check_header, check_identity
+from saebench.index.schema import read_beside
 
 _HEADER = {"schema": "saebench-explanations", "schema_version": 1}
 JUDGE = "saebench-judge"
@@ -90,17 +90,13 @@ def read_explanations(index: FeatureIndex) -> dict[int, Explanation]:
 
 def read_explained(index: FeatureIndex) -> Explained | None:
     """The file beside an index. Raises ValueError where it is none of explanations, or of another SAE or index than this."""
-    path = explanations_path(index.path)
-    if not path.exists():
-        return None
-    content = read_json(path)
-    check_header(content, path, _HEADER, "explanations")
-    check_identity(path, content.get("of") or {}, index.belonging, "move it away, and explain again")
-    try:
+
+    def explained(content: Any) -> Explained:
         latents = {int(key): _explanation(value) for key, value in content["latents"].items()}
         return Explained(content["judge"], content["settings"], latents)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); move it away, and explain again") from error
+
+    path = explanations_path(index.path)
+    return read_beside(path, _HEADER, "explanations", index.belonging, "explain again", explained)
 
 
 def write_explained(index: FeatureIndex, found: Explained) -> None:

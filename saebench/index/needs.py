@@ -4,10 +4,10 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from saebench.files import read_json, write_json
+from saebench.files import write_json
 from saebench.index.reader import FeatureIndex
 from saebench.index.ruled import Rule
-from saebench.index.schema import check_header, check_identity
+from saebench.index.schema import read_beside
 
 _HEADER = {"schema": "saebench-interactions", "schema_version": 1}
 ORDERS = ("alone", "one token", "two", "three and more")
@@ -67,16 +67,12 @@ def read_needs(index: FeatureIndex) -> dict[int, Needs]:
 
 def read_needed(index: FeatureIndex) -> Needed | None:
     """The file beside an index. Raises ValueError where it is none of interactions, or of another SAE or index than this."""
-    path = needs_path(index.path)
-    if not path.exists():
-        return None
-    content, again = read_json(path), "move it away, and run `saebench interactions` again"
-    check_header(content, path, _HEADER, "interactions")
-    check_identity(path, content.get("of") or {}, index.belonging, again)
-    try:
+
+    def needed(content: Any) -> Needed:
         return Needed(content["settings"], {int(key): _needs(value) for key, value in content["latents"].items()})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); {again}") from error
+
+    path, again = needs_path(index.path), "run `saebench interactions` again"
+    return read_beside(path, _HEADER, "interactions", index.belonging, again, needed)
 
 
 def write_needed(index: FeatureIndex, found: Needed) -> None:

@@ -114,8 +114,8 @@ def needs_html(needs: Needs | None) -> str:
     if needs is None or not needs.by_order:
         return ""
     shares = ", ".join(f"{what} {share:.0%}" for what, share in zip(ORDERS, needs.by_order, strict=True))
-    sets = "; ".join(f"{html.escape(visible(one.text))} ({one.strength:+.0%} in {one.examples})" for one in needs.sets)
-    again = f" Again and again: {sets}." if sets else ""
+    sets = "; ".join(f"{html.escape(visible(one.text))} ({one.strength:+.0%} at {one.examples})" for one in needs.sets)
+    again = f" Again and again (share of the activation, at how many of them): {sets}." if sets else ""
     return f'<p class="rule">Contextuality {needs.contextuality:.2f} <small>strength by order at {needs.examples} examples: {shares}.{again}</small></p>'
 
 
@@ -273,7 +273,7 @@ def figure(name: str, value: float) -> str:
     """A figure of a latent as every page writes it."""
     if name == "density":
         return f"{value:.3%}"
-    if name.endswith(("_f1", "_detection")):
+    if name.endswith(("_f1", "_detection", "contextuality")):
         return f"{value:.2f}"
     return f"{value:,.0f}" if name in ("fires", "massive") else number(value)
 

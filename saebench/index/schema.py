@@ -1,13 +1,16 @@
 """What is in an index file: its version, and whether it belongs to an SAE, a store and a tokenizer."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import h5py
 
-from saebench.files import hash_files
+from saebench.files import hash_files, read_json
 from saebench.sae import weights_of
 from saebench.store import Store
+
+T = TypeVar("T")
 
 INDEX_SCHEMA = "saebench-index"
 INDEX_VERSIONS = (1, 2)
@@ -63,3 +66,21 @@ def check_identity(
             raise ValueError(
                 f"{path} was made from another {what}: it says {found.get(what)}, this one is {value}; {remedy}"
             )
+
+
+def read_beside(
+    path: Path, header: dict[str, Any], what: str, belonging: dict[str, str], again: str, of: Callable[[Any], T]
+) -> T | None:
+    """`of` the JSON in a file beside an index; None where there is none.
+
+    Raises ValueError, with how to make it `again`, where it is no file of `what`, of another SAE or index, or not as `of` expects.
+    """
+    if not path.exists():
+        return None
+    content, remedy = read_json(path), f"move it away, and {again}"
+    check_header(content, path, header, what)
+    check_identity(path, content.get("of") or {}, belonging, remedy)
+    try:
+        return of(content)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {remedy}") from error

@@ -152,6 +152,11 @@ class _Surveyor:
         self._texts = TokenBytes(tokenizer).all()
         self._numbers = {name: number for number, name in enumerate(self._index.literals_now)}
         self._labellers = [labeller_of(name) for name in dict.fromkeys(self._index.literals_now.values())]
+        if not self._numbers:
+            what = "has no literals of rules, or those of earlier labellers"
+            log.warning(
+                "%s %s: no rule is made of interactions; `saebench index` makes it anew", self._index.path, what
+            )
         self._fit, self._fit_places = self._rows("train")
         self._score, self._score_places = self._rows("validation")
 
@@ -188,7 +193,7 @@ class _Surveyor:
             by_order=by_order(at, sum(alone, 0.0)),
             share=again.share,
             sets=tuple(_said(pattern, again, at, self._fit_places) for pattern in again.shown),
-            rule=self._rule(latent, pool) if pool else None,
+            rule=self._rule(latent, pool) if pool and self._applies(latent) else None,
         )
 
     def _examples(self, latent: int) -> list[Example]:
@@ -232,6 +237,10 @@ class _Surveyor:
             except Silent:  # by the rounding of a store's rows, or of types
                 continue
         return found, alone
+
+    def _applies(self, latent: int) -> bool:
+        """Whether a rule can be made of the latent's own literals: of sets of a few examples alone it says little."""
+        return bool(self._numbers) and all(self._index.applies(what, latent) for what in ("rules", "lists"))
 
     def _heard(self, done: int, total: int) -> None:
         if self._interrupt.requested:

@@ -186,10 +186,15 @@ def _key(found: Mapping[str, Any], sets: Sequence[Mapping[str, Any]]) -> str:
         *(["above: all of them together (AND)"] if "and" in kinds else []), *(["below: any one of them (OR)"] if "or" in kinds else []),
         "framed: where it is explained; grey: stays",
     ]  # fmt: skip
-    keys = [("sb-member", "raises"), ("sb-member down", "lowers")]
+    keys = [("sb-member", "raises")] if any(one["strength"] > 0 for one in sets) else []
+    if any(one["strength"] < 0 for one in sets):
+        keys.append(("sb-member down", "lowers"))
     if any(one["agreed"] is False for one in sets):
         keys.append(("sb-member apart", f"not when masked the other way ({found['other']})"))
-    shown = "".join(f'<i class="{kind} sb-key"></i>{html.escape(text)}' for kind, text in keys)
+    shown = "".join(
+        f' <span style="white-space:nowrap"><i class="{kind} sb-key"></i>{html.escape(text)}</span>'
+        for kind, text in keys
+    )
     return f"<small>{'; '.join(said)}{shown}</small>"
 
 
