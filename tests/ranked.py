@@ -28,6 +28,7 @@ class Case(NamedTuple):
     kind: str = "sae"
     n_steps: int = 20
     dtype: torch.dtype = torch.float64
+    optimizer: str = "adam"
     partitions: int = 0
     """that rows of a store are dealt out to; none of those that are made"""
 
@@ -41,6 +42,7 @@ class Case(NamedTuple):
             "d_sae": F,
             "lr": 3e-3,
             "edition": 2,
+            "optimizer": self.optimizer,
             "seed": 0,
             **sparsity,
         }
@@ -61,6 +63,7 @@ CASES = [
     *(Case(architecture, n_steps=LONG) for architecture in (ARCHITECTURES if ALL else ("relu", "batchtopk"))),
     *(Case(*of, n_steps=SHORT) for of in (("topk", "transcoder"), ("gated", "crosscoder"), ("matryoshka", "clt"), ("jumprelu", "clt"))),
     Case("batchtopk", n_steps=LONG, partitions=4),
+    Case("relu", n_steps=SHORT, optimizer="muon"),
     *(Case(architecture, n_steps=SHORT, dtype=torch.float32) for architecture in (ARCHITECTURES if ALL else ("relu", "topk"))),
 ]  # fmt: skip
 

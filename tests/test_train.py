@@ -4,6 +4,7 @@ import random
 import re
 import shutil
 import signal
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ from saebench.store import Store, shuffled_batches
 from saebench.train import Member, Spec, TrainConfig, grid, train
 from saebench.train.checkpoint import Checkpoint, begun_as
 from saebench.train.clock import Clock
+from saebench.train.gradients import exact_gradients
 from saebench.train.identity import Run
 from saebench.train.memory import check_memory, need_of
+from saebench.train.objectives import Context
 from saebench.train.recipes import RECIPES
 from saebench.train.schedules import Sparsity, default_learning_rate, learning_rate, pace
 
@@ -514,6 +517,58 @@ def test_a_step_moves_the_decoder_twice_as_far_and_shrinks_the_encoder(store: St
         moved["W_enc"] += shrink * before["W_enc"]
         for name, value in moved.items():  # a gradient near 0 moves its weight less
             assert float(value.abs().median()) == pytest.approx(2 * rate if name == "W_dec" else rate, rel=1e-3), name
+
+
+def test_muon_moves_the_encoder_as_far_along_every_direction(store: Store) -> None:
+    """Its first step is the gradient with all singular values near 1, times 0.37·√F of the rate; all else moves by Adam. By Newton-Schulz
+    iterations on the matrix itself it is the same."""
+    x = next(shuffled_batches(store, HOOK, 400, seed=1))[0].float()
+    spec = Spec(name="s", architecture="topk", d_sae=64, k=8, lr=1e-3, decay=0.2, seed=0, edition=2, optimizer="muon")
+    member, adam = (Member(one, x.mean(0), 10**6, 100, "cpu") for one in (spec, replace(spec, optimizer="adam")))
+    before = {name: value.detach().clone() for name, value in member.parameters.items()}
+    gradient = (
+        exact_gradients(
+            member.recipe.gradients, member.sae, x, Context(torch.zeros(()), torch.empty(0, dtype=torch.int64), 8)
+        )
+        .of["W_enc"]
+        .double()
+    )
+    member.step(x, 0)
+    adam.step(x, 0)
+    moved = (member.parameters["W_enc"].detach() - (1 - 2e-3) * before["W_enc"]).double() / (1e-3 * 0.37 * 8)
+    a, b, c = 3.4445, -4.7750, 2.0315
+    direct = gradient / gradient.norm()
+    for _ in range(5):
+        gram = direct.T @ direct
+        direct = direct @ (a * torch.eye(len(gram), dtype=torch.float64) + b * gram + c * gram @ gram)
+    values = torch.linalg.svdvals(gradient)
+    left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+    strong = values > 0.02 * values[0]
+    assert float((moved + direct).norm() / direct.norm()) < 0.02
+    along = -((left.T @ moved) * right).sum(1)[strong]  # of each direction, how far it went
+    assert along.min() > 0.6
+    assert along.max() < 1.3
+    for name in {*member.parameters} - {"W_enc"}:
+        assert torch.equal(member.parameters[name], adam.parameters[name]), name
+    assert not torch.equal(member.parameters["W_enc"], adam.parameters["W_enc"])
+
+
+def test_muon_resumes_to_the_bit_and_takes_no_bad_step(store: Store) -> None:
+    batches = shuffled_batches(store, HOOK, 200, seed=1)
+    xs = [next(batches)[0].float() for _ in range(6)]
+    spec = Spec(name="s", architecture="relu", d_sae=32, target_l0=4.0, lr=1e-3, seed=0, edition=2, optimizer="muon")
+    one, other = (Member(spec, xs[0].mean(0), 3, 10, "cpu") for _ in range(2))
+    for step, x in enumerate(xs[:4]):
+        one.step(x, step)
+    other.restore({name: value.clone() for name, value in one.state().items()})
+    for step, x in enumerate(xs[4:], 4):
+        one.step(x, step)
+        other.step(x, step)
+    assert torch.equal(one.sae.W_enc, other.sae.W_enc)
+    state = {name: value.clone() for name, value in one.state().items() if name.startswith(("sae.", "adam.W_enc"))}
+    one.step(torch.full_like(xs[0], torch.nan), 6)
+    assert one.diverged == 6
+    assert all(torch.equal(one.state()[name], value) for name, value in state.items())
 
 
 # ------------------------------------------------------------------------------------- dead latents

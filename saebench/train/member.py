@@ -12,6 +12,7 @@ from torch import Tensor
 from saebench.sae import SAE, JumpReLUSAE, Writes, initialise, new_sae
 from saebench.train.controls import FROZEN, keep_near
 from saebench.train.gradients import Gradients, alone, shared_gradients
+from saebench.train.muon import step_by_muon
 from saebench.train.objectives import Context, bandwidth
 from saebench.train.recipes import EDITIONS, RECIPES
 from saebench.train.resampling import keys_of, point
@@ -65,7 +66,12 @@ class Member:
         self.start_FD = (
             torch.nn.functional.normalize(self.sae.W_dec.detach()) if spec.control == "soft-frozen" else None
         )
-        kinds = {name: (self._pace(name), self.edition.shrink * (name == "W_enc")) for name in self.parameters}
+        self._by_muon = self.parameters.get("W_enc") if spec.optimizer == "muon" else None
+        kinds = {
+            name: (self._pace(name), self.edition.shrink * (name == "W_enc"))
+            for name, parameter in self.parameters.items()
+            if parameter is not self._by_muon
+        }
         groups = [
             {"params": [self.parameters[name] for name in kinds if kinds[name] == kind]}
             | {"scale": kind[0], "shrink": kind[1]}
@@ -193,6 +199,10 @@ class Member:
         self.optimizer.grad_scale = (norm / CLIP).clamp(min=1.0).float()  # type: ignore[attr-defined]
         self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
         self.optimizer.step()
+        if self._by_muon is not None:
+            shrink = self.edition.shrink * (1 - step / self.n_steps)
+            step_by_muon(self._by_muon, self.optimizer, self.share, self._learning_rate(step), shrink)
+            self._by_muon.grad = None
         self.optimizer.zero_grad(set_to_none=True)
         if self.start_FD is not None:
             keep_near(self.sae.W_dec, self.start_FD)

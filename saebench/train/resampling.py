@@ -64,7 +64,8 @@ def point(
         # With no second moment Adam's next step would be many times lr, and undo the direction.
         moments = optimizer.state[parameter]
         moments["exp_avg"][dead] = 0.0
-        moments["exp_avg_sq"][dead] = mean(moments["exp_avg_sq"][alive])
+        if "exp_avg_sq" in moments:
+            moments["exp_avg_sq"][dead] = mean(moments["exp_avg_sq"][alive])
     return dead
 
 

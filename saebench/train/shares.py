@@ -187,6 +187,11 @@ class Share:
         own = [value for name, value in gradients.items() if self.latents.leads or name not in NOT_OF_LATENTS]
         return self._sum(torch.nn.utils.get_total_norm(own).square(), self.latents).sqrt()
 
+    def gram(self, matrix_FD: Float[Tensor, "F D"]) -> Float[Tensor, "D D"]:
+        """MᵀM of the matrix that has a row for each latent."""
+        gram_DD = matrix_FD.T @ matrix_FD
+        return gram_DD if self.latents is None else self._sum(gram_DD, self.latents)
+
     # ---------------------------------------------------------------------------- sums over rows, and all
 
     def variance_of(self, y_RE: Float[Tensor, "R E"]) -> Float[Tensor, ""]:

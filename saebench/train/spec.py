@@ -29,6 +29,8 @@ class Spec:
     lr: float
     warmup: float = WARMUP
     decay: float = DECAY
+    optimizer: str = "adam"
+    """by what W_enc moves"""
     edition: int = 1
     """the row of `EDITIONS`"""
     pace: float = 1.0
@@ -52,6 +54,8 @@ class Spec:
         for name in ("edition", "pace"):
             if values[name] == 1:
                 del values[name]
+        if self.optimizer == "adam":
+            del values["optimizer"]
         if not self.control:
             del values["control"]
         if not self.joint:
