@@ -176,11 +176,7 @@ def convert_command(arguments: argparse.Namespace) -> int:
 
 
 def index_command(arguments: argparse.Namespace) -> int:
-    path = build_index(from_arguments(IndexConfig, arguments))
-    if path is None:
-        return INTERRUPTED
-    print(path)
-    return 0
+    return _path_of(build_index(from_arguments(IndexConfig, arguments)))
 
 
 def export_command(arguments: argparse.Namespace) -> int:
@@ -189,10 +185,14 @@ def export_command(arguments: argparse.Namespace) -> int:
 
 
 def map_command(arguments: argparse.Namespace) -> int:
-    path = make_map(from_arguments(MapConfig, arguments))
-    if path is None:
+    return _path_of(make_map(from_arguments(MapConfig, arguments)))
+
+
+def _path_of(result: Path | None) -> int:
+    """Print where a result is; of what was stopped there is none."""
+    if result is None:
         return INTERRUPTED
-    print(path)
+    print(result)
     return 0
 
 

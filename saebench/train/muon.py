@@ -43,7 +43,9 @@ def orthogonaliser(gram_DD: Float[Tensor, "D D"]) -> Float[Tensor, "D D"]:
     square = gram_DD.diagonal().sum().clamp(min=torch.finfo(gram_DD.dtype).tiny)
     gram_DD, eye_DD = gram_DD / square, torch.eye(len(gram_DD), dtype=gram_DD.dtype, device=gram_DD.device)
     found_DD = eye_DD * square.rsqrt()
-    for _ in range(_ITERATIONS):
+    for left in reversed(range(_ITERATIONS)):
         factor_DD = a * eye_DD + b * gram_DD + c * gram_DD @ gram_DD
-        found_DD, gram_DD = found_DD @ factor_DD, factor_DD @ gram_DD @ factor_DD
+        found_DD = found_DD @ factor_DD
+        if left:
+            gram_DD = factor_DD @ gram_DD @ factor_DD
     return found_DD
