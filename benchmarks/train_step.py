@@ -30,7 +30,7 @@ import torch
 from saebench.sae import GatedSAE, JumpReLUSAE, ReLUSAE
 from saebench.train import Member, Spec
 from saebench.train.objectives import Context
-from saebench.train.recipes import RECIPES
+from saebench.train.recipes import EDITIONS, RECIPES
 from saebench.train.teams import team_step
 
 PEERS = Path(__file__).with_name("peers.py")
@@ -76,7 +76,7 @@ LAYERS = 4  # of a clt
 def new_members(arch: str, kind: str, x_BD: torch.Tensor, args: argparse.Namespace) -> list[Member]:
     level: dict[str, Any] = {"k": args.k} if RECIPES[arch].takes_k else {"l1": 1.0}
     common: dict[str, Any] = {"architecture": arch, "d_sae": args.f, "lr": 1e-4, "seed": 0, **level}
-    common["optimizer"] = args.optimizer
+    common["edition"] = args.edition or RECIPES[arch].edition
     hooks = [f"hook {n}" for n in range(LAYERS)]
     reads, writes = {
         "sae": ([("",)], [("",)]),
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--data", type=Path, help="float32 rows [N, d], N at least the batch (default: normal ones)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--optimizer", default="adam", choices=["adam", "muon"])
+    parser.add_argument("--edition", type=int, choices=list(EDITIONS), help="how weights move (default: as now)")
     parser.add_argument("--reference", action="store_true", help="also time dense autograd")
     parser.add_argument("--peers", type=Path, help="virtual environment with the other packages")
     args = parser.parse_args()

@@ -28,7 +28,7 @@ class Case(NamedTuple):
     kind: str = "sae"
     n_steps: int = 20
     dtype: torch.dtype = torch.float64
-    optimizer: str = "adam"
+    edition: int = 2
     partitions: int = 0
     """that rows of a store are dealt out to; none of those that are made"""
 
@@ -41,8 +41,7 @@ class Case(NamedTuple):
             "architecture": self.architecture,
             "d_sae": F,
             "lr": 3e-3,
-            "edition": 2,
-            "optimizer": self.optimizer,
+            "edition": self.edition,
             "seed": 0,
             **sparsity,
         }
@@ -63,7 +62,7 @@ CASES = [
     *(Case(architecture, n_steps=LONG) for architecture in (ARCHITECTURES if ALL else ("relu", "batchtopk"))),
     *(Case(*of, n_steps=SHORT) for of in (("topk", "transcoder"), ("gated", "crosscoder"), ("matryoshka", "clt"), ("jumprelu", "clt"))),
     Case("batchtopk", n_steps=LONG, partitions=4),
-    Case("relu", n_steps=SHORT, optimizer="muon"),
+    Case("relu", n_steps=SHORT, edition=3),
     *(Case(architecture, n_steps=SHORT, dtype=torch.float32) for architecture in (ARCHITECTURES if ALL else ("relu", "topk"))),
 ]  # fmt: skip
 

@@ -66,7 +66,7 @@ class Member:
         self.start_FD = (
             torch.nn.functional.normalize(self.sae.W_dec.detach()) if spec.control == "soft-frozen" else None
         )
-        self._by_muon = self.parameters.get("W_enc") if spec.optimizer == "muon" else None
+        self._by_muon = self.parameters.get("W_enc") if self.edition.muon else None
         kinds = {
             name: (self._pace(name), self.edition.shrink * (name == "W_enc"))
             for name, parameter in self.parameters.items()

@@ -1,4 +1,4 @@
-"""A step of Muon for the encoder's matrix, whose gradients come from the latents that fire alone."""
+"""A step of low-rank Muon for the encoder's matrix, whose gradients have most of their length along few directions of the stream."""
 
 import torch
 from jaxtyping import Float
@@ -8,44 +8,65 @@ from saebench.train.shares import Share
 
 _NEWTON_SCHULZ, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5  # of Jordan et al. 2024
 _MOMENTUM = 0.9
+_RANK = 32
 _PACE = 0.37  # root mean square of an entry's step over the learning rate; Adam's is below 1
+_LEAST = 1e-6  # of the squared length, that the other directions are taken to have
 
 
 def step_by_muon(
     weight_FD: torch.nn.Parameter, optimizer: torch.optim.Optimizer, share: Share, lr: float, shrink: float
 ) -> None:
-    """Momentum (Nesterov's), and along it the matrix whose singular values are near 1 (Jordan et al. 2024, "Muon"), sized to Adam's steps by
-    √F (Liu et al. 2025, arXiv 2502.16982, section 2.2); weights shrink by `shrink`·lr.
+    """Momentum M (Nesterov's), and along it a matrix whose singular values are near 1 (Jordan et al. 2024, "Muon"): each of the 32 largest,
+    and the others, which differ less, in their root mean square. Sized to Adam's steps by √F (Liu et al. 2025, arXiv 2502.16982,
+    section 2.2), whatever the gradient's length; weights shrink by `shrink`·lr.
 
-    What gradients are divided by (`grad_scale`) and whether the step is left out (`found_inf`) are the optimizer's, and so is the state,
-    `exp_avg` `[F, D]`. Of a share of latents the matrix is that of all.
+    With the largest directions S `[D, 32]`, Y = M·S, c = √(D − 32) / √(‖M‖² − ‖Y‖²) and Q as `orthogonaliser` has it, the matrix is
+    c·M + (Y·Q − c·Y)·Sᵀ. S follows M by one power iteration a step, S ← QR(MᵀY), as in Dion (Ahn et al. 2025, arXiv 2504.05295).
+
+    Whether the step is left out (`found_inf`) is the optimizer's, and so is the state, `exp_avg` (M before Nesterov's step) `[F, D]` and
+    `span` (S). Of a share of latents the matrix is that of all.
     """
     gradient_FD, state = weight_FD.grad, optimizer.state[weight_FD]
     assert gradient_FD is not None
     if not state:
         state["exp_avg"] = torch.zeros_like(weight_FD)
+        state["span"] = _any_span(gradient_FD.shape[1]).to(weight_FD)
     taken = 1.0 - optimizer.found_inf.to(weight_FD.dtype)  # type: ignore[attr-defined]
-    gradient_FD = torch.where(taken > 0, gradient_FD / optimizer.grad_scale, 0.0)  # type: ignore[attr-defined]
+    gradient_FD.nan_to_num_(0.0, 0.0, 0.0)  # of a step that is left out
     state["exp_avg"].lerp_(gradient_FD, (1.0 - _MOMENTUM) * taken)
-    ahead_FD = gradient_FD.lerp(state["exp_avg"], _MOMENTUM)
+    ahead_FD, span_DR = gradient_FD.lerp_(state["exp_avg"], _MOMENTUM), state["span"]
+
+    along_FR = ahead_FD @ span_DR
+    gram_RR, square = share.product(along_FR, along_FR), share.norm({"W_enc": ahead_FD}).square()
+    rest = torch.maximum(square - gram_RR.diagonal().sum(), _LEAST * square).clamp(min=torch.finfo(square.dtype).tiny)
+    others = (len(span_DR) - len(gram_RR)) ** 0.5 * rest.rsqrt()
+    more_FR = along_FR @ orthogonaliser(gram_RR) - others * along_FR
     rate = lr * _PACE * share.n_latents(len(weight_FD)) ** 0.5
     weight_FD.data.mul_(1.0 - lr * shrink * taken)
-    weight_FD.data.addmm_(ahead_FD, orthogonaliser(share.gram(ahead_FD)) * taken, alpha=-rate)
+    weight_FD.data.addcmul_(ahead_FD, torch.where(taken > 0, others, 0.0), value=-rate)
+    weight_FD.data.addmm_(torch.where(taken > 0, more_FR, 0.0), span_DR.T, alpha=-rate)
+    turned_DR = torch.linalg.qr(share.product(ahead_FD, along_FR)).Q.contiguous()  # as it is read from a checkpoint
+    state["span"] = torch.where(taken > 0, turned_DR, span_DR)
 
 
-def orthogonaliser(gram_DD: Float[Tensor, "D D"]) -> Float[Tensor, "D D"]:
-    """Q with which M·Q has singular values near 1 (0.7 to 1.2, but for those of M that are next to nothing), by MᵀM alone.
+def _any_span(d_in: int) -> Float[Tensor, "D R"]:
+    """Where the power iteration begins."""
+    rank = min(_RANK, max(1, d_in // 4))
+    return torch.linalg.qr(torch.randn(d_in, rank, generator=torch.Generator().manual_seed(0))).Q.contiguous()
 
-    Newton-Schulz iterations X ← aX + bX·A + cX·A², A = XᵀX, from X = M over its Frobenius norm, are polynomials in A, of the small
-    side: for F ≫ D it takes a third of the products.
+
+def orthogonaliser(gram_RR: Float[Tensor, "R R"]) -> Float[Tensor, "R R"]:
+    """Q with which Y·Q has singular values near 1 (0.7 to 1.2, but for those of Y that are next to nothing), by YᵀY alone.
+
+    Newton-Schulz iterations X ← aX + bX·A + cX·A², A = XᵀX, from X = Y over its Frobenius norm, are polynomials in A.
     """
     a, b, c = _NEWTON_SCHULZ
-    square = gram_DD.diagonal().sum().clamp(min=torch.finfo(gram_DD.dtype).tiny)
-    gram_DD, eye_DD = gram_DD / square, torch.eye(len(gram_DD), dtype=gram_DD.dtype, device=gram_DD.device)
-    found_DD = eye_DD * square.rsqrt()
+    square = gram_RR.diagonal().sum().clamp(min=torch.finfo(gram_RR.dtype).tiny)
+    gram_RR, eye_RR = gram_RR / square, torch.eye(len(gram_RR), dtype=gram_RR.dtype, device=gram_RR.device)
+    found_RR = eye_RR * square.rsqrt()
     for left in reversed(range(_ITERATIONS)):
-        factor_DD = a * eye_DD + b * gram_DD + c * gram_DD @ gram_DD
-        found_DD = found_DD @ factor_DD
+        factor_RR = a * eye_RR + b * gram_RR + c * gram_RR @ gram_RR
+        found_RR = found_RR @ factor_RR
         if left:
-            gram_DD = factor_DD @ gram_DD @ factor_DD
-    return found_DD
+            gram_RR = factor_RR @ gram_RR @ factor_RR
+    return found_RR

@@ -12,7 +12,7 @@ from saebench.train.objectives import Objective
 
 
 class Edition(NamedTuple):
-    """How weights move, whatever the architecture (decision 39)."""
+    """How weights move, whatever the architecture (decisions 39 and 45)."""
 
     beta1: float
     """of Adam"""
@@ -29,11 +29,14 @@ class Edition(NamedTuple):
     """share of the steps in which it falls, where none is said"""
     dead: int
     """what part of the run a latent is silent for when AuxK takes it for dead, where nothing is said"""
+    muon: bool = False
+    """whether W_enc moves by `step_by_muon`, and not by Adam as all else"""
 
 
 EDITIONS = {
     1: Edition(0.9, 0.999, decoder=1.0, shrink=0.0, rate=1.0, crowded=0.0, decay=0.2, dead=20),
     2: Edition(0.8, 0.95, decoder=2.0, shrink=2.0, rate=2.0, crowded=0.25, decay=0.8, dead=60),
+    3: Edition(0.8, 0.95, decoder=2.0, shrink=1.0, rate=2.0, crowded=0.25, decay=0.8, dead=60, muon=True),
 }
 """What is begun now has that of its recipe; what was begun with another goes on with it."""
 
@@ -67,7 +70,7 @@ RECIPES = {
         objective=objectives.relu_objective, gradients=gradients.add_relu,
     ),
     "topk": Recipe(
-        TopKSAE, takes_k=True, unit_rows=True, gains=(0.0, 0.0), momentum=True, edition=2,
+        TopKSAE, takes_k=True, unit_rows=True, gains=(0.0, 0.0), momentum=True, edition=3,
         objective=objectives.topk_objective, gradients=Kin(of_rows=True),
     ),
     "gated": Recipe(

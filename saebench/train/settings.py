@@ -70,8 +70,6 @@ class TrainConfig:
     """share of the steps in which the learning rate rises"""
     decay: float | None = None
     """share of the steps, at the end, in which it falls to 0 (default: 0.8, 0.2 for jumprelu, or as the run was begun)"""
-    optimizer: Literal["adam", "muon"] = "adam"
-    """what moves the encoder's matrix: Adam, as everything else, or Muon, with which FVU is lower and a step on a CPU takes longer"""
     control: tuple[Control, ...] = ()
     """instead of SAEs, controls that must be beaten, trained alike but for a constraint: decoder rows stay at random (frozen-decoder), or within a cosine of 0.8 of it (soft-frozen), or the encoder's weights do (frozen-encoder; arXiv 2602.14111)"""
     dead_tokens: Count | None = None
@@ -328,7 +326,7 @@ def grid(config: TrainConfig, d_in: int, places: Sequence[Place] = ("",)) -> lis
                 del schedule["pace"]
             specs.append(
                 Spec(
-                    name=name, architecture=arch, d_sae=d_sae, optimizer=config.optimizer, seed=seed, control=control,
+                    name=name, architecture=arch, d_sae=d_sae, seed=seed, control=control,
                     **where, **schedule, **level,
                 )
             )  # fmt: skip

@@ -187,10 +187,9 @@ class Share:
         own = [value for name, value in gradients.items() if self.latents.leads or name not in NOT_OF_LATENTS]
         return self._sum(torch.nn.utils.get_total_norm(own).square(), self.latents).sqrt()
 
-    def gram(self, matrix_FD: Float[Tensor, "F D"]) -> Float[Tensor, "D D"]:
-        """MᵀM of the matrix that has a row for each latent."""
-        gram_DD = matrix_FD.T @ matrix_FD
-        return gram_DD if self.latents is None else self._sum(gram_DD, self.latents)
+    def product(self, left_FD: Float[Tensor, "F D"], right_FR: Float[Tensor, "F R"]) -> Float[Tensor, "D R"]:
+        """LᵀR of matrices that have a row for each latent."""
+        return self._sum(left_FD.T @ right_FR, self.latents)
 
     # ---------------------------------------------------------------------------- sums over rows, and all
 

@@ -29,8 +29,6 @@ class Spec:
     lr: float
     warmup: float = WARMUP
     decay: float = DECAY
-    optimizer: str = "adam"
-    """by what W_enc moves"""
     edition: int = 1
     """the row of `EDITIONS`"""
     pace: float = 1.0
@@ -54,8 +52,6 @@ class Spec:
         for name in ("edition", "pace"):
             if values[name] == 1:
                 del values[name]
-        if self.optimizer == "adam":
-            del values["optimizer"]
         if not self.control:
             del values["control"]
         if not self.joint:
