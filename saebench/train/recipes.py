@@ -36,7 +36,7 @@ class Edition(NamedTuple):
 EDITIONS = {
     1: Edition(0.9, 0.999, decoder=1.0, shrink=0.0, rate=1.0, crowded=0.0, decay=0.2, dead=20),
     2: Edition(0.8, 0.95, decoder=2.0, shrink=2.0, rate=2.0, crowded=0.25, decay=0.8, dead=60),
-    3: Edition(0.8, 0.95, decoder=2.0, shrink=1.0, rate=2.0, crowded=0.25, decay=0.8, dead=60, muon=True),
+    3: Edition(0.8, 0.95, decoder=2.0, shrink=0.5, rate=2.0, crowded=0.25, decay=0.8, dead=60, muon=True),
 }
 """What is begun now has that of its recipe; what was begun with another goes on with it."""
 
