@@ -61,8 +61,9 @@ def said(name: str, ok: bool, **more: Any) -> bool:
 
 def course(architecture: str, device: str, share: Share) -> Tensor:
     """What the log says of each step: AuxK and resampling included, since some latents are dead from the first on."""
-    level: dict[str, Any] = {"k": K} if RECIPES[architecture].takes_k else {"target_l0": float(K)}
-    spec = Spec(name=architecture, hook="x", architecture=architecture, d_sae=F, lr=1e-3, seed=0, edition=2, **level)
+    recipe = RECIPES[architecture]
+    how: dict[str, Any] = {"edition": recipe.edition, "k" if recipe.takes_k else "target_l0": K}
+    spec = Spec(name=architecture, hook="x", architecture=architecture, d_sae=F, lr=1e-3, seed=0, **how)
     member = Member(spec, torch.zeros(D), SILENT, N_STEPS, device, share=share)
     first = share.first_latent(member.sae.d_sae)
     for name in {"b_enc", "b_gate", "b_mag"} & {*member.parameters}:
