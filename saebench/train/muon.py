@@ -50,7 +50,7 @@ def step_by_muon(
 
 
 def _any_span(d_in: int) -> Float[Tensor, "D R"]:
-    """Where the power iteration begins."""
+    """Where the power iteration begins: 32 directions, a quarter of all in a narrow stream."""
     rank = min(_RANK, max(1, d_in // 4))
     return torch.linalg.qr(torch.randn(d_in, rank, generator=torch.Generator().manual_seed(0))).Q.contiguous()
 
