@@ -19,7 +19,7 @@ from typing import Any
 _CONTEXT = multiprocessing.get_context("forkserver")
 # The first step of an optimizer imports torch._dynamo, for a second.
 _CONTEXT.set_forkserver_preload(["processes", "saebench.cli", "transformers.models.llama", "torch._dynamo"])
-_PATIENCE = 120  # seconds
+_PATIENCE = 400  # seconds
 
 
 class Child:
