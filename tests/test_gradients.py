@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saebench.sae import JumpReLUSAE, Writes, new_sae, topk_relu
-from saebench.sae.sparse import BLOCK_VALUES, Encoder, SparseCode, rowwise_topk
+from saebench.sae.sparse import BLOCK_VALUES, Encoder, SparseCode, places_of_largest, rowwise_topk
 from saebench.train import Member, Spec
 from saebench.train.gradients import exact_gradients, shared_gradients, together
 from saebench.train.objectives import AUX_WEIGHT, Context, bandwidth, prefixes
@@ -306,14 +306,33 @@ def test_an_sae_is_trained_to_the_bits_of_before_there_were_transcoders(architec
 
 @settings(max_examples=80, deadline=None)
 @given(n_rows=st.integers(1, 20), groups=st.integers(1, 40), k=st.integers(1, 24), seed=st.integers(0, 999))
-def test_two_stages_choose_what_one_does(n_rows: int, groups: int, k: int, seed: int) -> None:
+@pytest.mark.parametrize("ties", [False, True])
+def test_two_stages_choose_what_one_does(ties: bool, n_rows: int, groups: int, k: int, seed: int) -> None:
     pre = torch.randn(n_rows, 16 * groups, generator=torch.Generator().manual_seed(seed))
-    pre = pre.round(decimals=1)  # with ties
+    pre = pre.round(decimals=1) if ties else pre
     k = min(k, 16 * groups)
     values, latents = rowwise_topk(pre, k)
     assert torch.equal(values.sort(1).values, pre.topk(k, 1).values.sort(1).values)
     assert torch.equal(pre.gather(1, latents), values)
     assert all(len(set(row)) == k for row in latents.tolist())
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_the_largest_of_a_row_are_found_beside_equal_ones_and_what_is_no_number(threads: int) -> None:
+    rows = torch.tensor([[1.0, 2, 3, 4], [5, 4, 5, 1], [7, 7, 7, 0], [0, torch.nan, 3, 2]])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert [set(places) for places in places_of_largest(rows[:2], 2).tolist()] == [{2, 3}, {0, 2}]
+        # The third row has one more of its least value, and the last one fewer: eight in all.
+        found = places_of_largest(rows, 2).tolist()
+        assert [set(places) for places in found[:2]] == [{2, 3}, {0, 2}]
+        assert set(found[2]) < {0, 1, 2}
+        assert set(found[3]) == {1, 2}  # as PyTorch has it, nan is above all
+        assert [len(set(places)) for places in found] == [2, 2, 2, 2]
+        assert places_of_largest(rows[:2], 4).sort(1).values.tolist() == [[0, 1, 2, 3]] * 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_batch_topk_takes_the_largest_of_all_rows_and_nothing_negative() -> None:

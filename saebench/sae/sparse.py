@@ -23,7 +23,8 @@ from torch.nn.functional import embedding_bag, pad
 # Pre-activations in memory at once while selecting: 128 MiB on a CPU, where smaller blocks multiply slower; 1 GiB on a GPU,
 # which searches no more than 2^31 of them at a time.
 BLOCK_VALUES = {"cpu": 2**25, "cuda": 2**28}
-_GROUP = 16  # latents in a group of the two-stage top-k
+_GROUP = {"cpu": 8, "cuda": 16}  # latents in a group of the two-stage top-k
+_NUMPY_FASTER = 2  # threads up to which one of NumPy's finds the largest sooner than all of PyTorch's
 _SAMPLED = 64  # rows that say where BatchTopK's selection may begin
 _INERT = -1.0  # pre-activation of an entry that is none
 
@@ -172,15 +173,33 @@ def rowwise_topk(pre_RF: Float[Tensor, "R F"], k: int) -> tuple[Float[Tensor, "R
     The k groups with the largest maxima hold the k largest values, so the second stage looks at those
     groups alone. (Of equal values any may be chosen, as in `torch.topk`.)
     """
-    n_groups, rest = divmod(pre_RF.shape[1], _GROUP)
+    size = _GROUP.get(pre_RF.device.type, _GROUP["cpu"])
+    n_groups, rest = divmod(pre_RF.shape[1], size)
     if rest or n_groups < 2 * k:
-        values, latents = pre_RF.topk(k, dim=1, sorted=False)
-        return values, latents
-    grouped = pre_RF.view(-1, _GROUP, n_groups)  # group g is the latents g, g + n_groups, …
-    groups_RK = grouped.amax(1).topk(k, dim=1, sorted=False).indices
-    candidates = grouped.gather(2, groups_RK[:, None].expand(-1, _GROUP, -1)).flatten(1)
-    values, place = candidates.topk(k, dim=1, sorted=False)
-    return values, place // k * n_groups + groups_RK.gather(1, place % k)
+        latents = places_of_largest(pre_RF, k)
+        return pre_RF.gather(1, latents), latents
+    grouped = pre_RF.view(-1, size, n_groups)  # group g is the latents g, g + n_groups, …
+    groups_RK = places_of_largest(grouped.amax(1), k)
+    candidates = grouped.gather(2, groups_RK[:, None].expand(-1, size, -1)).flatten(1)
+    place = places_of_largest(candidates, k)
+    return candidates.gather(1, place), place // k * n_groups + groups_RK.gather(1, place % k)
+
+
+def places_of_largest(values_RN: Float[Tensor, "R N"], k: int) -> Int[Tensor, "R K"]:
+    """Where the k largest of each row are, in no order; of equal values any may be chosen.
+
+    NumPy's partition of a row takes a quarter of the time of PyTorch's search, and says the least of the k largest. Where a row has
+    others like it, or nan, PyTorch searches after all.
+    """
+    n_rows, n = values_RN.shape
+    if not values_RN.is_cuda and 0 < k < n and torch.get_num_threads() <= _NUMPY_FASTER:
+        values = values_RN.detach().numpy()
+        flat = np.flatnonzero(values >= np.partition(values, n - k, axis=1)[:, n - k, None])
+        if len(flat) == n_rows * k:
+            places = torch.from_numpy(flat.reshape(n_rows, k) - np.arange(0, values.size, n)[:, None])
+            if bool(((places >= 0) & (places < n)).all()):
+                return places
+    return values_RN.topk(k, dim=1, sorted=False).indices
 
 
 class Encoder:

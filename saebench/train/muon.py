@@ -10,6 +10,7 @@ _NEWTON_SCHULZ, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5  # of Jordan et al. 2
 _MOMENTUM = 0.9
 _RANK = 32
 _PACE = 0.37  # root mean square of an entry's step over the learning rate; Adam's is below 1
+_BLOCK = 2**19  # numbers of a block of latents on a CPU, whose cache then has it from one use to the next
 _LEAST = 1e-6  # of the squared length, that the other directions are taken to have
 
 
@@ -28,24 +29,36 @@ def step_by_muon(
     """
     gradient_FD, state = weight_FD.grad, optimizer.state[weight_FD]
     assert gradient_FD is not None
+    n_latents, d_in = gradient_FD.shape
     if not state:
         state["exp_avg"] = torch.zeros_like(weight_FD)
-        state["span"] = _any_span(gradient_FD.shape[1]).to(weight_FD)
+        state["span"] = _any_span(d_in).to(weight_FD)
     taken = 1.0 - optimizer.found_inf.to(weight_FD.dtype)  # type: ignore[attr-defined]
-    gradient_FD.nan_to_num_(0.0, 0.0, 0.0)  # of a step that is left out
-    state["exp_avg"].lerp_(gradient_FD, (1.0 - _MOMENTUM) * taken)
-    ahead_FD, span_DR = gradient_FD.lerp_(state["exp_avg"], _MOMENTUM), state["span"]
+    if gradient_FD.is_cuda or not bool(taken):  # where to ask costs nothing
+        gradient_FD.nan_to_num_(0.0, 0.0, 0.0)  # of a step that is left out
+    span_DR, turned_DR = state["span"], torch.zeros_like(state["span"])
+    along_FR, square = gradient_FD.new_empty(n_latents, span_DR.shape[1]), gradient_FD.new_zeros(())
+    block = n_latents if gradient_FD.is_cuda else max(1, _BLOCK // d_in)
 
-    along_FR = ahead_FD @ span_DR
-    gram_RR, square = share.product(along_FR, along_FR), share.norm({"W_enc": ahead_FD}).square()
+    parts = gradient_FD, state["exp_avg"], along_FR
+    for ahead_FD, momentum_FD, y_FR in zip(*(part.split(block) for part in parts), strict=True):
+        momentum_FD.lerp_(ahead_FD, (1.0 - _MOMENTUM) * taken)
+        ahead_FD.lerp_(momentum_FD, _MOMENTUM)
+        torch.mm(ahead_FD, span_DR, out=y_FR)
+        square += ahead_FD.norm().square()
+    gram_RR, square = share.over_latents(along_FR.T @ along_FR), share.over_latents(square)
+
     rest = torch.maximum(square - gram_RR.diagonal().sum(), _LEAST * square).clamp(min=torch.finfo(square.dtype).tiny)
     others = (len(span_DR) - len(gram_RR)) ** 0.5 * rest.rsqrt()
-    more_FR = along_FR @ orthogonaliser(gram_RR) - others * along_FR
-    rate = lr * _PACE * share.n_latents(len(weight_FD)) ** 0.5
-    weight_FD.data.mul_(1.0 - lr * shrink * taken)
-    weight_FD.data.addcmul_(ahead_FD, torch.where(taken > 0, others, 0.0), value=-rate)
-    weight_FD.data.addmm_(torch.where(taken > 0, more_FR, 0.0), span_DR.T, alpha=-rate)
-    turned_DR = torch.linalg.qr(share.product(ahead_FD, along_FR)).Q.contiguous()  # as it is read from a checkpoint
+    more_FR = torch.where(taken > 0, along_FR @ orthogonaliser(gram_RR) - others * along_FR, 0.0)
+    rate, others = lr * _PACE * share.n_latents(n_latents) ** 0.5, torch.where(taken > 0, others, 0.0)
+    parts = weight_FD.data, gradient_FD, along_FR, more_FR
+    for w_FD, ahead_FD, y_FR, m_FR in zip(*(part.split(block) for part in parts), strict=True):
+        w_FD.mul_(1.0 - lr * shrink * taken)
+        w_FD.addcmul_(ahead_FD, others, value=-rate)
+        w_FD.addmm_(m_FR, span_DR.T, alpha=-rate)
+        turned_DR.addmm_(ahead_FD.T, y_FR)
+    turned_DR = torch.linalg.qr(share.over_latents(turned_DR)).Q.contiguous()  # as it is read from a checkpoint
     state["span"] = torch.where(taken > 0, turned_DR, span_DR)
 
 

@@ -187,9 +187,9 @@ class Share:
         own = [value for name, value in gradients.items() if self.latents.leads or name not in NOT_OF_LATENTS]
         return self._sum(torch.nn.utils.get_total_norm(own).square(), self.latents).sqrt()
 
-    def product(self, left_FD: Float[Tensor, "F D"], right_FR: Float[Tensor, "F R"]) -> Float[Tensor, "D R"]:
-        """LᵀR of matrices that have a row for each latent."""
-        return self._sum(left_FD.T @ right_FR, self.latents)
+    def over_latents(self, value: Tensor) -> Tensor:
+        """Of sums over the latents of each process, those over all."""
+        return self._sum(value, self.latents)
 
     # ---------------------------------------------------------------------------- sums over rows, and all
 
