@@ -785,6 +785,17 @@ def test_a_run_goes_on_with_the_buffer_it_was_begun_with(store: Store, tmp_path:
         train(asked)
 
 
+def test_a_run_begun_with_an_option_that_is_gone_is_refused(store: Store, tmp_path: Path) -> None:
+    told = config(store, tmp_path, arch=("topk",), k=(6,), target_l0=(), tokens=1000)
+    train(told)
+    (folder,) = (tmp_path / "saes").glob("*/cfg.json")
+    saved = json.loads(folder.read_text())
+    saved["metadata"]["saebench"]["identity"]["optimizer"] = "muon"
+    write_json(folder, saved)
+    with pytest.raises(ValueError, match="optimizer: 'muon' -> None.* Choose another --out"):
+        train(told)
+
+
 def test_a_grid_that_does_not_fit_is_refused_with_what_would(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -811,7 +822,9 @@ def test_a_grid_that_does_not_fit_is_refused_with_what_would(
 def test_a_step_takes_what_was_planned_for_it(architecture: str, active: float | None) -> None:
     """Of memory beside the weights and moments: at most that, and not ten times less; all latents active, or as many as sparse products are for."""
     level: dict[str, Any] = {"k": 32} if RECIPES[architecture].takes_k else {"l1": 1.0}
-    spec = Spec(name="m", architecture=architecture, d_sae=4096, lr=1e-3, seed=0, **level)
+    spec = Spec(
+        name="m", architecture=architecture, d_sae=4096, lr=1e-3, seed=0, edition=RECIPES[architecture].edition, **level
+    )
     member = Member(spec, torch.zeros(64), 10**6, 100, "cpu")
     x = torch.randn(1024, 64, generator=torch.Generator().manual_seed(0))
     member.step(x, 0)
@@ -826,5 +839,9 @@ def test_a_step_takes_what_was_planned_for_it(architecture: str, active: float |
         member.step(x, 1)
     changes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     most = int(np.cumsum(changes).max())
-    planned = need_of(spec, 64, 1024, torch.device("cpu")).passing
-    assert most <= planned <= 10 * most
+    planned = need_of(spec, 64, 1024, torch.device("cpu"))
+    assert most <= planned.passing <= 10 * most
+    moments = sum(
+        value.nbytes for state in member.optimizer.state.values() for value in state.values() if value.numel() > 1
+    )
+    assert moments <= planned.moments <= 1.1 * moments

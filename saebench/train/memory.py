@@ -1,6 +1,6 @@
 """What a grid of SAEs takes of its device's memory: said before the first step, and refused where it does not fit.
 
-All SAEs are there throughout, with the moments of Adam; gradients and what a step works with are those of one at a time.
+All SAEs are there throughout, with the moments of their optimizers; gradients and what a step works with are those of one at a time.
 """
 
 import contextlib
@@ -15,8 +15,9 @@ import torch
 from saebench.sae.sparse import rows_of_a_block
 from saebench.train.gradients import Kin, rows_at_once
 from saebench.train.member import DENSE_ABOVE, ROOM
+from saebench.train.muon import RANK
 from saebench.train.objectives import prefixes
-from saebench.train.recipes import RECIPES
+from saebench.train.recipes import EDITIONS, RECIPES
 from saebench.train.spec import Spec
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ def need_of(spec: Spec, d_in: int, batch: int, device: torch.device) -> Need:
         all_latents = (_DENSE_ARRAYS * dense - rows) * spec.d_sae * 4  # where the rows of a selection are not held
         scratch += max(all_latents, int(pairs) * _ENTRY_BYTES) + matrix
         scratch += 2 * batch * d_in * 4  # the rows that dead latents may be pointed at
-    return Need(weights, 2 * weights, weights, scratch)
+    moments = 2 * weights - EDITIONS[spec.edition].muon * (matrix - RANK * d_in * 4)
+    return Need(weights, moments, weights, scratch)
 
 
 def check_memory(

@@ -8,7 +8,7 @@ from saebench.train.shares import Share
 
 _NEWTON_SCHULZ, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5  # of Jordan et al. 2024
 _MOMENTUM = 0.9
-_RANK = 32
+RANK = 32
 _PACE = 0.37  # root mean square of an entry's step over the learning rate; Adam's is below 1
 _BLOCK = 2**19  # numbers of a block of latents on a CPU, whose cache then has it from one use to the next
 _LEAST = 1e-6  # of the squared length, that the other directions are taken to have
@@ -64,7 +64,7 @@ def step_by_muon(
 
 def _any_span(d_in: int) -> Float[Tensor, "D R"]:
     """Where the power iteration begins: 32 directions, a quarter of all in a narrow stream."""
-    rank = min(_RANK, max(1, d_in // 4))
+    rank = min(RANK, max(1, d_in // 4))
     return torch.linalg.qr(torch.randn(d_in, rank, generator=torch.Generator().manual_seed(0))).Q.contiguous()
 
 
