@@ -330,7 +330,9 @@ def test_the_largest_of_a_row_are_found_beside_equal_ones_and_what_is_no_number(
         assert set(found[2]) < {0, 1, 2}
         assert set(found[3]) == {1, 2}  # as PyTorch has it, nan is above all
         assert [len(set(places)) for places in found] == [2, 2, 2, 2]
-        assert places_of_largest(rows[:2], 4).sort(1).values.tolist() == [[0, 1, 2, 3]] * 2
+        assert places_of_largest(rows[:2], 4, ascending=True).tolist() == [[0, 1, 2, 3]] * 2
+        assert places_of_largest(rows[:2], 2, ascending=True).tolist() == [[2, 3], [0, 2]]
+        assert places_of_largest(rows[3:], 2, ascending=True).tolist() == [[1, 2]]
     finally:
         torch.set_num_threads(before)
 

@@ -24,7 +24,7 @@ from torch.nn.functional import embedding_bag, pad
 # which searches no more than 2^31 of them at a time.
 BLOCK_VALUES = {"cpu": 2**25, "cuda": 2**28}
 _GROUP = {"cpu": 8, "cuda": 16}  # latents in a group of the two-stage top-k
-_NUMPY_FASTER = 2  # threads up to which one of NumPy's finds the largest sooner than all of PyTorch's
+_NUMPY_FASTER = 2  # threads of PyTorch, which has no more than one for a row, up to which NumPy finds the largest sooner by its one
 _SAMPLED = 64  # rows that say where BatchTopK's selection may begin
 _INERT = -1.0  # pre-activation of an entry that is none
 
@@ -185,21 +185,22 @@ def rowwise_topk(pre_RF: Float[Tensor, "R F"], k: int) -> tuple[Float[Tensor, "R
     return candidates.gather(1, place), place // k * n_groups + groups_RK.gather(1, place % k)
 
 
-def places_of_largest(values_RN: Float[Tensor, "R N"], k: int) -> Int[Tensor, "R K"]:
-    """Where the k largest of each row are, in no order; of equal values any may be chosen.
+def places_of_largest(values_RN: Float[Tensor, "R N"], k: int, ascending: bool = False) -> Int[Tensor, "R K"]:
+    """Where the k largest of each row are, in no order unless they are to be ascending; of equal values any may be chosen.
 
     NumPy's partition of a row takes a quarter of the time of PyTorch's search, and says the least of the k largest. Where a row has
     others like it, or nan, PyTorch searches after all.
     """
     n_rows, n = values_RN.shape
-    if not values_RN.is_cuda and 0 < k < n and torch.get_num_threads() <= _NUMPY_FASTER:
+    if not values_RN.is_cuda and 0 < k < n and min(torch.get_num_threads(), n_rows) <= _NUMPY_FASTER:
         values = values_RN.detach().numpy()
         flat = np.flatnonzero(values >= np.partition(values, n - k, axis=1)[:, n - k, None])
         if len(flat) == n_rows * k:
             places = torch.from_numpy(flat.reshape(n_rows, k) - np.arange(0, values.size, n)[:, None])
             if bool(((places >= 0) & (places < n)).all()):
                 return places
-    return values_RN.topk(k, dim=1, sorted=False).indices
+    places = values_RN.topk(k, dim=1, sorted=False).indices
+    return places.sort(1).values if ascending else places
 
 
 class Encoder:
@@ -275,7 +276,7 @@ class Encoder:
             guess, per_row = 0.0, 4 * per_row
         if len(values) <= wanted:
             return code, values
-        return select(code, values, values.topk(wanted, sorted=False).indices.sort().values)
+        return select(code, values, places_of_largest(values[None], wanted, ascending=True)[0])
 
     def _largest(self, wanted: int) -> tuple[SparseCode, Float[Tensor, " N"]]:
         """The largest pre-activations of all rows together, without waiting for a GPU."""
