@@ -24,9 +24,7 @@ from torch.nn.functional import embedding_bag, pad
 # which searches no more than 2^31 of them at a time.
 BLOCK_VALUES = {"cpu": 2**25, "cuda": 2**28}
 _GROUP = {"cpu": 8, "cuda": 16}  # latents in a group of the two-stage top-k
-_NUMPY_FASTER = (
-    2  # threads of PyTorch, which has no more than one for a row, up to which NumPy finds the largest sooner by its one
-)
+_NUMPY_FASTER = 2  # threads of PyTorch's search, one a row at most, up to which NumPy's one is faster
 _SAMPLED = 64  # rows that say where BatchTopK's selection may begin
 _INERT = -1.0  # pre-activation of an entry that is none
 
