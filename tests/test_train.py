@@ -559,6 +559,16 @@ def test_muon_takes_a_gradient_of_few_directions_or_none(directions: int) -> Non
         assert bool(moved.any()) is (directions > 0)
 
 
+def test_muon_by_blocks_of_latents_is_muon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a large matrix is gone through on a CPU; the last block is smaller."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(96, 64, generator=generator, dtype=torch.float64) for _ in range(4)]
+    whole = muon(gradients, shrink=0.1)
+    monkeypatch.setattr("saebench.train.muon._BLOCK", 7 * 64)
+    for moved, by_blocks in zip(whole, muon(gradients, shrink=0.1), strict=True):
+        assert torch.allclose(by_blocks, moved, rtol=0, atol=1e-12)
+
+
 def test_an_edition_moves_the_encoder_by_muon_and_all_else_by_adam(store: Store) -> None:
     x = next(shuffled_batches(store, HOOK, 400, seed=1))[0].float()
     spec = Spec(name="s", architecture="topk", d_sae=64, k=8, lr=1e-3, decay=0.2, seed=0, edition=3)
