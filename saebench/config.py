@@ -46,10 +46,9 @@ Multiple = Annotated[float, parse_multiple]
 
 def add_arguments(parser: argparse.ArgumentParser, config: type, *positional: str) -> None:
     """One option per field of `config`; a field without a default is required, and some may be `positional`."""
-    helps = _field_docs(config)
+    helps, hints = _field_docs(config), typing.get_type_hints(config, include_extras=True)
     for field in dataclasses.fields(config):
-        hint = typing.get_type_hints(config, include_extras=True)[field.name]
-        default = _default(field)
+        hint, default = hints[field.name], _default(field)
         options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
         note = "" if default in (dataclasses.MISSING, None, ()) else f" (default: {_shown(default)})"
         options["help"] = (helps.get(field.name, "") + note).replace("%", "%%")
@@ -118,7 +117,7 @@ def _parser_of(hint: Any) -> tuple[Any, str | None, list[Any] | None]:
     """(function from a string, metavar, choices) for a field's type."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        return _argument(args[1]), _METAVARS.get(args[0], "TEXT"), None
+        return functools.partial(_argument, args[1]), _METAVARS.get(args[0], "TEXT"), None
     if origin in (typing.Union, types.UnionType):
         return _parser_of(next(arg for arg in args if arg is not type(None)))
     if origin is typing.Literal:
@@ -126,7 +125,7 @@ def _parser_of(hint: Any) -> tuple[Any, str | None, list[Any] | None]:
     if origin is tuple:
         parse, metavar, choices = _parser_of(args[0])
         return (
-            _argument(functools.partial(_parse_list, parse, choices)),
+            functools.partial(_argument, functools.partial(_parse_list, parse, choices)),
             f"{metavar or '|'.join(map(str, choices or []))},…",
             None,
         )
@@ -141,18 +140,15 @@ def _parse_list(parse: Any, choices: list[Any] | None, text: str) -> tuple[Any, 
     return values
 
 
-def _argument(parse: Any) -> Any:
+def _argument(parse: Any, text: str) -> Any:
     """argparse shows the message of an ArgumentTypeError, but hides a ValueError's."""
-
-    def parse_argument(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return parse_argument
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
+@functools.cache
 def _field_docs(config: type) -> dict[str, str]:
     """The docstring under each field of a dataclass and its bases."""
     docs: dict[str, str] = {}
