@@ -8,7 +8,7 @@ import torch
 
 from saebench.evaluate.attribution import ablation_effects, attribute, logit_of
 from saebench.models import LanguageModel, capture, edits, load_model, logits
-from saebench.models.passes import first_of
+from saebench.models.attach import first_of
 from saebench.sae import SAE, Ends, initialise, new_sae
 from saebench.sae.architectures import normalized
 

@@ -336,7 +336,7 @@ def test_a_shared_grid_is_saved_as_by_one_process(over: str, pairs: dict[str, Pa
 
 @pytest.mark.parametrize(
     ("over", "seed"),
-    [("latents", 0)] if KILLS <= 3 else [(over, seed) for over in WAYS for seed in range(KILLS // 4)],
+    [("latents", 0)] if KILLS <= 3 else [(over, seed) for over in WAYS for seed in range(KILLS // 2)],
 )
 def test_a_shared_grid_dealt_out_to_circles_and_killed_and_resumed_has_the_same_bits(
     over: str, seed: int, store: Store, pairs: dict[str, Path], tmp_path: Path

@@ -19,7 +19,7 @@ from saebench.circuits.frozen import Frozen
 from saebench.evaluate.attribution import left_alone
 from saebench.evaluate.measure import Dictionary
 from saebench.models import LanguageModel, edits, hook_name, parse_hook
-from saebench.models.passes import first_of
+from saebench.models.attach import first_of
 from saebench.sae import SAE, GatedSAE, encode_sparse
 
 Reads = dict[int, Float[Tensor, "B L D"]]

@@ -20,8 +20,8 @@ from torch import Tensor
 from saebench.interactions.mobius import Vector
 from saebench.interactions.scalars import LOGITS, Scalar
 from saebench.models import LanguageModel, capturer, check_hook, head
+from saebench.models.attach import first_of
 from saebench.models.checks import probe_tokens
-from saebench.models.passes import first_of
 
 Way = Literal["unattended", "neutral", "mean"]
 _BYTES = (

@@ -3,6 +3,7 @@
 A model is the Hugging Face module, which runs as it does without us. What is assumed of it is tried after loading.
 """
 
+from saebench.models.attach import Edit
 from saebench.models.checks import check_hook, check_padding, has_place
 from saebench.models.devices import ALL, ModelDtype, choose_device, default_dtype
 from saebench.models.files import EMBEDDED_MODEL, EMBEDDED_MODEL_PATH, load_tokenizer, model_path
@@ -11,7 +12,6 @@ from saebench.models.load import LanguageModel, load_model
 from saebench.models.names import same_model
 from saebench.models.passes import (
     MLP,
-    Edit,
     capture,
     capturer,
     edits,

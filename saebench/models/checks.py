@@ -8,8 +8,9 @@ from einops import rearrange
 from jaxtyping import Int
 from torch import Tensor
 
+from saebench.models.attach import attach
 from saebench.models.load import LanguageModel
-from saebench.models.passes import attach, capture, edits, head, last_states, logits, next_logits
+from saebench.models.passes import capture, edits, head, last_states, logits, next_logits
 from saebench.models.places import Place, hook_name, parse_hook, place_of, widths_of
 
 _CONTEXTS, _POSITIONS = 2, 8

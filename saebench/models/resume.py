@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from saebench.models.attach import attach, first_of, with_first
 from saebench.models.checks import probe_tokens
 from saebench.models.load import LanguageModel
-from saebench.models.passes import attach, edits, first_of, last_states, standing_in, with_first
+from saebench.models.passes import edits, last_states, standing_in
 from saebench.models.places import parse_hook, place_of
 
 

@@ -6,10 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from saebench.models.attach import attach
 from saebench.models.checks import probe_tokens
 from saebench.models.devices import through, weights_in
 from saebench.models.load import LanguageModel
-from saebench.models.passes import attach, last_states, logits
+from saebench.models.passes import last_states, logits
 from saebench.models.places import Place
 
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")

@@ -58,6 +58,7 @@ def need_of(spec: Spec, d_in: int, batch: int, device: torch.device) -> Need:
         assert spec.k is not None
         nested = len(prefixes(spec.d_sae)) if rule.nested else 1
         scratch += batch * (spec.k + d_in // 2) * _ENTRY_BYTES + 3 * nested * batch * d_in * 4
+        scratch += rows * spec.d_sae * 4 if device.type == "cpu" else 0  # NumPy's copy of what it searches
     else:
         dense = min(rows_at_once(spec.d_sae, batch, device, dense=True), batch)
         pairs = DENSE_ABOVE[device.type] * min(rows_at_once(spec.d_sae, batch, device, dense=False), batch) * spec.d_sae
