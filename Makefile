@@ -1,6 +1,7 @@
 # make demo and make test do all set-up on a fresh machine; everything lives in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist worksteal # a test has one thread
 
 .PHONY: install demo app check test families matrix faults bench
 
@@ -26,16 +27,16 @@ check: install
 	$(BIN)/pyright
 
 test: install
-	$(BIN)/pytest
+	$(PYTEST)
 
 families: install # every stage on a tiny checkpoint of every family of models
-	SAEBENCH_FAMILIES=all $(BIN)/pytest tests/test_families.py
+	SAEBENCH_FAMILIES=all $(PYTEST) tests/test_families.py
 
 matrix: # install and suite on every supported Python at hand, or on PYTHON=… alone
 	scripts/matrix.sh $(if $(filter file,$(origin PYTHON)),,$(PYTHON))
 
 faults: install
-	SAEBENCH_KILLS=20 $(BIN)/pytest tests/test_faults.py tests/test_store.py tests/test_ranks.py -k "kill or every_byte or lost or shared"
+	SAEBENCH_KILLS=20 $(PYTEST) tests/test_faults.py tests/test_store.py tests/test_ranks.py -k "kill or every_byte or lost or shared"
 
 bench: install
 	$(BIN)/python benchmarks/train_step.py

@@ -24,7 +24,7 @@ for python in "${pythons[@]}"; do
     environment=.matrix/$version
     "$python" -m venv "$environment" &&
         "$environment/bin/pip" install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]" &&
-        "$environment/bin/pytest" --quiet && outcome=passed || { outcome=failed; failed=1; }
+        "$environment/bin/pytest" --numprocesses logical --maxprocesses 4 --dist worksteal && outcome=passed || { outcome=failed; failed=1; }
     echo "Python $version with torch $("$environment/bin/python" -c 'import torch; print(torch.__version__)'): $outcome"
 done
 exit "$failed"

@@ -14,8 +14,9 @@ from scipy import sparse, stats
 
 from saebench.bench import Figure
 from saebench.bench.probes import ProbesConfig, probe, probes, summary
-from saebench.bench.protocol import auc, interval, order_of, split
+from saebench.bench.protocol import auc, order_of, split
 from saebench.bench.readings import Reading, _names
+from saebench.bench.results import interval
 from saebench.bench.tasks import Reader, Source, Task, column_tasks, neurons_hook, text_tasks
 from saebench.cli import main
 from saebench.files import read_json

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int
 
-from saebench.bench.protocol import auc, interval, order_of, split
+from saebench.bench.protocol import auc, order_of, split
 from saebench.bench.readings import Features, Reading, folders_by_store, readings_of
-from saebench.bench.results import Figure, Results
+from saebench.bench.results import Figure, Results, interval
 from saebench.bench.tasks import Reader, Task, column_tasks, text_tasks
 from saebench.config import Count
 from saebench.labels import labeller_of

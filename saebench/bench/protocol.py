@@ -3,14 +3,12 @@
 That of sae-probes (Kantamneni et al. 2025, arXiv 2502.16681), which `benchmarks/probes_check.py` holds it to. Suffixes: N rows, F features.
 """
 
-import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
-from scipy import stats
 
 from saebench.bench.readings import Features
 
@@ -109,14 +107,3 @@ def _balanced(rows: np.ndarray, holds: np.ndarray, generator: np.random.Generato
     sides = [generator.permutation(rows[holds[rows] == side]) for side in (True, False)]
     each = min(_TRAIN, *map(len, sides))
     return generator.permutation(np.concatenate([side[:each] for side in sides]))
-
-
-def interval(values: Sequence[float], test_per_train: float = 0.0) -> tuple[float, float]:
-    """95% interval of the mean of J values, by Student's t: their standard deviation times √(1/J + test_per_train) is the mean's error.
-
-    Values of splits of the same examples are not independent: of them `test_per_train` is test examples / training examples (Nadeau and
-    Bengio 2003). With 0, as for values that are independent, intervals over splits would hold the truth two times in three.
-    """
-    error = np.std(values, ddof=1) * math.sqrt(1 / len(values) + test_per_train)
-    reach = float(stats.t.ppf(0.975, len(values) - 1) * error)
-    return float(np.mean(values)) - reach, float(np.mean(values)) + reach

@@ -2,11 +2,12 @@
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scipy.stats import t as student
+import numpy as np
+from scipy.special import stdtrit  # scipy.stats takes a second to import
 
 from saebench.files import read_json, write_json
 
@@ -91,9 +92,17 @@ def _mean(group: list[Figure]) -> Figure:
     return group[0]._replace(value=statistics.fmean(values), low=low, high=high, n=len(values))
 
 
-def mean_interval(values: list[float]) -> tuple[float | None, float | None]:
+def mean_interval(values: Sequence[float]) -> tuple[float | None, float | None]:
     """Student's 95% interval of the mean; none of fewer than three values."""
-    if len(values) < 3:
-        return None, None
-    half = float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values) - half, statistics.fmean(values) + half
+    return interval(values) if len(values) >= 3 else (None, None)
+
+
+def interval(values: Sequence[float], test_per_train: float = 0.0) -> tuple[float, float]:
+    """95% interval of the mean of J values, by Student's t: their standard deviation times √(1/J + test_per_train) is the mean's error.
+
+    Values of splits of the same examples are not independent: of them `test_per_train` is test examples / training examples (Nadeau and
+    Bengio 2003). With 0, as for values that are independent, intervals over splits would hold the truth two times in three.
+    """
+    error = np.std(values, ddof=1) * math.sqrt(1 / len(values) + test_per_train)
+    reach = float(stdtrit(len(values) - 1, 0.975) * error)
+    return float(np.mean(values)) - reach, float(np.mean(values)) + reach

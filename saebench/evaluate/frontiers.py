@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.interpolate import PchipInterpolator
 
 from saebench.evaluate.compare import (
     BASELINES,
@@ -37,8 +36,10 @@ class _Line(NamedTuple):
     sample: str
     is_baseline: bool
 
-    def through(self, do: Callable[[PchipInterpolator], Any]) -> tuple[float, Float[np.ndarray, " R"] | None]:
-        """Something of the curve through the points (monotone between them), and the same of every bootstrap sample."""
+    def through(self, do: Callable[[Any], Any]) -> tuple[float, Float[np.ndarray, " R"] | None]:
+        """Something of the curve through the points (SciPy's, monotone between them), and the same of every bootstrap sample."""
+        from scipy.interpolate import PchipInterpolator  # most commands can do without its half a second
+
         value = float(do(PchipInterpolator(self.log_l0s, self.values)))
         return value, None if self.draws is None else do(PchipInterpolator(self.log_l0s, self.draws, axis=0))
 
