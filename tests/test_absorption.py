@@ -95,6 +95,18 @@ def test_absorption_that_is_built_in_is_found_and_none_where_there_is_none(store
     assert found["all letters", "full_absorption"].low is None  # of one concept
 
 
+def test_what_no_latent_is_of_is_not_absorbed(store: Store) -> None:
+    of = asked(store, examples(range(TRAINED)), examples(range(TRAINED, WORDS)))
+    silent = built(True)
+    silent.b_enc.fill_(-1e6)
+    found = by_name(of.figures(silent, "x"))
+    assert found["even", "main_latents"].value == found["even", "main_f1"].value == 0
+    for of_what in ("even", "even ⊃ holes", "all letters"):
+        for figure in ("full_absorption", "absorption_fraction"):
+            assert (found[of_what, figure].value, found[of_what, figure].n) == (None, 0)
+    assert found["even", "probe_f1"].n == 15 * ROWS
+
+
 def test_neither_scale_nor_order_matters(store: Store) -> None:
     sides = examples(range(TRAINED)), examples(range(TRAINED, WORDS))
     sae = built(True)

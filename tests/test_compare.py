@@ -8,6 +8,7 @@ import pytest
 
 from saebench.evaluate.compare import (
     Evaluated,
+    Reseeding,
     difference,
     least_differences,
     over_seeds,
@@ -48,7 +49,7 @@ def test_a_difference_is_paired_by_bootstrap_samples() -> None:
     assert found.half == pytest.approx(1.96 * np.std(own[0] - own[1], ddof=1), rel=1e-4)
     assert found.told_apart  # though each alone is ± 2
     # Spread of reseeding adds to it: one seed on either side.
-    seeded = difference(one, other, "fvu", 0.03)
+    seeded = difference(one, other, "fvu", Reseeding(0.03, 10**6))
     assert seeded is not None
     assert seeded.half == pytest.approx(1.96 * math.hypot(found.half / 1.96, 0.03 * math.sqrt(2)), rel=1e-4)
     assert not seeded.told_apart
@@ -85,7 +86,7 @@ def test_seeds_are_one_recipe() -> None:
     assert found[0].spread("fvu") == pytest.approx(0.1)
     assert found[0].draws("fvu") == pytest.approx([0.2, 0.3])
     assert found[1].spread("fvu") is None
-    assert seed_spread(found, "fvu") == pytest.approx(0.1)
+    assert seed_spread(found, "fvu") == (pytest.approx(0.1), 2)
     assert seed_spread(found[1:], "fvu") is None
     (row,) = over_seeds(found)
     assert (row["name"], row["seeds"], row["l0"]) == ("x", 3, [9.0, 1.0])
@@ -121,7 +122,63 @@ def test_intervals_cover_the_truth() -> None:
     assert all(930 <= n <= 970 for n in covered.values()), covered
 
 
+@pytest.mark.parametrize("n_seeds", [2, 3, 8])
+def test_equal_recipes_of_few_seeds_are_told_apart_in_five_of_a_hundred_draws(n_seeds: int) -> None:
+    """By lines through two L0s, too; what documents add is small and known."""
+    rng, told = np.random.default_rng(n_seeds), {"difference": 0, "line": 0}
+    draws = 400
+    for _ in range(draws):
+        saes = [
+            entry(f"{a}{l0}-seed{i}", l0, f := 0.4 + 0.05 * rng.normal(), recipe=f"{a}{l0}", architecture=a, draws=f + np.zeros(2))
+            for a in ("topk", "relu")
+            for l0 in (16.0, 64.0)
+            for i in range(n_seeds)
+        ]  # fmt: skip
+        found = recipes(saes)
+        one, other = found[0], found[2]
+        apart = difference(one, other, "fvu", seed_spread([one, other], "fvu"))
+        assert apart is not None
+        told["difference"] += apart.told_apart
+        (compared,) = at_equal_l0(saes)
+        told["line"] += any(line["behind"] > line["behind_half"] for line in compared["figures"]["fvu"].values())
+    assert all(0.02 * draws <= n <= 0.085 * draws for n in told.values()), told
+
+
+def test_samples_without_a_value_make_no_interval_and_no_error() -> None:
+    """As where few documents have a loss."""
+    gaps = np.array([0.1, np.nan, 0.2])
+    saes = [
+        entry(f"{a}{l0}", l0, 0.3 + l0 / 100, draws=gaps, architecture=a)
+        for a in ("topk", "relu")
+        for l0 in (8.0, 32.0)
+    ]
+    assert difference(*recipes(saes)[:2], "fvu", None) is None
+    assert least_differences(recipes(saes)) == {}
+    (found,) = at_equal_l0(saes)
+    assert found["figures"]["fvu"]["relu"]["halves"] == [None] * len(found["l0s"])
+    assert found["figures"]["fvu"]["topk"]["behind_half"] is None
+
+
 # ------------------------------------------------------------------------------------------- lines at equal L0
+
+
+def test_an_sae_that_never_fires_is_in_no_line() -> None:
+    saes = [
+        entry(f"{a}{l0}", l0, 1 / l0, architecture=a, baselines={"pca_fvu": 2 / l0})
+        for a in ("topk", "relu")
+        for l0 in (8.0, 32.0)
+    ]
+    dead = entry("dead", 0.0, 1.0, architecture="relu", baselines={"pca_fvu": 1.0})
+    assert at_equal_l0([*saes, dead]) == at_equal_l0(saes)
+
+
+@pytest.mark.parametrize("l0", [math.exp(2.7715), 15.7, 16.0, 31.99])
+def test_of_equal_l0s_the_best_alone_is_on_a_line(l0: float) -> None:
+    saes = [entry("best", l0 * (1 - 1e-7), 0.39), entry("worse", l0 * (1 + 1e-7), 0.9), entry("end", 64.0, 0.2)]
+    others = [entry(f"g{at}", at, 0.95, architecture="gated") for at in (10.0, 60.0)]
+    (found,) = at_equal_l0([*saes, *others])
+    assert found["l0s"][0] == pytest.approx(l0)
+    assert found["figures"]["fvu"]["topk"]["values"][0] == pytest.approx(0.39)
 
 
 def test_lines_are_compared_where_their_l0s_overlap() -> None:

@@ -1,5 +1,6 @@
 """The exact step against dense autograd, and the dense objectives against their formulas."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saebench.sae import JumpReLUSAE, Writes, new_sae, topk_relu
-from saebench.sae.sparse import BLOCK_VALUES, Encoder, SparseCode, places_of_largest, rowwise_topk
+from saebench.sae import JumpReLUSAE, Writes, encode_sparse, new_sae, topk_relu
+from saebench.sae.sparse import BLOCK_VALUES, Encoder, SparseCode, forget_scratch, places_of_largest, rowwise_topk
 from saebench.train import Member, Spec
 from saebench.train.gradients import exact_gradients, shared_gradients, together
 from saebench.train.objectives import AUX_WEIGHT, Context, bandwidth, prefixes
@@ -333,8 +334,26 @@ def test_the_largest_of_a_row_are_found_beside_equal_ones_and_what_is_no_number(
         assert places_of_largest(rows[:2], 4, ascending=True).tolist() == [[0, 1, 2, 3]] * 2
         assert places_of_largest(rows[:2], 2, ascending=True).tolist() == [[2, 3], [0, 2]]
         assert places_of_largest(rows[3:], 2, ascending=True).tolist() == [[1, 2]]
+        # One that is no number, and one more of the least that is one: k at or above it all the same.
+        assert 0 in places_of_largest(torch.tensor([[torch.nan, 3, 2, 2, 1, 0]]), 3)[0]
+        assert [set(places) for places in places_of_largest(rows[:2].bfloat16(), 2).tolist()] == [{2, 3}, {0, 2}]
     finally:
         torch.set_num_threads(before)
+
+
+def test_what_was_encoded_in_inference_mode_can_be_trained_on_after() -> None:
+    """The memory that a thread keeps is no tensor of whatever mode it was first wanted in."""
+    sae, x_RD = new_sae("topk", 16, 48, k=4), torch.randn(8, 16)
+    forget_scratch()
+    with torch.inference_mode():
+        inside = encode_sparse(sae, x_RD)[1]
+    assert torch.equal(encode_sparse(sae, x_RD)[1], inside)
+
+
+def test_in_bfloat16_on_a_cpu_an_sae_encodes_as_near_as_that_is() -> None:
+    sae, x_RD = new_sae("relu", 16, 48), torch.randn(8, 16)
+    found = encode_sparse(copy.deepcopy(sae).bfloat16(), x_RD.bfloat16())[1].sum()
+    assert float(found) == pytest.approx(float(encode_sparse(sae, x_RD)[1].sum()), rel=0.02)
 
 
 def test_batch_topk_takes_the_largest_of_all_rows_and_nothing_negative() -> None:

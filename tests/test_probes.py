@@ -199,6 +199,9 @@ def test_means_over_tasks_and_the_excess_over_the_best_baseline() -> None:
     assert (excess.low, excess.high) == (pytest.approx(-0.008, abs=1e-3), pytest.approx(0.128, abs=1e-3))
     assert ("p", "excess", 1.0) not in found
     assert found["d", "all", None].value == 1.0
+    # A baseline that is undefined for what is hard is no better for it: the best is that of the tasks that all have.
+    figures["p"], figures["q"] = row("p", [0.8, 0.8, 0.6, 0.6, 0.4, None]), row("q", [0.7, 0.8, None, None, None, None])
+    assert next(each for each in summary(readings, figures) if each.of == "excess").value == pytest.approx(0.06)
     few = summary(readings, {name: each[:2] for name, each in figures.items()})
     assert all(figure.low is None for figure in few)
 

@@ -32,7 +32,7 @@ from saebench.store.source import model_of, store_for, store_of
 
 log = logging.getLogger(__name__)
 
-NAME, VERSION = "absorption", 1
+NAME, VERSION = "absorption", 2
 LEAST = 10
 """words (of labels documents) that a concept needs among those that its probe is fitted on, and among those that it finds"""
 _CONCEPTS = 5  # below which there is no interval of their mean
@@ -189,7 +189,8 @@ class Asked:
         train, test, probe = self.concepts.train, self.concepts.test, self.probes[number]
         concept, holds, finds = self.concepts.names[number], test.holds[:, number], probe.finds(test.written)
         main, f1 = main_latents(train_NF, train.holds[:, number], self.config.tau)
-        rows = np.flatnonzero(holds & finds)
+        found_by_probe = int((holds & finds).sum())
+        rows = np.flatnonzero(holds & finds & (len(main) > 0))  # where no latent is the concept's none can have left it
         absorbed = absorbed_at(sae, main, probe, test_NF[rows], test.read[rows], test.written[rows])
         masks = {concept: np.ones(len(rows), bool)}
         for place, (parent, child) in enumerate(self.concepts.children):
@@ -201,7 +202,10 @@ class Asked:
             for figure, values in (("full_absorption", absorbed.full), ("absorption_fraction", absorbed.fraction))
         ]
         beside = {"main_latents": float(len(main)), "main_f1": f1, "probe_f1": f1_of(holds, finds)}
-        return [*found, *(Figure(name, concept, figure, None, value, n=len(rows)) for figure, value in beside.items())]
+        return [
+            *found,
+            *(Figure(name, concept, figure, None, value, n=found_by_probe) for figure, value in beside.items()),
+        ]
 
     def _rate(self, values: np.ndarray, cluster: np.ndarray) -> tuple[float | None, float | None, float | None]:
         """(mean, its 95% interval by a bootstrap over clusters); no interval of fewer than ten."""

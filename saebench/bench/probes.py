@@ -141,7 +141,8 @@ def _aucs(
 def summary(readings: Sequence[Reading], figures: Mapping[str, Sequence[Figure]]) -> list[Figure]:
     """Means over tasks of what each reading has, and of how far each SAE's are above the best baseline's at the same k.
 
-    A task that is undefined for either is left out of a mean. The best baseline of a k is the one of the highest mean.
+    A task that is undefined for either is left out of a mean. The best baseline of a k is the one of the highest mean over the tasks that
+    all baselines and the SAE have.
     """
     tables = {name: _by_k(each) for name, each in figures.items()}
     found = [
@@ -152,13 +153,9 @@ def summary(readings: Sequence[Reading], figures: Mapping[str, Sequence[Figure]]
     for reading in readings:
         rivals = [other for other in readings if other.baseline and not other.dense and other.of == reading.of]
         for k, values in tables[reading.name].items() if not reading.baseline else ():
-            means = {
-                other.name: np.mean(list(tables[other.name][k].values()))
-                for other in rivals
-                if tables[other.name].get(k)
-            }
-            if means:
-                best = tables[max(means, key=lambda name: means[name])][k]
+            rows = [table for other in rivals if (table := tables[other.name].get(k))]
+            if common := set(values).intersection(*rows) if rows else set():
+                best = max(rows, key=lambda row: np.mean([row[task] for task in common]))
                 apart = [value - best[task] for task, value in values.items() if task in best]
                 found.append(_mean(reading.name, "excess", k, apart))
     return found

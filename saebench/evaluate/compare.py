@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from scipy.special import stdtrit
 
 from saebench.files import replacing
 
@@ -103,11 +104,12 @@ class Recipe:
         return statistics.stdev(values) if len(values) > 1 else None
 
     def draws(self, figure: str) -> Float[np.ndarray, " R"] | None:
-        """Means over the seeds, of every bootstrap sample."""
+        """Means over the seeds, of every bootstrap sample; None where these differ, or one of them has no value (as of documents without a loss)."""
         found = [one.draws.get(figure) for one in self.members]
         if any(draws is None for draws in found) or len({one.sample for one in self.members}) > 1:
             return None
-        return np.mean([draws for draws in found if draws is not None], axis=0)
+        draws = np.mean([draws for draws in found if draws is not None], axis=0)
+        return draws if np.isfinite(draws).all() else None
 
 
 def recipes(every: Iterable[Evaluated]) -> list[Recipe]:
@@ -118,13 +120,32 @@ def recipes(every: Iterable[Evaluated]) -> list[Recipe]:
     return [Recipe(tuple(members)) for members in groups.values()]
 
 
-def seed_spread(found: Sequence[Recipe], figure: str) -> float | None:
-    """Standard deviation over seeds, pooled over the recipes that have several; None where none has."""
+class Reseeding(NamedTuple):
+    """What another seed of training changes about a figure."""
+
+    spread: float
+    """standard deviation over seeds"""
+    freedom: int
+    """degrees of freedom that it was estimated with"""
+
+
+def seed_spread(found: Sequence[Recipe], figure: str) -> Reseeding | None:
+    """Pooled over the recipes that have several seeds; None where none has."""
     squares = [
         (len(recipe.members) - 1, spread**2) for recipe in found if (spread := recipe.spread(figure)) is not None
     ]
     freedom = sum(n for n, _ in squares)
-    return math.sqrt(sum(n * square for n, square in squares) / freedom) if freedom else None
+    return Reseeding(math.sqrt(sum(n * square for n, square in squares) / freedom), freedom) if freedom else None
+
+
+def half_of(documents: float, seeds: float, freedom: int) -> float:
+    """Half of the 95% interval of a difference, from its variance over documents and that over seeds, which was estimated with so many degrees of freedom.
+
+    By Student's t, with degrees of freedom after Welch and Satterthwaite; those of documents count as many.
+    """
+    variance = documents + seeds
+    quantile = float(stdtrit(freedom * (variance / seeds) ** 2, 0.975)) if seeds else WIDE
+    return quantile * math.sqrt(variance)
 
 
 class Difference(NamedTuple):
@@ -140,8 +161,8 @@ class Difference(NamedTuple):
         return abs(self.value) > self.half
 
 
-def difference(one: Recipe, other: Recipe, figure: str, reseeding: float | None) -> Difference | None:
-    """one − other, its standard error that of the paired bootstrap and, where `reseeding` (`seed_spread`) is known, of as many seeds as there are.
+def difference(one: Recipe, other: Recipe, figure: str, reseeding: Reseeding | None) -> Difference | None:
+    """one − other, its variance that of the paired bootstrap and, where `reseeding` (`seed_spread`) is known, of as many seeds as there are.
 
     None where they were not evaluated on the same samples of the same documents, or one has no such figure.
     """
@@ -150,9 +171,9 @@ def difference(one: Recipe, other: Recipe, figure: str, reseeding: float | None)
         return None
     if one.members[0].sample != other.members[0].sample:
         return None
-    seeds = (reseeding or 0.0) ** 2 * (1 / len(one.members) + 1 / len(other.members))
-    error = math.sqrt(float(np.var(draws[0] - draws[1], ddof=1)) + seeds)
-    return Difference(values[0] - values[1], WIDE * error)
+    spread, freedom = reseeding or Reseeding(0.0, 0)
+    seeds = spread**2 * (1 / len(one.members) + 1 / len(other.members))
+    return Difference(values[0] - values[1], half_of(float(np.var(draws[0] - draws[1], ddof=1)), seeds, freedom))
 
 
 def comparable(found: Sequence[Recipe]) -> list[list[Recipe]]:

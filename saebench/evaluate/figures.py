@@ -111,7 +111,7 @@ def refitted_figures(
     metrics = _numbers(_mean_of_hooks(_metrics(of) for of in sums.values()))
     change: dict[str, list[float | None]] = {}
     for name in FIGURES:
-        half = WIDE * float(np.std(draws[name] - plain_draws[name], ddof=1)) if documents > 1 else None
+        half = _number(WIDE * np.std(draws[name] - plain_draws[name], ddof=1)) if documents > 1 else None
         value, before = metrics[name], plain[name]
         change[name] = [None, None] if value is None or before is None else [value - before, half]
     found = {"metrics": metrics, "intervals": _intervals(draws, documents), "change": change}

@@ -4,7 +4,7 @@ P points of a line, R bootstrap samples, L places that lines are compared at.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,9 @@ from saebench.evaluate.compare import (
     WIDE,
     Evaluated,
     Recipe,
+    Reseeding,
     baseline_figure,
+    half_of,
     higher_is_better,
     recipes,
     seed_spread,
@@ -25,6 +27,7 @@ from saebench.evaluate.compare import (
 L0S = (16.0, 32.0, 64.0)
 """where lines are compared, as far as all of them reach"""
 _APART = 0.05  # of log L0, between an end of the common range and one of L0S
+_EQUAL = 0.001
 
 
 class _Line(NamedTuple):
@@ -35,6 +38,8 @@ class _Line(NamedTuple):
     draws: Float[np.ndarray, "P R"] | None
     sample: str
     is_baseline: bool
+    seeds: Float[np.ndarray, " P"] | None = None
+    """behind each point"""
 
     def through(self, do: Callable[[Any], Any]) -> tuple[float, Float[np.ndarray, " R"] | None]:
         """Something of the curve through the points (SciPy's, monotone between them), and the same of every bootstrap sample."""
@@ -42,6 +47,14 @@ class _Line(NamedTuple):
 
         value = float(do(PchipInterpolator(self.log_l0s, self.values)))
         return value, None if self.draws is None else do(PchipInterpolator(self.log_l0s, self.draws, axis=0))
+
+    def over_seeds(self, do: Callable[[Any], Any], value: float, spread: float) -> float:
+        """Variance of what has this value, were each point trained with other seeds, to first order."""
+        from scipy.interpolate import PchipInterpolator
+
+        assert self.seeds is not None
+        moved = self.values[:, None] + np.diag(spread / np.sqrt(self.seeds))  # a column for each point that is off
+        return float(((do(PchipInterpolator(self.log_l0s, moved, axis=0)) - value) ** 2).sum())
 
 
 def at_equal_l0(every: Sequence[Evaluated]) -> list[dict[str, Any]]:
@@ -93,14 +106,16 @@ def _lines(group: Sequence[Recipe], figure: str) -> dict[str, _Line]:
             None if None in map(_length, draws) or len(samples) > 1 else np.stack([d for d in draws if d is not None])
         )
         log_l0s, values = np.log([l0 for l0, *_ in best]), np.array([value for _, value, _ in best])
-        found[name] = _Line(log_l0s, values, paired, samples.pop(), bool(own[0].first.get("control")))
+        seeds = np.array([len(recipe.members) for *_, recipe in best], np.float64)
+        found[name] = _Line(log_l0s, values, paired, samples.pop(), bool(own[0].first.get("control")), seeds)
     return found | _baseline_lines(group, figure)
 
 
 def _baseline_lines(group: Sequence[Recipe], figure: str) -> dict[str, _Line]:
     found = {}
     for name, label in BASELINES.items():
-        known = [(r.first, value) for r in group if (value := baseline_figure(r.first, name, figure)) is not None]
+        values = [(r.first, baseline_figure(r.first, name, figure)) for r in group if r.first["l0"]]
+        known = [(entry, value) for entry, value in values if value is not None]
         for kind in dict.fromkeys(entry["kind"] for entry, _ in known):
             points = sorted({entry["l0"]: value for entry, value in known if entry["kind"] == kind}.items())
             if len(points) > 1:
@@ -115,23 +130,28 @@ def _length(draws: np.ndarray | None) -> int | None:
 
 def _best_by_l0(points: list[tuple[float, float, Recipe]], figure: str) -> list[tuple[float, float, Recipe]]:
     """In the order of L0; of those whose L0 is equal to a thousandth the best alone."""
-    sign = -1 if higher_is_better(figure) else 1
-    best: dict[float, tuple[float, float, Recipe]] = {}
-    for point in sorted(points, key=lambda point: sign * point[1]):
-        best.setdefault(round(math.log(point[0]), 3), point)
-    return [best[l0] for l0 in sorted(best)]
+    better = max if higher_is_better(figure) else min
+    alike: list[list[tuple[float, float, Recipe]]] = []
+    for point in sorted(points, key=lambda point: point[0]):
+        if alike and point[0] <= alike[-1][0][0] * (1 + _EQUAL):
+            alike[-1].append(point)
+        else:
+            alike.append([point])
+    return [better(group, key=lambda point: point[1]) for group in alike]
 
 
 def _compared(
-    lines: dict[str, _Line], log_l0s: Float[np.ndarray, " L"], figure: str, reseeding: float | None
+    lines: dict[str, _Line], log_l0s: Float[np.ndarray, " L"], figure: str, reseeding: Reseeding | None
 ) -> dict[str, dict[str, Any]]:
     """The entry of each line of a figure."""
     low, high = float(log_l0s[0]), float(log_l0s[-1])
     sign = 1 if higher_is_better(figure) else -1
     lines = {name: line for name, line in lines.items() if line.log_l0s[0] <= low and line.log_l0s[-1] >= high}
-    means = {
-        name: line.through(lambda curve: curve.integrate(low, high) / (high - low)) for name, line in lines.items()
-    }
+
+    def mean(curve: Any) -> Any:
+        return curve.integrate(low, high) / (high - low)
+
+    means = {name: line.through(mean) for name, line in lines.items()}
     trained = [name for name, line in lines.items() if not line.is_baseline]
     others = [name for name, line in lines.items() if line.is_baseline]
     best = max(trained, key=lambda name: sign * means[name][0], default=None)
@@ -146,7 +166,7 @@ def _compared(
         }
         if best is not None and name in trained:
             entry["behind"] = sign * (means[best][0] - means[name][0])
-            entry["behind_half"] = _half(line, lines[best], means[name][1], means[best][1], reseeding)
+            entry["behind_half"] = _half(name, best, lines, means, mean, reseeding)
             if reference is not None:
                 entry["excess"] = sign * means[name][0] - reference
         found[name] = entry
@@ -154,13 +174,20 @@ def _compared(
 
 
 def _half(
-    line: _Line, best: _Line, draws: np.ndarray | None, best_draws: np.ndarray | None, reseeding: float | None
+    one: str,
+    other: str,
+    lines: Mapping[str, _Line],
+    means: Mapping[str, tuple[float, Float[np.ndarray, " R"] | None]],
+    mean: Callable[[Any], Any],
+    reseeding: Reseeding | None,
 ) -> float | None:
     """Half of the 95% interval of a difference of means; the seeds of the points of a line are taken to be independent."""
-    if draws is None or best_draws is None or line.sample != best.sample:
+    draws, other_draws = means[one][1], means[other][1]
+    if draws is None or other_draws is None or lines[one].sample != lines[other].sample:
         return None
-    seeds = (reseeding or 0.0) ** 2 * (1 / len(line.values) + 1 / len(best.values))
-    return WIDE * math.sqrt(float(np.var(draws - best_draws, ddof=1)) + seeds)
+    spread, freedom = reseeding or Reseeding(0.0, 0)
+    seeds = sum(lines[name].over_seeds(mean, means[name][0], spread) for name in (one, other))
+    return half_of(float(np.var(draws - other_draws, ddof=1)), seeds, freedom)
 
 
 def line_of(entry: dict[str, Any]) -> str:

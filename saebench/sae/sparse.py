@@ -189,13 +189,15 @@ def places_of_largest(values_RN: Float[Tensor, "R N"], k: int, ascending: bool =
     """Where the k largest of each row are, in no order unless they are to be ascending; of equal values any may be chosen.
 
     NumPy's partition of a row takes a quarter of the time of PyTorch's search, and says the least of the k largest. Where a row has
-    others like it, or nan, PyTorch searches after all.
+    others like it, or nan (the largest of all to both), PyTorch searches after all; and in bfloat16, which NumPy lacks.
     """
     n_rows, n = values_RN.shape
-    if not values_RN.is_cuda and 0 < k < n and min(torch.get_num_threads(), n_rows) <= _NUMPY_FASTER:
+    few_threads = min(torch.get_num_threads(), n_rows) <= _NUMPY_FASTER
+    if not values_RN.is_cuda and 0 < k < n and few_threads and values_RN.dtype != torch.bfloat16:
         values = values_RN.detach().numpy()
-        flat = np.flatnonzero(values >= np.partition(values, n - k, axis=1)[:, n - k, None])
-        if len(flat) == n_rows * k:
+        parted = np.partition(values, n - k, axis=1)
+        flat = np.flatnonzero(values >= parted[:, n - k, None])
+        if len(flat) == n_rows * k and not np.isnan(parted[:, n - k :]).any():
             places = torch.from_numpy(flat.reshape(n_rows, k) - np.arange(0, values.size, n)[:, None])
             if bool(((places >= 0) & (places < n)).all()):
                 return places
@@ -306,7 +308,7 @@ class Encoder:
             yield self._product(self.z_RD[start:end], None if buffer is None else buffer[: end - start])
 
     def _product(self, z_RD: Tensor, out: Tensor | None) -> Tensor:
-        if z_RD.dtype == torch.bfloat16:
+        if z_RD.dtype == torch.bfloat16 and z_RD.is_cuda:
             return torch.mm(z_RD, self.W_enc_DF, out_dtype=torch.float32).add_(self.bias_F)
         return torch.addmm(self.bias_F, z_RD, self.W_enc_DF, out=out)
 
@@ -323,7 +325,8 @@ def _scratch(n_rows: int, d_sae: int, dtype: torch.dtype, device: torch.device) 
     """Memory for one block, kept by each thread from step to step: fresh pages would cost a tenth of the product."""
     wanted = (n_rows, d_sae, dtype, device)
     if getattr(_kept, "wanted", None) != wanted:
-        _kept.wanted, _kept.buffer = wanted, torch.empty(n_rows, d_sae, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # for whoever comes next, too
+            _kept.wanted, _kept.buffer = wanted, torch.empty(n_rows, d_sae, dtype=dtype, device=device)
     return _kept.buffer
 
 
