@@ -421,6 +421,18 @@ def test_several_runs_are_reported_on_as_one(trained: Path, tmp_path: Path, caps
         report(ReportConfig(run=(trained, tmp_path / "none")))
 
 
+def test_saes_of_one_name_keep_their_own_figures(trained: Path, tmp_path: Path) -> None:
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere/saes/topk-k6"
+    shutil.copytree(trained, run)
+    shutil.copytree(trained / "saes/gated-l0-6", elsewhere)
+    written = write_report(run, [run / "saes/topk-k6", elsewhere])
+    want = write_report(tmp_path, [run / "saes/topk-k6", run / "saes/gated-l0-6"])
+    assert [sae["name"] for sae in written["saes"]] == ["run/topk-k6", "elsewhere/topk-k6"]
+    assert written["least_differences"] == want["least_differences"]
+    again, _ = report(ReportConfig(run=(run,)))  # which finds it by what the summary said
+    assert {sae["name"] for sae in again["saes"]} == {"gated-l0-6", "relu-l0-6", "run/topk-k6", "elsewhere/topk-k6"}
+
+
 def test_saes_that_others_made_can_be_evaluated(store: Store, tmp_path: Path) -> None:
     theirs = tmp_path / "theirs"
     cfg, weights = write_saelens(theirs, "relu")

@@ -10,7 +10,7 @@ from test_gradients import one_thread
 
 from saebench.bench import ground_truth
 from saebench.bench.ground_truth import PRESETS, Preset, SyntheticConfig, bench_synthetic
-from saebench.bench.results import Figure, mean_interval
+from saebench.bench.results import Figure, Results, mean_interval, over_seeds
 from saebench.bench.synthetic import Synthetic, SyntheticSettings
 from saebench.cli import main
 
@@ -74,6 +74,23 @@ def test_seeds_give_an_interval(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert mean_interval([1.0, 2.0]) == (None, None)
     low, high = mean_interval([1.0, 2.0, 3.0])
     assert (low, high) == (pytest.approx(2 - 4.3027 / 3**0.5, abs=1e-3), pytest.approx(2 + 4.3027 / 3**0.5, abs=1e-3))
+
+
+def test_units_that_differ_in_more_than_their_seed_are_not_averaged(tmp_path: Path) -> None:
+    results = Results(tmp_path / "x.json", "synthetic")
+    for l0, value in ((6, 0.8), (12, 0.4)):
+        for seed in range(3):
+            name = f"mini-topk-l0-{l0}-seed{seed}"
+            figure = Figure("topk", "synthetic", "f1", None, value + seed / 100)
+            results.put(name, {"name": name, "seed": seed, "l0": l0}, [figure])
+    for store in "ab":  # as of two stores
+        results.put(f"{store} · all", {"store": store}, [Figure("PCA", "all", "auc", 1.0, 0.5)])
+    assert [(each.sae, each.n, each.value and round(each.value, 4)) for each in over_seeds(results)] == [
+        ("PCA (a · all)", 0, 0.5),
+        ("PCA (b · all)", 0, 0.5),
+        ("topk (mini-topk-l0-12)", 3, 0.41),
+        ("topk (mini-topk-l0-6)", 3, 0.81),
+    ]
 
 
 def test_published_rows_stand_beside_those_of_the_same_setting() -> None:

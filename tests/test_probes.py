@@ -15,7 +15,7 @@ from scipy import sparse, stats
 from saebench.bench import Figure
 from saebench.bench.probes import ProbesConfig, probe, probes, summary
 from saebench.bench.protocol import auc, order_of, split
-from saebench.bench.readings import Reading, _names
+from saebench.bench.readings import Reading, _names, prefixes
 from saebench.bench.results import interval
 from saebench.bench.tasks import Reader, Source, Task, column_tasks, neurons_hook, text_tasks
 from saebench.cli import main
@@ -378,6 +378,12 @@ def test_saes_of_one_name_are_told_apart_by_their_runs() -> None:
     assert _names([Path("/a/saes/x"), Path("/b/saes/x")]) == ["a/x", "b/x"]
     with pytest.raises(ValueError, match="two SAEs are called 'a/x'; expected names of their own"):
         _names([Path("/a/saes/x"), Path("/a/saes/x")])
+
+
+def test_what_is_read_of_several_stores_is_told_apart_by_them() -> None:
+    assert prefixes([Path("/x/one")]) == {Path("/x/one"): ""}
+    assert prefixes([Path("/x/one"), Path("/x/two")]) == {Path("/x/one"): "one: ", Path("/x/two"): "two: "}
+    assert prefixes([Path("/x/s"), Path("/y/s")]) == {Path("/x/s"): "/x/s: ", Path("/y/s"): "/y/s: "}
 
 
 def test_settings_and_runs_that_cannot_be(tmp_path: Path) -> None:

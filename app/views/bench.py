@@ -9,7 +9,7 @@ from shell import clickable, said
 from where import chosen_run, root
 
 from saebench.bench import BENCHES, Figure
-from saebench.bench.results import Results, over_units
+from saebench.bench.results import Results, over_seeds
 from saebench.view import charts, grid
 from saebench.view.markdown import code, plain
 
@@ -19,7 +19,7 @@ ALL = "all"
 
 @st.cache_data(show_spinner=False, max_entries=32)
 def found_of(path: str, bench: str, files: Files) -> list[Figure]:
-    return over_units(Results(Path(path), bench).all())
+    return over_seeds(Results(Path(path), bench))
 
 
 def show_bench(name: str, figures: list[Figure]) -> None:

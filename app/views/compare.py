@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import streamlit as st
-from opened import table_of, weights_of
+from opened import Files, files_of, table_of, weights_of
 from shell import clickable, offer, said
 from where import chosen_run, chosen_sae, keep_in_address, link_to, runs
 
@@ -92,7 +92,7 @@ def counts(pair: Pair, sides: tuple[Side, Side]) -> None:
 
 
 @st.cache_data(show_spinner="Matching one to one", max_entries=8)
-def stable(_pair: Pair, of: tuple[Belonging, Belonging]) -> str:
+def stable(_pair: Pair, of: tuple[Belonging, Belonging], benched: tuple[Files, ...]) -> str:
     """How many latents of the one the other has, one to one, in a line: as a bench found it, or from the weights where that is quick."""
     here, other = _pair.here, _pair.other
     for run in (here.run, other.run):
@@ -178,7 +178,8 @@ with said():
         left, right = st.container(key="halves").columns(2, gap="large")
         with left:
             counts(pair, sides)
-            st.caption(stable(pair, (here, other)))
+            benched = tuple(files_of(sae.run / "bench" / "stability.json") for sae in (pair.here, pair.other))
+            st.caption(stable(pair, (here, other), benched))
             view = st.segmented_control(
                 "Show", list(VIEWS), default="Matched", key="kind", bind="query-params",
                 on_change=forget_pair,

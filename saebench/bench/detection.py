@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from scipy import sparse
 
-from saebench.bench.readings import Reading, dictionaries_of, folders_by_store
+from saebench.bench.readings import Reading, dictionaries_of, folders_by_store, prefixes
 from saebench.bench.results import Figure, Results
 from saebench.bench.tasks import labelled, vectors_of
 from saebench.config import Count
@@ -71,13 +71,14 @@ def bench_python(config: PythonConfig) -> list[Figure]:
     """
     results = Results(config.run / "bench/python.json", "python")
     found: list[Figure] = []
-    for path, folders in folders_by_store(config.run, config.sae, config.store).items():
-        found += _of_store(config, open_store(path), folders, results)
+    stores = folders_by_store(config.run, config.sae, config.store)
+    for path, before in prefixes(stores).items():
+        found += _of_store(config, open_store(path), stores[path], results, before)
     return found
 
 
 def _of_store(
-    config: PythonConfig, store: Store, folders: Sequence[tuple[Path, Ends]], results: Results
+    config: PythonConfig, store: Store, folders: Sequence[tuple[Path, Ends]], results: Results, before: str
 ) -> list[Figure]:
     device = choose_device(config.device, float64=True)
     labeller = labeller_of(config.labeller)
@@ -98,18 +99,18 @@ def _of_store(
     }  # fmt: skip
     shown: list[Figure] = []
     for reading in dictionaries_of(store, folders, config.seed, device):
-        identity = {**settings, **reading.identity, "hooks": list(reading.of)}
-        figures = results.get(reading.name, identity)
+        identity, name = {**settings, **reading.identity, "hooks": list(reading.of)}, before + reading.name
+        figures = results.get(name, identity)
         if figures is None:
             fires_NF, usual_N = _fires(store, reading, rows)
             figures = results.put(
-                reading.name,
+                name,
                 identity,
-                _figures(config, reading.name, names, fires_NF, holds_NM, usual_N, chosen, documents),
+                _figures(config, name, names, fires_NF, holds_NM, usual_N, chosen, documents),
             )
         shown += [figure for figure in figures if figure.of == "all"]
     everywhere = np.ones(len(rows), bool)
-    oracle = _figures(config, "oracle", names, holds_NM.tocsr(), holds_NM, everywhere, chosen, documents)
+    oracle = _figures(config, f"{before}oracle", names, holds_NM.tocsr(), holds_NM, everywhere, chosen, documents)
     results.put(f"oracle of {store.folder.name}", settings, oracle)
     return shown + [figure for figure in oracle if figure.of == "all"]
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Int
 
 from saebench.bench.protocol import auc, order_of, split
-from saebench.bench.readings import Features, Reading, folders_by_store, readings_of
+from saebench.bench.readings import Features, Reading, folders_by_store, prefixes, readings_of
 from saebench.bench.results import Figure, Results, interval
 from saebench.bench.tasks import Reader, Task, column_tasks, text_tasks
 from saebench.config import Count
@@ -189,8 +189,10 @@ def probes(config: ProbesConfig) -> list[Figure]:
         raise ValueError("probes are fitted with scikit-learn: pip install 'saebench[probes]'") from error
     results = Results(config.run / "bench/probes.json", "probes")
     found: list[Figure] = []
-    for path, folders in folders_by_store(config.run, config.sae, config.store).items():
-        found += _probe_store(config, open_store(path), folders, results)
+    stores = folders_by_store(config.run, config.sae, config.store)
+    for path, before in prefixes(stores).items():
+        shown = _probe_store(config, open_store(path), stores[path], results)
+        found += [figure._replace(sae=before + figure.sae) for figure in shown]
     return found
 
 

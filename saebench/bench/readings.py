@@ -5,7 +5,7 @@ Suffixes: N rows, F features, D the width of what is read.
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from scipy import sparse
 from saebench.bench.tasks import Hooks, Reader, Vectors, neurons_hook
 from saebench.evaluate.baselines import PCA, joined
 from saebench.evaluate.diffing import is_of_two_models
+from saebench.evaluate.report import relative
 from saebench.files import hash_files
 from saebench.sae import (
     SAE,
@@ -138,6 +139,14 @@ def readings_of(
     sparse_ones = dictionaries_of(store, folders, seed, device)
     n = len(folders)
     return [*sparse_ones[:n], *found, *sparse_ones[n:]]
+
+
+def prefixes(stores: Collection[Path]) -> dict[Path, str]:
+    """What stands before the names of what was read from each store: nothing where there is one, else its name, or its path where two are called the same."""
+    names = [store.name for store in stores]
+    if len(names) == 1:
+        return dict.fromkeys(stores, "")
+    return {store: f"{store.name if names.count(store.name) == 1 else relative(store)}: " for store in stores}
 
 
 def folders_by_store(run: Path, saes: Sequence[Path], store: Path | None) -> dict[Path, list[tuple[Path, Ends]]]:

@@ -1,7 +1,10 @@
 """What benches find: a record for each figure, in a file that is whole after every unit of work."""
 
+import json
 import math
+import re
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +15,7 @@ from scipy.special import stdtrit  # scipy.stats takes a second to import
 from saebench.files import read_json, write_json
 
 _VERSION = 1
+_SEED = re.compile(r"-seed\d+$")
 
 
 class Figure(NamedTuple):
@@ -74,6 +78,26 @@ class Results:
     def all(self) -> list[Figure]:
         """Those of every unit in the file, by the units' names."""
         return [figure for _, _, figures in self.units() for figure in figures]
+
+
+def over_seeds(results: Results) -> list[Figure]:
+    """`over_units` of units that differ in their seed alone; where others have figures of the same thing, the unit's name is put behind the SAE's."""
+    settings: dict[str, list[Figure]] = {}
+    units: dict[str, str] = {}
+    for unit, identity, figures in results.units():
+        seeded, stem = "seed" in identity, _SEED.sub("", unit)
+        rest = {name: value for name, value in identity.items() if name not in ("seed", "name")}
+        of = json.dumps([stem, rest] if seeded else unit)
+        settings.setdefault(of, []).extend(figures)
+        units.setdefault(of, stem if stem not in units.values() else unit)
+    every = [(units[of], figure) for of, figures in settings.items() for figure in over_units(figures)]
+    count = Counter((figure.sae, figure.of, figure.figure, figure.at) for _, figure in every)
+    return [
+        figure._replace(sae=f"{figure.sae} ({unit})")
+        if count[figure.sae, figure.of, figure.figure, figure.at] > 1
+        else figure
+        for unit, figure in every
+    ]
 
 
 def over_units(figures: list[Figure]) -> list[Figure]:

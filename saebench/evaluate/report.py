@@ -10,7 +10,6 @@ import xxhash
 
 from saebench.evaluate.compare import (
     FIGURES,
-    Evaluated,
     evaluated,
     least_differences,
     over_seeds,
@@ -21,10 +20,10 @@ from saebench.evaluate.evaluate import EVALUATION
 from saebench.evaluate.frontiers import at_equal_l0
 from saebench.evaluate.page import page
 from saebench.evaluate.sets import SETS, set_of
-from saebench.files import found_from, read_json, write_json, write_text
+from saebench.files import found_from, hash_files, read_json, write_json, write_text
 from saebench.models import model_path
 from saebench.runlog import read_metrics
-from saebench.sae import Ends, ends_of, read_config
+from saebench.sae import Ends, ends_of, read_config, weights_of
 from saebench.sae.formats import CONFIG
 from saebench.store import open_store
 from saebench.store.source import model_name, recorded_store
@@ -131,14 +130,31 @@ def _evaluated_in(run: Path) -> list[Path]:
         else []
     )
     own = [path.parent for path in sorted((run / "saes").glob("*/cfg.json"))]
-    inside = {folder.name for folder in own}  # and not by path: a run may have been copied
-    folders = [*own, *(folder for folder in named if folder.name not in inside)]
+    inside = {folder.name: folder for folder in own}
+    folders = [*own, *(folder for folder in named if not _is_copied(folder, inside.get(folder.name)))]
     found = [
         f for f in folders if (f / EVALUATION).exists() or ((f / CONFIG).exists() and set_of(f, read_config(f))[1])
     ]
     if not found:
         raise ValueError(f"{run} has no evaluated SAEs; expected a run after `saebench eval --run {run}`")
     return found
+
+
+def _is_copied(named: Path, own: Path | None) -> bool:
+    """Whether a dictionary that a summary names is one of the run's own, which may have been copied with its run."""
+    if own is None or not (named / CONFIG).exists():
+        return own is not None
+    return named.resolve() == own.resolve() or hash_files(weights_of(named)) == hash_files(weights_of(own))
+
+
+def _names(runs: dict[Path, list[Path]]) -> list[str]:
+    """Of the dictionaries of all runs: RUN/NAME where there are several, or two of one name in one; a path where that does not tell them apart."""
+    every = [(run, folder) for run, folders in runs.items() for folder in folders]
+    names = [f"{run.name}/{folder.name}" if len(runs) > 1 else folder.name for run, folder in every]
+    for other in (lambda folder: f"{folder.resolve().parent.parent.name}/{folder.name}", relative):
+        alike = {name for name in names if names.count(name) > 1}
+        names = [other(folder) if name in alike else name for name, (_, folder) in zip(names, every, strict=True)]
+    return names
 
 
 def write_report(
@@ -159,15 +175,15 @@ def _write(
     seconds: dict[str, float] | None,
     more: Sequence[list[list[str]]],
 ) -> dict[str, Any]:
-    saes, sets, labels = [], [], {}
-    found: list[Evaluated] = []
+    sets: list[dict[str, Any]] = []
     for run, folders in runs.items():
         prefix = f"{run.name}/" if len(runs) > 1 else ""
-        labels |= {f"{prefix}{folder.name}": folder for folder in folders}
         sets += [entry | {"name": prefix + entry["name"]} for entry in summarise_sets(run, folders)]
-        entries = [entry | {"name": prefix + entry["name"]} for entry in summarise(folders)]
-        found += [evaluated(entry, labels[entry["name"]]) for entry in entries]
-        saes += entries
+    labels = dict(zip(_names(runs), (folder for folders in runs.values() for folder in folders), strict=True))
+    found = [
+        evaluated(entry | {"name": name}, folder) for name, folder in labels.items() for entry in summarise([folder])
+    ]
+    saes = [one.entry for one in found]
     compared = recipes(found)
     for figure in FIGURES:
         unclear = undecided(compared, figure)

@@ -283,7 +283,8 @@ def _dashboard_feature(evidence: Evidence, index: FeatureIndex, sae: SAE, correl
     others, cosines, pearsons = correlated(latent.latent)
     filled = np.flatnonzero(latent.histogram)
     shown = slice(filled[0], filled[-1] + 1)
-    centres = (index.bin_edges[:-1] + index.bin_edges[1:]) / 2
+    edges = index.bin_edges.clip(max=latent.figures["max"])  # the last has no end
+    centres = (edges[:-1] + edges[1:]) / 2
     counts, low, high = latent.logit_histogram
     logit_edges = np.linspace(low, high, len(counts) + 1)
     peak = latent.figures["max"]

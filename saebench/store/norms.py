@@ -71,6 +71,7 @@ def norm_report(store: Store, hook: str, sample: int = 100_000) -> NormReport:
     kept, norms, tokens, positions = rows[keep], norms[keep], tokens[keep], positions[keep]
     n_top = max(int(len(kept) * _TOP), 1)
     distances, usual = (kept - mean).square().sum(1).double(), norms <= store.norms(hook).bound
+    others = (kept[usual] - kept[usual].mean(0)).square().sum(1).double()  # massive rows move the mean of all
     top = norms.topk(n_top).indices
     first, last = (np.flatnonzero(histogram)[[0, -1]] // 16).tolist()
     return NormReport(
@@ -82,7 +83,7 @@ def norm_report(store: Store, hook: str, sample: int = 100_000) -> NormReport:
         sampled=len(kept),
         longest=n_top,
         massive_share=float(distances[~usual].sum() / distances.sum()),
-        top_share=float(distances[usual].topk(n_top).values.sum() / distances[usual].sum()),
+        top_share=float(others.topk(n_top).values.sum() / others.sum()),
         carriers=_carriers(store, norms[top].numpy(), tokens[top].numpy(), positions[top].numpy()),
         left_out_norm=float(left_out.median()) if len(left_out) else None,
     )
