@@ -372,7 +372,9 @@ def test_what_benches_found_is_shown_with_its_intervals(opened: Any, copy: Path)
             Figure("<b>topk</b>", "synthetic", "f1", None, f1),
             Figure("<b>topk</b>", "synthetic", "mcc", None, None),
         ]
-        results.put(f"seed{seed}", {}, [*figures, Figure("oracle", "synthetic", "f1", None, 1.0)])
+        results.put(
+            f"mini-topk-l0-6-seed{seed}", {"seed": seed}, [*figures, Figure("oracle", "synthetic", "f1", None, 1.0)]
+        )
     app = opened("bench", root=copy)
     assert not app.exception
     assert "Synthetic: train on data with known features" in said(app)
