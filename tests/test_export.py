@@ -1,5 +1,6 @@
 """Exports of an index: the forms that others read."""
 
+import copy
 import json
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -12,8 +13,10 @@ import torch
 from conftest import CONTEXT, HOOK, WIDTH
 
 from saebench.index import FeatureIndex, IndexConfig, build_index, open_feature_index
-from saebench.index.export import BATCH, Correlated, ExportConfig, check_neuronpedia, export
+from saebench.index.export import BATCH, Correlated, ExportConfig, _dashboard_feature, check_neuronpedia, export
+from saebench.index.names import Names
 from saebench.index.notes import Note, Notes
+from saebench.index.page import Evidence
 from saebench.models import load_model
 from saebench.sae import SAE, initialise, load_sae, new_sae, save_sae
 from saebench.store import Store
@@ -128,6 +131,17 @@ def test_dashboard_features_have_every_field(dashboard: list[dict[str, Any]], in
         top = activation["bin_contains"] == -1
         low, high = (0, activation["bin_max"]) if top else (activation["bin_min"], activation["bin_max"])
         assert low * 0.998 <= value <= high * 1.002
+
+
+def test_a_bin_of_firings_without_an_end_has_a_middle(index: FeatureIndex, sae: SAE) -> None:
+    latent = index[int(index.columns["fires"].argmax())]
+    strong = copy.copy(index)  # as of an SAE whose strongest activations are in the last bin
+    strong.bin_edges = index.bin_edges.copy()
+    strong.bin_edges[np.flatnonzero(latent.histogram)[-1] + 1 :] = np.inf
+    evidence = Evidence(latent, Names(index)[latent.latent], None, [], [[] for _ in latent.intervals])
+    middles = _dashboard_feature(evidence, strong, sae, Correlated(index))["freq_hist_data_bar_values"]
+    assert middles == sorted(middles)
+    assert middles[-1] <= latent.figures["max"]
 
 
 def test_correlations_are_those_of_the_sampled_activations(index: FeatureIndex) -> None:

@@ -208,6 +208,19 @@ def test_int8_rows_that_are_not_finite_are_refused_where_they_are_kept(tmp_path:
 # ------------------------------------------------------------------------------------------ norms
 
 
+def test_massive_rows_do_not_hide_which_of_the_others_dominate(store: Store, tmp_path: Path) -> None:
+    rows, usual = random_rows(4000, d=16), torch.ones(4000, dtype=torch.bool)
+    rows[[10, 20, 30, 40]] *= 6.0
+    rows[[17, 1000]] *= 1e3
+    usual[[17, 1000]] = False
+    made = make(tmp_path / "s", [("train", rows, np.ones(4000, dtype=bool))])
+    shutil.copytree(store.folder / "tokenizer", made.folder / "tokenizer")
+    report = norm_report(made, HOOK)
+    assert report.massive == 2
+    apart = (rows[usual] - rows[usual].mean(0)).square().sum(1)
+    assert report.top_share == pytest.approx(float(apart.topk(4).values.sum() / apart.sum()), rel=1e-3)
+
+
 def test_a_few_rows_that_dominate_are_named_counted_and_left_out(store: Store, tmp_path: Path) -> None:
     rows, keep = random_rows(4000, d=16), np.ones(4000, dtype=bool)
     rows[[17, 1000, 3999]] *= 40.0

@@ -75,10 +75,6 @@ class Results:
         for name, unit in sorted(self._units.items()):
             yield name, unit["identity"], [Figure(*row) for row in unit["figures"]]
 
-    def all(self) -> list[Figure]:
-        """Those of every unit in the file, by the units' names."""
-        return [figure for _, _, figures in self.units() for figure in figures]
-
 
 def over_seeds(results: Results) -> list[Figure]:
     """`over_units` of units that differ in their seed alone; where others have figures of the same thing, the unit's name is put behind the SAE's."""

@@ -43,18 +43,20 @@ class _Line(NamedTuple):
 
     def through(self, do: Callable[[Any], Any]) -> tuple[float, Float[np.ndarray, " R"] | None]:
         """Something of the curve through the points (SciPy's, monotone between them), and the same of every bootstrap sample."""
-        from scipy.interpolate import PchipInterpolator  # most commands can do without its half a second
-
-        value = float(do(PchipInterpolator(self.log_l0s, self.values)))
-        return value, None if self.draws is None else do(PchipInterpolator(self.log_l0s, self.draws, axis=0))
+        value = float(do(_curve(self.log_l0s, self.values)))
+        return value, None if self.draws is None else do(_curve(self.log_l0s, self.draws))
 
     def over_seeds(self, do: Callable[[Any], Any], value: float, spread: float) -> float:
         """Variance of what has this value, were each point trained with other seeds, to first order."""
-        from scipy.interpolate import PchipInterpolator
-
         assert self.seeds is not None
         moved = self.values[:, None] + np.diag(spread / np.sqrt(self.seeds))  # a column for each point that is off
-        return float(((do(PchipInterpolator(self.log_l0s, moved, axis=0)) - value) ** 2).sum())
+        return float(((do(_curve(self.log_l0s, moved)) - value) ** 2).sum())
+
+
+def _curve(log_l0s: np.ndarray, values: np.ndarray) -> Any:
+    from scipy.interpolate import PchipInterpolator  # most commands can do without its half a second
+
+    return PchipInterpolator(log_l0s, values, axis=0)
 
 
 def at_equal_l0(every: Sequence[Evaluated]) -> list[dict[str, Any]]:
