@@ -21,7 +21,8 @@ from saebench.files import read_json
 from saebench.harvest import HarvestConfig, harvest
 from saebench.index import IndexConfig, build_index, open_feature_index
 from saebench.models import load_model
-from saebench.pipeline import RunConfig, Stages, memory_of, plan, run, stages_of
+from saebench.pipeline import RunConfig, run, stages_of
+from saebench.plan import Stages, memory_of, plan
 from saebench.sae import initialise, new_sae, read_config, save_sae
 from saebench.store import open_store
 from saebench.text import TextConfig

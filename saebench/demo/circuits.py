@@ -21,7 +21,7 @@ from saebench.evaluate import EvalConfig
 from saebench.files import hash_files, write_json, write_text, writing
 from saebench.harvest import HarvestConfig
 from saebench.models import head
-from saebench.pipeline import Stages
+from saebench.plan import Stages
 from saebench.sae import weights_of
 from saebench.text import TextConfig
 from saebench.train import TrainConfig

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from saebench.evaluate import EvalConfig
 from saebench.harvest import HarvestConfig
-from saebench.pipeline import Stages
+from saebench.plan import Stages
 from saebench.text import TextConfig
 from saebench.train import TrainConfig
 
