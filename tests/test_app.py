@@ -18,6 +18,7 @@ from streamlit.testing.v1 import AppTest
 from test_circuit_view import A_GRAPH
 
 from saebench.bench.results import Figure, Results
+from saebench.bench.stability import RETURNS
 from saebench.browse.runs import saes_of
 from saebench.browse.serve import app_script
 from saebench.browse.why import Explaining, Question
@@ -25,6 +26,7 @@ from saebench.evaluate import EvalConfig, evaluate
 from saebench.files import hash_files, read_json, write_json
 from saebench.index import open_feature_index
 from saebench.index.notes import Note, Notes
+from saebench.sae import weights_of
 from saebench.steer import open_bench
 from saebench.view.charts import density_histogram
 
@@ -253,6 +255,18 @@ def test_an_sae_is_compared_with_one_of_another_run_and_one_of_another_hook_is_n
     app = opened("compare", root=tmp_path / "runs", run="one", sae=SAE, other=f"three/{SAE}")
     assert "differ in hook: blocks.1.hook_resid_post and blocks.0.hook_resid_post; index both on one" in said(app)
     assert "and so not compared: three/topk-k2 (blocks.0.hook_resid_post)." in said(app)
+
+
+def test_compare_shows_what_a_bench_has_found_since(opened: Any, copy: Path) -> None:
+    words = "latents have a mean cosine (PW-MCC) of "
+    before = said(opened("compare", root=copy, sae=SAE, other="topk-k2")).partition(words)[2]
+    assert before
+    assert not before.startswith("0.125")
+    weights = [hash_files(weights_of(copy / "saes" / name)) for name in (SAE, "topk-k2")]
+    found = [Figure(SAE, "pair", "pw_mcc", None, 0.125, n=7)]
+    found += [Figure(SAE, "pair", "returning", least, 0.5) for least in RETURNS]
+    Results(copy / "bench/stability.json", "stability").put("pair", {"weights": weights}, found)
+    assert f"7 {words}0.125" in said(opened("compare", root=copy, sae=SAE, other="topk-k2"))
 
 
 def test_what_the_address_asks_for_in_vain_is_said(opened: Any) -> None:

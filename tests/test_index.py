@@ -1009,6 +1009,9 @@ def test_split_and_missing_latents_are_told(index: FeatureIndex, store: Store, t
         there, back = compare(index, sae, opened, other)
     assert KINDS[there.kinds[0]] == "split"
     assert KINDS[there.kinds[2]] == "matched"
+    assert KINDS[back.kinds[0]] == "related"  # half of a split, though it is the nearest
+    n_matched = [(side.kinds == KINDS.index("matched")).sum() for side in (there, back)]
+    assert n_matched[0] == n_matched[1]
     assert KINDS[there.kinds[1]] in ("alone", "related")
     assert there.cosines[1] < 0.7
     assert there.jaccard[0] == pytest.approx(1.0)

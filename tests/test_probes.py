@@ -15,7 +15,7 @@ from scipy import sparse, stats
 from saebench.bench import Figure
 from saebench.bench.probes import ProbesConfig, probe, probes, summary
 from saebench.bench.protocol import auc, order_of, split
-from saebench.bench.readings import Reading, _names, prefixes
+from saebench.bench.readings import Reading, _names, dictionaries_of, prefixes
 from saebench.bench.results import interval
 from saebench.bench.tasks import Reader, Source, Task, column_tasks, neurons_hook, text_tasks
 from saebench.cli import main
@@ -23,7 +23,8 @@ from saebench.files import read_json
 from saebench.labels import LABELLERS
 from saebench.models import capture, hook_name, load_model
 from saebench.models.places import place_of
-from saebench.store import Store
+from saebench.sae import ends_of, load_sae, new_sae, read_config, save_sae
+from saebench.store import Store, open_store
 
 CONFIG = ProbesConfig(run=Path("r"), seeds=2, ks=(1, 4))
 
@@ -349,6 +350,19 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -
     before = path.read_bytes()
     assert main(command) == 0
     assert (path.read_bytes(), capsys.readouterr().out) == (before, shown)
+
+
+def test_an_untrained_sae_is_as_sparse_as_the_one_that_it_stands_beside(run: Path, tmp_path: Path) -> None:
+    store = open_store(run.parent.parent / "store")
+    trained = load_sae(run / "saes/topk-k4")
+    sae = new_sae("topk", trained.d_in, trained.d_sae, k=3)  # no power of two
+    sae.load_state_dict(trained.state_dict())
+    save_sae(sae, tmp_path / "saes/topk-k3", read_config(run / "saes/topk-k4")["metadata"])
+    folder = tmp_path / "saes/topk-k3"
+    ours, untrained = dictionaries_of(store, [(folder, ends_of(folder, read_config(folder)))], 0, "cpu")
+    assert untrained.name == f"untrained, {sae.d_sae} latents, k 3"
+    vectors = next(store.joint_rows(ours.hooks, "validation", first=64))
+    assert ours.encode(vectors).nnz == untrained.encode(vectors).nnz == 3 * len(vectors[HOOK])
 
 
 def test_what_is_done_outlives_an_interruption(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

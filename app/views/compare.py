@@ -19,8 +19,8 @@ from saebench.view import charts, grid
 from saebench.view.markdown import plain
 
 MEANINGS = {
-    "matched": "each other's nearest, at a cosine of 0.7 or more",
-    "split": "nearest to two or more latents of the other",
+    "matched": "each other's nearest, at a cosine of 0.7 or more, and neither is split",
+    "split": "nearest to two or more latents of the other, at 0.5 or more",
     "related": "near a latent of the other, but no pair",
     "alone": "no latent of the other at a cosine of 0.5 or more: new here, missing there",
     "dead": "never fires",

@@ -85,12 +85,12 @@ def _untrained(store: Store, reads: Hooks, d_sae: int, k: int, seed: int) -> tup
 
 
 def _l0(sae: SAE, reads: Hooks, store: Store) -> int:
-    """The power of two nearest to how many latents are active on held-out rows."""
+    """How many latents are active on held-out rows, to the nearest whole number from 1."""
     rows, active = 0, 0
     for some in store.joint_rows(reads, "validation", first=_L0_ROWS):
         code, _ = encode_sparse(sae, joined(some, reads).to(sae.W_enc.device))
         rows, active = rows + code.n_rows, active + len(code.latents)
-    return 2 ** round(math.log2(max(1.0, active / max(rows, 1))))
+    return max(1, round(active / max(rows, 1)))
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -26,8 +26,8 @@ class Side(NamedTuple):
     """What one SAE's latents find in the other. Dead latents on either side find nothing and are not found."""
 
     kinds: np.ndarray
-    """`[F]` places in KINDS: matched (each other's nearest, at SAME or more), split (nearest to two or more latents of the
-    other, at NEAR or more), alone (no latent of the other at NEAR or more: missing there, or new here), related (the rest)"""
+    """`[F]` places in KINDS: matched (each other's nearest, at SAME or more, and neither is split; as many on either side),
+    split (nearest to two or more latents of the other, at NEAR or more), alone (no latent of the other at NEAR or more: missing there, or new here), related (the rest)"""
     nearest: np.ndarray
     """`[F]` the other's latent whose decoder row is nearest"""
     cosines: np.ndarray
@@ -129,8 +129,9 @@ def _kinds(
     nearest: np.ndarray, cosines: np.ndarray, back: np.ndarray, back_cosines: np.ndarray, alive: np.ndarray
 ) -> np.ndarray:
     mutual = (back[nearest] == np.arange(len(nearest))) & (cosines >= SAME)
-    pointed_at = np.bincount(back[back_cosines >= NEAR], minlength=len(nearest))
-    conditions = [~alive, mutual & (pointed_at < 2), pointed_at >= 2, cosines < NEAR]
+    split = np.bincount(back[back_cosines >= NEAR], minlength=len(nearest)) >= 2
+    other_split = np.bincount(nearest[cosines >= NEAR], minlength=len(back)) >= 2
+    conditions = [~alive, mutual & ~split & ~other_split[nearest], split, cosines < NEAR]
     return np.select(
         conditions, [KINDS.index(kind) for kind in ("dead", "matched", "split", "alone")], KINDS.index("related")
     )
