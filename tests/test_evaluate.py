@@ -414,6 +414,13 @@ def test_several_runs_are_reported_on_as_one(trained: Path, tmp_path: Path, caps
     assert [entry["fvu"][1] for entry in summary["over_seeds"]] == [0.0, 0.0, 0.0]
     assert "other/topk-k6" in (tmp_path / "both/report.html").read_text()
     assert "least difference" in capsys.readouterr().out
+    for file in other.glob("saes/*/evaluation.json"):  # as if fewer rows were looked at
+        found = read_json(file)
+        found["metrics"]["dead_window"] = 17
+        write_json(file, found)
+    _, both = report(ReportConfig(run=(trained, other), out=tmp_path / "both"))
+    window = read_json(trained / "saes/topk-k6/evaluation.json")["metrics"]["dead_window"]
+    assert f"no firing in 17 to {window:,} rows" in (both / "report.html").read_text()
     more, _ = report(ReportConfig(run=(trained,), out=tmp_path / "one"), [[["heading", "x"], ["row", "1"]], []])
     assert more["more"] == [[["heading", "x"], ["row", "1"]]]
     assert "<td>row</td><td>1</td>" in (tmp_path / "one/report.html").read_text()

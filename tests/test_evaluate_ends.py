@@ -13,7 +13,7 @@ from test_harvest import config as harvest_config
 from test_harvest import text
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from saebench.evaluate import EvalConfig, evaluate, set_table, write_report
+from saebench.evaluate import EvalConfig, ReportConfig, evaluate, report, set_table, write_report
 from saebench.evaluate.baselines import PCA, joined
 from saebench.evaluate.measure import Batch, Places
 from saebench.evaluate.neurons import neuron_fvus
@@ -148,6 +148,14 @@ def test_a_set_of_exact_transcoders_is_the_model_and_is_measured_once(
     assert [entry["members"] for entry in summary["sets"]] == [["exact-0", "exact-1"], ["none-0", "none-1"]]
     assert set_table(summary["sets"])[1][:2] == ["exact", "2"]
     assert "share of error" in (tmp_path / "report.html").read_text()
+    runs = [
+        Path(shutil.copytree(tmp_path, tmp_path / of / "run", ignore=shutil.ignore_patterns("one")))
+        for of in ("one", "other")
+    ]
+    together, _ = report(ReportConfig(run=tuple(runs), out=tmp_path / "both"))
+    assert [entry["name"] for entry in together["sets"]] == [
+        f"{run}/{name}" for run in runs for name in ("exact", "none")
+    ]
     written = [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("s*/*/evaluation.json"))]
     evaluate(config)
     assert [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("s*/*/evaluation.json"))] == written

@@ -17,7 +17,7 @@ from scipy import sparse
 from saebench.bench.tasks import Hooks, Reader, Vectors, neurons_hook
 from saebench.evaluate.baselines import PCA, joined
 from saebench.evaluate.diffing import is_of_two_models
-from saebench.evaluate.report import relative
+from saebench.evaluate.report import short_names
 from saebench.files import hash_files
 from saebench.sae import (
     SAE,
@@ -143,10 +143,7 @@ def readings_of(
 
 def prefixes(stores: Collection[Path]) -> dict[Path, str]:
     """What stands before the names of what was read from each store: nothing where there is one, else its name, or its path where two are called the same."""
-    names = [store.name for store in stores]
-    if len(names) == 1:
-        return dict.fromkeys(stores, "")
-    return {store: f"{store.name if names.count(store.name) == 1 else relative(store)}: " for store in stores}
+    return {store: f"{name}: " if len(stores) > 1 else "" for store, name in short_names(stores).items()}
 
 
 def folders_by_store(run: Path, saes: Sequence[Path], store: Path | None) -> dict[Path, list[tuple[Path, Ends]]]:

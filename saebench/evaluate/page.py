@@ -68,10 +68,10 @@ def page(
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>saebench report</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>
 <h1>Sparse autoencoders of {html.escape(summary["model"])}</h1>
-<p>{len(saes) + sum(len(entry["members"]) for entry in sets if entry["joint"])} SAEs on {html.escape(summary["store"])}, measured on {first["n_tokens_eval"]:,} held-out tokens. {losses} {html.escape(massive_note(saes))}</p>{warning}
+<p>{len(saes) + sum(len(entry["members"]) for entry in sets if entry["joint"])} SAEs on {html.escape(summary["store"])}, measured on {_span(saes or sets, "n_tokens_eval")} held-out tokens. {losses} {html.escape(massive_note(saes))}</p>{warning}
 {main}
 <p class="note">FVU: share of variance not explained. ΔCE: what splicing the SAE in costs the model. Rec.: share of an ablation's cost
-(zero or mean) that the SAE recovers. γ under 1 means shrinkage. Dead: no firing in {first["dead_window"]:,} rows; dense: fires on over 1% of tokens. Twins, where there are any: decoder rows with a cosine above 0.99 with another's.
+(zero or mean) that the SAE recovers. γ under 1 means shrinkage. Dead: no firing in {_span(saes or sets, "dead_window")} rows; dense: fires on over 1% of tokens. Twins, where there are any: decoder rows with a cosine above 0.99 with another's.
 Bars: 95%, bootstrap over documents. An untrained SAE has random tied weights, the best single scale, and the same L0; beyond these: how much lower the FVU is than the best of the baselines'.{_REFITTED_NOTE if any("refitted" in sae for sae in saes) else ""}{_SETS_NOTE if sets else ""}</p>
 {"".join(others)}<p class="note">{_COMPARED}</p>
 <div class="charts">{"".join(_figure(figure, number == 0) for number, figure in enumerate(measured))}</div>
@@ -79,6 +79,11 @@ Bars: 95%, bootstrap over documents. An untrained SAE has random tied weights, t
 <div class="charts">{"".join(_figure(figure, False) for figure in trained)}</div>
 </body></html>
 """
+
+
+def _span(entries: Sequence[Mapping[str, Any]], name: str) -> str:
+    """A count that entries have, or the least and the most of it."""
+    return " to ".join(f"{n:,}" for n in sorted({pick(entry[name] for entry in entries) for pick in (min, max)}))
 
 
 def _html_table(rows: list[list[str]]) -> str:

@@ -1,7 +1,7 @@
 """`summary.json` and `report.html` of a run, from what training and evaluation left on disk."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,12 @@ def relative(path: Path | str) -> str:
     return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(path)
 
 
+def short_names(folders: Collection[Path]) -> dict[Path, str]:
+    """What folders are called, or their paths where two are called the same."""
+    names = [folder.name for folder in folders]
+    return {folder: folder.name if names.count(folder.name) == 1 else relative(folder) for folder in folders}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     """Which runs to report on together."""
@@ -147,10 +153,16 @@ def _is_copied(named: Path, own: Path | None) -> bool:
     return named.resolve() == own.resolve() or hash_files(weights_of(named)) == hash_files(weights_of(own))
 
 
+def _prefixes(runs: Collection[Path]) -> dict[Path, str]:
+    """What stands before the names of what is in each run: nothing where there is one."""
+    return {run: f"{name}/" if len(runs) > 1 else "" for run, name in short_names(runs).items()}
+
+
 def _names(runs: dict[Path, list[Path]]) -> list[str]:
     """Of the dictionaries of all runs: RUN/NAME where there are several, or two of one name in one; a path where that does not tell them apart."""
+    before = _prefixes(runs)
     every = [(run, folder) for run, folders in runs.items() for folder in folders]
-    names = [f"{run.name}/{folder.name}" if len(runs) > 1 else folder.name for run, folder in every]
+    names = [before[run] + folder.name for run, folder in every]
     for other in (lambda folder: f"{folder.resolve().parent.parent.name}/{folder.name}", relative):
         alike = {name for name in names if names.count(name) > 1}
         names = [other(folder) if name in alike else name for name, (_, folder) in zip(names, every, strict=True)]
@@ -176,9 +188,8 @@ def _write(
     more: Sequence[list[list[str]]],
 ) -> dict[str, Any]:
     sets: list[dict[str, Any]] = []
-    for run, folders in runs.items():
-        prefix = f"{run.name}/" if len(runs) > 1 else ""
-        sets += [entry | {"name": prefix + entry["name"]} for entry in summarise_sets(run, folders)]
+    for run, before in _prefixes(runs).items():
+        sets += [entry | {"name": before + entry["name"]} for entry in summarise_sets(run, runs[run])]
     labels = dict(zip(_names(runs), (folder for folders in runs.values() for folder in folders), strict=True))
     found = [
         evaluated(entry | {"name": name}, folder) for name, folder in labels.items() for entry in summarise([folder])
