@@ -16,6 +16,8 @@ from torch import Tensor
 
 SMALL_DENOMINATOR = 0.05  # nats; loss recovered over less says little
 DUPLICATE = 0.99  # cosine
+FLAT = 1e-12
+"""of Σ‖x‖²: float32 and sums leave less variance than this of rows that are all the same"""
 _PAIRS = 2**26  # of latents at once
 _DRAWS = 2**24  # resamples × documents at once: 256 MiB with their copy in float64
 _CHUNK_CPU = 2**19  # numbers worked on at once: what stays in a core's cache from one operation to the next,
@@ -125,8 +127,9 @@ def resampled(tables: Sequence[Mapping[str, np.ndarray]], resamples: int, seed: 
 
 
 def total_variance(sums: Mapping[str, Any]) -> Any:
-    """Σ‖x − x̄‖², x̄ the mean of the same rows."""
-    return sums["squared_norm"] - (sums["vector"] ** 2).sum(-1) / sums["rows"]
+    """Σ‖x − x̄‖², x̄ the mean of the same rows; 0 where no more is left than rounding makes, so that shares of it are undefined."""
+    variance = sums["squared_norm"] - (sums["vector"] ** 2).sum(-1) / sums["rows"]
+    return np.where(variance > FLAT * sums["squared_norm"], variance, 0.0)
 
 
 def reconstruction_metrics(sums: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,7 +140,7 @@ def reconstruction_metrics(sums: Mapping[str, Any]) -> dict[str, Any]:
     (Rajamanoharan et al. 2024, section 4.2).
     """
     rows = sums["rows"]
-    fvu = _ratio(sums["squared_error"], total_variance(sums))
+    fvu = ratio(sums["squared_error"], total_variance(sums))
     return {
         "l0": sums["l0"] / rows,
         "l1": sums["l1"] / rows,
@@ -146,7 +149,7 @@ def reconstruction_metrics(sums: Mapping[str, Any]) -> dict[str, Any]:
         "explained_variance": 1 - fvu,
         "cosine": sums["cosine"] / rows,
         "l2_ratio": sums["norm_ratio"] / rows,
-        "gamma": _ratio(sums["squared_norm_hat"], sums["dot"]),
+        "gamma": ratio(sums["squared_norm_hat"], sums["dot"]),
     }
 
 
@@ -167,8 +170,8 @@ def massive_metrics(sums: Mapping[str, Any]) -> dict[str, Any]:
     between = between - np.asarray(sums["vector"]) / np.asarray(rows)[..., None]
     usual = total_variance(sums) + rows * (between**2).sum(-1)
     return {
-        "fvu_all": _ratio(sums["squared_error"] + sums.get("massive_error", 0.0), variance),
-        "massive_share": np.where(massive > 0, 1 - _ratio(usual, variance), 0.0),
+        "fvu_all": ratio(sums["squared_error"] + sums.get("massive_error", 0.0), variance),
+        "massive_share": np.where(massive > 0, 1 - ratio(usual, variance), 0.0),
     }
 
 
@@ -186,15 +189,16 @@ def fidelity_metrics(sums: Mapping[str, Any]) -> dict[str, Any]:
         "ce_zero": zero / n,
         "ce_mean": mean / n,
         "delta_ce": (spliced - clean) / n,
-        "loss_recovered_zero": _ratio(zero - spliced, zero - clean),
-        "loss_recovered_mean": _ratio(mean - spliced, mean - clean),
+        "loss_recovered_zero": ratio(zero - spliced, zero - clean),
+        "loss_recovered_mean": ratio(mean - spliced, mean - clean),
         "kl": sums["kl"] / n,
         "kl_zero": sums["kl_zero"] / n,
-        "kl_score": _ratio(sums["kl_zero"] - sums["kl"], sums["kl_zero"]),
+        "kl_score": ratio(sums["kl_zero"] - sums["kl"], sums["kl_zero"]),
     }
 
 
-def _ratio(numerator: Any, denominator: Any) -> Any:
+def ratio(numerator: Any, denominator: Any) -> Any:
+    """Not finite where the denominator is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.divide(numerator, denominator)
 

@@ -8,13 +8,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import CONTEXT, HOOK, WIDTH, sentences
+from conftest import CONTEXT, HOOK, WIDE, WIDTH, sentences
 from plotly.offline import get_plotlyjs
 from safetensors.numpy import load_file
 from test_harvest import config as harvest_config
 from test_harvest import text
 from test_sae import write_saelens
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from saebench.cli import main
 from saebench.evaluate import EvalConfig, ReportConfig, evaluate, report, table, write_report
@@ -478,6 +478,37 @@ def test_an_sae_without_a_hook_is_named(tmp_path: Path, store: Store) -> None:
         ValueError, match=r"one does not say which hook it reads: give it with --hook, or add metadata.hook_name"
     ):
         evaluate(EvalConfig(run=tmp_path))
+
+
+@pytest.mark.parametrize("value", [None, 2.0])
+def test_of_activations_that_are_all_the_same_nothing_is_explained_or_not(
+    value: float | None, tokenizer: PreTrainedTokenizerFast, corpus: Path, tmp_path: Path
+) -> None:
+    """Exactly, and as far as float32 knows."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**WIDE, max_position_embeddings=64))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layers" in name and "norm" not in name:
+                parameter.zero_()
+        embedding = model.get_input_embeddings().weight
+        embedding.copy_(torch.randn(WIDTH).expand_as(embedding) if value is None else torch.full_like(embedding, value))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    store = harvest(harvest_config(tmp_path / "model", tmp_path / "store", tokens=1280), text(corpus))
+    assert store is not None
+    save(scaled_identity(0.5), tmp_path, "half", store)
+    folders = evaluate(EvalConfig(run=tmp_path, resamples=20))
+    found = metrics_of(folders[0])
+    assert (found["fvu"], found["explained_variance"], found["fvu_all"]) == (None, None, None)
+    assert found["gamma"] == pytest.approx(0.5)
+    evaluation = read_json(folders[0] / "evaluation.json")
+    assert set(evaluation["baselines"].values()) == {None}
+    assert evaluation["intervals"]["fvu"] == [None, None]
+    (_, row) = table(write_report(tmp_path, folders)["saes"])
+    assert row[2] == "—"
+    with pytest.raises(ValueError, match=rf"{HOOK} in .*store is the same in every row; expected vectors that vary"):
+        train(TrainConfig(store=store.folder, hook=(HOOK,), out=tmp_path / "run", k=(2,), d_sae=(16,), device="cpu"))
 
 
 def test_a_run_without_saes_is_named(tmp_path: Path) -> None:

@@ -222,6 +222,21 @@ def test_total_variance_of_resamples_recentres() -> None:
     assert set(np.round(total_variance(samples), 9)) == {0.0, 16.0}
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_rows_that_are_all_the_same_have_no_variance(scale: float) -> None:
+    row = torch.randn(64, generator=torch.Generator().manual_seed(0)) * scale
+    x = row.expand(5000, 64) * (1 + 1e-7 * torch.randn(5000, 1, generator=torch.Generator().manual_seed(1)))
+    sums = Sums()
+    columns = {"rows": torch.ones(5000), "squared_norm": x.double().pow(2).sum(1), "vector": x}
+    sums.add(torch.arange(5000) % 7, columns)
+    assert float(total_variance(total(sums.table()))) == 0
+    x = x * (1 + 1e-4 * torch.randn(5000, 64, generator=torch.Generator().manual_seed(2)))  # as little as float16 tells
+    sums = Sums()
+    sums.add(torch.arange(5000) % 7, {**columns, "squared_norm": x.double().pow(2).sum(1), "vector": x})
+    want = float((x.double() - x.double().mean(0)).pow(2).sum())
+    assert float(total_variance(total(sums.table()))) == pytest.approx(want, rel=1e-3)
+
+
 def test_density_by_hand() -> None:
     got = density_metrics(torch.tensor([0, 1, 2, 50]), 100)
     assert got == {

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from saebench.metrics import Sums, total, total_variance
+from saebench.metrics import Sums, ratio, total, total_variance
 from saebench.runlog import progress
 from saebench.sae import Ends, Writes, initialise, new_sae
 from saebench.store import Store
@@ -233,4 +233,4 @@ def untrained_fvus(
             sums[hook].add(doc, {"rows": doc + 1, "squared_norm": y_BD.double().pow(2).sum(1), "vector": y_BD})
     bar.close()
     variances = [float(total_variance(total(one.table()))) for one in sums.values()]
-    return [[one / variance for one, variance in zip(error[k].tolist(), variances, strict=True)] for k in ks]
+    return [[float(ratio(one, whole)) for one, whole in zip(error[k].tolist(), variances, strict=True)] for k in ks]

@@ -15,6 +15,7 @@ from saebench.metrics import (
     fidelity_metrics,
     massive_metrics,
     near_duplicates,
+    ratio,
     reconstruction_metrics,
     resampled,
     total,
@@ -63,7 +64,7 @@ def figures(
     baselines = dict(untrained)
     if (fitted := measured.baseline) is not None:
         errors = zip(fitted.errors(l0), variances.values(), strict=True)
-        baselines = {fitted.name: [error / variance for error, variance in errors], **untrained}
+        baselines = {fitted.name: [float(ratio(error, variance)) for error, variance in errors], **untrained}
     small = [
         arm
         for arm in ("zero", "mean")
@@ -80,7 +81,7 @@ def figures(
         "metrics": metrics,
         "intervals": _intervals(draws, documents),
         "interval_method": f"95%, {len(draws['l0'])} bootstrap samples of {documents} documents",
-        "baselines": {name: float(np.mean(values)) for name, values in baselines.items()},
+        "baselines": _numbers({name: np.mean(values) for name, values in baselines.items()}),
         "small_denominators": small,
         "mask": MASK,
         "sums": counts if len(hooks) > 1 else next(iter(saved.values())) | counts,
@@ -90,7 +91,7 @@ def figures(
         found["hooks"] = {
             hook: {
                 "metrics": _numbers(own[hook]),
-                "baselines": {name: values[place] for name, values in baselines.items()},
+                "baselines": _numbers({name: values[place] for name, values in baselines.items()}),
                 "sums": saved[hook],
             }
             for place, hook in enumerate(hooks)
@@ -137,7 +138,9 @@ def _mean_of_hooks(of_hooks: Iterable[dict[str, Any]]) -> dict[str, Any]:
 def _intervals(draws: dict[str, np.ndarray], documents: int) -> dict[str, list[float | None]]:
     """95% of each metric; none of one document, which says nothing of how documents differ."""
     return {
-        name: [_number(q) for q in np.quantile(values, (0.025, 0.975))] if documents > 1 else [None, None]
+        name: [_number(q) for q in np.quantile(values, (0.025, 0.975))]
+        if documents > 1 and np.isfinite(values).all()
+        else [None, None]
         for name, values in draws.items()
     }
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saebench.evaluate.measure import Batch, Places, validation_batches
-from saebench.metrics import Sums, total, total_variance
+from saebench.metrics import Sums, ratio, total, total_variance
 from saebench.models import LanguageModel, capture, check_hook, hook_name, parse_hook
 from saebench.models.devices import through, weights_in
 from saebench.models.places import place_of
@@ -66,7 +66,7 @@ def neuron_fvus(
     if whole > _CLOSE * squared:
         return None
     variance = float(total_variance(total(sums.table())))
-    return [error[max(1, round(l0))] / variance for l0 in l0s]
+    return [float(ratio(error[max(1, round(l0))], variance)) for l0 in l0s]
 
 
 def _norms(last: torch.nn.Module, a_NF: Float[Tensor, "N F"]) -> Float[Tensor, " F"] | None:

@@ -104,7 +104,8 @@ def refitted_table(saes: list[dict[str, Any]]) -> list[list[str]]:
 
 def _beyond(sae: dict[str, Any]) -> float | None:
     """How much lower the FVU is than that of the best baseline."""
-    return min(sae["baselines"].values()) - sae["fvu"] if sae["baselines"] and sae["fvu"] is not None else None
+    known = [value for value in sae["baselines"].values() if value is not None]
+    return min(known) - sae["fvu"] if known and sae["fvu"] is not None else None
 
 
 def _spliced(sae: dict[str, Any]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from saebench.config import differences, to_json
+from saebench.metrics import FLAT
 from saebench.models import model_path
 from saebench.runlog import provenance
 from saebench.sae import Ends, read_config
@@ -124,7 +125,10 @@ class Run:
         return tuple(self.store.d_in(hook) for hook in hooks)
 
     def inputs(self, hook: str) -> tuple[float, Float[Tensor, " D"]]:
-        """(the factor that brings E‖x‖² to D, the mean of the rows times it), both of the rows trained on."""
+        """(the factor that brings E‖x‖² to D, the mean of the rows times it), both of the rows trained on.
+
+        Raises ValueError where all rows are the same.
+        """
         statistics, multiple = self.store.statistics(hook), self.multiples[hook]
         mean, squared = np.array(statistics["mean"]), statistics["mean_squared_norm"]
         if multiple is not None:
@@ -135,6 +139,11 @@ class Run:
                 multiple, statistics["median_norm"],
             )  # fmt: skip
             mean, squared = moments_within(self.store, hook, self._longest(hook))
+        if squared - float((mean**2).sum()) <= FLAT * squared:
+            raise ValueError(
+                f"{hook} in {self.store.folder} is the same in every row; expected vectors that vary: choose another --hook, "
+                "or look at the model"
+            )
         scale = math.sqrt(self.store.d_in(hook) / squared)
         return scale, torch.tensor(mean, dtype=torch.float32) * scale
 

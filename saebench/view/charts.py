@@ -71,7 +71,7 @@ def pareto(
             text=[_hover(s) for s in points], customdata=[s["name"] for s in points], hovertemplate="%{text}<extra></extra>",
         )  # fmt: skip
     for (name, description), dash in zip((baselines or {}).items(), ("dot", "dash", "dashdot"), strict=False):
-        points = sorted((s for s in saes if name in s["baselines"]), key=lambda s: s["l0"])
+        points = sorted((s for s in saes if s["baselines"].get(name) is not None), key=lambda s: s["l0"])
         if not points:
             continue
         figure.add_scatter(
