@@ -90,9 +90,9 @@ class Sums:
         return have
 
     def table(self) -> dict[str, np.ndarray]:
-        """Each quantity as `[documents, ...]`, documents in the order of `index`."""
-        names = list(self._columns)
-        return {name: self._column(name, self._columns[name].shape[1:])[: len(self.index)] for name in names}
+        """Each quantity as `[documents, ...]`, in the order of the documents' ids, whatever order they were added in."""
+        order = np.argsort(list(self.index))  # which are unique
+        return {name: self._column(name, column.shape[1:])[order] for name, column in list(self._columns.items())}
 
 
 def _on_host(columns: Sequence[Float[Tensor, "n ..."]]) -> list[np.ndarray]:

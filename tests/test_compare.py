@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from saebench.evaluate.compare import (
+    LEAST_DOCUMENTS,
     Evaluated,
     Reseeding,
     difference,
+    half_of,
     least_differences,
     over_seeds,
     recipes,
@@ -76,6 +78,38 @@ def test_rankings_that_cannot_be_told_are_marked() -> None:
     assert least_differences(found)["fvu"] == pytest.approx(1.96 * 0.01 * math.sqrt(2), rel=0.1)
 
 
+def test_what_was_evaluated_on_another_store_is_not_ranked_beside_it() -> None:
+    noise = RNG.normal(size=(4, 500)) * 0.01
+    points = (("a", 0.10, "s"), ("random", 0.102, "t"), ("b", 0.104, "s"), ("random2", 0.3, "t"))
+    found = recipes(
+        entry(name, 8, fvu, draws=fvu + noise[i], evaluated_on=store) for i, (name, fvu, store) in enumerate(points)
+    )
+    assert undecided(found, "fvu") == {"b"}
+    saes = [
+        entry(f"{a}{l0}{store}", l0, fvu + (store == "t"), architecture=a, evaluated_on=store, store=store)
+        for store in "st"
+        for a, l0, fvu in (("x", 8, 0.3), ("x", 32, 0.2), ("y", 8, 0.4), ("y", 32, 0.3))
+    ]
+    one, other = at_equal_l0(saes)
+    assert [each["figures"]["fvu"]["x"]["values"][0] for each in (one, other)] == [0.3, 1.3]
+    assert [rows[0][0] for rows in equal_l0_tables([one, other])] == ["FVU at equal L0, s", "FVU at equal L0, t"]
+
+
+def test_what_was_trained_on_fewer_rows_or_elsewhere_is_a_line_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    def saes(name: str, rows: int | None, *l0s: float) -> list[Evaluated]:
+        return [
+            entry(f"{name}{l0}", l0, 0.5 - 0.1 * math.log2(l0 / 8), architecture="x", tokens_trained=rows) for l0 in l0s
+        ]
+
+    (found,) = at_equal_l0([*saes("long", 2000, 8, 32), *saes("short", 1000, 8, 16), *saes("theirs", None, 8, 64)])
+    assert list(found["figures"]["fvu"]) == ["x, 2,000 rows", "x, 1,000 rows", "x, made elsewhere"]
+    assert at_equal_l0(saes("alone", 2000, 8, 32)) == []
+    assert not caplog.records
+    assert at_equal_l0([*saes("long", 2000, 8, 16), *saes("short", 1000, 32, 64)]) == []
+    assert "no L0 is common to the SAEs of a with 8 latents" in caplog.text
+    assert "x, 1,000 rows 32.0 to 64.0; x, 2,000 rows 8.0 to 16.0" in caplog.text
+
+
 def test_seeds_are_one_recipe() -> None:
     seeds = [
         entry(f"x-seed{i}", 8 + i, fvu, recipe="r", draws=[fvu, fvu + 0.1]) for i, fvu in enumerate((0.1, 0.2, 0.3))
@@ -93,9 +127,10 @@ def test_seeds_are_one_recipe() -> None:
     assert seed_table([row])[1][:4] == ["x", "3", "9.0 ± 1.0", "0.2000 ± 0.1000"]
 
 
-def test_intervals_cover_the_truth() -> None:
-    """Of 1,000 draws of 100 documents from one law, 93 to 97% of 95% intervals hold the truth: percentiles of FVU, and a paired difference."""
-    documents, resamples, draws = 100, 200, 1000
+@pytest.mark.parametrize("documents", [LEAST_DOCUMENTS, 100])
+def test_intervals_cover_the_truth(documents: int) -> None:
+    """Of 1,000 draws of documents from one law, 93 to 97% of 95% intervals hold the truth: of FVU, and of a paired difference."""
+    resamples, draws = 200, 1000
     rng = np.random.default_rng(1)
     shape = (documents, draws)
     rows = rng.poisson(200, shape) + 20.0
@@ -112,10 +147,11 @@ def test_intervals_cover_the_truth() -> None:
             [{n: t[n] for n in ("squared_error", "squared_norm", "rows")} for t in tables], resamples, k
         )
         fvus = [sums["squared_error"] / sums["squared_norm"] for sums in sampled]
-        low, high = np.quantile(fvus[0], (0.025, 0.975))
-        covered["fvu"] += bool(low <= truths[0] <= high)
         values = [float(reconstruction_metrics(total(t))["fvu"]) for t in tables]
-        one, other = recipes([entry(name, 8, v, draws=d) for name, v, d in zip("ab", values, fvus, strict=True)])
+        half = half_of(float(np.var(fvus[0], ddof=1)), documents)
+        covered["fvu"] += abs(values[0] - truths[0]) <= half
+        drawn = [entry(name, 8, v, draws=d) for name, v, d in zip("ab", values, fvus, strict=True)]
+        one, other = recipes(one._replace(documents=documents) for one in drawn)
         found = difference(one, other, "fvu", None)
         assert found is not None
         covered["difference"] += bool(abs(found.value - (truths[0] - truths[1])) <= found.half)

@@ -511,6 +511,20 @@ def test_of_activations_that_are_all_the_same_nothing_is_explained_or_not(
         train(TrainConfig(store=store.folder, hook=(HOOK,), out=tmp_path / "run", k=(2,), d_sae=(16,), device="cpu"))
 
 
+def test_of_few_documents_there_are_no_intervals(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, factor in (("half", 0.5), ("most", 0.9)):
+        save(scaled_identity(factor), tmp_path, name, store)
+    folders = evaluate(EvalConfig(run=tmp_path, tokens=320, resamples=20))
+    few = metrics_of(folders[0])["n_documents_eval"]
+    assert few < 10
+    assert f"{few} held-out documents: no intervals and least differences, which need 10" in caplog.text
+    assert set(map(tuple, read_json(folders[0] / "evaluation.json")["intervals"].values())) == {(None, None)}
+    assert write_report(tmp_path, folders)["least_differences"] == {}
+    assert f"over {few} documents; none of fewer than 10" in (tmp_path / "report.html").read_text()
+
+
 def test_a_run_without_saes_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no SAEs in saes/; train some with `saebench train"):
         evaluate(EvalConfig(run=tmp_path))

@@ -222,6 +222,19 @@ def test_total_variance_of_resamples_recentres() -> None:
     assert set(np.round(total_variance(samples), 9)) == {0.0, 16.0}
 
 
+def test_documents_may_come_in_any_order() -> None:
+    generator = torch.Generator().manual_seed(0)
+    doc, x = torch.arange(60) // 6 * 3, torch.randn(60, generator=generator, dtype=torch.float64)
+    drawn = []
+    for order in (torch.arange(60), torch.randperm(60, generator=generator)):
+        sums = Sums()
+        for part in order.split(7):
+            sums.add(doc[part], {"x": x[part], "vector": x[part, None]})
+        drawn.append(resampled([sums.table()], 20, seed=0)[0])
+    for name in ("x", "vector"):
+        np.testing.assert_allclose(drawn[1][name], drawn[0][name], rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_rows_that_are_all_the_same_have_no_variance(scale: float) -> None:
     row = torch.randn(64, generator=torch.Generator().manual_seed(0)) * scale

@@ -80,12 +80,12 @@ def test_a_paired_difference() -> None:
     said(f"a standard deviation of {np.std(means[0]):.2f}")
     assert np.std(np.subtract(*means)) == pytest.approx(0, abs=1e-12)
     said(f"their difference is {means[1][0] - means[0][0]:.1f} on every sample")
-    half = half_of(0.0, 0.03**2 * (1 / 3 + 1 / 3), 4)
+    half = half_of(0.0, None, 0.03**2 * (1 / 3 + 1 / 3), 4)
     said(
         f"are told apart from {half:.3f} on where documents add nothing: ν = 4, t = {half / (0.03 * math.sqrt(2 / 3)):.3f}"
     )
     said(f"would be told apart in {100 * 2 * stdtr(4, -1.96):.0f} of 100 draws")
-    assert half_of(1.0, 1e-9, 4) == pytest.approx(1.96, rel=1e-4)  # of documents there are many
+    assert half_of(1.0, None, 1e-9, 4) == pytest.approx(1.96, rel=1e-4)  # of documents there are many
 
 
 def test_equal_l0() -> None:

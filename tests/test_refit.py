@@ -134,10 +134,10 @@ def test_what_is_no_autoencoder_is_refused() -> None:
 
 def test_an_sae_that_writes_half_of_each_vector_is_exact_when_refitted(store: Store, tmp_path: Path) -> None:
     folder = save(scaled_identity(0.5), tmp_path, "half", store)
-    evaluate(EvalConfig(run=tmp_path, tokens=480, dead_rows=480))
+    evaluate(EvalConfig(run=tmp_path, dead_rows=480))
     plain, draws = read_json(folder / "evaluation.json"), (folder / "bootstrap.safetensors").read_bytes()
     assert "refitted" not in plain
-    evaluate(EvalConfig(run=tmp_path, tokens=480, dead_rows=480, refit=True))
+    evaluate(EvalConfig(run=tmp_path, dead_rows=480, refit=True))
     both = read_json(folder / "evaluation.json")
     refitted = both.pop("refitted")
     metrics = refitted["metrics"]
@@ -156,15 +156,15 @@ def test_an_sae_that_writes_half_of_each_vector_is_exact_when_refitted(store: St
     assert both["identity"] == plain["identity"] | {"refit": True}
     written = (folder / "evaluation.json").stat().st_mtime_ns
     for again in (False, True):
-        evaluate(EvalConfig(run=tmp_path, tokens=480, dead_rows=480, refit=again))
+        evaluate(EvalConfig(run=tmp_path, dead_rows=480, refit=again))
     assert (folder / "evaluation.json").stat().st_mtime_ns == written
 
 
 def test_reports_show_refitted_figures_apart(store: Store, tmp_path: Path) -> None:
     folders = [save(scaled_identity(0.5), tmp_path, "half", store)]
-    evaluate(EvalConfig(run=tmp_path, tokens=480, dead_rows=480, refit=True))
+    evaluate(EvalConfig(run=tmp_path, dead_rows=480, refit=True))
     folders.append(save(scaled_identity(0.9), tmp_path, "later", store))
-    evaluate(EvalConfig(run=tmp_path, tokens=480, dead_rows=480))
+    evaluate(EvalConfig(run=tmp_path, dead_rows=480))
     summary = write_report(tmp_path, folders)
     half, later = summary["saes"]
     assert half["fvu"] == metrics_of(folders[0])["fvu"] > 0.2

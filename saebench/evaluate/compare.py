@@ -38,6 +38,8 @@ BASELINES = {
 }
 """name in a dictionary's `baselines`, and its label"""
 WIDE = 1.959963984540054  # standard errors either way that hold 95% of a normal distribution
+LEAST_DOCUMENTS = 10
+"""of which there is an interval: fewer do not tell how documents differ"""
 
 
 def baseline_figure(entry: dict[str, Any], name: str, figure: str) -> float | None:
@@ -69,6 +71,8 @@ class Evaluated(NamedTuple):
     """none of an evaluation of before they were kept, or of a single document"""
     sample: str
     """equal where samples are the same"""
+    documents: int | None = None
+    """that they are samples of; None for as many as make no difference"""
 
 
 def evaluated(entry: dict[str, Any], folder: Path) -> Evaluated:
@@ -76,7 +80,9 @@ def evaluated(entry: dict[str, Any], folder: Path) -> Evaluated:
     if not (folder / DRAWS).exists():
         return Evaluated(entry, {}, "")
     with safe_open(folder / DRAWS, "np") as file:
-        return Evaluated(entry, {name: file.get_tensor(name) for name in file.keys()}, file.metadata()["sample"])  # noqa: SIM118
+        sample = file.metadata()["sample"]
+        draws = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return Evaluated(entry, draws, sample, json.loads(sample).get("documents"))
 
 
 # ------------------------------------------------------------------------------------------- differences
@@ -138,14 +144,17 @@ def seed_spread(found: Sequence[Recipe], figure: str) -> Reseeding | None:
     return Reseeding(math.sqrt(sum(n * square for n, square in squares) / freedom), freedom) if freedom else None
 
 
-def half_of(documents: float, seeds: float, freedom: int) -> float:
-    """Half of the 95% interval of a difference, from its variance over documents and that over seeds, which was estimated with so many degrees of freedom.
+def half_of(resampled: float, documents: int | None, seeds: float = 0.0, freedom: int = 0) -> float:
+    """Half of the 95% interval of a figure, from its variance over bootstrap samples of so many documents and that over seeds, which was estimated
+    with so many degrees of freedom.
 
-    By Student's t, with degrees of freedom after Welch and Satterthwaite; those of documents count as many.
+    By Student's t, with degrees of freedom after Welch and Satterthwaite. Samples of n documents vary (n − 1)/n of what n other documents would.
     """
-    variance = documents + seeds
-    quantile = float(stdtrit(freedom * (variance / seeds) ** 2, 0.975)) if seeds else WIDE
-    return quantile * math.sqrt(variance)
+    own = resampled if documents is None else resampled * documents / (documents - 1)
+    parts = [(seeds, freedom), *([] if documents is None else [(own, documents - 1)])]
+    uncertain = sum(part**2 / degrees for part, degrees in parts if part)
+    quantile = float(stdtrit((own + seeds) ** 2 / uncertain, 0.975)) if uncertain else WIDE
+    return quantile * math.sqrt(own + seeds)
 
 
 class Difference(NamedTuple):
@@ -173,19 +182,20 @@ def difference(one: Recipe, other: Recipe, figure: str, reseeding: Reseeding | N
         return None
     spread, freedom = reseeding or Reseeding(0.0, 0)
     seeds = spread**2 * (1 / len(one.members) + 1 / len(other.members))
-    return Difference(values[0] - values[1], half_of(float(np.var(draws[0] - draws[1], ddof=1)), seeds, freedom))
+    apart = float(np.var(draws[0] - draws[1], ddof=1))
+    return Difference(values[0] - values[1], half_of(apart, one.members[0].documents, seeds, freedom))
 
 
 def comparable(found: Sequence[Recipe]) -> list[list[Recipe]]:
-    """Recipes by what they write: no others are compared."""
-    groups: dict[tuple[str, ...], list[Recipe]] = {}
+    """Recipes by the hooks that they write and the store that they were evaluated on: no others are compared."""
+    groups: dict[tuple[str | None, ...], list[Recipe]] = {}
     for recipe in found:
-        groups.setdefault(tuple(recipe.first["writes"]), []).append(recipe)
+        groups.setdefault((recipe.first.get("evaluated_on"), *recipe.first["writes"]), []).append(recipe)
     return list(groups.values())
 
 
 def undecided(found: Sequence[Recipe], figure: str) -> set[str]:
-    """Paths of those that cannot be told from the next better one that writes the same hooks."""
+    """Paths of those that cannot be told from the next better one that is comparable."""
     unclear: set[str] = set()
     for group in comparable(found):
         ranked = [(mean, recipe) for recipe in group if (mean := recipe.mean(figure)) is not None]

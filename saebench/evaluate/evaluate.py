@@ -19,7 +19,7 @@ from torch import Tensor
 from saebench.config import Count, to_json
 from saebench.evaluate.baselines import PCA, Baseline, LinearMap, untrained_fvus, widths
 from saebench.evaluate.check import look_at_others
-from saebench.evaluate.compare import DRAWS, FIGURES, write_draws
+from saebench.evaluate.compare import DRAWS, FIGURES, LEAST_DOCUMENTS, write_draws
 from saebench.evaluate.diffing import is_of_two_models
 from saebench.evaluate.figures import figures, refitted_figures, resampled_metrics
 from saebench.evaluate.measure import Batch, Dictionary, Measurement, Subject, silent_latents, validation_batches
@@ -42,7 +42,7 @@ from saebench.store.source import model_of
 _log = logging.getLogger(__name__)
 
 EVALUATION = "evaluation.json"
-_VERSION = 2  # of the figures' definitions: another one evaluates again
+_VERSION = 3  # of the figures' definitions: another one evaluates again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +195,12 @@ def _evaluate_group(config: EvalConfig, store: Store, model: LanguageModel, grou
     if config.splice_baselines and baseline is not None:
         each = [(one.members[0].sae.d_sae, _seed(one), l0) for one, l0 in zip(subjects, l0s, strict=True)]
         spliced = spliced_baselines(store, measured, baseline, each, _batches(config, store, device))
-    draws = resampled_metrics(measured, config.resamples)
+    draws, documents = resampled_metrics(measured, config.resamples), len(measured.shared[ends.writes[0]].index)
+    if documents < LEAST_DOCUMENTS:
+        _log.warning(
+            "%d held-out documents: no intervals and least differences, which need %d; harvest more --validation-tokens, or give more --tokens here",
+            documents, LEAST_DOCUMENTS,
+        )  # fmt: skip
     for place, (planned, subject) in enumerate(zip(group, subjects, strict=True)):
         dead = torch.cat([silent[member.folder] for member in subject.members])
         found = figures(subject, measured, draws[place], dead, rows + seen, untrained[place])
@@ -209,7 +214,7 @@ def _evaluate_group(config: EvalConfig, store: Store, model: LanguageModel, grou
         if refitted:
             again = draws[len(subjects) + place]
             found["refitted"] = refitted_figures(refitted[place], measured, again, found["metrics"], draws[place])
-        _write(config, planned, store, found, draws[place], len(measured.shared[ends.writes[0]].index))
+        _write(config, planned, store, found, draws[place], documents)
 
 
 def _batches(config: EvalConfig, store: Store, device: str) -> Iterator[Batch]:
@@ -226,7 +231,7 @@ def _write(
     documents: int,
 ) -> None:
     """Figures and draws into the folder; the main ones into the metadata of a dictionary."""
-    kept = ("l0", *FIGURES) if documents > 1 else ()  # one document says nothing of how documents differ
+    kept = ("l0", *FIGURES) if documents >= LEAST_DOCUMENTS else ()
     sample = {"store": store.hash, "tokens": config.tokens, "resamples": config.resamples, "documents": documents}
     write_draws(planned.folder, {name: draws[name] for name in kept}, sample)
     write_json(planned.folder / EVALUATION, {"identity": _identity(config, planned, store), **found})

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saebench.evaluate.compare import FIGURES, WIDE
+from saebench.evaluate.compare import FIGURES, LEAST_DOCUMENTS, half_of
 from saebench.evaluate.measure import Measurement, Subject
 from saebench.metrics import (
     SMALL_DENOMINATOR,
@@ -59,6 +59,7 @@ def figures(
         "dead_window": window,
         "duplicate_fraction": duplicates / len(fires_F),
         "n_tokens_eval": rows,
+        "n_documents_eval": documents,
         "massive_rows": massive,
     }
     baselines = dict(untrained)
@@ -79,8 +80,8 @@ def figures(
     }
     found = {
         "metrics": metrics,
-        "intervals": _intervals(draws, documents),
-        "interval_method": f"95%, {len(draws['l0'])} bootstrap samples of {documents} documents",
+        "intervals": _intervals(metrics, draws, documents),
+        "interval_method": f"95%, Student's t with {documents - 1} degrees of freedom, {len(draws['l0'])} bootstrap samples of {documents} documents",
         "baselines": _numbers({name: np.mean(values) for name, values in baselines.items()}),
         "small_denominators": small,
         "mask": MASK,
@@ -112,10 +113,10 @@ def refitted_figures(
     metrics = _numbers(_mean_of_hooks(_metrics(of) for of in sums.values()))
     change: dict[str, list[float | None]] = {}
     for name in FIGURES:
-        half = _number(WIDE * np.std(draws[name] - plain_draws[name], ddof=1)) if documents > 1 else None
+        half = _half(draws[name] - plain_draws[name], documents)
         value, before = metrics[name], plain[name]
         change[name] = [None, None] if value is None or before is None else [value - before, half]
-    found = {"metrics": metrics, "intervals": _intervals(draws, documents), "change": change}
+    found = {"metrics": metrics, "intervals": _intervals(metrics, draws, documents), "change": change}
     return found | {"sums": {hook: _saved(of) for hook, of in sums.items()}}
 
 
@@ -135,14 +136,22 @@ def _mean_of_hooks(of_hooks: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return {name: np.mean([metrics[name] for metrics in every], axis=0) for name in every[0]}
 
 
-def _intervals(draws: dict[str, np.ndarray], documents: int) -> dict[str, list[float | None]]:
-    """95% of each metric; none of one document, which says nothing of how documents differ."""
+def _intervals(
+    metrics: dict[str, float | None], draws: dict[str, np.ndarray], documents: int
+) -> dict[str, list[float | None]]:
+    """95% of each metric."""
+    halves = {name: _half(values, documents) for name, values in draws.items()}
     return {
-        name: [_number(q) for q in np.quantile(values, (0.025, 0.975))]
-        if documents > 1 and np.isfinite(values).all()
-        else [None, None]
-        for name, values in draws.items()
+        name: [None, None] if half is None or (value := metrics[name]) is None else [value - half, value + half]
+        for name, half in halves.items()
     }
+
+
+def _half(draws: np.ndarray, documents: int) -> float | None:
+    """Half of the 95% interval of what bootstrap samples have; None of few documents, or where a sample has no value."""
+    if documents < LEAST_DOCUMENTS or not np.isfinite(draws).all():
+        return None
+    return half_of(float(np.var(draws, ddof=1)), documents)
 
 
 def _saved(sums: dict[str, Any]) -> dict[str, float]:

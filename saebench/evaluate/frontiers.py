@@ -3,6 +3,7 @@
 P points of a line, R bootstrap samples, L places that lines are compared at.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +14,6 @@ from jaxtyping import Float
 from saebench.evaluate.compare import (
     BASELINES,
     FIGURES,
-    WIDE,
     Evaluated,
     Recipe,
     Reseeding,
@@ -23,6 +23,8 @@ from saebench.evaluate.compare import (
     recipes,
     seed_spread,
 )
+
+_log = logging.getLogger(__name__)
 
 L0S = (16.0, 32.0, 64.0)
 """where lines are compared, as far as all of them reach"""
@@ -40,6 +42,7 @@ class _Line(NamedTuple):
     is_baseline: bool
     seeds: Float[np.ndarray, " P"] | None = None
     """behind each point"""
+    documents: int | None = None
 
     def through(self, do: Callable[[Any], Any]) -> tuple[float, Float[np.ndarray, " R"] | None]:
         """Something of the curve through the points (SciPy's, monotone between them), and the same of every bootstrap sample."""
@@ -60,25 +63,35 @@ def _curve(log_l0s: np.ndarray, values: np.ndarray) -> Any:
 
 
 def at_equal_l0(every: Sequence[Evaluated]) -> list[dict[str, Any]]:
-    """Architectures and baselines that write the same hooks at the same width, where their L0s overlap.
+    """Architectures and baselines that write the same hooks of the same store at the same width, where their L0s overlap.
 
-    One entry for each such group: `hook`, `d_sae`, `l0s`, and `figures`: for each figure and line the `values` at these L0s with
+    One entry for each such group: `hook`, `d_sae`, `store`, `l0s`, and `figures`: for each figure and line the `values` at these L0s with
     halves of their 95% intervals (`halves`); the `mean` over the range of log L0, which is the area under the line by its length;
     how far that is `behind` the best trained line (0 for itself), with `behind_half`; and its `excess` over the best baseline.
 
-    Monotone cubic interpolation on log L0 (Fritsch and Carlson 1980), nothing extrapolated: a line needs two L0s, a group two lines of dictionaries, controls among them. Seeds
-    are averaged first. L0 itself is taken as known: over documents it varies little.
+    Monotone cubic interpolation on log L0 (Fritsch and Carlson 1980), nothing extrapolated: a line needs two L0s, a group two lines of dictionaries, controls among them. What was
+    trained on fewer rows, or elsewhere, is a line of its own. Seeds are averaged first. L0 itself is taken as known: over documents it varies little.
     """
-    groups: dict[tuple[str, int], list[Recipe]] = {}
+    groups: dict[tuple[str, int, str | None], list[Recipe]] = {}
     for recipe in recipes(every):
-        groups.setdefault(("+".join(recipe.first["writes"]), recipe.first["d_sae"]), []).append(recipe)
+        first = recipe.first
+        groups.setdefault(("+".join(first["writes"]), first["d_sae"], first.get("evaluated_on")), []).append(recipe)
     found = []
-    for (hook, d_sae), group in groups.items():
+    for (hook, d_sae, _), group in groups.items():
         lines = {figure: _lines(group, figure) for figure in FIGURES}
-        own = {line_of(recipe.first) for recipe in group} & lines["fvu"].keys()
+        own = set(_names_of_lines(group)) & lines["fvu"].keys()
         low = max((line.log_l0s[0] for line in lines["fvu"].values()), default=math.inf)
         high = min((line.log_l0s[-1] for line in lines["fvu"].values()), default=0.0)
-        if len(own) < 2 or low >= high:
+        if len(own) < 2:
+            continue
+        if low >= high:
+            reach = "; ".join(f"{name} {_reach(lines['fvu'][name])}" for name in sorted(own))
+            _log.warning(
+                "no L0 is common to the SAEs of %s with %s latents, which are not compared at equal L0: %s",
+                hook,
+                f"{d_sae:,}",
+                reach,
+            )
             continue
         inside = [l0 for l0 in L0S if low + _APART < math.log(l0) < high - _APART]
         l0s = [math.exp(low), *inside, math.exp(high)]
@@ -88,14 +101,16 @@ def at_equal_l0(every: Sequence[Evaluated]) -> list[dict[str, Any]]:
             for figure in FIGURES
             if lines[figure]
         }
-        found.append({"hook": hook, "d_sae": d_sae, "l0s": l0s, "figures": figures})
+        store = group[0].first.get("store")
+        found.append({"hook": hook, "d_sae": d_sae, "store": store, "l0s": l0s, "figures": figures})
     return found
 
 
 def _lines(group: Sequence[Recipe], figure: str) -> dict[str, _Line]:
     """Those that have two L0s and more; of equal L0s the best."""
-    names = dict.fromkeys(line_of(recipe.first) for recipe in group)
-    members = {name: [recipe for recipe in group if line_of(recipe.first) == name] for name in names}
+    members: dict[str, list[Recipe]] = {}
+    for name, recipe in zip(_names_of_lines(group), group, strict=True):
+        members.setdefault(name, []).append(recipe)
     found = {}
     for name, own in members.items():
         points = [(recipe.mean("l0"), recipe.mean(figure), recipe) for recipe in own]
@@ -109,7 +124,8 @@ def _lines(group: Sequence[Recipe], figure: str) -> dict[str, _Line]:
         )
         log_l0s, values = np.log([l0 for l0, *_ in best]), np.array([value for _, value, _ in best])
         seeds = np.array([len(recipe.members) for *_, recipe in best], np.float64)
-        found[name] = _Line(log_l0s, values, paired, samples.pop(), bool(own[0].first.get("control")), seeds)
+        documents = own[0].members[0].documents
+        found[name] = _Line(log_l0s, values, paired, samples.pop(), bool(own[0].first.get("control")), seeds, documents)
     return found | _baseline_lines(group, figure)
 
 
@@ -163,7 +179,9 @@ def _compared(
         at = [line.through(lambda curve, log_l0=log_l0: curve(log_l0)) for log_l0 in log_l0s]
         entry: dict[str, Any] = {
             "values": [value for value, _ in at],
-            "halves": [None if draws is None else WIDE * float(np.std(draws, ddof=1)) for _, draws in at],
+            "halves": [
+                None if draws is None else half_of(float(np.var(draws, ddof=1)), line.documents) for _, draws in at
+            ],
             "mean": means[name][0],
         }
         if best is not None and name in trained:
@@ -189,10 +207,23 @@ def _half(
         return None
     spread, freedom = reseeding or Reseeding(0.0, 0)
     seeds = sum(lines[name].over_seeds(mean, means[name][0], spread) for name in (one, other))
-    return half_of(float(np.var(draws - other_draws, ddof=1)), seeds, freedom)
+    return half_of(float(np.var(draws - other_draws, ddof=1)), lines[one].documents, seeds, freedom)
 
 
-def line_of(entry: dict[str, Any]) -> str:
-    """What a line of a comparison is of: an architecture, its kind, and the constraint under which it was trained."""
-    parts = [entry["architecture"], "" if entry["kind"] == "SAE" else entry["kind"], entry.get("control") or ""]
-    return " ".join(part for part in parts if part)
+def _names_of_lines(group: Sequence[Recipe]) -> list[str]:
+    """Of each recipe what its line is of: an architecture, its kind, and the constraint under which it was trained; and
+    on how many rows, where that is not the same for all of these."""
+    names, rows = [], [recipe.first.get("tokens_trained") for recipe in group]
+    for entry in (recipe.first for recipe in group):
+        parts = [entry["architecture"], "" if entry["kind"] == "SAE" else entry["kind"], entry.get("control") or ""]
+        names.append(" ".join(part for part in parts if part))
+    trained = {name: {n for other, n in zip(names, rows, strict=True) if other == name} for name in names}
+    return [
+        name if len(trained[name]) == 1 else f"{name}, {'made elsewhere' if n is None else f'{n:,} rows'}"
+        for name, n in zip(names, rows, strict=True)
+    ]
+
+
+def _reach(line: _Line) -> str:
+    """From which L0 to which."""
+    return " to ".join(f"{math.exp(line.log_l0s[end]):.1f}" for end in (0, -1))

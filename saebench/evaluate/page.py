@@ -7,7 +7,7 @@ from typing import Any
 import plotly.io
 from plotly.graph_objects import Figure
 
-from saebench.evaluate.compare import BASELINES
+from saebench.evaluate.compare import BASELINES, FIGURES, LEAST_DOCUMENTS
 from saebench.evaluate.tables import massive_note, tables
 from saebench.view import charts
 
@@ -23,9 +23,10 @@ th:first-child, td:first-child { text-align: left; }
 """
 
 
-_COMPARED = """≈: cannot be told from the next better one that writes the same hooks (of lines: from the best). Differences are paired: of two figures on
+_COMPARED = """≈: cannot be told from the next better one that writes the same hooks of the same store (of lines: from the best). Differences are paired: of two figures on
 the same bootstrap samples of the same documents, with the spread of reseeding added where several seeds were trained. Least difference: what can be told from none at 95% (median over pairs).
-At equal L0: monotone interpolation on log L0 where all lines reach, nothing extrapolated; mean: over that range of log L0, the area under a line by its length."""
+At equal L0: monotone interpolation on log L0 where all lines reach, nothing extrapolated; mean: over that range of log L0, the area under a line by its length.
+Beyond baselines: of FVU always, of the others where baselines were spliced in (<code>saebench eval --splice-baselines</code>)."""
 
 
 _SETS_NOTE = """ In a set all of its layers' MLPs are replaced at once, each by what reads the stream that the others have changed; ablations are of
@@ -53,12 +54,14 @@ def page(
         charts.training_curves(logs, "lambda", "λ", architectures),
         charts.training_curves(logs, "alive", "Living latents", architectures, log_scale=False),
     ]
-    main, *others = map(_html_table, tables(summary))
+    main, *others = map(_html_table, tables(summary, FIGURES))
     first = (saes or sets)[0]
     losses = (
         f"Cross-entropy of the model on these tokens: clean {first['ce_clean']:.4f}, zero-ablated {first['ce_zero']:.4f}, "
         f"mean-ablated {first['ce_mean']:.4f} nats ({html.escape(first.get('hook', first['name']))})."
     )
+    trained_on = sorted({entry["store"] for entry in saes if entry.get("store")})
+    stores = ", ".join(trained_on) if len(trained_on) > 1 else summary["store"]
     flagged = [html.escape(sae["name"]) for sae in (*saes, *sets) if sae["small_denominators"]]
     warning = (
         f"<p><b>Loss recovered is over a denominator under 0.05 nats for {', '.join(flagged)}: read ΔCE instead.</b></p>"
@@ -68,11 +71,11 @@ def page(
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>saebench report</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>
 <h1>Sparse autoencoders of {html.escape(summary["model"])}</h1>
-<p>{len(saes) + sum(len(entry["members"]) for entry in sets if entry["joint"])} SAEs on {html.escape(summary["store"])}, measured on {_span(saes or sets, "n_tokens_eval")} held-out tokens. {losses} {html.escape(massive_note(saes))}</p>{warning}
+<p>{len(saes) + sum(len(entry["members"]) for entry in sets if entry["joint"])} SAEs on {html.escape(stores)}, measured on {_span(saes or sets, "n_tokens_eval")} held-out tokens. {losses} {html.escape(massive_note(saes))}</p>{warning}
 {main}
 <p class="note">FVU: share of variance not explained. ΔCE: what splicing the SAE in costs the model. Rec.: share of an ablation's cost
 (zero or mean) that the SAE recovers. γ under 1 means shrinkage. Dead: no firing in {_span(saes or sets, "dead_window")} rows; dense: fires on over 1% of tokens. Twins, where there are any: decoder rows with a cosine above 0.99 with another's.
-Bars: 95%, bootstrap over documents. An untrained SAE has random tied weights, the best single scale, and the same L0; beyond these: how much lower the FVU is than the best of the baselines'.{_REFITTED_NOTE if any("refitted" in sae for sae in saes) else ""}{_SETS_NOTE if sets else ""}</p>
+Bars: 95%, bootstrap over {_span(saes or sets, "n_documents_eval")} documents; none of fewer than {LEAST_DOCUMENTS}. An untrained SAE has random tied weights, the best single scale, and the same L0; beyond these: how much lower the FVU is than the best of the baselines'.{_REFITTED_NOTE if any("refitted" in sae for sae in saes) else ""}{_SETS_NOTE if sets else ""}</p>
 {"".join(others)}<p class="note">{_COMPARED}</p>
 <div class="charts">{"".join(_figure(figure, number == 0) for number, figure in enumerate(measured))}</div>
 <h2>Training</h2>
@@ -83,7 +86,10 @@ Bars: 95%, bootstrap over documents. An untrained SAE has random tied weights, t
 
 def _span(entries: Sequence[Mapping[str, Any]], name: str) -> str:
     """A count that entries have, or the least and the most of it."""
-    return " to ".join(f"{n:,}" for n in sorted({pick(entry[name] for entry in entries) for pick in (min, max)}))
+    known = [
+        entry[name] for entry in entries if name in entry
+    ]  # an evaluation of an earlier version lacks what came later
+    return " to ".join(f"{n:,}" for n in sorted({pick(known) for pick in (min, max)})) if known else "the"
 
 
 def _html_table(rows: list[list[str]]) -> str:

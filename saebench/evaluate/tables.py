@@ -1,6 +1,6 @@
 """A summary's figures as tables: a heading, and rows of strings."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -51,6 +51,9 @@ SET_COLUMNS = {
 REFITTED = ("fvu", "delta_ce", "loss_recovered_zero", "kl")
 """figures of those that are refitted"""
 
+AT_EQUAL_L0 = ("fvu", "delta_ce")
+"""figures of lines that are shown where there is no room for all of them"""
+
 _ONLY_WHERE = {
     "fvu_all": "massive_rows", "duplicate_fraction": "duplicate_fraction", "pca_fvu": "pca_fvu", "linear_fvu": "linear_fvu",
     "neurons_fvu": "neurons_fvu", **{name: name for name in COLUMNS if name.endswith("_delta_ce")},
@@ -58,15 +61,15 @@ _ONLY_WHERE = {
 """columns that are worth their room only where an SAE has another figure above 0"""
 
 
-def tables(summary: dict[str, Any]) -> list[list[list[str]]]:
-    """All tables of a summary, headings and rows each: dictionaries, the same refitted, sets, seeds, lines at equal L0."""
+def tables(summary: dict[str, Any], at_equal_l0: Collection[str] = AT_EQUAL_L0) -> list[list[list[str]]]:
+    """All tables of a summary, headings and rows each: dictionaries, the same refitted, sets, seeds, lines `at_equal_l0` of some of FIGURES."""
     least = summary.get("least_differences", {})
     return [
         *([table(summary["saes"], least)] if summary["saes"] else []),
         *([refitted_table(refitted)] if (refitted := [sae for sae in summary["saes"] if "refitted" in sae]) else []),
         *([set_table(summary["sets"])] if "sets" in summary else []),
         *([seed_table(summary["over_seeds"])] if summary.get("over_seeds") else []),
-        *equal_l0_tables(summary["equal_l0"]),
+        *equal_l0_tables(summary["equal_l0"], at_equal_l0),
         *summary.get("more", ()),
     ]
 
@@ -139,17 +142,19 @@ def massive_note(saes: list[dict[str, Any]]) -> str:
     )
 
 
-def equal_l0_tables(comparisons: list[dict[str, Any]]) -> list[list[list[str]]]:
-    """For each group and figure headings and rows, a line a row."""
+def equal_l0_tables(comparisons: list[dict[str, Any]], figures: Collection[str] = AT_EQUAL_L0) -> list[list[list[str]]]:
+    """For each group and figure headings and rows, a line a row; the headings say of which group they are, where there are several."""
+    several = {name for name in ("hook", "d_sae", "store") if len({each.get(name) for each in comparisons}) > 1}
     return [
-        _equal_l0_table(comparison, figure) for comparison in comparisons for figure in ("fvu", "delta_ce") if figure in comparison["figures"]
+        _equal_l0_table(comparison, figure, several) for comparison in comparisons for figure in figures if figure in comparison["figures"]
     ]  # fmt: skip
 
 
-def _equal_l0_table(comparison: dict[str, Any], figure: str) -> list[list[str]]:
+def _equal_l0_table(comparison: dict[str, Any], figure: str, several: Collection[str]) -> list[list[str]]:
     lines = comparison["figures"][figure]
+    said = {"hook": comparison["hook"], "d_sae": f"{comparison['d_sae']:,} latents", "store": comparison.get("store")}
     heading = [
-        f"{FIGURES[figure]} at equal L0",
+        ", ".join([f"{FIGURES[figure]} at equal L0", *(f"{said[name]}" for name in said if name in several)]),
         *(f"L0 {l0:.1f}" for l0 in comparison["l0s"]),
         "mean",
         "behind the best",
