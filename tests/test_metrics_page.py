@@ -381,6 +381,7 @@ def test_a_paired_difference() -> None:
     said(f"a standard deviation of {np.std(means[0]):.2f}")
     assert np.std(np.subtract(*means)) == pytest.approx(0, abs=1e-12)
     said(f"their difference is {means[1][0] - means[0][0]:.1f} on every sample")
+    said(f"{half_of(1.0, 24):.2f} times of 24")
     half = half_of(0.0, None, 0.03**2 * (1 / 3 + 1 / 3), 4)
     said(
         f"are told apart from {half:.3f} on where documents add nothing: ν = 4, t = {half / (0.03 * math.sqrt(2 / 3)):.3f}"
