@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import html
 import logging
 import shlex
 from collections.abc import Callable, Iterator
@@ -88,6 +89,15 @@ def clickable(body: str, key: str, on_pick: Callable[[str], None] | None = None,
                 on_pick(value)
 
     _panel(data={"html": body, "links": links}, key=key, on_pick_change=picked)
+
+
+def plain_table(title: str, lines: list[list[str]]) -> None:
+    """A heading, and rows that nothing happens on."""
+    st.subheader(title)
+    heading, *rows = lines
+    columns = [grid.Column("", name, text=n == 0) for n, name in enumerate(heading)]
+    cells = [grid.Row([html.escape(cell) for cell in row]) for row in rows]
+    clickable(grid.grid_html(columns, cells, title.lower()), title.lower())
 
 
 def fragment(function: Callable[P, None]) -> Callable[P, None]:

@@ -404,6 +404,26 @@ def test_what_benches_found_is_shown_with_its_intervals(opened: Any, copy: Path)
     assert "expected 'synthetic', version 1: move it away" in bare(opened("bench", root=copy).error[0].value)
 
 
+def test_what_an_evaluation_can_tell_is_on_the_page_of_benches(opened: Any, copy: Path) -> None:
+    summary = read_json(copy / "summary.json")
+    found = {"fvu": {"topk": {"values": [0.2, 0.1], "halves": [0.01, 0.02], "mean": 0.15, "behind": 0.0, "behind_half": 0.0},
+                     "<i>relu</i>": {"values": [0.3, 0.2], "halves": [None, None], "mean": 0.25, "behind": 0.1, "behind_half": 0.2}}}  # fmt: skip
+    summary["equal_l0"] = [{"hook": "h", "d_sae": 8, "store": "s", "l0s": [16.0, 32.0], "figures": found}]
+    write_json(copy / "summary.json", summary)
+    app = opened("bench", root=copy)
+    assert not app.exception
+    assert not app.error
+    (chart,) = (json.loads(chart.proto.spec) for chart in app.get("plotly_chart"))
+    lines = {line["name"]: line for line in chart["data"]}
+    assert lines.keys() == {"topk", "&lt;i&gt;relu&lt;/i&gt;"}
+    assert (lines["topk"]["x"], lines["topk"]["y"]) == ([16, 32], [0.2, 0.1])
+    assert lines["topk"]["error_y"]["array"] == [pytest.approx(0.01), pytest.approx(0.02)]
+    assert "Least differences" in said(app)
+    assert "FVU at equal L0" in said(app)
+    (copy / "summary.json").write_text("[]")
+    assert opened("bench", root=copy).error
+
+
 def test_of_a_store_that_is_gone_figures_and_logits_still_show(opened: Any, run: Path, tmp_path: Path) -> None:
     whole = Path(shutil.copytree(run.parent.parent, tmp_path / "moved"))
     config = read_json(whole / "runs" / "tiny" / "saes" / SAE / "cfg.json")

@@ -6,7 +6,7 @@ from typing import Any
 
 import streamlit as st
 from opened import Files, files_of, table_of
-from shell import clickable, missing, offer, said
+from shell import clickable, missing, offer, plain_table, said
 from where import chosen_run, chosen_sae, go, link_to, root
 
 from saebench.browse.runs import Trained, saes_of
@@ -98,15 +98,6 @@ def sets(run: Path) -> None:
     """What dictionaries do that stand in together, where any were evaluated."""
     if found := read_json(run / SUMMARY).get("sets", []) if (run / SUMMARY).exists() else []:
         plain_table("Sets", set_table(found))
-
-
-def plain_table(title: str, lines: list[list[str]]) -> None:
-    """A heading, and rows that nothing happens on."""
-    st.subheader(title)
-    heading, *rows = lines
-    columns = [grid.Column("", name, text=n == 0) for n, name in enumerate(heading)]
-    cells = [grid.Row([html.escape(cell) for cell in row]) for row in rows]
-    clickable(grid.grid_html(columns, cells, title.lower()), title.lower())
 
 
 def open_point(chart: Any, saes: dict[str, Trained]) -> None:
