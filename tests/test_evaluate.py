@@ -268,7 +268,7 @@ def test_baselines_are_spliced_in_on_request(store: Store, tmp_path: Path) -> No
     summary = write_report(tmp_path, evaluate(EvalConfig(**settings)))  # without: nothing is thrown away
     assert (folder / "evaluation.json").stat().st_mtime_ns == written
     heading, row, *_ = table(summary["saes"])
-    assert heading[-3:] == ["ΔCE of PCA", "ΔCE untrained", "beyond these"]
+    assert heading[-3:] == ["ΔCE of PCA", "ΔCE untrained", "ΔCE beyond these"]
     assert row[-1] == f"{min(one['delta_ce'] for one in spliced.values()) - metrics['delta_ce']:.4f}"
 
 

@@ -29,7 +29,7 @@ COLUMNS = {
     "pca_delta_ce": ("ΔCE of PCA", ".4f"),
     "linear_delta_ce": ("ΔCE of linear map", ".4f"),
     "untrained_delta_ce": ("ΔCE untrained", ".4f"),
-    "beyond_delta_ce": ("beyond these", ".4f"),
+    "beyond_delta_ce": ("ΔCE beyond these", ".4f"),
 }
 
 # of sets
@@ -114,7 +114,7 @@ def _beyond(sae: dict[str, Any]) -> float | None:
 def _spliced(sae: dict[str, Any]) -> dict[str, float]:
     """ΔCE of the baselines that were spliced in, and how much lower the dictionary's is than the best of them."""
     found = {name: figures["delta_ce"] for name, figures in sae.get("spliced_baselines", {}).items()}
-    beyond = {"beyond_delta_ce": min(found.values()) - sae["delta_ce"]} if found else {}
+    beyond = {"beyond_delta_ce": min(found.values()) - sae["delta_ce"]} if found and sae["delta_ce"] is not None else {}
     return {f"{name}_delta_ce": value for name, value in found.items()} | beyond
 
 
