@@ -14,6 +14,7 @@ from scipy import sparse
 from saebench.bench.absorption import AbsorptionConfig, Asked, absorption
 from saebench.bench.concepts import Concepts, Examples, _letters_of, labelled, letters, parents_of, prompted
 from saebench.bench.projections import Probe, absorbed_at, fit_probe, main_latents
+from saebench.bench.results import Figure
 from saebench.labels import labeller_of
 from saebench.models import capture, load_model
 from saebench.sae import Ends, ReLUSAE, new_sae, save_sae
@@ -93,6 +94,27 @@ def test_absorption_that_is_built_in_is_found_and_none_where_there_is_none(store
     assert found["all letters", "left_out"].value == 1
     assert found["all letters", "full_absorption"].value == pytest.approx(3 / 15)
     assert found["all letters", "full_absorption"].low is None  # of one concept
+
+
+def test_the_mean_over_concepts_has_students_interval_from_five_on(store: Store) -> None:
+    of = asked(store, examples(range(TRAINED)), examples(range(TRAINED, WORDS)))
+    of.probes = {}
+
+    def means(values: list[float]) -> dict[tuple[str, str], Figure]:
+        of.concepts.names[:] = [f"c{place}" for place in range(len(values))]
+        names = "full_absorption", "main_latents"
+        rows = [Figure("x", f"c{place}", name, None, value) for place, value in enumerate(values) for name in names]
+        return by_name(of._means(rows, "x"))
+
+    some = means([0.5, 0.6, 0.4, 0.6, 0.4])["all letters", "full_absorption"]
+    assert (some.value, some.n) == (pytest.approx(0.5), 5)  # s = 0.1, t(4) = 2.776, half 0.1242; percentiles have 0.08
+    assert (some.low, some.high) == (pytest.approx(0.3758, abs=1e-4), pytest.approx(0.6242, abs=1e-4))
+    few = means([0.0, 0.0, 0.0, 0.0, 0.5])
+    assert few["all letters", "full_absorption"].low == 0  # a share is no less
+    low = few["all letters", "main_latents"].low
+    assert low is not None
+    assert low < 0
+    assert means([0.5, 0.6, 0.4, 0.6])["all letters", "full_absorption"].low is None
 
 
 def test_what_no_latent_is_of_is_not_absorbed(store: Store) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saebench.bench.concepts import Concepts, Examples, labelled, letters, parents_of, prompted
 from saebench.bench.projections import Probe, absorbed_at, f1_of, fit_probe, main_latents
-from saebench.bench.results import Figure, Results
+from saebench.bench.results import Figure, Results, as_shares, interval
 from saebench.config import Count
 from saebench.evaluate.sets import set_of
 from saebench.files import hash_files
@@ -32,7 +32,7 @@ from saebench.store.source import model_of, store_for, store_of
 
 log = logging.getLogger(__name__)
 
-NAME, VERSION = "absorption", 2
+NAME, VERSION = "absorption", 3
 LEAST = 10
 """words (of labels documents) that a concept needs among those that its probe is fitted on, and among those that it finds"""
 _CONCEPTS = 5  # below which there is no interval of their mean
@@ -220,18 +220,17 @@ class Asked:
         return float(values.mean()), float(low), float(high)
 
     def _means(self, figures: Sequence[Figure], name: str) -> list[Figure]:
-        """Over concepts, with a bootstrap over them; and how many were left out."""
+        """Over concepts, with Student's interval, of shares within 0 to 1; and how many were left out."""
         concepts, of = set(self.concepts.names), f"all {self.config.concepts}"
         found = []
         for figure in ("full_absorption", "absorption_fraction", "main_latents", "main_f1", "probe_f1"):
             mine = [each.value for each in figures if each.figure == figure and each.of in concepts]
-            values = np.array([value for value in mine if value is not None], np.float64)
-            low = high = None
-            if len(values) >= _CONCEPTS:
-                (sums,) = resampled([{"sum": values}], self.config.resamples, self.config.seed)
-                low, high = np.quantile(sums["sum"] / len(values), (0.025, 0.975)).tolist()
+            values = [value for value in mine if value is not None]
+            ends = interval(values) if len(values) >= _CONCEPTS else (None, None)
+            if ends[0] is not None and figure != "main_latents":
+                ends = as_shares(*ends)
             found.append(
-                Figure(name, of, figure, None, float(values.mean()) if len(values) else None, low, high, len(values))
+                Figure(name, of, figure, None, float(np.mean(values)) if values else None, *ends, n=len(values))
             )
         return [*found, Figure(name, of, "left_out", None, float(len(concepts) - len(self.probes)), n=len(self.probes))]
 

@@ -126,3 +126,8 @@ def interval(values: Sequence[float], test_per_train: float = 0.0) -> tuple[floa
     error = np.std(values, ddof=1) * math.sqrt(1 / len(values) + test_per_train)
     reach = float(stdtrit(len(values) - 1, 0.975) * error)
     return float(np.mean(values)) - reach, float(np.mean(values)) + reach
+
+
+def as_shares(low: float, high: float) -> tuple[float, float]:
+    """The ends of an interval of what is 0 to 1 at most."""
+    return max(low, 0.0), min(high, 1.0)
