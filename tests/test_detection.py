@@ -73,6 +73,14 @@ def test_oracle_sae_and_untrained_rank_as_they_must(run: Path, tmp_path: Path) -
     before = (tmp_path / "bench/python.json").read_bytes()
     assert bench_python(config) == figures
     assert (tmp_path / "bench/python.json").read_bytes() == before
-    assert len(read_json(tmp_path / "bench/python.json")["units"]) == 3
+    units = read_json(tmp_path / "bench/python.json")["units"]
+    assert len(units) == 4
+    # Paired: the mean over labels is the difference of the means.
+    (excess,) = (Figure(*row) for row in units["differences"]["figures"])
+    assert (excess.sae, excess.of, excess.figure) == ("topk-k4", "excess", "f1")
+    assert excess.value == pytest.approx(of_all(figures, "topk-k4") - of_all(figures, untrained))
+    assert excess.low is not None
+    assert excess.low > 0
+    assert excess in figures
     with pytest.raises(ValueError, match="no label of 'python' holds on 50 rows in 3 documents of either half of"):
         bench_python(PythonConfig(run=tmp_path, sae=config.sae, store=config.store, device="cpu"))

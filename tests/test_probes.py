@@ -13,6 +13,7 @@ from conftest import HOOK, sentences
 from scipy import sparse, stats
 
 from saebench.bench import Figure
+from saebench.bench.paired import marked
 from saebench.bench.probes import ProbesConfig, probe, probes, summary
 from saebench.bench.protocol import auc, order_of, split
 from saebench.bench.readings import Reading, _names, dictionaries_of, prefixes
@@ -205,6 +206,44 @@ def test_means_over_tasks_and_the_excess_over_the_best_baseline() -> None:
     assert next(each for each in summary(readings, figures) if each.of == "excess").value == pytest.approx(0.06)
     few = summary(readings, {name: each[:2] for name, each in figures.items()})
     assert all(figure.low is None for figure in few)
+
+
+def test_saes_are_held_against_the_best_of_them_task_by_task() -> None:
+    def row(name: str, values: list[float | None], k: float = 1.0) -> list[Figure]:
+        return [Figure(name, f"t{place}", "auc", k, value) for place, value in enumerate(values)]
+
+    easy_and_hard = [0.95, 0.9, 0.7, 0.6, 0.5]
+    elsewhere = reading("e")._replace(of=("other",))
+    readings = [*map(reading, "abcd"), elsewhere, reading("p", baseline=True)]
+    figures: dict[str, list[Figure]] = {
+        "a": row("a", easy_and_hard) + row("a", easy_and_hard, 4.0),
+        "b": row("b", [value - 0.02 - 0.001 * (n % 2) for n, value in enumerate(easy_and_hard)])
+        + row("b", easy_and_hard, 4.0),
+        "c": row("c", [0.85, 0.95, 0.6, 0.65, 0.45]),  # now ahead, now behind
+        "d": row("d", [None, None, 0.75, 0.65, 0.4]),  # above c on what both have, and the best is of what all have
+        "e": row("e", [0.99] * 5),
+        "p": row("p", [0.4] * 5),
+    }
+    every = summary(readings, figures)
+    found = {(each.sae, each.at): each for each in every if each.of == "less_best"}
+    assert set(found) == {("b", 1.0), ("c", 1.0), ("d", 1.0), ("b", 4.0)}  # neither a, nor the only one of its hooks
+    assert found["b", 1.0].value == pytest.approx(
+        -0.0204
+    )  # intervals of the AUC themselves reach over each other by far
+    half = 2.776 * 0.000548 / 5**0.5
+    assert (found["b", 1.0].low, found["b", 1.0].high) == (
+        pytest.approx(-0.0204 - half, abs=1e-5), pytest.approx(-0.0204 + half, abs=1e-5),
+    )  # fmt: skip
+    assert (found["d", 1.0].value, found["d", 1.0].n, found["d", 1.0].low) == (pytest.approx(0.0), 3, None)
+    table = [each for each in marked(every) if each.of.startswith("less_best")]
+    assert {each.sae: each.of for each in table} == {
+        "b": "less_best ≈ at 4", "c": "less_best ≈", "d": "less_best", "least difference": "less_best",
+    }  # fmt: skip
+    assert found["c", 1.0].low is not None
+    assert found["c", 1.0].high is not None
+    halves = (found["c", 1.0].high - found["c", 1.0].low) / 2, half
+    least = {each.at: (each.value, each.n) for each in table if each.sae == "least difference"}
+    assert least == {1.0: (pytest.approx(sum(halves) / 2, abs=1e-5), 2), 4.0: (0.0, 1)}
 
 
 # ---------------------------------------------------------------------------------- tasks

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from scipy import sparse
 
+from saebench.bench.paired import LEAST, differences, marked
 from saebench.bench.readings import Reading, dictionaries_of, folders_by_store, prefixes
 from saebench.bench.results import FEW, Figure, Results, drawn_interval
 from saebench.bench.tasks import labelled, vectors_of
@@ -67,7 +68,7 @@ def bench_python(config: PythonConfig) -> list[Figure]:
 
     F1 = 2 TP ÷ (rows on which the latent fires + rows on which the label holds), at the rate at which it holds in the text. Returns for each SAE the mean
     over labels (`f1`) and the share found (`found`, at an F1), with an untrained SAE of the same width and L0 beside them and `oracle`, which
-    has the labels themselves. Raises ValueError where there are no SAEs, or no labels that hold often enough in both halves.
+    has the labels themselves, and the `differences` of F1 between SAEs and untrained ones, label by label, as a table has them. Raises ValueError where there are no SAEs, or no labels that hold often enough in both halves.
     """
     results = Results(config.run / "bench/python.json", "python")
     found: list[Figure] = []
@@ -97,8 +98,9 @@ def _of_store(
         "store": store.hash, "rows": len(rows), "labeller": [labeller.name, labeller.version], "resamples": config.resamples,
         "seed": config.seed, "least": config.least, "version": _VERSION,
     }  # fmt: skip
-    every: list[Figure] = []
-    for reading in dictionaries_of(store, folders, config.seed, device):
+    every: dict[str, list[Figure]] = {}
+    readings = dictionaries_of(store, folders, config.seed, device)
+    for reading in readings:
         identity, name = {**settings, **reading.identity, "hooks": list(reading.of)}, before + reading.name
         figures = results.get(name, identity)
         if figures is None:
@@ -108,17 +110,24 @@ def _of_store(
                 identity,
                 _figures(config, name, names, fires_NF, holds_NM, usual_N, chosen, documents),
             )
-        every += figures
-    _say_what_is_few(every)
+        every[reading.name] = figures
+    _say_what_is_few(names, [figure for figures in every.values() for figure in figures])
     everywhere = np.ones(len(rows), bool)
     oracle = _figures(config, f"{before}oracle", names, holds_NM.tocsr(), holds_NM, everywhere, chosen, documents)
     results.put(f"oracle of {store.folder.name}", settings, oracle)
-    return [figure for figure in every + oracle if figure.of == "all"]
+    of_labels = {name: [figure for figure in figures if figure.of != "all"] for name, figures in every.items()}
+    apart = differences(readings, of_labels, "f1")
+    told = settings | {"readings": {reading.name: reading.identity for reading in readings}}
+    results.put(f"{before}differences", told, [figure._replace(sae=before + figure.sae) for figure in apart])
+    means = [figure for figures in (*every.values(), oracle) for figure in figures if figure.of == "all"]
+    return means + [figure._replace(sae=before + figure.sae) for figure in marked(apart)]
 
 
-def _say_what_is_few(figures: Sequence[Figure]) -> None:
+def _say_what_is_few(labels: Sequence[str], figures: Sequence[Figure]) -> None:
     if few := sorted({figure.of for figure in figures if figure.low is None}):
         _log.warning("too few documents of the second half (under %d) for an interval: %s", FEW, ", ".join(few))
+    if len(labels) < LEAST:
+        _log.warning("differences over %d labels have no interval; expected %d at least", len(labels), LEAST)
 
 
 def _half_of(documents: Int[np.ndarray, " N"]) -> Bool[np.ndarray, " N"]:
