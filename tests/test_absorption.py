@@ -219,6 +219,33 @@ def test_the_bench_leaves_out_what_it_has_too_few_of_and_goes_on(store: Store, t
     assert (tmp_path / "bench/absorption.json").stat().st_mtime_ns != written
 
 
+def test_an_untrained_sae_as_wide_and_as_sparse_stands_beside(store: Store, tmp_path: Path) -> None:
+    sae = an_sae("topk", store)
+    save_sae(sae, tmp_path / "saes/topk", {"model_name": "m", "hook_name": HOOK, "context_size": 16})
+    file = tmp_path / "parents.json"
+    file.write_text(json.dumps({"pet": ['token " cat"', 'token " dog"']}))
+    config = AbsorptionConfig(
+        run=tmp_path, store=store.folder, concepts=str(file), labeller="tokens", resamples=20, device="cpu"
+    )
+    figures = absorption(config)
+    (ours, untrained), written = dict.fromkeys(each.sae for each in figures), tmp_path / "bench/absorption.json"
+    assert (ours, untrained.startswith(f"untrained, {sae.d_sae} latents, k ")) == ("topk", True)
+    found = {(each.sae, each.figure): each.value for each in figures}
+    assert found[ours, "probe_f1"] == found[untrained, "probe_f1"] is not None  # the probe is the same
+    assert found[ours, "main_f1"] != found[untrained, "main_f1"] is not None
+    before = written.stat().st_mtime_ns
+    assert absorption(config) == figures
+    assert written.stat().st_mtime_ns == before
+    # What it writes is as near as one factor makes it.
+    of = Asked(config, store, ENDS)
+    made = of.untrained(sae.d_sae, 3)
+    x, written_ND = of.concepts.train.read, of.concepts.train.written
+    assert ((made.encode(x) > 0).sum(1) <= 3).all()
+    out = made(x).x_hat - made.b_dec
+    errors = [float((made.b_dec + factor * out - written_ND).pow(2).sum()) for factor in (0.95, 1.0, 1.05)]
+    assert min(errors) == errors[1]
+
+
 def test_what_cannot_be_asked_is_refused(store: Store, tmp_path: Path) -> None:
     config = AbsorptionConfig(run=tmp_path, store=store.folder, device="cpu")
     with pytest.raises(ValueError, match=r"has no SAEs in saes/ that write a hook by themselves; train some with"):

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -209,7 +210,7 @@ def test_means_over_tasks_and_the_excess_over_the_best_baseline() -> None:
 
 
 def test_saes_are_held_against_the_best_of_them_task_by_task() -> None:
-    def row(name: str, values: list[float | None], k: float = 1.0) -> list[Figure]:
+    def row(name: str, values: Sequence[float | None], k: float = 1.0) -> list[Figure]:
         return [Figure(name, f"t{place}", "auc", k, value) for place, value in enumerate(values)]
 
     easy_and_hard = [0.95, 0.9, 0.7, 0.6, 0.5]
