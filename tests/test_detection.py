@@ -63,11 +63,16 @@ def of_all(figures: list[Figure], name: str) -> float:
     return value
 
 
-def test_oracle_sae_and_untrained_rank_as_they_must(run: Path, tmp_path: Path) -> None:
+def test_oracle_sae_and_untrained_rank_as_they_must(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = PythonConfig(
         run=tmp_path, sae=(run / "saes/topk-k4",), store=run.parent.parent / "store", labeller="tokens", resamples=20, least=10, device="cpu",
     )  # fmt: skip
     figures = bench_python(config)
+    (said,) = (text for text in caplog.messages if "for an interval" in text)
+    assert said.startswith("too few documents of the second half (under 10) for an interval: all, ")
+    assert all(each.low is None for each in figures if each.of == "all" and each.sae != "oracle")
     untrained = next(each.sae for each in figures if each.sae.startswith("untrained"))
     assert 1.0 == of_all(figures, "oracle") > of_all(figures, "topk-k4") > of_all(figures, untrained)
     before = (tmp_path / "bench/python.json").read_bytes()

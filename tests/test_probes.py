@@ -373,7 +373,7 @@ def test_labels_that_never_occur(store: Store, reader: Reader) -> None:
 def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     made, at = tmp_path / "run", run.parent.parent / "store"
     shutil.copytree(run / "saes/topk-k4", made / "saes/topk-k4")
-    texts = write_csv(tmp_path / "mine.csv", [("text", "label"), *((sentences(n, 6), n % 2) for n in range(280))])
+    texts = write_csv(tmp_path / "mine.csv", [("text", "label"), *((sentences(n, 6), n % 2) for n in range(240))])
     command = ["bench", "probes", "--run", str(made), "--store", str(at), "--texts", str(texts), "--labeller", "tokens"]
     command += ["--labels", 'token " cat"', "--ks", "1", "--seeds", "2", "--device", "cpu"]
     assert main(command) == 0

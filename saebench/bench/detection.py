@@ -30,6 +30,7 @@ _log = logging.getLogger(__name__)
 _VERSION = 2  # of the figures' definitions
 _AT_ONCE = 16_384  # rows encoded at once
 _DOCUMENTS = 3  # that a label must hold in, in either half
+_NAMED = 8  # labels without an interval, the others are counted
 FOUND = (0.5, 0.9)
 """F1 above which a label counts as found"""
 
@@ -124,8 +125,9 @@ def _of_store(
 
 
 def _say_what_is_few(labels: Sequence[str], figures: Sequence[Figure]) -> None:
-    if few := sorted({figure.of for figure in figures if figure.low is None}):
-        _log.warning("too few documents of the second half (under %d) for an interval: %s", FEW, ", ".join(few))
+    if few := sorted({figure.of for figure in figures if figure.low is None}, key=lambda of: (of != "all", of)):
+        some = ", ".join(few[:_NAMED]) + (f" and {len(few) - _NAMED} more" if len(few) > _NAMED else "")
+        _log.warning("too few documents of the second half (under %d) for an interval: %s", FEW, some)
     if len(labels) < LEAST:
         _log.warning("differences over %d labels have no interval; expected %d at least", len(labels), LEAST)
 
