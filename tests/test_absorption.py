@@ -14,6 +14,7 @@ from scipy import sparse
 from saebench.bench.absorption import AbsorptionConfig, Asked, absorption
 from saebench.bench.concepts import Concepts, Examples, _letters_of, labelled, letters, parents_of, prompted
 from saebench.bench.projections import Probe, absorbed_at, fit_probe, main_latents
+from saebench.bench.results import Figure
 from saebench.labels import labeller_of
 from saebench.models import capture, load_model
 from saebench.sae import Ends, ReLUSAE, new_sae, save_sae
@@ -93,6 +94,27 @@ def test_absorption_that_is_built_in_is_found_and_none_where_there_is_none(store
     assert found["all letters", "left_out"].value == 1
     assert found["all letters", "full_absorption"].value == pytest.approx(3 / 15)
     assert found["all letters", "full_absorption"].low is None  # of one concept
+
+
+def test_the_mean_over_concepts_has_students_interval_from_five_on(store: Store) -> None:
+    of = asked(store, examples(range(TRAINED)), examples(range(TRAINED, WORDS)))
+    of.probes = {}
+
+    def means(values: list[float]) -> dict[tuple[str, str], Figure]:
+        of.concepts.names[:] = [f"c{place}" for place in range(len(values))]
+        names = "full_absorption", "main_latents"
+        rows = [Figure("x", f"c{place}", name, None, value) for place, value in enumerate(values) for name in names]
+        return by_name(of._means(rows, "x"))
+
+    some = means([0.5, 0.6, 0.4, 0.6, 0.4])["all letters", "full_absorption"]
+    assert (some.value, some.n) == (pytest.approx(0.5), 5)  # s = 0.1, t(4) = 2.776, half 0.1242; percentiles have 0.08
+    assert (some.low, some.high) == (pytest.approx(0.3758, abs=1e-4), pytest.approx(0.6242, abs=1e-4))
+    few = means([0.0, 0.0, 0.0, 0.0, 0.5])
+    assert few["all letters", "full_absorption"].low == 0  # a share is no less
+    low = few["all letters", "main_latents"].low
+    assert low is not None
+    assert low < 0
+    assert means([0.5, 0.6, 0.4, 0.6])["all letters", "full_absorption"].low is None
 
 
 def test_what_no_latent_is_of_is_not_absorbed(store: Store) -> None:
@@ -195,6 +217,33 @@ def test_the_bench_leaves_out_what_it_has_too_few_of_and_goes_on(store: Store, t
     assert (tmp_path / "bench/absorption.json").stat().st_mtime_ns == written
     absorption(replace(config, tau=0.1))
     assert (tmp_path / "bench/absorption.json").stat().st_mtime_ns != written
+
+
+def test_an_untrained_sae_as_wide_and_as_sparse_stands_beside(store: Store, tmp_path: Path) -> None:
+    sae = an_sae("topk", store)
+    save_sae(sae, tmp_path / "saes/topk", {"model_name": "m", "hook_name": HOOK, "context_size": 16})
+    file = tmp_path / "parents.json"
+    file.write_text(json.dumps({"pet": ['token " cat"', 'token " dog"']}))
+    config = AbsorptionConfig(
+        run=tmp_path, store=store.folder, concepts=str(file), labeller="tokens", resamples=20, device="cpu"
+    )
+    figures = absorption(config)
+    (ours, untrained), written = dict.fromkeys(each.sae for each in figures), tmp_path / "bench/absorption.json"
+    assert (ours, untrained.startswith(f"untrained, {sae.d_sae} latents, k ")) == ("topk", True)
+    found = {(each.sae, each.figure): each.value for each in figures}
+    assert found[ours, "probe_f1"] == found[untrained, "probe_f1"] is not None  # the probe is the same
+    assert found[ours, "main_f1"] != found[untrained, "main_f1"] is not None
+    before = written.stat().st_mtime_ns
+    assert absorption(config) == figures
+    assert written.stat().st_mtime_ns == before
+    # What it writes is as near as one factor makes it.
+    of = Asked(config, store, ENDS)
+    made = of.untrained(sae.d_sae, 3)
+    x, written_ND = of.concepts.train.read, of.concepts.train.written
+    assert ((made.encode(x) > 0).sum(1) <= 3).all()
+    out = made(x).x_hat - made.b_dec
+    errors = [float((made.b_dec + factor * out - written_ND).pow(2).sum()) for factor in (0.95, 1.0, 1.05)]
+    assert min(errors) == errors[1]
 
 
 def test_what_cannot_be_asked_is_refused(store: Store, tmp_path: Path) -> None:

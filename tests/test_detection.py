@@ -7,7 +7,7 @@ import pytest
 from scipy import sparse
 
 from saebench.bench.detection import PythonConfig, _figures, bench_python, best_latents
-from saebench.bench.results import Figure
+from saebench.bench.results import Figure, drawn_interval
 from saebench.files import read_json
 
 
@@ -25,8 +25,36 @@ def test_the_worked_example_of_the_docs() -> None:
     config = PythonConfig(run=Path("r"), resamples=200)
     label, mean, found, surely = _figures(config, "a", ["x"], fires, holds, np.ones(8, bool), chosen, documents)
     assert (label.of, label.value, label.n) == ("x", 0.5, 2)  # 2·1/(2 + 2), though the second latent has 2/3 there
-    assert (label.low, label.high) == (0.0, pytest.approx(2 / 3))  # of samples 2-2, 2-3 and 3-3
+    assert label.low is None  # of two documents
     assert (mean.value, found.value, surely.value) == (0.5, 0.0, 0.0)
+
+
+def half(n: int, without: int = 0) -> list[Figure]:
+    """Of a label on one row of each of n documents of either half, which its latent finds in the odd ones; and of documents that have neither."""
+    there = np.arange(2 * (n + without)) < 2 * n
+    fires = sparse.csr_array((there & (np.arange(len(there)) // 2 % 2 == 0))[:, None])
+    documents, chosen = np.arange(len(there)), np.arange(len(there)) % 2 == 0
+    config = PythonConfig(run=Path("r"), resamples=500)
+    return _figures(
+        config, "a", ["x"], fires, sparse.csc_array(there[:, None]), np.ones(len(there), bool), chosen, documents
+    )
+
+
+def test_intervals_are_students_of_the_documents_that_there_is_anything_in() -> None:
+    """Of n documents h are found: F1 = 2h/(n + h), and so of each sample, whose h is binomial."""
+    for n, without in ((9, 0), (9, 40)):
+        assert [(each.low, each.high) for each in half(n, without)] == [(None, None)] * 4
+    for without in (0, 30):
+        label, mean, found, surely = half(10, without)
+        assert (label.value, label.n, label.low, label.high) == (pytest.approx(2 / 3), 10, mean.low, mean.high)
+        assert (found.value, surely.value) == (1, 0)
+        assert label.low is not None
+        assert label.value is not None
+        # By the delta method sd of 2h/(n + h) is 2n/(n + h)² √2.5 = 0.1405; t(9) = 2.262, √(10/9) = 1.054.
+        assert label.value - label.low == pytest.approx(2.262 * 1.054 * 0.1405, rel=0.15)
+    assert drawn_interval(0.5, np.array([0.4, 0.6] * 50), 10) == pytest.approx((0.5 - 0.23845, 0.5 + 0.23845), abs=1e-4)
+    assert drawn_interval(0.1, np.array([0.4, 0.6] * 50), 10)[0] == 0  # a share is no less
+    assert drawn_interval(0.5, np.array([0.4, 0.6] * 50), 9) == (None, None)
 
 
 def of_all(figures: list[Figure], name: str) -> float:
@@ -35,16 +63,29 @@ def of_all(figures: list[Figure], name: str) -> float:
     return value
 
 
-def test_oracle_sae_and_untrained_rank_as_they_must(run: Path, tmp_path: Path) -> None:
+def test_oracle_sae_and_untrained_rank_as_they_must(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = PythonConfig(
         run=tmp_path, sae=(run / "saes/topk-k4",), store=run.parent.parent / "store", labeller="tokens", resamples=20, least=10, device="cpu",
     )  # fmt: skip
     figures = bench_python(config)
+    (said,) = (text for text in caplog.messages if "for an interval" in text)
+    assert said.startswith("too few documents of the second half (under 10) for an interval: all, ")
+    assert all(each.low is None for each in figures if each.of == "all" and each.sae != "oracle")
     untrained = next(each.sae for each in figures if each.sae.startswith("untrained"))
     assert 1.0 == of_all(figures, "oracle") > of_all(figures, "topk-k4") > of_all(figures, untrained)
     before = (tmp_path / "bench/python.json").read_bytes()
     assert bench_python(config) == figures
     assert (tmp_path / "bench/python.json").read_bytes() == before
-    assert len(read_json(tmp_path / "bench/python.json")["units"]) == 3
+    units = read_json(tmp_path / "bench/python.json")["units"]
+    assert len(units) == 4
+    # Paired: the mean over labels is the difference of the means.
+    (excess,) = (Figure(*row) for row in units["differences"]["figures"])
+    assert (excess.sae, excess.of, excess.figure) == ("topk-k4", "excess", "f1")
+    assert excess.value == pytest.approx(of_all(figures, "topk-k4") - of_all(figures, untrained))
+    assert excess.low is not None
+    assert excess.low > 0
+    assert excess in figures
     with pytest.raises(ValueError, match="no label of 'python' holds on 50 rows in 3 documents of either half of"):
         bench_python(PythonConfig(run=tmp_path, sae=config.sae, store=config.store, device="cpu"))

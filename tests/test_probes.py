@@ -3,6 +3,7 @@
 import csv
 import gzip
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import torch
 from conftest import HOOK, sentences
 from scipy import sparse, stats
 
-from saebench.bench import Figure
+from saebench.bench import Figure, protocol
+from saebench.bench.paired import marked
 from saebench.bench.probes import ProbesConfig, probe, probes, summary
 from saebench.bench.protocol import auc, order_of, split
 from saebench.bench.readings import Reading, _names, dictionaries_of, prefixes
@@ -124,7 +126,7 @@ def test_permuted_labels_give_chance() -> None:
 
 
 def test_figures_do_not_depend_on_the_scale_of_activations_and_equal_seeds_are_equal() -> None:
-    task = some_task(200, 100)
+    task = some_task(400, 200)  # more rows, and so one fold instead of six
     X = telling(task)
     found = [probe(reading(), task, X * scale, 32, CONFIG, task.rows) for scale in (1, 1, 2.0**20)]
     assert found[0] == found[1] == found[2]
@@ -207,7 +209,48 @@ def test_means_over_tasks_and_the_excess_over_the_best_baseline() -> None:
     assert all(figure.low is None for figure in few)
 
 
+def test_saes_are_held_against_the_best_of_them_task_by_task() -> None:
+    def row(name: str, values: Sequence[float | None], k: float = 1.0) -> list[Figure]:
+        return [Figure(name, f"t{place}", "auc", k, value) for place, value in enumerate(values)]
+
+    easy_and_hard = [0.95, 0.9, 0.7, 0.6, 0.5]
+    elsewhere = reading("e")._replace(of=("other",))
+    readings = [*map(reading, "abcd"), elsewhere, reading("p", baseline=True)]
+    figures: dict[str, list[Figure]] = {
+        "a": row("a", easy_and_hard) + row("a", easy_and_hard, 4.0),
+        "b": row("b", [value - 0.02 - 0.001 * (n % 2) for n, value in enumerate(easy_and_hard)])
+        + row("b", easy_and_hard, 4.0),
+        "c": row("c", [0.85, 0.95, 0.6, 0.65, 0.45]),  # now ahead, now behind
+        "d": row("d", [None, None, 0.75, 0.65, 0.4]),  # above c on what both have, and the best is of what all have
+        "e": row("e", [0.99] * 5),
+        "p": row("p", [0.4] * 5),
+    }
+    every = summary(readings, figures)
+    found = {(each.sae, each.at): each for each in every if each.of == "less_best"}
+    assert set(found) == {("b", 1.0), ("c", 1.0), ("d", 1.0), ("b", 4.0)}  # neither a, nor the only one of its hooks
+    half = 2.776 * 0.000548 / 5**0.5  # while the intervals of both AUC, 0.5 wide, lie over each other
+    low, high = (pytest.approx(-0.0204 + end, abs=1e-5) for end in (-half, half))
+    assert found["b", 1.0][4:7] == (pytest.approx(-0.0204), low, high)
+    assert (found["d", 1.0].value, found["d", 1.0].n, found["d", 1.0].low) == (pytest.approx(0.0), 3, None)
+    table = [each for each in marked(every) if each.of.startswith("less_best")]
+    assert {each.sae: each.of for each in table} == {
+        "b": "less_best ≈ at 4", "c": "less_best ≈", "d": "less_best", "least difference": "less_best",
+    }  # fmt: skip
+    ends = found["c", 1.0].low, found["c", 1.0].high
+    assert ends[0] is not None
+    assert ends[1] is not None
+    halves = (ends[1] - ends[0]) / 2, half
+    least = {each.at: (each.value, each.n) for each in table if each.sae == "least difference"}
+    assert least == {1.0: (pytest.approx(sum(halves) / 2, abs=1e-5), 2), 4.0: (0.0, 1)}
+
+
 # ---------------------------------------------------------------------------------- tasks
+
+
+@pytest.fixture
+def few_cs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two C instead of ten, for tests of what lies around the regression, which is most of the time."""
+    monkeypatch.setattr(protocol, "_CS", protocol._CS[[3, 6]])
 
 
 @pytest.fixture(scope="module")
@@ -326,10 +369,11 @@ def test_labels_that_never_occur(store: Store, reader: Reader) -> None:
 # ---------------------------------------------------------------------------------- command
 
 
+@pytest.mark.usefixtures("few_cs")
 def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     made, at = tmp_path / "run", run.parent.parent / "store"
     shutil.copytree(run / "saes/topk-k4", made / "saes/topk-k4")
-    texts = write_csv(tmp_path / "mine.csv", [("text", "label"), *((sentences(n, 6), n % 2) for n in range(280))])
+    texts = write_csv(tmp_path / "mine.csv", [("text", "label"), *((sentences(n, 6), n % 2) for n in range(240))])
     command = ["bench", "probes", "--run", str(made), "--store", str(at), "--texts", str(texts), "--labeller", "tokens"]
     command += ["--labels", 'token " cat"', "--ks", "1", "--seeds", "2", "--device", "cpu"]
     assert main(command) == 0
@@ -365,11 +409,12 @@ def test_an_untrained_sae_is_as_sparse_as_the_one_that_it_stands_beside(run: Pat
     assert ours.encode(vectors).nnz == untrained.encode(vectors).nnz == 3 * len(vectors[HOOK])
 
 
+@pytest.mark.usefixtures("few_cs")
 def test_what_is_done_outlives_an_interruption(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from saebench.bench import results
 
     config = ProbesConfig(
-        run=tmp_path, sae=(run / "saes/topk-k4",), store=run.parent.parent / "store", labels=('token " cat"',), labeller="tokens", ks=(1,), seeds=2, device="cpu",
+        run=tmp_path, sae=(run / "saes/topk-k4",), store=run.parent.parent / "store", labels=('token " cat"',), labeller="tokens", ks=(1,), seeds=1, device="cpu",
     )  # fmt: skip
     put, calls = results.Results.put, []
 

@@ -4,20 +4,22 @@ In the form of SAEBench, by projections on a probe: the model need not spell. Le
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from scipy import sparse
 from torch import Tensor
 
 from saebench.bench.concepts import Concepts, Examples, labelled, letters, parents_of, prompted
 from saebench.bench.projections import Probe, absorbed_at, f1_of, fit_probe, main_latents
-from saebench.bench.results import Figure, Results
+from saebench.bench.readings import l0_of, untrained_sae
+from saebench.bench.results import Figure, Results, as_shares, interval
 from saebench.config import Count
 from saebench.evaluate.sets import set_of
 from saebench.files import hash_files
@@ -32,7 +34,7 @@ from saebench.store.source import model_of, store_for, store_of
 
 log = logging.getLogger(__name__)
 
-NAME, VERSION = "absorption", 2
+NAME, VERSION = "absorption", 3
 LEAST = 10
 """words (of labels documents) that a concept needs among those that its probe is fitted on, and among those that it finds"""
 _CONCEPTS = 5  # below which there is no interval of their mean
@@ -65,7 +67,7 @@ class AbsorptionConfig:
     resamples: Count = 1000
     """bootstrap samples behind each interval"""
     seed: int = 0
-    """of the bootstrap"""
+    """of the bootstrap and of the untrained SAEs"""
     device: str | None = None
     """cuda or cpu (default: cuda where it is at hand)"""
     trust_remote_code: bool = False
@@ -73,7 +75,7 @@ class AbsorptionConfig:
 
 
 def absorption(config: AbsorptionConfig) -> list[Figure]:
-    """Means over concepts of each SAE; those of every concept and of its children are in RUN/bench/absorption.json.
+    """Means over concepts of each SAE, and of untrained ones as wide and as sparse; those of every concept and of its children are in RUN/bench/absorption.json.
 
     Raises ValueError where scikit-learn is not there, there are no SAEs, or nothing is known of their rows.
     """
@@ -94,18 +96,29 @@ def absorption(config: AbsorptionConfig) -> list[Figure]:
     names = [folder.name for folder in folders]
     results, found = Results(config.run / "bench" / f"{NAME}.json", NAME), []
     for (path, ends), group in groups.items():
-        asked = Asked(config, store_of(group[0], path), ends)
+        asked, sizes = Asked(config, store_of(group[0], path), ends), {}
         with progress(len(group), f"absorption at {ends}", "SAE", delay=1.0) as bar:
             for folder in group:
                 name = folder.name if names.count(folder.name) == 1 else str(folder)
-                unit = f"{name}, {config.concepts}"
-                identity = asked.identity | {"weights": hash_files(weights_of(folder))}
-                if (figures := results.get(unit, identity)) is None:
-                    made = asked.figures(load_sae(folder, device=asked.device), name)
-                    figures = results.put(unit, identity, made)
-                found += [each for each in figures if each.of == f"all {config.concepts}"]
+                sae = load_sae(folder, device=asked.device)
+                sizes[sae.d_sae, min(l0_of(sae, ends.reads, asked.store), sae.d_sae)] = None
+                weights = {"weights": hash_files(weights_of(folder))}
+                found += _kept(results, asked, name, weights, lambda sae=sae: sae)
                 bar.update()
+        for d_sae, k in sizes:
+            name = f"untrained, {d_sae} latents, k {k}" + (f", {path.name}, {ends}" if len(groups) > 1 else "")
+            found += _kept(results, asked, name, {"untrained": [d_sae, k]}, partial(asked.untrained, d_sae, k))
     return found
+
+
+def _kept(
+    results: Results, asked: "Asked", name: str, identity: dict[str, Any], make: Callable[[], SAE]
+) -> list[Figure]:
+    """The means over concepts of what an SAE is, or was, found to have."""
+    unit, identity = f"{name}, {asked.config.concepts}", asked.identity | identity
+    if (figures := results.get(unit, identity)) is None:
+        figures = results.put(unit, identity, asked.figures(make(), name))
+    return [each for each in figures if each.of == f"all {asked.config.concepts}"]
 
 
 class Asked:
@@ -172,6 +185,13 @@ class Asked:
             )  # fmt: skip
         return found
 
+    def untrained(self, d_sae: int, k: int) -> SAE:
+        """A TopK dictionary as training begins it; its decoder rows, which overshoot, times the factor that is best for the training examples."""
+        sae, train = untrained_sae(self.store, self.ends, d_sae, k, self.config.seed), self.concepts.train
+        out_NE = torch.from_numpy(_activations(sae, train.read) @ sae.W_dec.numpy())
+        sae.W_dec *= (out_NE * (train.written - sae.b_dec)).sum() / out_NE.pow(2).sum().clamp(min=1e-30)
+        return sae.to(self.device)
+
     def figures(self, sae: SAE, name: str) -> list[Figure]:
         """Of an SAE: of each concept, its children, and all."""
         found: list[Figure] = []
@@ -220,18 +240,17 @@ class Asked:
         return float(values.mean()), float(low), float(high)
 
     def _means(self, figures: Sequence[Figure], name: str) -> list[Figure]:
-        """Over concepts, with a bootstrap over them; and how many were left out."""
+        """Over concepts, with Student's interval, of shares within 0 to 1; and how many were left out."""
         concepts, of = set(self.concepts.names), f"all {self.config.concepts}"
         found = []
         for figure in ("full_absorption", "absorption_fraction", "main_latents", "main_f1", "probe_f1"):
             mine = [each.value for each in figures if each.figure == figure and each.of in concepts]
-            values = np.array([value for value in mine if value is not None], np.float64)
-            low = high = None
-            if len(values) >= _CONCEPTS:
-                (sums,) = resampled([{"sum": values}], self.config.resamples, self.config.seed)
-                low, high = np.quantile(sums["sum"] / len(values), (0.025, 0.975)).tolist()
+            values = [value for value in mine if value is not None]
+            ends = interval(values) if len(values) >= _CONCEPTS else (None, None)
+            if ends[0] is not None and figure != "main_latents":
+                ends = as_shares(*ends)
             found.append(
-                Figure(name, of, figure, None, float(values.mean()) if len(values) else None, low, high, len(values))
+                Figure(name, of, figure, None, float(np.mean(values)) if values else None, *ends, n=len(values))
             )
         return [*found, Figure(name, of, "left_out", None, float(len(concepts) - len(self.probes)), n=len(self.probes))]
 

@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from scipy import sparse
 
+from saebench.bench.paired import LEAST, differences, marked
 from saebench.bench.readings import Reading, dictionaries_of, folders_by_store, prefixes
-from saebench.bench.results import Figure, Results
+from saebench.bench.results import FEW, Figure, Results, drawn_interval
 from saebench.bench.tasks import labelled, vectors_of
 from saebench.config import Count
 from saebench.labels import Literals, labeller_of
@@ -26,9 +27,10 @@ from saebench.sae.hub import SaePath
 from saebench.store import Store, open_store
 
 _log = logging.getLogger(__name__)
-_VERSION = 1  # of the figures' definitions
+_VERSION = 2  # of the figures' definitions
 _AT_ONCE = 16_384  # rows encoded at once
 _DOCUMENTS = 3  # that a label must hold in, in either half
+_NAMED = 8  # labels without an interval, the others are counted
 FOUND = (0.5, 0.9)
 """F1 above which a label counts as found"""
 
@@ -67,7 +69,7 @@ def bench_python(config: PythonConfig) -> list[Figure]:
 
     F1 = 2 TP ÷ (rows on which the latent fires + rows on which the label holds), at the rate at which it holds in the text. Returns for each SAE the mean
     over labels (`f1`) and the share found (`found`, at an F1), with an untrained SAE of the same width and L0 beside them and `oracle`, which
-    has the labels themselves. Raises ValueError where there are no SAEs, or no labels that hold often enough in both halves.
+    has the labels themselves, and the `differences` of F1 between SAEs and untrained ones, label by label, as a table has them. Raises ValueError where there are no SAEs, or no labels that hold often enough in both halves.
     """
     results = Results(config.run / "bench/python.json", "python")
     found: list[Figure] = []
@@ -97,8 +99,9 @@ def _of_store(
         "store": store.hash, "rows": len(rows), "labeller": [labeller.name, labeller.version], "resamples": config.resamples,
         "seed": config.seed, "least": config.least, "version": _VERSION,
     }  # fmt: skip
-    shown: list[Figure] = []
-    for reading in dictionaries_of(store, folders, config.seed, device):
+    every: dict[str, list[Figure]] = {}
+    readings = dictionaries_of(store, folders, config.seed, device)
+    for reading in readings:
         identity, name = {**settings, **reading.identity, "hooks": list(reading.of)}, before + reading.name
         figures = results.get(name, identity)
         if figures is None:
@@ -108,11 +111,25 @@ def _of_store(
                 identity,
                 _figures(config, name, names, fires_NF, holds_NM, usual_N, chosen, documents),
             )
-        shown += [figure for figure in figures if figure.of == "all"]
+        every[reading.name] = figures
+    _say_what_is_few(names, [figure for figures in every.values() for figure in figures])
     everywhere = np.ones(len(rows), bool)
     oracle = _figures(config, f"{before}oracle", names, holds_NM.tocsr(), holds_NM, everywhere, chosen, documents)
     results.put(f"oracle of {store.folder.name}", settings, oracle)
-    return shown + [figure for figure in oracle if figure.of == "all"]
+    of_labels = {name: [figure for figure in figures if figure.of != "all"] for name, figures in every.items()}
+    apart = differences(readings, of_labels, "f1")
+    told = settings | {"readings": {reading.name: reading.identity for reading in readings}}
+    results.put(f"{before}differences", told, [figure._replace(sae=before + figure.sae) for figure in apart])
+    means = [figure for figures in (*every.values(), oracle) for figure in figures if figure.of == "all"]
+    return means + [figure._replace(sae=before + figure.sae) for figure in marked(apart)]
+
+
+def _say_what_is_few(labels: Sequence[str], figures: Sequence[Figure]) -> None:
+    if few := sorted({figure.of for figure in figures if figure.low is None}, key=lambda of: (of != "all", of)):
+        some = ", ".join(few[:_NAMED]) + (f" and {len(few) - _NAMED} more" if len(few) > _NAMED else "")
+        _log.warning("too few documents of the second half (under %d) for an interval: %s", FEW, some)
+    if len(labels) < LEAST:
+        _log.warning("differences over %d labels have no interval; expected %d at least", len(labels), LEAST)
 
 
 def _half_of(documents: Int[np.ndarray, " N"]) -> Bool[np.ndarray, " N"]:
@@ -182,20 +199,18 @@ def _figures(
     both_UM, total_UM = (
         (by_document @ columns.astype(np.float64)).toarray() for columns in (fires_M.multiply(truth_M), fires_M.astype(np.int8) + truth_M.astype(np.int8))
     )  # fmt: skip
+    there_UM = total_UM > 0  # a document without the label and its latent adds nothing to either sum
+    n_M, n_any = there_UM.sum(0), int(there_UM.any(1).sum())
     draws = np.random.default_rng(config.seed).multinomial(n, np.full(n, 1 / n), size=config.resamples).astype(float)
     drawn_RM = 2 * (draws @ both_UM) / np.maximum(draws @ total_UM, 1)
     f1_M = 2 * both_UM.sum(0) / np.maximum(total_UM.sum(0), 1)
     figures = [
-        Figure(name, label, "f1", None, float(f1), *_ends(drawn_RM[:, m]), n)
-        for m, (label, f1) in enumerate(zip(labels, f1_M, strict=True))
+        Figure(name, label, "f1", None, f1, *drawn_interval(f1, drawn_R, n), n)
+        for label, f1, drawn_R, n in zip(labels, f1_M.tolist(), drawn_RM.T, n_M.tolist(), strict=True)
     ]
-    figures.append(Figure(name, "all", "f1", None, float(f1_M.mean()), *_ends(drawn_RM.mean(1)), len(labels)))
-    for bound in FOUND:
-        ends = _ends((drawn_RM > bound).mean(1))
-        figures.append(Figure(name, "all", "found", bound, float((f1_M > bound).mean()), *ends, len(labels)))
+    means = [("f1", None, f1_M, drawn_RM), *(("found", bound, f1_M > bound, drawn_RM > bound) for bound in FOUND)]
+    for figure, at, values_M, values_RM in means:
+        value = float(values_M.mean())
+        ends = drawn_interval(value, values_RM.mean(1), n_any)
+        figures.append(Figure(name, "all", figure, at, value, *ends, len(labels)))
     return figures
-
-
-def _ends(values: Float[np.ndarray, " R"]) -> tuple[float, float]:
-    low, high = np.quantile(values, (0.025, 0.975))
-    return float(low), float(high)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int
 
+from saebench.bench.paired import LEAST, by_place, differences, marked, mean_of
 from saebench.bench.protocol import auc, order_of, split
 from saebench.bench.readings import Features, Reading, folders_by_store, prefixes, readings_of
 from saebench.bench.results import Figure, Results, interval
@@ -33,7 +34,6 @@ _log = logging.getLogger(__name__)
 
 _VERSION = 1  # of the figures' definitions
 _FEW = 10  # test examples of a class, or documents, below which no interval is given
-_LEAST_TASKS = 5  # behind an interval of a mean over tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,40 +139,13 @@ def _aucs(
 
 
 def summary(readings: Sequence[Reading], figures: Mapping[str, Sequence[Figure]]) -> list[Figure]:
-    """Means over tasks of what each reading has, and of how far each SAE's are above the best baseline's at the same k.
-
-    A task that is undefined for either is left out of a mean. The best baseline of a k is the one of the highest mean over the tasks that
-    all baselines and the SAE have.
-    """
-    tables = {name: _by_k(each) for name, each in figures.items()}
-    found = [
-        _mean(reading.name, "all", k, list(values.values()))
+    """Means over tasks of what each reading has, a task that is undefined left out, and the `differences` between readings at the same k."""
+    means = [
+        mean_of(reading.name, "all", "auc", k, list(values.values()))
         for reading in readings
-        for k, values in tables[reading.name].items()
+        for k, values in by_place(figures[reading.name]).items()
     ]
-    for reading in readings:
-        rivals = [other for other in readings if other.baseline and not other.dense and other.of == reading.of]
-        for k, values in tables[reading.name].items() if not reading.baseline else ():
-            rows = [table for other in rivals if (table := tables[other.name].get(k))]
-            if common := set(values).intersection(*rows) if rows else set():
-                best = max(rows, key=lambda row: np.mean([row[task] for task in common]))
-                apart = [value - best[task] for task, value in values.items() if task in best]
-                found.append(_mean(reading.name, "excess", k, apart))
-    return found
-
-
-def _by_k(figures: Sequence[Figure]) -> dict[float | None, dict[str, float]]:
-    """k -> task -> value, as far as it is defined."""
-    table: dict[float | None, dict[str, float]] = {figure.at: {} for figure in figures}
-    for figure in figures:
-        if figure.value is not None:
-            table[figure.at][figure.of] = figure.value
-    return table
-
-
-def _mean(name: str, of: str, at: float | None, values: list[float]) -> Figure:
-    ends = interval(values) if len(values) >= _LEAST_TASKS else (None, None)
-    return Figure(name, of, "auc", at, float(np.mean(values)) if values else None, *ends, n=len(values))
+    return means + differences(readings, figures, "auc")
 
 
 # ------------------------------------------------------------------------------------------ command
@@ -181,7 +154,7 @@ def _mean(name: str, of: str, at: float | None, values: list[float]) -> Figure:
 def probes(config: ProbesConfig) -> list[Figure]:
     """Probe every SAE for every task, and the baselines; each unit's figures are kept in RUN/bench/probes.json at once.
 
-    Returns the means over tasks. Raises ValueError where there are no SAEs or no tasks, and without scikit-learn.
+    Returns the means over tasks, as a table has them. Raises ValueError where there are no SAEs or no tasks, and without scikit-learn.
     """
     try:
         import sklearn  # noqa: F401
@@ -191,7 +164,7 @@ def probes(config: ProbesConfig) -> list[Figure]:
     found: list[Figure] = []
     stores = folders_by_store(config.run, config.sae, config.store)
     for path, before in prefixes(stores).items():
-        shown = _probe_store(config, open_store(path), stores[path], results)
+        shown = marked(_probe_store(config, open_store(path), stores[path], results))
         found += [figure._replace(sae=before + figure.sae) for figure in shown]
     return found
 
@@ -254,5 +227,5 @@ def _say_what_is_few(config: ProbesConfig, tasks: Sequence[Task], figures: Mappi
     few = sorted({each.of for each in every if each.value is not None and each.low is None})
     if few and config.seeds > 1:
         _log.warning("too few documents or test examples (under %d) for an interval: %s", _FEW, ", ".join(few))
-    if len(tasks) < _LEAST_TASKS:
-        _log.warning("means over %d tasks have no interval; expected %d at least", len(tasks), _LEAST_TASKS)
+    if len(tasks) < LEAST:
+        _log.warning("means over %d tasks have no interval; expected %d at least", len(tasks), LEAST)

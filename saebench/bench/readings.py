@@ -4,7 +4,6 @@ Suffixes: N rows, F features, D the width of what is read.
 """
 
 import logging
-import math
 from collections.abc import Callable, Collection, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from saebench.files import hash_files
 from saebench.sae import (
     SAE,
     Ends,
+    Writes,
     encode_sparse,
     ends_of,
     initialise,
@@ -57,8 +57,8 @@ class Reading(NamedTuple):
     """whether a probe reads all of it, whatever k"""
 
 
-def _sparse(sae: SAE, hooks: Hooks, scale: float, vectors: Vectors) -> Features:
-    code, values = encode_sparse(sae, joined(vectors, hooks).to(sae.W_enc.device) * scale)
+def _sparse(sae: SAE, hooks: Hooks, vectors: Vectors) -> Features:
+    code, values = encode_sparse(sae, joined(vectors, hooks).to(sae.W_enc.device))
     return sparse.csr_array(
         (values.cpu().numpy(), code.latents.cpu().numpy(), code.offsets.cpu().numpy()), (code.n_rows, sae.d_sae)
     )
@@ -74,17 +74,18 @@ def _components(pca: Callable[[], PCA], hooks: Hooks, vectors: Vectors) -> Featu
     return sparse.csr_array((x_ND @ fitted.components_DD).cpu().numpy())
 
 
-def _untrained(store: Store, reads: Hooks, d_sae: int, k: int, seed: int) -> tuple[SAE, float]:
-    """(a TopK SAE as training begins it, what vectors are multiplied by for it)."""
-    moments = [usual_moments(store, hook) for hook in reads]
-    mean_D = torch.from_numpy(np.concatenate([mean for mean, _ in moments])).float()
-    scale = math.sqrt(len(mean_D) / sum(square for _, square in moments))
-    sae = new_sae("topk", len(mean_D), d_sae, k=k)
-    initialise(sae, mean_D * scale, torch.Generator().manual_seed(seed))
-    return sae.eval().requires_grad_(False), scale
+def untrained_sae(store: Store, ends: Ends, d_sae: int, k: int, seed: int) -> SAE:
+    """A TopK dictionary as training begins it, for vectors as the store has them: what they are scaled by in training changes none of its latents."""
+    mean_D, mean_E = (
+        torch.from_numpy(np.concatenate([usual_moments(store, hook)[0] for hook in hooks])).float() for hooks in ends
+    )
+    writes = Writes(d_out=None if ends.tied else len(mean_E), parts=tuple(store.d_in(hook) for hook in ends.writes))
+    sae = new_sae("topk", len(mean_D), d_sae, k=k, writes=writes)
+    initialise(sae, mean_D, torch.Generator().manual_seed(seed), mean_E=mean_E)
+    return sae.eval().requires_grad_(False)
 
 
-def _l0(sae: SAE, reads: Hooks, store: Store) -> int:
+def l0_of(sae: SAE, reads: Hooks, store: Store) -> int:
     """How many latents are active on held-out rows, to the nearest whole number from 1."""
     rows, active = 0, 0
     for some in store.joint_rows(reads, "validation", first=_L0_ROWS):
@@ -113,11 +114,11 @@ def dictionaries_of(store: Store, folders: Sequence[tuple[Path, Ends]], seed: in
     for name, (folder, ends) in zip(_names([folder for folder, _ in folders]), folders, strict=True):
         sae = load_sae(folder, device=device)
         weights = {"weights": hash_files(weights_of(folder))}
-        found.append(Reading(name, ends.reads, ends.reads, partial(_sparse, sae, ends.reads, 1.0), weights, False))
-        k = min(_l0(sae, ends.reads, store), sae.d_sae)
+        found.append(Reading(name, ends.reads, ends.reads, partial(_sparse, sae, ends.reads), weights, False))
+        k = min(l0_of(sae, ends.reads, store), sae.d_sae)
         start = f"untrained, {sae.d_sae} latents, k {k}" + (f", {' + '.join(ends.reads)}" if several else "")
-        made, scale = _untrained(store, ends.reads, sae.d_sae, k, seed)
-        encode = partial(_sparse, made.to(device), ends.reads, scale)
+        made = untrained_sae(store, Ends(ends.reads, ends.reads), sae.d_sae, k, seed)
+        encode = partial(_sparse, made.to(device), ends.reads)
         untrained[ends.reads, sae.d_sae, k] = Reading(start, ends.reads, ends.reads, encode, {"seed": seed})
     return [*found, *untrained.values()]
 

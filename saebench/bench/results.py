@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 from scipy.special import stdtrit  # scipy.stats takes a second to import
 
 from saebench.files import read_json, write_json
 
+FEW = 10
+"""documents below which a bootstrap over them says too little for an interval"""
 _VERSION = 1
 _SEED = re.compile(r"-seed\d+$")
 
@@ -126,3 +129,20 @@ def interval(values: Sequence[float], test_per_train: float = 0.0) -> tuple[floa
     error = np.std(values, ddof=1) * math.sqrt(1 / len(values) + test_per_train)
     reach = float(stdtrit(len(values) - 1, 0.975) * error)
     return float(np.mean(values)) - reach, float(np.mean(values)) + reach
+
+
+def drawn_interval(value: float, draws_R: Float[np.ndarray, " R"], n: int) -> tuple[float | None, float | None]:
+    """95% interval of a share from its bootstrap samples of n documents; none of fewer than `FEW`.
+
+    Its half is t(n − 1) √(n/(n − 1)) times their standard deviation: samples of n documents vary as if divided by n and not by n − 1, and
+    percentiles know nothing of t. Percentiles of 12 documents hold the truth in 91% of draws, these ends in 95%.
+    """
+    if n < FEW:
+        return None, None
+    reach = float(stdtrit(n - 1, 0.975) * math.sqrt(n / (n - 1)) * np.std(draws_R))
+    return as_shares(value - reach, value + reach)
+
+
+def as_shares(low: float, high: float) -> tuple[float, float]:
+    """The ends of an interval of what is 0 to 1 at most."""
+    return max(low, 0.0), min(high, 1.0)

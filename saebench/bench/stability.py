@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from scipy.special import stdtrit
 
-from saebench.bench.results import Figure, Results
+from saebench.bench.results import Figure, Results, as_shares
 from saebench.config import Count
 from saebench.evaluate.measure import Dictionary, silent_latents
 from saebench.files import hash_files
@@ -222,7 +222,7 @@ def _over_seeds(pairs: Sequence[Figure], n_seeds: int) -> Figure:
         return pairs[0]._replace(value=None, low=None, high=None, n=n_seeds)
     mean, low, high = over_seeds(np.array(values, np.float64), n_seeds)
     if pairs[0].figure in _SHARES:
-        low, high = max(low, 0.0), min(high, 1.0)
+        low, high = as_shares(low, high)
     return pairs[0]._replace(value=mean, low=low, high=high, n=n_seeds)
 
 
