@@ -52,7 +52,7 @@ def test_intervals_are_students_of_the_documents_that_there_is_anything_in() -> 
         assert label.value is not None
         # By the delta method sd of 2h/(n + h) is 2n/(n + h)² √2.5 = 0.1405; t(9) = 2.262, √(10/9) = 1.054.
         assert label.value - label.low == pytest.approx(2.262 * 1.054 * 0.1405, rel=0.15)
-    assert drawn_interval(0.5, np.array([0.4, 0.6] * 50), 10) == pytest.approx((0.5 - 0.23845, 0.5 + 0.23845), abs=1e-4)
+    assert drawn_interval(0.5, np.array([0.4, 0.6] * 50), 10) == pytest.approx((0.5 - 0.23965, 0.5 + 0.23965), abs=1e-4)
     assert drawn_interval(0.1, np.array([0.4, 0.6] * 50), 10)[0] == 0  # a share is no less
     assert drawn_interval(0.5, np.array([0.4, 0.6] * 50), 9) == (None, None)
 

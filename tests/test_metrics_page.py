@@ -13,6 +13,7 @@ import pytest
 import torch
 from scipy import sparse
 from scipy.special import stdtr
+from test_detection import half
 from torch import Tensor
 
 from saebench.bench import BENCHES
@@ -324,6 +325,7 @@ def figure_names(bench: str, folder: Path) -> set[str]:
     made = {
         "synthetic": lambda: {*SHOWN, *recovered()},
         "stability": lambda: {each.figure for each in stability_figures(folder)},
+        "python": lambda: {each.figure for each in half(10, 0)},
         "absorption": lambda: {each.figure for each in absorption_figures()},
     }
     source = ast.parse(inspect.getsource(inspect.getmodule(BENCHES[bench].run)))  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from saebench.bench import Figure, protocol
 from saebench.bench.paired import marked
 from saebench.bench.probes import ProbesConfig, probe, probes, summary
 from saebench.bench.protocol import auc, order_of, split
-from saebench.bench.readings import Reading, _names, dictionaries_of, prefixes
+from saebench.bench.readings import Reading, _names, called, dictionaries_of
 from saebench.bench.results import interval
 from saebench.bench.tasks import Reader, Source, Task, column_tasks, neurons_hook, text_tasks
 from saebench.cli import main
@@ -440,9 +440,10 @@ def test_saes_of_one_name_are_told_apart_by_their_runs() -> None:
 
 
 def test_what_is_read_of_several_stores_is_told_apart_by_them() -> None:
-    assert prefixes([Path("/x/one")]) == {Path("/x/one"): ""}
-    assert prefixes([Path("/x/one"), Path("/x/two")]) == {Path("/x/one"): "one: ", Path("/x/two"): "two: "}
-    assert prefixes([Path("/x/s"), Path("/y/s")]) == {Path("/x/s"): "/x/s: ", Path("/y/s"): "/y/s: "}
+    one, two, other = Path("/x/one"), Path("/x/two"), Path("/y/one")
+    assert called([one]) == {one: ("one", "")}
+    assert called([one, two]) == {one: ("one", "one: "), two: ("two", "two: ")}
+    assert called([one, other]) == {one: ("/x/one", "/x/one: "), other: ("/y/one", "/y/one: ")}
 
 
 def test_settings_and_runs_that_cannot_be(tmp_path: Path) -> None:

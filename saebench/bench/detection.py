@@ -15,10 +15,11 @@ from jaxtyping import Bool, Float, Int
 from scipy import sparse
 
 from saebench.bench.paired import LEAST, differences, marked
-from saebench.bench.readings import Reading, dictionaries_of, folders_by_store, prefixes
-from saebench.bench.results import FEW, Figure, Results, drawn_interval
+from saebench.bench.readings import Reading, called, dictionaries_of, folders_by_store
+from saebench.bench.results import Figure, Results, drawn_interval
 from saebench.bench.tasks import labelled, vectors_of
 from saebench.config import Count
+from saebench.evaluate.compare import LEAST_DOCUMENTS
 from saebench.labels import Literals, labeller_of
 from saebench.models import choose_device
 from saebench.runlog import progress
@@ -74,13 +75,18 @@ def bench_python(config: PythonConfig) -> list[Figure]:
     results = Results(config.run / "bench/python.json", "python")
     found: list[Figure] = []
     stores = folders_by_store(config.run, config.sae, config.store)
-    for path, before in prefixes(stores).items():
-        found += _of_store(config, open_store(path), stores[path], results, before)
+    for path, (name, before) in called(stores).items():
+        found += _of_store(config, open_store(path), name, stores[path], results, before)
     return found
 
 
 def _of_store(
-    config: PythonConfig, store: Store, folders: Sequence[tuple[Path, Ends]], results: Results, before: str
+    config: PythonConfig,
+    store: Store,
+    known_as: str,
+    folders: Sequence[tuple[Path, Ends]],
+    results: Results,
+    before: str,
 ) -> list[Figure]:
     device = choose_device(config.device, float64=True)
     labeller = labeller_of(config.labeller)
@@ -115,7 +121,7 @@ def _of_store(
     _say_what_is_few(names, [figure for figures in every.values() for figure in figures])
     everywhere = np.ones(len(rows), bool)
     oracle = _figures(config, f"{before}oracle", names, holds_NM.tocsr(), holds_NM, everywhere, chosen, documents)
-    results.put(f"oracle of {store.folder.name}", settings, oracle)
+    results.put(f"oracle of {known_as}", settings, oracle)
     of_labels = {name: [figure for figure in figures if figure.of != "all"] for name, figures in every.items()}
     apart = differences(readings, of_labels, "f1")
     told = settings | {"readings": {reading.name: reading.identity for reading in readings}}
@@ -127,7 +133,7 @@ def _of_store(
 def _say_what_is_few(labels: Sequence[str], figures: Sequence[Figure]) -> None:
     if few := sorted({figure.of for figure in figures if figure.low is None}, key=lambda of: (of != "all", of)):
         some = ", ".join(few[:_NAMED]) + (f" and {len(few) - _NAMED} more" if len(few) > _NAMED else "")
-        _log.warning("too few documents of the second half (under %d) for an interval: %s", FEW, some)
+        _log.warning("too few documents of the second half (under %d) for an interval: %s", LEAST_DOCUMENTS, some)
     if len(labels) < LEAST:
         _log.warning("differences over %d labels have no interval; expected %d at least", len(labels), LEAST)
 

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int
 
 from saebench.bench.paired import LEAST, by_place, differences, marked, mean_of
 from saebench.bench.protocol import auc, order_of, split
-from saebench.bench.readings import Features, Reading, folders_by_store, prefixes, readings_of
+from saebench.bench.readings import Features, Reading, called, folders_by_store, readings_of
 from saebench.bench.results import Figure, Results, interval
 from saebench.bench.tasks import Reader, Task, column_tasks, text_tasks
 from saebench.config import Count
@@ -163,14 +163,14 @@ def probes(config: ProbesConfig) -> list[Figure]:
     results = Results(config.run / "bench/probes.json", "probes")
     found: list[Figure] = []
     stores = folders_by_store(config.run, config.sae, config.store)
-    for path, before in prefixes(stores).items():
-        shown = marked(_probe_store(config, open_store(path), stores[path], results))
+    for path, (name, before) in called(stores).items():
+        shown = marked(_probe_store(config, open_store(path), name, stores[path], results))
         found += [figure._replace(sae=before + figure.sae) for figure in shown]
     return found
 
 
 def _probe_store(
-    config: ProbesConfig, store: Store, folders: list[tuple[Path, Ends]], results: Results
+    config: ProbesConfig, store: Store, name: str, folders: list[tuple[Path, Ends]], results: Results
 ) -> list[Figure]:
     device = choose_device(config.device, float64=True)
 
@@ -181,12 +181,12 @@ def _probe_store(
 
     tasks = _tasks(config, store, reader)
     readings = readings_of(store, folders, reader, config.seed, device)
-    settings = {name: getattr(config, name) for name in ("penalty", "seeds", "seed")} | {"ks": list(config.ks)}
+    settings = {field: getattr(config, field) for field in ("penalty", "seeds", "seed")} | {"ks": list(config.ks)}
     figures: dict[str, list[Figure]] = {reading.name: [] for reading in readings}
     with progress(len(tasks) * len(readings), "probes", "unit") as bar:
         for task in tasks:
             for reading in readings:
-                unit = f"{store.folder.name} · {reading.name} · {task.name}"
+                unit = f"{name} · {reading.name} · {task.name}"
                 identity = {
                     **reading.identity, "hooks": list(reading.of), "store": store.hash, "task": task.hash, **settings, "version": _VERSION,
                 }  # fmt: skip
@@ -195,8 +195,8 @@ def _probe_store(
                 bar.update()
     _say_what_is_few(config, tasks, figures)
     means = summary(readings, figures)
-    names = {"readings": [reading.name for reading in readings], "tasks": [task.hash for task in tasks]}
-    return results.put(f"{store.folder.name} · all", names | settings | {"version": _VERSION}, means)
+    of = {"readings": [reading.name for reading in readings], "tasks": [task.hash for task in tasks]}
+    return results.put(f"{name} · all", of | settings | {"version": _VERSION}, means)
 
 
 def _unit(config: ProbesConfig, store: Store, reading: Reading, task: Task) -> list[Figure]:

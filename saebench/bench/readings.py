@@ -142,9 +142,9 @@ def readings_of(
     return [*sparse_ones[:n], *found, *sparse_ones[n:]]
 
 
-def prefixes(stores: Collection[Path]) -> dict[Path, str]:
-    """What stands before the names of what was read from each store: nothing where there is one, else its name, or its path where two are called the same."""
-    return {store: f"{name}: " if len(stores) > 1 else "" for store, name in short_names(stores).items()}
+def called(stores: Collection[Path]) -> dict[Path, tuple[str, str]]:
+    """(a name, its path where two are called the same; what stands before the names of what was read from it, nothing where there is one) of each store."""
+    return {store: (name, f"{name}: " if len(stores) > 1 else "") for store, name in short_names(stores).items()}
 
 
 def folders_by_store(run: Path, saes: Sequence[Path], store: Path | None) -> dict[Path, list[tuple[Path, Ends]]]:

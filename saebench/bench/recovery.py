@@ -39,7 +39,7 @@ class Recovery:
         self.rows += len(sample.x)
 
     def scores(self) -> dict[str, float]:
-        """The scores by name, in [0, 1] but for the L0s.
+        """The scores by name, in [0, 1] but for the L0s and `explained_variance`, which may be below 0.
 
         As SAELens has them, and so comparable with published rows (`sae_lens.synthetic.evals`): `f1`,
         `precision` and `recall` of each latent for the feature of highest |cosine|, averaged over all

@@ -13,10 +13,9 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import stdtrit  # scipy.stats takes a second to import
 
+from saebench.evaluate.compare import LEAST_DOCUMENTS, half_of
 from saebench.files import read_json, write_json
 
-FEW = 10
-"""documents below which a bootstrap over them says too little for an interval"""
 _VERSION = 1
 _SEED = re.compile(r"-seed\d+$")
 
@@ -132,14 +131,10 @@ def interval(values: Sequence[float], test_per_train: float = 0.0) -> tuple[floa
 
 
 def drawn_interval(value: float, draws_R: Float[np.ndarray, " R"], n: int) -> tuple[float | None, float | None]:
-    """95% interval of a share from its bootstrap samples of n documents; none of fewer than `FEW`.
-
-    Its half is t(n − 1) √(n/(n − 1)) times their standard deviation: samples of n documents vary as if divided by n and not by n − 1, and
-    percentiles know nothing of t. Percentiles of 12 documents hold the truth in 91% of draws, these ends in 95%.
-    """
-    if n < FEW:
+    """95% interval of a share from its bootstrap samples of n documents (`half_of`); none of fewer than LEAST_DOCUMENTS."""
+    if n < LEAST_DOCUMENTS:
         return None, None
-    reach = float(stdtrit(n - 1, 0.975) * math.sqrt(n / (n - 1)) * np.std(draws_R))
+    reach = half_of(float(np.var(draws_R, ddof=1)), n)
     return as_shares(value - reach, value + reach)
 
 
