@@ -371,7 +371,7 @@ def test_only_a_crosscoder_of_two_models_is_taken_apart(stores: tuple[Store, Sto
     (sae,) = train(config(stores, tmp_path, kind="sae", beside=None, tokens=640)) or []
     with pytest.raises(ValueError, match=f"reads {HOOK}; expected a crosscoder of two models' hooks: train one with"):
         diff(DiffConfig(sae=sae))
-    wide = make(tmp_path / "wide", torch.ones(4000, 20))
+    wide = make(tmp_path / "wide", torch.randn(4000, 20, generator=torch.Generator().manual_seed(0)))
     (crossed,) = train(config((stores[0], wide), tmp_path / "wider", tokens=640)) or []
     with pytest.raises(
         ValueError, match=f"{HOOK} has width 16 in .*base and 20 in .*wide; expected models of one width"
