@@ -17,7 +17,7 @@ from saebench.bench import Figure, protocol
 from saebench.bench.paired import marked
 from saebench.bench.probes import ProbesConfig, probe, probes, summary
 from saebench.bench.protocol import auc, order_of, split
-from saebench.bench.readings import Reading, _names, called, dictionaries_of
+from saebench.bench.readings import Reading, _names, called, dictionaries_of, l0_of
 from saebench.bench.results import interval
 from saebench.bench.tasks import Reader, Source, Task, column_tasks, neurons_hook, text_tasks
 from saebench.cli import main
@@ -405,6 +405,11 @@ def test_an_untrained_sae_is_as_sparse_as_the_one_that_it_stands_beside(run: Pat
     folder = tmp_path / "saes/topk-k3"
     ours, untrained = dictionaries_of(store, [(folder, ends_of(folder, read_config(folder)))], 0, "cpu")
     assert untrained.name == f"untrained, {sae.d_sae} latents, k 3"
+    both = [(one, ends_of(one, read_config(one))) for one in (folder, run / "saes/topk-k4", run / "saes/relu-l0-4")]
+    beside = [reading.name for reading in dictionaries_of(store, both, 0, "cpu") if reading.baseline]
+    assert [name.partition(", k ")[2] for name in beside[:2]] == ["3", "4"]
+    assert l0_of(load_sae(run / "saes/topk-k4"), ours.hooks, store, [2, 5]) == 4
+    assert l0_of(sae, ours.hooks, store, [9, 3]) == 3
     vectors = next(store.joint_rows(ours.hooks, "validation", first=64))
     assert ours.encode(vectors).nnz == untrained.encode(vectors).nnz == 3 * len(vectors[HOOK])
 

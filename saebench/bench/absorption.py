@@ -101,7 +101,8 @@ def absorption(config: AbsorptionConfig) -> list[Figure]:
             for folder in group:
                 name = folder.name if names.count(folder.name) == 1 else str(folder)
                 sae = load_sae(folder, device=asked.device)
-                sizes[sae.d_sae, min(l0_of(sae, ends.reads, asked.store), sae.d_sae)] = None
+                alike = [k for d_sae, k in sizes if d_sae == sae.d_sae]
+                sizes[sae.d_sae, l0_of(sae, ends.reads, asked.store, alike)] = None
                 weights = {"weights": hash_files(weights_of(folder))}
                 found += _kept(results, asked, name, weights, lambda sae=sae: sae)
                 bar.update()

@@ -4,7 +4,7 @@ Suffixes: N rows, F features, D the width of what is read.
 """
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +37,7 @@ from saebench.store.source import store_for
 _log = logging.getLogger(__name__)
 
 _L0_ROWS = 4096  # held-out rows that an SAE's L0 is of
+_ALIKE = 0.1  # of L0, between SAEs that one untrained SAE stands beside
 
 Features = Any
 """`[N, F]`, `scipy.sparse.csr_array`"""
@@ -85,13 +86,15 @@ def untrained_sae(store: Store, ends: Ends, d_sae: int, k: int, seed: int) -> SA
     return sae.eval().requires_grad_(False)
 
 
-def l0_of(sae: SAE, reads: Hooks, store: Store) -> int:
-    """How many latents are active on held-out rows, to the nearest whole number from 1."""
+def l0_of(sae: SAE, reads: Hooks, store: Store, known: Iterable[int] = ()) -> int:
+    """How many latents are active on held-out rows, to the nearest whole number from 1; or what is `known` of other SAEs, if that is within a tenth."""
     rows, active = 0, 0
     for some in store.joint_rows(reads, "validation", first=_L0_ROWS):
         code, _ = encode_sparse(sae, joined(some, reads).to(sae.W_enc.device))
         rows, active = rows + code.n_rows, active + len(code.latents)
-    return max(1, round(active / max(rows, 1)))
+    l0 = active / max(rows, 1)
+    near = (k for k in known if abs(k - l0) <= _ALIKE * l0)
+    return next(near, min(max(1, round(l0)), sae.d_sae))
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -115,7 +118,9 @@ def dictionaries_of(store: Store, folders: Sequence[tuple[Path, Ends]], seed: in
         sae = load_sae(folder, device=device)
         weights = {"weights": hash_files(weights_of(folder))}
         found.append(Reading(name, ends.reads, ends.reads, partial(_sparse, sae, ends.reads), weights, False))
-        k = min(l0_of(sae, ends.reads, store), sae.d_sae)
+        alike = [k for reads, wide, k in untrained if (reads, wide) == (ends.reads, sae.d_sae)]
+        if (k := l0_of(sae, ends.reads, store, alike)) in alike:
+            continue
         start = f"untrained, {sae.d_sae} latents, k {k}" + (f", {' + '.join(ends.reads)}" if several else "")
         made = untrained_sae(store, Ends(ends.reads, ends.reads), sae.d_sae, k, seed)
         encode = partial(_sparse, made.to(device), ends.reads)
