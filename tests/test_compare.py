@@ -78,6 +78,25 @@ def test_rankings_that_cannot_be_told_are_marked() -> None:
     assert least_differences(found)["fvu"] == pytest.approx(1.96 * 0.01 * math.sqrt(2), rel=0.1)
 
 
+def test_least_differences_are_of_every_column() -> None:
+    noise = RNG.normal(size=(2, 500)) * 0.01
+    one, other = (
+        entry(name, 8, 0.1, draws=0.1 + noise[i], gamma=0.9, dead_fraction=0.2, recipe=name)
+        for i, name in enumerate("ab")
+    )
+    one.draws["gamma"], other.draws["gamma"] = 0.9 + noise
+    assert set(least_differences(recipes([one, other]))) == {"l0", "fvu", "gamma"}
+    # What no documents decide is told by seeds alone: two of each, with Student's t of two degrees of freedom.
+    seeds = [
+        sae._replace(entry=sae.entry | {"path": f"{sae.entry['path']}{dead}", "dead_fraction": dead})
+        for sae in (one, other)
+        for dead in (0.1, 0.2)
+    ]
+    found = least_differences(recipes(seeds))
+    assert found["dead_fraction"] == pytest.approx(4.302653 * math.sqrt(0.005))
+    assert "dense_fraction" not in found
+
+
 def test_what_was_evaluated_on_another_store_is_not_ranked_beside_it() -> None:
     noise = RNG.normal(size=(4, 500)) * 0.01
     points = (("a", 0.10, "s"), ("random", 0.102, "t"), ("b", 0.104, "s"), ("random2", 0.3, "t"))
@@ -93,6 +112,9 @@ def test_what_was_evaluated_on_another_store_is_not_ranked_beside_it() -> None:
     one, other = at_equal_l0(saes)
     assert [each["figures"]["fvu"]["x"]["values"][0] for each in (one, other)] == [0.3, 1.3]
     assert [rows[0][0] for rows in equal_l0_tables([one, other])] == ["FVU at equal L0, s", "FVU at equal L0, t"]
+    # A folder whose rows are others by now is told apart by the hash.
+    grown = at_equal_l0([sae._replace(entry=sae.entry | {"store": "folder"}) for sae in saes])
+    assert [each["store"] for each in grown] == ["folder as of s", "folder as of t"]
 
 
 def test_what_was_trained_on_fewer_rows_or_elsewhere_is_a_line_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
@@ -189,7 +211,7 @@ def test_samples_without_a_value_make_no_interval_and_no_error() -> None:
         for l0 in (8.0, 32.0)
     ]
     assert difference(*recipes(saes)[:2], "fvu", None) is None
-    assert least_differences(recipes(saes)) == {}
+    assert least_differences(recipes(saes)).keys() == {"l0"}
     (found,) = at_equal_l0(saes)
     assert found["figures"]["fvu"]["relu"]["halves"] == [None] * len(found["l0s"])
     assert found["figures"]["fvu"]["topk"]["behind_half"] is None

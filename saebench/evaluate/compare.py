@@ -29,7 +29,11 @@ FIGURES = {
     "loss_recovered_zero": "rec. (zero)",
     "loss_recovered_mean": "rec. (mean)",
 }
-"""what is compared, with its heading"""
+"""what dictionaries are ranked by, with its heading"""
+BESIDE = ("fvu_all", "gamma")
+"""figures of documents that nothing is ranked by, of which differences are told all the same, as those of L0"""
+OF_LATENTS = ("dead_fraction", "dense_fraction", "duplicate_fraction")
+"""figures of a dictionary and of no documents, whose differences are told by seeds alone"""
 BASELINES = {
     "pca_fvu": "PCA of rank L0",
     "linear_fvu": "best linear map",
@@ -173,15 +177,17 @@ class Difference(NamedTuple):
 def difference(one: Recipe, other: Recipe, figure: str, reseeding: Reseeding | None) -> Difference | None:
     """one − other, its variance that of the paired bootstrap and, where `reseeding` (`seed_spread`) is known, of as many seeds as there are.
 
-    None where they were not evaluated on the same samples of the same documents, or one has no such figure.
+    None where they were not evaluated on the same samples of the same documents, or one has no such figure; of OF_LATENTS where no seeds are known.
     """
     values, draws = (one.mean(figure), other.mean(figure)), (one.draws(figure), other.draws(figure))
-    if values[0] is None or values[1] is None or draws[0] is None or draws[1] is None:
-        return None
-    if one.members[0].sample != other.members[0].sample:
+    if values[0] is None or values[1] is None:
         return None
     spread, freedom = reseeding or Reseeding(0.0, 0)
     seeds = spread**2 * (1 / len(one.members) + 1 / len(other.members))
+    if figure in OF_LATENTS and freedom:
+        return Difference(values[0] - values[1], half_of(0.0, None, seeds, freedom))
+    if draws[0] is None or draws[1] is None or one.members[0].sample != other.members[0].sample:
+        return None
     apart = float(np.var(draws[0] - draws[1], ddof=1))
     return Difference(values[0] - values[1], half_of(apart, one.members[0].documents, seeds, freedom))
 
@@ -211,7 +217,7 @@ def undecided(found: Sequence[Recipe], figure: str) -> set[str]:
 def least_differences(found: Sequence[Recipe]) -> dict[str, float]:
     """For each figure the smallest difference that these documents and seeds can tell from none: the median over pairs of what `Difference.half` is."""
     least: dict[str, float] = {}
-    for figure in FIGURES:
+    for figure in ("l0", *FIGURES, *BESIDE, *OF_LATENTS):
         halves = [
             apart.half
             for group in comparable(found)

@@ -19,7 +19,7 @@ from torch import Tensor
 from saebench.config import Count, to_json
 from saebench.evaluate.baselines import PCA, Baseline, LinearMap, untrained_fvus, widths
 from saebench.evaluate.check import look_at_others
-from saebench.evaluate.compare import DRAWS, FIGURES, LEAST_DOCUMENTS, write_draws
+from saebench.evaluate.compare import BESIDE, DRAWS, FIGURES, LEAST_DOCUMENTS, write_draws
 from saebench.evaluate.diffing import is_of_two_models
 from saebench.evaluate.figures import figures, refitted_figures, resampled_metrics
 from saebench.evaluate.measure import Batch, Dictionary, Measurement, Subject, silent_latents, validation_batches
@@ -231,10 +231,10 @@ def _write(
     documents: int,
 ) -> None:
     """Figures and draws into the folder; the main ones into the metadata of a dictionary."""
-    kept = ("l0", *FIGURES) if documents >= LEAST_DOCUMENTS else ()
+    kept = ("l0", *FIGURES, *BESIDE) if documents >= LEAST_DOCUMENTS else ()
     sample = {"store": store.hash, "tokens": config.tokens, "resamples": config.resamples, "documents": documents}
-    write_draws(planned.folder, {name: draws[name] for name in kept}, sample)
-    write_json(planned.folder / EVALUATION, {"identity": _identity(config, planned, store), **found})
+    write_draws(planned.folder, {name: draws[name] for name in kept if name in draws}, sample)
+    write_json(planned.folder / EVALUATION, {"identity": _identity(config, planned, store), "store": str(store.folder), **found})
     if not planned.is_set:
         metrics, baselines = found["metrics"], found["baselines"]
         update_metadata(planned.folder, l0=metrics["l0"], evaluation={**metrics, "baselines": baselines})

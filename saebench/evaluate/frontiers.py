@@ -77,7 +77,7 @@ def at_equal_l0(every: Sequence[Evaluated]) -> list[dict[str, Any]]:
         first = recipe.first
         groups.setdefault(("+".join(first["writes"]), first["d_sae"], first.get("evaluated_on")), []).append(recipe)
     found = []
-    for (hook, d_sae, _), group in groups.items():
+    for (hook, d_sae, on), group in groups.items():
         lines = {figure: _lines(group, figure) for figure in FIGURES}
         own = set(_names_of_lines(group)) & lines["fvu"].keys()
         low = max((line.log_l0s[0] for line in lines["fvu"].values()), default=math.inf)
@@ -102,6 +102,8 @@ def at_equal_l0(every: Sequence[Evaluated]) -> list[dict[str, Any]]:
             if lines[figure]
         }
         store = group[0].first.get("store")
+        if any(other.first.get("store") == store and other.first.get("evaluated_on") != on for other in recipes(every)):
+            store = f"{store} as of {str(on)[:8]}"  # by its hash: it has grown, or was made anew, since
         found.append({"hook": hook, "d_sae": d_sae, "store": store, "l0s": l0s, "figures": figures})
     return found
 

@@ -60,8 +60,8 @@ def page(
         f"Cross-entropy of the model on these tokens: clean {first['ce_clean']:.4f}, zero-ablated {first['ce_zero']:.4f}, "
         f"mean-ablated {first['ce_mean']:.4f} nats ({html.escape(first.get('hook', first['name']))})."
     )
-    trained_on = sorted({entry["store"] for entry in saes if entry.get("store")})
-    stores = ", ".join(trained_on) if len(trained_on) > 1 else summary["store"]
+    evaluated_on = sorted({entry["store"] for entry in saes if entry.get("store")})
+    stores = ", ".join(evaluated_on) if len(evaluated_on) > 1 else summary["store"]
     flagged = [html.escape(sae["name"]) for sae in (*saes, *sets) if sae["small_denominators"]]
     warning = (
         f"<p><b>Loss recovered is over a denominator under 0.05 nats for {', '.join(flagged)}: read ΔCE instead.</b></p>"

@@ -52,12 +52,17 @@ def summarise(folders: list[Path]) -> list[dict[str, Any]]:
             "hook": _shown(ends), "reads": list(ends.reads), "writes": list(ends.writes), "d_in": config["d_in"], "d_sae": config["d_sae"],
             **evaluation["metrics"], **training, "baselines": evaluation["baselines"],
             "intervals": evaluation["intervals"], "small_denominators": evaluation["small_denominators"],
-            "store": None if (store := recorded_store(folder)) is None else str(store), "evaluated_on": evaluation["identity"]["store"],
+            "store": None if (store := _evaluated_on(folder, evaluation)) is None else str(store), "evaluated_on": evaluation["identity"]["store"],
             **({"refitted": {**refitted["metrics"], **{name: refitted[name] for name in ("intervals", "change")}}} if (refitted := evaluation.get("refitted")) else {}),
             **({"spliced_baselines": evaluation["spliced_baselines"]} if "spliced_baselines" in evaluation else {}),
             "seed": own.get("identity", {}).get("seed"), "recipe": _recipe(own), "control": own.get("identity", {}).get("control"),
         })  # fmt: skip
     return entries
+
+
+def _evaluated_on(folder: Path, evaluation: dict[str, Any]) -> Path | None:
+    """The store that the figures are of; an evaluation of before it was written down says only which one the dictionary was trained on."""
+    return found_from(folder, Path(evaluation["store"])) if "store" in evaluation else recorded_store(folder)
 
 
 def _recipe(own: dict[str, Any]) -> str | None:
