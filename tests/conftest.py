@@ -5,6 +5,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["LOKY_MAX_CPU_COUNT"] = "1"  # probes without processes of their own, but where those are what is tried
 os.environ["OMP_NUM_THREADS"] = "1"  # also of servers and jobs: to models this small a second thread is a burden
 
 import pytest

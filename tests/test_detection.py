@@ -7,7 +7,7 @@ import pytest
 from scipy import sparse
 
 from saebench.bench.detection import PythonConfig, _figures, bench_python, best_latents
-from saebench.bench.results import Figure, drawn_interval
+from saebench.bench.results import Figure, as_rate, drawn_interval
 from saebench.files import read_json
 
 
@@ -55,6 +55,24 @@ def test_intervals_are_students_of_the_documents_that_there_is_anything_in() -> 
     assert drawn_interval(0.5, np.array([0.4, 0.6] * 50), 10) == pytest.approx((0.5 - 0.23965, 0.5 + 0.23965), abs=1e-4)
     assert drawn_interval(0.1, np.array([0.4, 0.6] * 50), 10)[0] == 0  # a share is no less
     assert drawn_interval(0.5, np.array([0.4, 0.6] * 50), 9) == (None, None)
+
+
+def test_what_all_documents_have_or_none_is_not_certain() -> None:
+    assert as_rate(0.0, 0.0, 0.0, 10) == (0, pytest.approx(0.30850, abs=1e-5))  # 1 − 0.025^(1/10)
+    assert as_rate(1.0, 1.0, 1.0, 10) == (pytest.approx(0.69150, abs=1e-5), 1)
+    assert as_rate(0.5, 0.4, 0.6, 10) == (0.4, 0.6)
+    assert as_rate(0.0, None, None, 9) == (None, None)
+    generator, held, alone = np.random.default_rng(0), 0, 0
+    for _ in range(1000):  # a share of 0.05, of which 36 in 100 draws of 20 documents have none
+        rate = float(generator.binomial(20, 0.05) / 20)
+        ends = drawn_interval(rate, generator.binomial(20, rate, size=200) / 20, 20)
+        low, high = as_rate(rate, *ends, 20)
+        assert low is not None
+        assert high is not None
+        held += low <= 0.05 <= high
+        alone += ends[0] <= 0.05 <= ends[1]
+    assert held > 930
+    assert alone < 700
 
 
 def of_all(figures: list[Figure], name: str) -> float:

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import HOOK, sentences
+from joblib import Parallel
 from scipy import sparse, stats
 
 from saebench.bench import Figure, protocol
 from saebench.bench.paired import marked
-from saebench.bench.probes import ProbesConfig, probe, probes, summary
+from saebench.bench.probes import ProbesConfig, prepared, probe, probes, summary
 from saebench.bench.protocol import auc, order_of, split
 from saebench.bench.readings import Reading, _names, called, dictionaries_of, l0_of
 from saebench.bench.results import interval
@@ -49,6 +51,11 @@ def telling(task: Task, n_features: int = 30, seed: int = 0) -> sparse.csr_array
     share[:, 0] += 0.6 * task.holds
     share[:, 1] += 0.3 * task.holds
     return sparse.csr_array(generator.exponential(size=share.shape) * (generator.random(share.shape) < share))
+
+
+def figures(task: Task, X: sparse.csr_array, config: ProbesConfig = CONFIG) -> list[Figure]:
+    (found,) = probe([prepared(reading(), task, X, 32, config, task.rows)], "l2", Parallel(1, return_as="generator"))
+    return found
 
 
 # ---------------------------------------------------------------------------------- protocol
@@ -118,9 +125,9 @@ def test_permuted_labels_give_chance() -> None:
     X, found = telling(task), []
     for seed in range(8):
         permuted = task._replace(holds=np.random.default_rng(seed).permutation(task.holds))
-        found += probe(reading(), permuted, X, 32, replace(CONFIG, ks=(1,)), task.rows)
+        found += figures(permuted, X, replace(CONFIG, ks=(1,)))
     assert np.mean([figure.value for figure in found]) == pytest.approx(0.5, abs=0.02)
-    (real,) = probe(reading(), task, X, 32, replace(CONFIG, ks=(1,)), task.rows)
+    (real,) = figures(task, X, replace(CONFIG, ks=(1,)))
     assert real.value is not None
     assert real.value > 0.75
 
@@ -128,15 +135,28 @@ def test_permuted_labels_give_chance() -> None:
 def test_figures_do_not_depend_on_the_scale_of_activations_and_equal_seeds_are_equal() -> None:
     task = some_task(400, 200)  # more rows, and so one fold instead of six
     X = telling(task)
-    found = [probe(reading(), task, X * scale, 32, CONFIG, task.rows) for scale in (1, 1, 2.0**20)]
+    found = [figures(task, X * scale) for scale in (1, 1, 2.0**20)]
     assert found[0] == found[1] == found[2]
-    assert probe(reading(), task, X, 32, replace(CONFIG, seed=9), task.rows) != found[0]
+    assert figures(task, X, replace(CONFIG, seed=9)) != found[0]
+
+
+def test_several_processes_find_what_one_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = some_task(400, 200)
+    every = [prepared(reading(name), task, telling(task, seed=n), 32, CONFIG, task.rows) for n, name in enumerate("ab")]
+    one = list(probe(every, "l2", Parallel(1, return_as="generator")))
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
+    with Parallel(-1, return_as="generator") as workers:
+        assert workers._effective_n_jobs() == min(2, os.cpu_count() or 1)
+        assert list(probe(every, "l2", workers)) == one
+        (again,) = probe(every[1:], "l2", workers)  # by the same processes
+    assert again == one[1]
+    assert [figure.sae for figures in one for figure in figures] == ["a", "a", "b", "b"]
 
 
 def test_what_does_not_vary_is_undefined() -> None:
     task = some_task(200, 50)
     for constant in (0.0, 3.0):
-        found = probe(reading(), task, sparse.csr_array(np.full((200, 5), constant)), 32, CONFIG, task.rows)
+        found = figures(task, sparse.csr_array(np.full((200, 5), constant)))
         assert [(figure.at, figure.value, figure.low) for figure in found] == [(1.0, None, None), (4.0, None, None)]
 
 

@@ -13,7 +13,7 @@ from saebench.bench.stability import (
     StabilityConfig,
     figures_of,
     in_words,
-    mean_with_interval,
+    mean_over_latents,
     over_seeds,
     recorded,
     stability,
@@ -89,12 +89,15 @@ def test_the_interval_over_seeds() -> None:
 def test_the_interval_over_latents_covers_the_mean() -> None:
     generator = np.random.default_rng(1)
     covered = 0
-    for draw in range(200):
-        _, low, high = mean_with_interval(generator.beta(2, 1, size=100), 200, draw)
+    for _ in range(1000):
+        _, low, high = mean_over_latents(generator.beta(2, 1, size=100))
         assert low is not None
         assert high is not None
         covered += low <= 2 / 3 <= high
-    assert 182 <= covered <= 198
+    assert 930 <= covered <= 970
+    assert mean_over_latents(np.ones(9)) == (1, None, None)
+    # Ten that all come back do not say that all do: 0.025^(1/10) = 0.69150.
+    assert mean_over_latents(np.ones(10), share=True) == pytest.approx((1, 0.69150, 1), abs=1e-5)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from torch import Tensor
 from saebench.bench.concepts import Concepts, Examples, labelled, letters, parents_of, prompted
 from saebench.bench.projections import Probe, absorbed_at, f1_of, fit_probe, main_latents
 from saebench.bench.readings import l0_of, untrained_sae
-from saebench.bench.results import Figure, Results, as_shares, interval
+from saebench.bench.results import Figure, Results, as_rate, as_shares, drawn_interval, interval
 from saebench.config import Count
 from saebench.evaluate.sets import set_of
 from saebench.files import hash_files
@@ -34,7 +34,7 @@ from saebench.store.source import model_of, store_for, store_of
 
 log = logging.getLogger(__name__)
 
-NAME, VERSION = "absorption", 3
+NAME, VERSION = "absorption", 4
 LEAST = 10
 """words (of labels documents) that a concept needs among those that its probe is fitted on, and among those that it finds"""
 _CONCEPTS = 5  # below which there is no interval of their mean
@@ -229,16 +229,14 @@ class Asked:
         ]
 
     def _rate(self, values: np.ndarray, cluster: np.ndarray) -> tuple[float | None, float | None, float | None]:
-        """(mean, its 95% interval by a bootstrap over clusters); no interval of fewer than ten."""
+        """(mean, its 95% interval over clusters); no interval of fewer than ten."""
         clusters, of = np.unique(cluster, return_inverse=True)
         if not len(clusters):
             return None, None, None
-        if len(clusters) < LEAST:
-            return float(values.mean()), None, None
         table = {"sum": np.bincount(of, values.astype(np.float64)), "n": np.bincount(of).astype(np.float64)}
         (sums,) = resampled([table], self.config.resamples, self.config.seed)
-        low, high = np.quantile(sums["sum"] / sums["n"], (0.025, 0.975))
-        return float(values.mean()), float(low), float(high)
+        rate, n = float(values.mean()), len(clusters)
+        return rate, *as_rate(rate, *drawn_interval(rate, sums["sum"] / sums["n"], n), n)
 
     def _means(self, figures: Sequence[Figure], name: str) -> list[Figure]:
         """Over concepts, with Student's interval, of shares within 0 to 1; and how many were left out."""

@@ -16,7 +16,7 @@ from scipy import sparse
 
 from saebench.bench.paired import LEAST, differences, marked
 from saebench.bench.readings import Reading, called, dictionaries_of, folders_by_store
-from saebench.bench.results import Figure, Results, drawn_interval
+from saebench.bench.results import Figure, Results, as_rate, drawn_interval
 from saebench.bench.tasks import labelled, vectors_of
 from saebench.config import Count
 from saebench.evaluate.compare import LEAST_DOCUMENTS
@@ -28,7 +28,7 @@ from saebench.sae.hub import SaePath
 from saebench.store import Store, open_store
 
 _log = logging.getLogger(__name__)
-_VERSION = 2  # of the figures' definitions
+_VERSION = 3  # of the figures' definitions
 _AT_ONCE = 16_384  # rows encoded at once
 _DOCUMENTS = 3  # that a label must hold in, in either half
 _NAMED = 8  # labels without an interval, the others are counted
@@ -211,7 +211,7 @@ def _figures(
     drawn_RM = 2 * (draws @ both_UM) / np.maximum(draws @ total_UM, 1)
     f1_M = 2 * both_UM.sum(0) / np.maximum(total_UM.sum(0), 1)
     figures = [
-        Figure(name, label, "f1", None, f1, *drawn_interval(f1, drawn_R, n), n)
+        Figure(name, label, "f1", None, f1, *as_rate(f1, *drawn_interval(f1, drawn_R, n), n), n)
         for label, f1, drawn_R, n in zip(labels, f1_M.tolist(), drawn_RM.T, n_M.tolist(), strict=True)
     ]
     means = [("f1", None, f1_M, drawn_RM), *(("found", bound, f1_M > bound, drawn_RM > bound) for bound in FOUND)]

@@ -5,19 +5,18 @@ Suffixes: N rows, F features, D the width of what is read.
 """
 
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 
 from saebench.bench.paired import LEAST, by_place, differences, marked, mean_of
-from saebench.bench.protocol import auc, order_of, split
+from saebench.bench.protocol import Part, aucs, part_of, split
 from saebench.bench.readings import Features, Reading, called, folders_by_store, readings_of
 from saebench.bench.results import Figure, Results, interval
 from saebench.bench.tasks import Reader, Task, column_tasks, text_tasks
@@ -82,60 +81,61 @@ class ProbesConfig:
 # ------------------------------------------------------------------------------------------ figures
 
 
-def probe(
+class Probed(NamedTuple):
+    """What is probed of a reading for a task."""
+
+    reading: str
+    task: str
+    documents: int
+    ks: tuple[int | None, ...]
+    """None: all features"""
+    parts: list[Part | None]
+    """of each split; None where one of its sides would lack a class"""
+
+
+def prepared(
     reading: Reading, task: Task, X_NF: Features, width: int, config: ProbesConfig, rows: Int[np.ndarray, " N"]
-) -> list[Figure]:
-    """The figures of a task, a mean over splits for each k. `rows` of the task are those that the features are of.
+) -> Probed:
+    """The splits of a task, and what features they have of it. `rows` of the task are those that the features are of.
 
     Features are multiplied by one number first, so that their rows' mean squared length in training is `width`: C means the same
     whatever the scale of the activations.
     """
     holds, documents = task.holds[rows], task.documents[rows]
-    ks: tuple[int | None, ...] = (None,) if reading.dense else config.ks
-    splits = {
-        seed: split(holds, documents, np.random.default_rng(seed))
-        for seed in range(config.seed, config.seed + config.seeds)
-    }
-    found = [
-        [None] * len(ks) if parts is None else _aucs(X_NF, holds, parts, ks, width, config.penalty, seed)
-        for seed, parts in splits.items()
-    ]
-    whole = [parts for parts in splits.values() if parts is not None]
-    n = len(np.unique(documents))
-    few = n < _FEW or min((len(test) for _, test in whole), default=0) < 2 * _FEW
-    test_per_train = float(np.mean([len(test) / len(train) for train, test in whole])) if whole else 0.0
+    parts: list[Part | None] = []
+    for seed in range(config.seed, config.seed + config.seeds):
+        sides = split(holds, documents, np.random.default_rng(seed))
+        parts.append(None if sides is None else part_of(X_NF, holds, *sides, width, seed))
+    return Probed(reading.name, task.name, len(np.unique(documents)), (None,) if reading.dense else config.ks, parts)
+
+
+def figures_of(probed: Probed, found: Sequence[Sequence[float | None]]) -> list[Figure]:
+    """Of the AUCs of each split, a mean over splits for each k."""
+    whole = [part for part in probed.parts if part is not None]
+    few = probed.documents < _FEW or min((len(part.truth) for part in whole), default=0) < 2 * _FEW
+    test_per_train = float(np.mean([len(part.truth) / len(part.holds) for part in whole])) if whole else 0.0
     figures = []
-    for k, values in zip(ks, zip(*found, strict=True), strict=True):
+    for k, values in zip(probed.ks, zip(*found, strict=True), strict=True):
         known = [value for value in values if value is not None]
         defined = len(known) == len(values)  # by every split
         ends = interval(known, test_per_train) if defined and len(known) > 1 and not few else (None, None)
         at, mean = None if k is None else float(k), float(np.mean(known)) if defined else None
-        figures.append(Figure(reading.name, task.name, "auc", at, mean, *ends, n=n))
+        figures.append(Figure(probed.reading, probed.task, "auc", at, mean, *ends, n=probed.documents))
     return figures
 
 
-def _aucs(
-    X_NF: Features,
-    holds_N: Bool[np.ndarray, " N"],
-    parts: tuple[np.ndarray, np.ndarray],
-    ks: Sequence[int | None],
-    width: int,
-    penalty: str,
-    seed: int,
-) -> list[float | None]:
-    """The AUC of a split for each k; None where no feature chosen varies in training."""
-    train, test = parts
-    square = float(X_NF[train].power(2).sum()) / len(train)
-    scale = math.sqrt(width / square) if square else 1.0
-    X_train, X_test = X_NF[train] * scale, X_NF[test] * scale
-    order, found = order_of(X_train, holds_N[train]), []
-    for k in ks:
-        some = X_train[:, order[:k]].toarray()
-        varies = bool((some != some[:1]).any())
-        found.append(
-            auc(some, holds_N[train], X_test[:, order[:k]].toarray(), holds_N[test], penalty, seed) if varies else None
-        )
-    return found
+def probe(every: Sequence[Probed], penalty: str, workers: Any) -> Iterator[list[Figure]]:
+    """The figures of each, in turn, as soon as the workers (`joblib.Parallel`) have them: regressions are many and small, and use one core each."""
+    from joblib import delayed
+
+    jobs = [
+        delayed(aucs)(part, each.ks, penalty) if part is not None else delayed(list)([None] * len(each.ks))
+        for each in every
+        for part in each.parts
+    ]
+    found = iter(workers(jobs))
+    for each in every:
+        yield figures_of(each, [next(found) for _ in each.parts])
 
 
 def summary(readings: Sequence[Reading], figures: Mapping[str, Sequence[Figure]]) -> list[Figure]:
@@ -157,6 +157,7 @@ def probes(config: ProbesConfig) -> list[Figure]:
     Returns the means over tasks, as a table has them. Raises ValueError where there are no SAEs or no tasks, and without scikit-learn.
     """
     try:
+        import joblib  # noqa: F401
         import sklearn  # noqa: F401
     except ImportError as error:
         raise ValueError("probes are fitted with scikit-learn: pip install 'saebench[probes]'") from error
@@ -179,19 +180,25 @@ def _probe_store(
         model = model_of(store, device, trust_remote_code=config.trust_remote_code)
         return Reader(model, store.context, config.batch)
 
+    from joblib import Parallel
+
     tasks = _tasks(config, store, reader)
     readings = readings_of(store, folders, reader, config.seed, device)
     settings = {field: getattr(config, field) for field in ("penalty", "seeds", "seed")} | {"ks": list(config.ks)}
     figures: dict[str, list[Figure]] = {reading.name: [] for reading in readings}
-    with progress(len(tasks) * len(readings), "probes", "unit") as bar:
+    with progress(len(tasks) * len(readings), "probes", "unit") as bar, Parallel(-1, return_as="generator") as workers:
         for task in tasks:
-            for reading in readings:
-                unit = f"{name} · {reading.name} · {task.name}"
-                identity = {
+            units = {
+                reading.name: {
                     **reading.identity, "hooks": list(reading.of), "store": store.hash, "task": task.hash, **settings, "version": _VERSION,
-                }  # fmt: skip
-                done = results.get(unit, identity)
-                figures[reading.name] += done or results.put(unit, identity, _unit(config, store, reading, task))
+                }
+                for reading in readings
+            }  # fmt: skip
+            done = {of: results.get(f"{name} · {of} · {task.name}", identity) for of, identity in units.items()}
+            todo = [_prepared(config, store, reading, task) for reading in readings if done[reading.name] is None]
+            found = probe(todo, config.penalty, workers)
+            for of, identity in units.items():
+                figures[of] += done[of] or results.put(f"{name} · {of} · {task.name}", identity, next(found))
                 bar.update()
     _say_what_is_few(config, tasks, figures)
     means = summary(readings, figures)
@@ -199,13 +206,13 @@ def _probe_store(
     return results.put(f"{name} · all", of | settings | {"version": _VERSION}, means)
 
 
-def _unit(config: ProbesConfig, store: Store, reading: Reading, task: Task) -> list[Figure]:
+def _prepared(config: ProbesConfig, store: Store, reading: Reading, task: Task) -> Probed:
     vectors = task.source.vectors(task, tuple(dict.fromkeys((*reading.of, *reading.hooks))))
     usual = [vectors[hook].norm(dim=1) <= store.norms(hook).bound for hook in reading.of]
     rows = torch.stack(usual).all(0)
     X_NF = reading.encode({hook: vectors[hook][rows] for hook in reading.hooks})
     width = sum(vectors[hook].shape[1] for hook in reading.of)
-    return probe(reading, task, X_NF, width, config, np.flatnonzero(rows.numpy()))
+    return prepared(reading, task, X_NF, width, config, np.flatnonzero(rows.numpy()))
 
 
 def _tasks(config: ProbesConfig, store: Store, reader: Callable[[], Reader]) -> list[Task]:

@@ -3,9 +3,10 @@
 That of sae-probes (Kantamneni et al. 2025, arXiv 2502.16681), which `benchmarks/probes_check.py` holds it to. Suffixes: N rows, F features.
 """
 
+import math
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -26,10 +27,41 @@ def order_of(X_NF: Features, holds_N: Bool[np.ndarray, " N"]) -> Int[np.ndarray,
     return np.argsort(-abs(np.asarray(apart_F).ravel()), kind="stable")
 
 
+class Part(NamedTuple):
+    """A split of a task: the features of either side, and which of its rows hold."""
+
+    train: Features
+    holds: Bool[np.ndarray, " t"]
+    test: Features
+    truth: Bool[np.ndarray, " u"]
+    seed: int
+
+
+def part_of(
+    X_NF: Features, holds_N: Bool[np.ndarray, " N"], train: np.ndarray, test: np.ndarray, width: int, seed: int
+) -> Part:
+    """Of the rows of either side, features multiplied so that those to train on have a mean squared length of `width`."""
+    square = float(X_NF[train].power(2).sum()) / len(train)
+    scale = math.sqrt(width / square) if square else 1.0
+    return Part(X_NF[train] * scale, holds_N[train], X_NF[test] * scale, holds_N[test], seed)
+
+
+def aucs(part: Part, ks: Sequence[int | None], penalty: str = "l2") -> list[float | None]:
+    """The AUC of the k features that tell most, for each k (None: of all); None where no feature chosen varies in training."""
+    order, found = order_of(part.train, part.holds), []
+    for k in ks:
+        some = part.train[:, order[:k]].toarray()
+        varies = bool((some != some[:1]).any())
+        test = part.test[:, order[:k]].toarray()
+        found.append(auc(some, part.holds, test, part.truth, penalty, part.seed) if varies else None)
+    return found
+
+
 def auc(
     train: np.ndarray, holds: np.ndarray, test: np.ndarray, truth: np.ndarray, penalty: str = "l2", seed: int = 0
 ) -> float:
     """ROC AUC on `test` of a logistic regression of `train`, its C the one of ten that is best in validation."""
+    from sklearn import config_context
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
@@ -49,7 +81,8 @@ def auc(
             scores.append(score)
         return float(np.mean(scores))
 
-    with warnings.catch_warnings():
+    # Checks of arguments are a fifth of so small a regression.
+    with warnings.catch_warnings(), config_context(skip_parameter_validation=True, assume_finite=True):
         warnings.simplefilter("ignore", ConvergenceWarning)
         folds = list(_folds(train, holds, seed))
         C = _CS[int(np.argmax([validated(C) for C in _CS]))] if folds else 1.0

@@ -141,3 +141,14 @@ def drawn_interval(value: float, draws_R: Float[np.ndarray, " R"], n: int) -> tu
 def as_shares(low: float, high: float) -> tuple[float, float]:
     """The ends of an interval of what is 0 to 1 at most."""
     return max(low, 0.0), min(high, 1.0)
+
+
+def as_rate(value: float, low: float | None, high: float | None, n: int) -> tuple[float | None, float | None]:
+    """The ends of an interval of a share that each of n documents, or latents, has, too.
+
+    Where all or none have it, no samples of them differ; it reaches as far as n that agree leave open (Clopper and Pearson 1934): 1 − 0.025^(1/n).
+    """
+    if low is None or high is None:
+        return None, None
+    left_open = 1 - 0.025 ** (1 / n) if value in (0.0, 1.0) else 0.0
+    return as_shares(min(low, value - left_open), max(high, value + left_open))

@@ -12,12 +12,11 @@ import torch
 from jaxtyping import Float
 from scipy.special import stdtrit
 
-from saebench.bench.results import Figure, Results, as_shares
+from saebench.bench.results import Figure, Results, as_rate, as_shares, interval
 from saebench.config import Count
 from saebench.evaluate.measure import Dictionary, silent_latents
 from saebench.files import hash_files
 from saebench.index.compare import Matching, one_to_one
-from saebench.metrics import resampled
 from saebench.models import choose_device
 from saebench.runlog import progress
 from saebench.sae import SAE, encode_sparse, ends_of, load_sae, read_config, weights_of
@@ -25,7 +24,7 @@ from saebench.sae.hub import SaePath
 from saebench.store import Store
 from saebench.store.source import store_for, store_of
 
-NAME, VERSION = "stability", 1
+NAME, VERSION = "stability", 2
 RETURNS = (0.7, 0.9)
 """cosines above which a latent has come back"""
 _OF_SEEDS = ("name", "seed", "order", "set")  # what may differ in the identities of SAEs that differ in seed alone
@@ -46,10 +45,8 @@ class StabilityConfig:
     """activation store that dead latents are told by (default: the one that the SAEs were trained on)"""
     rows: Count = 200_000
     """training rows, beside 8,192 held-out ones, in which a latent must fire once not to be left out as dead"""
-    resamples: Count = 1000
-    """bootstrap samples of latents behind the interval of a pair"""
     seed: int = 0
-    """of samples and of the untrained pair"""
+    """of the sample that many latents are matched by, and of the untrained pair"""
     device: str | None = None
     """cuda or cpu (default: cuda where it is at hand)"""
 
@@ -116,7 +113,6 @@ class _Group:
         ]
         self.store: Store = store_of(folders[0], store_for(folders[0], config.store))
         self.device = choose_device(config.device, float64=True)
-        self._draws = config.resamples, config.seed
         self._open: dict[str, tuple[SAE, np.ndarray]] = {}
 
     def figures(self) -> list[Figure]:
@@ -137,7 +133,7 @@ class _Group:
 
     def _identity(self, pair: Sequence[_Side]) -> dict[str, Any]:
         config = self.config
-        told = {name: getattr(config, name) for name in ("rows", "resamples", "seed")}
+        told = {name: getattr(config, name) for name in ("rows", "seed")}
         return {"version": VERSION, "weights": [side.weights for side in pair], "store": self.store.hash, **told}
 
     def _pair(self, left: _Side, right: _Side) -> list[Figure]:
@@ -148,7 +144,7 @@ class _Group:
         matching = one_to_one(one.W_dec, other.W_dec, alive_F, alive_G, self.config.seed)
         encoder_P = torch.cosine_similarity(one.W_enc.T[matching.left], other.W_enc.T[matching.right], dim=1)
         dead = Figure(left.name, unit, "dead", None, 1 - float(np.concatenate([alive_F, alive_G]).mean()))
-        figures = figures_of(matching, encoder_P.double().cpu().numpy(), left.name, unit, *self._draws)
+        figures = figures_of(matching, encoder_P.double().cpu().numpy(), left.name, unit)
         return self.results.put(unit, identity, [*figures, dead._replace(n=len(alive_F) + len(alive_G))])
 
     def _untrained(self, left: _Side, right: _Side) -> list[Figure]:
@@ -162,7 +158,7 @@ class _Group:
             for sae, alive in map(self._opened, (left, right))
         )
         matching = one_to_one(one, other, seed=self.config.seed)
-        return self.results.put(unit, identity, figures_of(matching, None, "untrained", left.name, *self._draws))
+        return self.results.put(unit, identity, figures_of(matching, None, "untrained", left.name))
 
     def _opened(self, side: _Side) -> tuple[SAE, np.ndarray]:
         """(an SAE, `[F]` which of its latents are alive)."""
@@ -182,15 +178,8 @@ class _Group:
         return ~silent_F.cpu().numpy()
 
 
-def figures_of(
-    matching: Matching,
-    encoder_P: Float[np.ndarray, " P"] | None,
-    sae: str,
-    of: str,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> list[Figure]:
-    """Of one pair, with intervals from a bootstrap over its latents; `encoder_P` are the cosines of what matched latents read."""
+def figures_of(matching: Matching, encoder_P: Float[np.ndarray, " P"] | None, sae: str, of: str) -> list[Figure]:
+    """Of one pair, with intervals over its latents; `encoder_P` are the cosines of what matched latents read."""
     columns: dict[tuple[str, float | None], np.ndarray] = {
         ("pw_mcc", None): matching.cosines,
         **{("returning", least): (matching.cosines > least).astype(np.float64) for least in RETURNS},
@@ -199,20 +188,21 @@ def figures_of(
     if encoder_P is not None:
         columns["encoder_cosine", None] = encoder_P
     return [
-        Figure(sae, of, figure, at, *mean_with_interval(values, resamples, seed), n=len(values))
+        Figure(sae, of, figure, at, *mean_over_latents(values, share=figure in _SHARES), n=len(values))
         for (figure, at), values in columns.items()
     ]
 
 
-def mean_with_interval(
-    values: Float[np.ndarray, " n"], resamples: int, seed: int
+def mean_over_latents(
+    values: Float[np.ndarray, " n"], *, share: bool = False
 ) -> tuple[float, float | None, float | None]:
-    """(mean, its 95% interval by a bootstrap over values); no interval of fewer than ten."""
-    if len(values) < _LEAST:
-        return float(values.mean()), None, None
-    (sums,) = resampled([{"values": values}], resamples, seed)
-    low, high = np.quantile(sums["values"] / len(values), (0.025, 0.975))
-    return float(values.mean()), float(low), float(high)
+    """(mean, its 95% interval by Student's t); no interval of fewer than ten."""
+    mean, n = float(values.mean()), len(values)
+    if n < _LEAST:
+        return mean, None, None
+    ends = interval(values.tolist())
+    low, high = as_rate(mean, *ends, n) if share else ends
+    return mean, low, high
 
 
 def _over_seeds(pairs: Sequence[Figure], n_seeds: int) -> Figure:

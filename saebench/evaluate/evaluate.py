@@ -234,7 +234,10 @@ def _write(
     kept = ("l0", *FIGURES, *BESIDE) if documents >= LEAST_DOCUMENTS else ()
     sample = {"store": store.hash, "tokens": config.tokens, "resamples": config.resamples, "documents": documents}
     write_draws(planned.folder, {name: draws[name] for name in kept if name in draws}, sample)
-    write_json(planned.folder / EVALUATION, {"identity": _identity(config, planned, store), "store": str(store.folder), **found})
+    write_json(
+        planned.folder / EVALUATION,
+        {"identity": _identity(config, planned, store), "store": str(store.folder), **found},
+    )
     if not planned.is_set:
         metrics, baselines = found["metrics"], found["baselines"]
         update_metadata(planned.folder, l0=metrics["l0"], evaluation={**metrics, "baselines": baselines})
