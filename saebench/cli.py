@@ -10,7 +10,7 @@ from typing import Any
 
 from saebench import __version__
 from saebench import commands as does
-from saebench.bench import BENCHES
+from saebench.bench.table import BENCHES
 from saebench.browse.serve import AppConfig
 from saebench.circuits import CircuitConfig
 from saebench.config import add_arguments

@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import Int
 from numpy import ndarray
 
-from saebench.bench import Figure
+from saebench.bench.results import Figure
 from saebench.circuits import Tried
 from saebench.demo.circuits import Shown, told
 from saebench.evaluate import massive_note, tables

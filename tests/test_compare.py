@@ -184,7 +184,7 @@ def test_intervals_cover_the_truth(documents: int) -> None:
 def test_equal_recipes_of_few_seeds_are_told_apart_in_five_of_a_hundred_draws(n_seeds: int) -> None:
     """By lines through two L0s, too; what documents add is small and known."""
     rng, told = np.random.default_rng(n_seeds), {"difference": 0, "line": 0}
-    draws = 400
+    draws = 200
     for _ in range(draws):
         saes = [
             entry(f"{a}{l0}-seed{i}", l0, f := 0.4 + 0.05 * rng.normal(), recipe=f"{a}{l0}", architecture=a, draws=f + np.zeros(2))

@@ -16,7 +16,6 @@ from scipy.special import stdtr
 from test_detection import half
 from torch import Tensor
 
-from saebench.bench import BENCHES
 from saebench.bench.absorption import AbsorptionConfig, Asked
 from saebench.bench.concepts import Concepts, Examples
 from saebench.bench.detection import PythonConfig
@@ -27,6 +26,7 @@ from saebench.bench.recovery import Recovery
 from saebench.bench.results import Figure, Results
 from saebench.bench.stability import StabilityConfig, _Group, _Side
 from saebench.bench.synthetic import Sample
+from saebench.bench.table import BENCHES
 from saebench.evaluate.baselines import PCA
 from saebench.evaluate.compare import Evaluated, half_of
 from saebench.evaluate.figures import figures, resampled_metrics

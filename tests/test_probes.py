@@ -15,12 +15,12 @@ from conftest import HOOK, sentences
 from joblib import Parallel
 from scipy import sparse, stats
 
-from saebench.bench import Figure, protocol
+from saebench.bench import protocol
 from saebench.bench.paired import marked
 from saebench.bench.probes import ProbesConfig, prepared, probe, probes, summary
 from saebench.bench.protocol import auc, order_of, split
 from saebench.bench.readings import Reading, _names, called, dictionaries_of, l0_of
-from saebench.bench.results import interval
+from saebench.bench.results import Figure, interval
 from saebench.bench.tasks import Reader, Source, Task, column_tasks, neurons_hook, text_tasks
 from saebench.cli import main
 from saebench.files import read_json

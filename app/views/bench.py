@@ -9,8 +9,8 @@ from opened import Files, files_of
 from shell import clickable, plain_table, said
 from where import chosen_run, root
 
-from saebench.bench import BENCHES, Figure
-from saebench.bench.results import Results, over_seeds
+from saebench.bench.results import Figure, Results, over_seeds
+from saebench.bench.table import BENCHES
 from saebench.evaluate.compare import FIGURES
 from saebench.evaluate.report import SUMMARY
 from saebench.evaluate.tables import equal_l0_tables, seed_table, table

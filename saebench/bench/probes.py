@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Int
 
 from saebench.bench.paired import LEAST, by_place, differences, marked, mean_of
-from saebench.bench.protocol import Part, aucs, part_of, split
-from saebench.bench.readings import Features, Reading, called, folders_by_store, readings_of
+from saebench.bench.protocol import Features, Part, aucs, part_of, split
+from saebench.bench.readings import Reading, called, folders_by_store, readings_of
 from saebench.bench.results import Figure, Results, interval
 from saebench.bench.tasks import Reader, Task, column_tasks, text_tasks
 from saebench.config import Count

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from saebench.bench.readings import Features
+Features = Any
+"""`[N, F]`, `scipy.sparse.csr_array`"""
 
 _CS = np.logspace(5, -5, 10)  # of the logistic regression
 _ITERATIONS = 1000

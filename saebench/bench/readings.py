@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
+from saebench.bench.protocol import Features
 from saebench.bench.tasks import Hooks, Reader, Vectors, neurons_hook
 from saebench.evaluate.baselines import PCA, joined
 from saebench.evaluate.diffing import is_of_two_models
@@ -38,9 +39,6 @@ _log = logging.getLogger(__name__)
 
 _L0_ROWS = 4096  # held-out rows that an SAE's L0 is of
 _ALIKE = 0.1  # of L0, between SAEs that one untrained SAE stands beside
-
-Features = Any
-"""`[N, F]`, `scipy.sparse.csr_array`"""
 
 
 class Reading(NamedTuple):

@@ -73,6 +73,7 @@ def at_equal_l0(every: Sequence[Evaluated]) -> list[dict[str, Any]]:
     trained on fewer rows, or elsewhere, is a line of its own. Seeds are averaged first. L0 itself is taken as known: over documents it varies little.
     """
     groups: dict[tuple[str, int, str | None], list[Recipe]] = {}
+    places = {(one.entry.get("store"), one.entry.get("evaluated_on")) for one in every}
     for recipe in recipes(every):
         first = recipe.first
         groups.setdefault(("+".join(first["writes"]), first["d_sae"], first.get("evaluated_on")), []).append(recipe)
@@ -102,7 +103,7 @@ def at_equal_l0(every: Sequence[Evaluated]) -> list[dict[str, Any]]:
             if lines[figure]
         }
         store = group[0].first.get("store")
-        if any(other.first.get("store") == store and other.first.get("evaluated_on") != on for other in recipes(every)):
+        if sum(there == store for there, _ in places) > 1:
             store = f"{store} as of {str(on)[:8]}"  # by its hash: it has grown, or was made anew, since
         found.append({"hook": hook, "d_sae": d_sae, "store": store, "l0s": l0s, "figures": figures})
     return found
