@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import HOOK, sentences
-from joblib import Parallel
+from joblib import Parallel, delayed
 from scipy import sparse, stats
 
 from saebench.bench import protocol
@@ -140,13 +140,12 @@ def test_figures_do_not_depend_on_the_scale_of_activations_and_equal_seeds_are_e
     assert figures(task, X, replace(CONFIG, seed=9)) != found[0]
 
 
-def test_several_processes_find_what_one_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_find_what_one_finds() -> None:
     task = some_task(400, 200)
     every = [prepared(reading(name), task, telling(task, seed=n), 32, CONFIG, task.rows) for n, name in enumerate("ab")]
     one = list(probe(every, "l2", Parallel(1, return_as="generator")))
-    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "2")
-    with Parallel(-1, return_as="generator") as workers:
-        assert workers._effective_n_jobs() == min(2, os.cpu_count() or 1)
+    with Parallel(2, return_as="generator") as workers:
+        assert os.getpid() not in set(workers(delayed(os.getpid)() for _ in range(4)))
         assert list(probe(every, "l2", workers)) == one
         (again,) = probe(every[1:], "l2", workers)  # by the same processes
     assert again == one[1]
