@@ -65,6 +65,7 @@ def evaluated(folder: Path) -> None:
             "baselines": {"pca_fvu": 0.5},
             "interval_method": "95%, 100 bootstrap samples of 9 documents",
             "mask": "kept tokens",
+            "store": "/home/me/activations/mine",
         },
     )
 

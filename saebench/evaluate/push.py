@@ -93,7 +93,8 @@ def _write(config: PushConfig, remote: Remote, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG, said | {"metadata": metadata})
     shutil.copyfile(config.sae / WEIGHTS, folder / WEIGHTS)
-    shutil.copyfile(config.sae / EVALUATION, folder / EVALUATION)
+    evaluation = read_json(config.sae / EVALUATION)
+    write_json(folder / EVALUATION, {name: value for name, value in evaluation.items() if name != "store"})
     write_text(folder / CARD, card(config.sae, said | {"metadata": metadata}, remote))
 
 
