@@ -441,6 +441,15 @@ def test_saes_of_one_name_keep_their_own_figures(trained: Path, tmp_path: Path) 
     assert {sae["name"] for sae in again["saes"]} == {"gated-l0-6", "relu-l0-6", "run/topk-k6", "elsewhere/topk-k6"}
 
 
+def test_figures_name_the_store_that_they_are_of(trained: Path, store: Store, tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(trained, run)
+    shutil.copytree(store.folder, other)
+    assert {sae["store"] for sae in report(ReportConfig(run=(run,)))[0]["saes"]} == {str(store.folder)}
+    evaluate(EvalConfig(run=run, store=other, tokens=640, resamples=20, device="cpu"))
+    assert {sae["store"] for sae in report(ReportConfig(run=(run,)))[0]["saes"]} == {str(other)}
+
+
 def test_saes_that_others_made_can_be_evaluated(store: Store, tmp_path: Path) -> None:
     theirs = tmp_path / "theirs"
     cfg, weights = write_saelens(theirs, "relu")
