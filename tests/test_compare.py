@@ -180,7 +180,7 @@ def test_intervals_cover_the_truth(documents: int) -> None:
     assert all(930 <= n <= 970 for n in covered.values()), covered
 
 
-@pytest.mark.parametrize("n_seeds", [2, 3, 8])
+@pytest.mark.parametrize("n_seeds", [2, 3])
 def test_equal_recipes_of_few_seeds_are_told_apart_in_five_of_a_hundred_draws(n_seeds: int) -> None:
     """By lines through two L0s, too; what documents add is small and known."""
     rng, told = np.random.default_rng(n_seeds), {"difference": 0, "line": 0}

@@ -134,6 +134,7 @@ def test_a_harvest_and_an_evaluation_of_it(
             EvalConfig(run=tmp_path / f"run-{name}", device=device, tokens=300, dead_rows=300, resamples=5)
         )
         figures.append(read_json(folder / "evaluation.json"))
+        assert figures[-1].pop("store") == str(made.folder)
     assert stores[0].hash == stores[1].hash
     assert figures[0] == figures[1]
 
