@@ -24,7 +24,7 @@ th:first-child, td:first-child { text-align: left; }
 
 
 _COMPARED = """≈: cannot be told from the next better one that writes the same hooks of the same store (of lines: from the best). Differences are paired: of two figures on
-the same bootstrap samples of the same documents, with the spread of reseeding added where several seeds were trained. Least difference: what can be told from none at 95% (median over pairs).
+the same bootstrap samples of the same documents, with the spread of reseeding added where several seeds were trained. Least difference: what can be told from none at 95% (median over pairs; of dead, dense and twins by seeds alone).
 At equal L0: monotone interpolation on log L0 where all lines reach, nothing extrapolated; mean: over that range of log L0, the area under a line by its length.
 Beyond baselines: of FVU always, of the others where baselines were spliced in (<code>saebench eval --splice-baselines</code>)."""
 
