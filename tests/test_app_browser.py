@@ -16,6 +16,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect  # noqa: E
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 SAE = "topk-k4"
+HERE = f"run=tiny&sae={SAE}"  # an address that lacks one of these is drawn again with it, over what was typed meanwhile
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def test_each_page_opens_from_the_menu(page: Page, address: str) -> None:
 
 
 def test_sort_filter_open_and_follow_a_neighbour(page: Page, address: str) -> None:
-    page.goto(f"{address}/features?sae={SAE}")
+    page.goto(f"{address}/features?{HERE}")
     rows = page.locator("table[aria-label=latents] tbody tr")
     expect(rows).to_have_count(48)
     name = rows.first.locator("td.wide > span").first  # cut where it is long, and whole on hover
@@ -142,7 +143,7 @@ def test_the_address_names_the_sae_wherever_one_goes(page: Page, browser: Browse
 
 
 def test_back_and_the_sidebar_find_pages_as_they_were_left(page: Page, address: str) -> None:
-    page.goto(f"{address}/steering?sae={SAE}&turns=3:add:2n&prompt=the+cat&seed=5")
+    page.goto(f"{address}/steering?{HERE}&turns=3:add:2n&prompt=the+cat&seed=5")
     expect(page.get_by_role("spinbutton", name="Seed")).to_have_value("5")
     page.get_by_role("link", name="Prompt").click()
     page.get_by_role("textbox", name="Text").fill("the red cat")
@@ -169,7 +170,7 @@ def test_back_and_the_sidebar_find_pages_as_they_were_left(page: Page, address: 
 
 
 def test_the_list_is_in_a_latents_address(page: Page, browser: Browser, address: str) -> None:
-    page.goto(f"{address}/features?sae={SAE}&sort=max.desc&q=house")
+    page.goto(f"{address}/features?{HERE}&sort=max.desc&q=house")
     rows = page.locator("table[aria-label=latents] tbody tr")
     expect(rows).not_to_have_count(48)
     second = rows.nth(1).locator("a").inner_text()
@@ -220,7 +221,7 @@ def test_one_click_is_one_step_back(page: Page, address: str) -> None:
 
 
 def test_links_lead_to_the_right_place_in_another_tab(page: Page, address: str) -> None:
-    page.goto(f"{address}/compare?sae={SAE}&kind=Related")
+    page.goto(f"{address}/compare?{HERE}&kind=Related")
     page.locator("table[aria-label=pairs] a").first.wait_for()
     links = page.locator("table[aria-label=pairs] tbody tr:first-child a")
     here, there = (links.nth(place).get_attribute("href") or "" for place in (0, 1))
@@ -228,14 +229,14 @@ def test_links_lead_to_the_right_place_in_another_tab(page: Page, address: str) 
     assert "sae=topk-k2" in there
     page.goto(f"{address}/{there}")
     expect(page.get_by_role("heading", name=f"Latent {there.rpartition('=')[2]}")).to_be_visible()
-    page.goto(f"{address}/prompt?sae={SAE}&text=the+red+cat")
+    page.goto(f"{address}/prompt?{HERE}&text=the+red+cat")
     steer = page.locator("a[data-pick^='steer:']").first
     page.goto(f"{address}/{steer.get_attribute('href')}")
     expect(page.get_by_role("textbox", name="Prompt")).to_have_value("the red cat")
 
 
 def test_the_keyboard_keeps_its_place(page: Page, address: str) -> None:
-    page.goto(f"{address}/prompt?sae={SAE}&text=the+red+cat")
+    page.goto(f"{address}/prompt?{HERE}&text=the+red+cat")
     row = page.locator("tr[tabindex='0']").nth(2)
     row.focus()
     picked = row.get_attribute("data-pick")
@@ -243,7 +244,7 @@ def test_the_keyboard_keeps_its_place(page: Page, address: str) -> None:
     expect(page.locator("tr.chosen")).to_have_attribute("data-pick", picked or "")
     settled(page)
     assert page.evaluate(_FOCUSED) == picked
-    page.goto(f"{address}/features?sae={SAE}")
+    page.goto(f"{address}/features?{HERE}")
     page.locator("button[data-pick='sort:max']").focus()
     page.keyboard.press("Enter")
     expect(page.locator("th[aria-sort=descending]")).to_contain_text("max")
@@ -251,7 +252,7 @@ def test_the_keyboard_keeps_its_place(page: Page, address: str) -> None:
 
 
 def test_a_character_of_several_tokens_is_drawn_once(page: Page, address: str) -> None:
-    page.goto(f"{address}/prompt?sae={SAE}&text=\U0001f600+\u0634\u0643\u0631\u0627+\u2713+cat")
+    page.goto(f"{address}/prompt?{HERE}&text=\U0001f600+\u0634\u0643\u0631\u0627+\u2713+cat")
     tokens = page.locator(".sb-text [data-pick^='at:']")
     expect(tokens.first).to_be_visible()
     text = "".join(tokens.all_inner_texts())
@@ -267,7 +268,7 @@ def test_the_address_names_what_is_shown_and_another_sae_begins_anew(page: Page,
     settled(page)
     assert "run=tiny" in page.url
     assert "sae=topk-k" in page.url
-    page.goto(f"{address}/features?sae={SAE}&latent=3")
+    page.goto(f"{address}/features?{HERE}&latent=3")
     expect(page.get_by_role("heading", name="Latent 3")).to_be_visible()
     settled(page)
     page.get_by_role("combobox", name="SAE", exact=True).click()
@@ -276,7 +277,7 @@ def test_the_address_names_what_is_shown_and_another_sae_begins_anew(page: Page,
     settled(page)
     assert "sae=topk-k2" in page.url
     assert "latent" not in page.url
-    page.goto(f"{address}/steering?sae={SAE}&turns=3:add:1n&prompt=the+cat")
+    page.goto(f"{address}/steering?{HERE}&turns=3:add:1n&prompt=the+cat")
     expect(page.get_by_text("Latent 3", exact=True)).to_be_visible()
     settled(page)
     page.get_by_role("combobox", name="SAE", exact=True).click()
@@ -288,7 +289,7 @@ def test_the_address_names_what_is_shown_and_another_sae_begins_anew(page: Page,
 
 
 def test_contexts_switch_and_hostile_text_shows_as_text(page: Page, address: str) -> None:
-    page.goto(f"{address}/features?sae={SAE}&latent=3")
+    page.goto(f"{address}/features?{HERE}&latent=3")
     expect(page.locator(".example").first).to_be_visible()
     few = len(page.locator(".example .sb-text").first.inner_text())
     page.get_by_role("radio", name="full").click()
@@ -297,7 +298,7 @@ def test_contexts_switch_and_hostile_text_shows_as_text(page: Page, address: str
     whole = page.locator(".example .sb-text")
     assert len(whole.first.inner_text()) >= few
     seen, hostile = "", ("<scr", "javascript:", "**", "\u2400")  # contexts are 16 tokens long
-    page.goto(f"{address}/features?sae={SAE}&latent=0&around=full&group=Random")
+    page.goto(f"{address}/features?{HERE}&latent=0&around=full&group=Random")
     for latent in range(48):
         expect(page.locator("h1")).to_contain_text(f"Latent {latent}")
         settled(page)
@@ -314,7 +315,7 @@ def test_contexts_switch_and_hostile_text_shows_as_text(page: Page, address: str
 
 
 def test_own_lines_show_where_the_latent_fires(page: Page, address: str) -> None:
-    page.goto(f"{address}/features?sae={SAE}&latent=3")
+    page.goto(f"{address}/features?{HERE}&latent=3")
     page.get_by_text("Try your own text").click()
     page.get_by_role("textbox", name="Lines, each by itself").fill("the red cat\n<b>blue</b> dog")
     page.get_by_role("button", name="See where it fires").click()
@@ -331,7 +332,7 @@ def test_own_lines_show_where_the_latent_fires(page: Page, address: str) -> None
 def test_why_here_is_drawn_under_the_example_and_kept_in_the_address(page: Page, address: str, run: Path) -> None:
     with open_feature_index(run / "index" / f"{SAE}.h5") as index:
         latent = int(index.columns["density"].argmax())  # fires in any text
-    page.goto(f"{address}/features?sae={SAE}&latent={latent}&units=3&try=the+red+cat+sees+a+dog")
+    page.goto(f"{address}/features?{HERE}&latent={latent}&units=3&try=the+red+cat+sees+a+dog")
     own = page.locator(f"a[data-pick^='why:{latent}:0:']")
     expect(own).to_have_text("why here?")
     settled(page)
@@ -358,7 +359,7 @@ def test_why_here_is_drawn_under_the_example_and_kept_in_the_address(page: Page,
 
 
 def test_a_prompts_tokens_and_latents_lead_on(page: Page, address: str) -> None:
-    page.goto(f"{address}/prompt?sae={SAE}")
+    page.goto(f"{address}/prompt?{HERE}")
     page.get_by_role("textbox", name="Text").fill("the cat sees a <i>dog</i>")
     page.get_by_role("button", name="See what fires").click()
     tokens = page.locator(".sb-text [data-pick^='at:']")
@@ -378,7 +379,7 @@ def test_a_prompts_tokens_and_latents_lead_on(page: Page, address: str) -> None:
 
 
 def test_steer_stop_and_reload_from_the_copied_url(page: Page, browser: Browser, address: str) -> None:
-    page.goto(f"{address}/steering?sae={SAE}&turns=3:add:4n&prompt=the+cat&max_new_tokens=20")
+    page.goto(f"{address}/steering?{HERE}&turns=3:add:4n&prompt=the+cat&max_new_tokens=20")
     page.get_by_role("button", name="Generate").click()
     expect(page.get_by_text("the first token that differs")).to_be_visible()
     expect(page.locator(".sb-arm")).to_have_count(4)
@@ -401,7 +402,7 @@ def test_steer_stop_and_reload_from_the_copied_url(page: Page, browser: Browser,
 
 
 def test_stopping_keeps_what_there_is(page: Page, address: str) -> None:
-    page.goto(f"{address}/steering?sae={SAE}&turns=3:add:1n&prompt=a&max_new_tokens=60&n=8")
+    page.goto(f"{address}/steering?{HERE}&turns=3:add:1n&prompt=a&max_new_tokens=60&n=8")
     page.get_by_role("button", name="Generate").click()
     stop = page.get_by_role("button", name="Stop")
     if stop.is_enabled():
@@ -416,7 +417,7 @@ def test_two_sessions_at_once_do_not_mix(browser: Browser, address: str) -> None
         for strength in strengths:
             one = browser.new_context().new_page()
             one.goto(
-                f"{address}/steering?sae={SAE}&turns=3:add:{strength}&prompt=the+cat&max_new_tokens=24&temperature=0.0"
+                f"{address}/steering?{HERE}&turns=3:add:{strength}&prompt=the+cat&max_new_tokens=24&temperature=0.0"
             )
             one.get_by_role("button", name="Generate").wait_for()
             settled(one)
@@ -454,7 +455,7 @@ def test_an_index_is_begun_from_the_app_and_can_be_browsed_when_it_is_done(
 
 
 def test_a_bar_of_the_densities_opens_its_latents(page: Page, address: str) -> None:
-    page.goto(f"{address}/?sae={SAE}")
+    page.goto(f"{address}/?{HERE}")
     bars = page.locator(".barlayer .point path")
     bars.first.wait_for(state="attached", timeout=30_000)
     page.wait_for_timeout(1000)
@@ -469,7 +470,7 @@ def test_a_bar_of_the_densities_opens_its_latents(page: Page, address: str) -> N
 
 
 def test_two_saes_are_compared(page: Page, address: str) -> None:
-    page.goto(f"{address}/compare?sae={SAE}")
+    page.goto(f"{address}/compare?{HERE}")
     expect(page.locator("table[aria-label='kinds of latents'] tbody tr")).to_have_count(5)
     for name, kind, column in (("Related", "related", 1), ("New", "alone", 1), ("Missing", "alone", 2)):
         page.get_by_role("radio", name=name).click()
@@ -488,7 +489,7 @@ def test_two_saes_are_compared(page: Page, address: str) -> None:
 
 
 def test_a_latent_is_searched_for_and_steered_with(page: Page, address: str) -> None:
-    page.goto(f"{address}/steering?sae={SAE}&prompt=the")
+    page.goto(f"{address}/steering?{HERE}&prompt=the")
     expect(page.get_by_role("button", name="Generate")).to_be_disabled()
     page.get_by_role("textbox", name="Add a latent").fill("17")
     found = page.locator("table[aria-label=found] tbody tr")
@@ -508,8 +509,8 @@ def test_dark_and_narrow_pages_are_whole(page: Page, address: str) -> None:
     seen = set()
     for view in (
         "",
-        f"features?sae={SAE}",
-        f"features?sae={SAE}&latent=3",
+        f"features?{HERE}",
+        f"features?{HERE}&latent=3",
         "prompt?text=the+cat",
         "steering?turns=3:add:1n",
         "compare",
