@@ -417,7 +417,7 @@ def test_two_sessions_at_once_do_not_mix(browser: Browser, address: str) -> None
         for strength in strengths:
             one = browser.new_context().new_page()
             one.goto(
-                f"{address}/steering?{HERE}&turns=3:add:{strength}&prompt=the+cat&max_new_tokens=24&temperature=0.0"
+                f"{address}/steering?sae={SAE}&turns=3:add:{strength}&prompt=the+cat&max_new_tokens=24&temperature=0.0"
             )
             one.get_by_role("button", name="Generate").wait_for()
             settled(one)
