@@ -128,14 +128,10 @@ def probe(every: Sequence[Probed], penalty: str, workers: Any) -> Iterator[list[
     """The figures of each, in turn, as soon as the workers (`joblib.Parallel`) have them: regressions are many and small, and use one core each."""
     from joblib import delayed
 
-    jobs = [
-        delayed(aucs)(part, each.ks, penalty) if part is not None else delayed(list)([None] * len(each.ks))
-        for each in every
-        for part in each.parts
-    ]
-    found = iter(workers(jobs))
+    parts = ((part, each.ks) for each in every for part in each.parts if part is not None)
+    found = workers([delayed(aucs)(part, ks, penalty) for part, ks in parts])
     for each in every:
-        yield figures_of(each, [next(found) for _ in each.parts])
+        yield figures_of(each, [[None] * len(each.ks) if part is None else next(found) for part in each.parts])
 
 
 def summary(readings: Sequence[Reading], figures: Mapping[str, Sequence[Figure]]) -> list[Figure]:
@@ -173,14 +169,14 @@ def probes(config: ProbesConfig) -> list[Figure]:
 def _probe_store(
     config: ProbesConfig, store: Store, name: str, folders: list[tuple[Path, Ends]], results: Results
 ) -> list[Figure]:
+    from joblib import Parallel
+
     device = choose_device(config.device, float64=True)
 
     @cache
     def reader() -> Reader:
         model = model_of(store, device, trust_remote_code=config.trust_remote_code)
         return Reader(model, store.context, config.batch)
-
-    from joblib import Parallel
 
     tasks = _tasks(config, store, reader)
     readings = readings_of(store, folders, reader, config.seed, device)
